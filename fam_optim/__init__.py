@@ -1,0 +1,9 @@
+"""FAM: relative flatness aware minimisation for PyTorch (Adilova et al., 2023)."""
+
+from fam_optim.evaluation import dataset_relative_flatness
+from fam_optim.flatness import relative_flatness
+from fam_optim.observation import Observation, observe
+from fam_optim.optimizer import FAM
+
+__version__ = "0.1.0"
+__all__ = ["FAM", "Observation", "dataset_relative_flatness", "observe", "relative_flatness"]

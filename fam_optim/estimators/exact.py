@@ -1,0 +1,90 @@
+"""kappa without the Hessian, and never an approximation.
+
+With phi_a the input that row a of z sees, and F's columns f,
+
+    <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>                      (DESIGN, 3)
+
+Three ways to the same number, the cheapest that provably applies is taken:
+
+    softmax   the layer feeds a softmax cross-entropy: closed form, no Hessian-vector product
+    rows      rows fall into groups that do not interact behind the layer (samples; the tokens of a
+              sentence): all groups share one product, (rows per group) * min(d, m) products in all
+    weight    directions in weight space: m * min(d, m) products, whatever interacts
+
+Whether rows interact is tested, see `independent`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fam_optim.curvature import Curvature
+from fam_optim.estimators.softmax import find_softmax_heads, softmax_curvature
+from fam_optim.rows import find_grouping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fam_optim.measure import Factor
+    from fam_optim.rows import Grouping
+    from fam_optim.tail import Tail
+
+MAX_PRODUCTS = 1024
+"""More Hessian-vector products than this in one evaluation end in an error instead."""
+
+
+def exact(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor:
+    """``<F F^T, T>`` without forming H.
+
+    Cost: that of the layer itself where it feeds a softmax cross-entropy; otherwise ``min(d, m)``
+    Hessian-vector products through the tail where the rows of z do not interact, more where they do.
+
+    Raises:
+        RuntimeError: if that would take more than `MAX_PRODUCTS` products.
+    """
+    heads = find_softmax_heads(tail)
+    if heads is not None:
+        return softmax_curvature(tail, heads, factor, differentiable=differentiable)
+    curvature = Curvature(tail, differentiable=differentiable)
+    m = tail.uses[0].m
+    grouping = find_grouping(curvature, smaller_than=m)
+    products = (m if grouping is None else grouping.size) * factor.directions
+    if products > MAX_PRODUCTS:
+        raise RuntimeError(
+            f"exact kappa of this layer (weight matrix {tail.uses[0].d} x {m}) takes {products} "
+            f"Hessian-vector products here, more than the limit of {MAX_PRODUCTS}. Use mode='hutchinson', "
+            "which is unbiased with one product per probe, or regularise a layer nearer to the loss. (To "
+            "measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
+        )
+    if grouping is None:
+        return _by_weight(curvature, factor)
+    return _by_rows(curvature, factor, grouping)
+
+
+def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
+    """``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``."""
+    weight = curvature.uses[0].matrix()
+    total = weight.new_zeros(())
+    for k in range(factor.directions):
+        u, v = factor.direction(k)
+        for t in range(weight.shape[1]):
+            matrix = torch.zeros_like(weight)
+            matrix[:, t] = v
+            total = total + u @ curvature.times(matrix)[:, t]
+    return total
+
+
+def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor:
+    """``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups at once."""
+    total = curvature.gradient[0].new_zeros(())
+    for position, products in grouping.gram_rows():
+        for k in range(factor.directions):
+            u, v = factor.direction(k)
+            moved = curvature.hvp(grouping.place(position, v))
+            by_row = grouping.gather(
+                [h.movedim(use.channel, -1) @ u for h, use in zip(moved, grouping.uses, strict=True)]
+            )
+            total = total + (products * by_row).sum()
+    return total

@@ -1,0 +1,178 @@
+"""Relative flatness of a layer: one functional entry, from measure and mode to a number.
+
+measure   ->  factor F        (`measure`)
+mode      ->  estimator       (`estimators`)
+both      ->  <F F^T, T>,  T[s,u] = Tr(H_{s,u})
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fam_optim.curvature import Curvature, undifferentiable, without_gradient
+from fam_optim.estimators.exact import exact
+from fam_optim.estimators.full import full
+from fam_optim.estimators.hutchinson import hutchinson
+from fam_optim.layer import describe
+from fam_optim.measure import MEASURES
+from fam_optim.observation import Observation
+from fam_optim.tail import Tail, find_tail
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Layer = Observation | nn.Parameter
+    Layers = Layer | Sequence[Layer]
+
+MODES = ("exact", "full", "hutchinson")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How kappa is computed; checked once, where the user gave it."""
+
+    measure: str = "neuronwise"
+    mode: str = "exact"
+    normalize: bool = False
+    n_samples: int = 1
+    generator: torch.Generator | None = None
+    detach_hessian: bool = False
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(f"expected `measure` to be one of {sorted(MEASURES)}, got {self.measure!r}.")
+        if self.mode not in MODES:
+            raise ValueError(f"expected `mode` to be one of {list(MODES)}, got {self.mode!r}.")
+        if not isinstance(self.n_samples, int) or self.n_samples < 1:
+            raise ValueError(f"expected `n_samples` to be a positive integer, got {self.n_samples!r}.")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(
+                f"expected `generator` to be a torch.Generator, got {type(self.generator).__name__}."
+            )
+
+
+def relative_flatness(
+    loss: Tensor,
+    layer: Layers,
+    *,
+    measure: str = "neuronwise",
+    mode: str = "exact",
+    normalize: bool = False,
+    n_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Relative flatness of a layer, ``()``, differentiable in every parameter of the network.
+
+        neuronwise   kappa     = sum_{s,u} <w_s, w_u> Tr(H_{s,u})
+        layerwise    kappa_hat = ||W||_F^2 Tr(H)
+
+    with W ``(d, m)`` the layer's weight matrix, one row w_s per output neuron, and H_{s,u} ``(m, m)``
+    the Hessian of the loss in rows s and u.
+
+    >>> with observe(model.head) as layer:
+    ...     loss = criterion(model(x), y)
+    >>> (loss + 0.03 * relative_flatness(loss, layer)).backward()
+
+    On the last layer of a classifier kappa is never negative. On layers below it can be: there the loss
+    need not be convex in the weights.
+
+    Args:
+        loss: the scalar, before its backward. kappa is linear in it and has its unit: a sum over
+            samples gives a sum, a mean a mean.
+        layer: what `observe` yielded, an nn.Parameter (every use of it counts; modes full and
+            hutchinson only), or a sequence of these, whose kappas are added.
+        measure: "neuronwise" or "layerwise".
+        mode: "exact", "full" (forms H, for tiny layers and tests) or "hutchinson" (random probes).
+        normalize: divide by m, as the authors' code does: the lambdas of the paper apply then.
+        n_samples: probes per evaluation (hutchinson).
+        generator: of the probes; by default torch's global one (hutchinson).
+
+    Returns:
+        kappa, in float32 or the loss's precision if that is higher.
+
+    Raises:
+        ValueError, TypeError: for an argument that is none of the above.
+        RuntimeError: if the loss does not depend on the layer; in mode exact, if the value would take
+            too many Hessian-vector products; in its backward, if torch has no third derivative of
+            what follows the layer (BatchNorm in train mode).
+
+    Cost, in tail backwards (the backward from the loss to the layer's output alone): exact on a softmax
+    cross-entropy head about one; exact elsewhere about ``4 min(d, m)``; hutchinson about 4 per probe.
+
+    Source: Petzka et al. 2021, definition 3 (kappa); Adilova et al. 2023, sections 1 and 3.2.
+    """
+    settings = Settings(measure, mode, normalize, n_samples, generator)
+    layers = as_layers(layer)
+    for one in layers:
+        check_mode(one, mode)
+    return layers_flatness(loss, layers, settings)
+
+
+def as_layers(layer: Layers) -> tuple[Layer, ...]:
+    """`layer` as a tuple.
+
+    Raises:
+        TypeError: if it is neither an observation nor a parameter, nor a sequence of these.
+    """
+    layers = (layer,) if isinstance(layer, (Observation, Tensor, nn.Module)) else tuple(layer)
+    for one in layers:
+        if isinstance(one, nn.Module):
+            raise TypeError(
+                f"expected `layer` to be an observation, got the module {describe(one)}. Run the forward "
+                "inside `with observe(module) as layer:` and pass that."
+            )
+        if not isinstance(one, (Observation, Tensor)):
+            raise TypeError(
+                f"expected `layer` to be an observation or an nn.Parameter, got {type(one).__name__}."
+            )
+    if not layers:
+        raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
+    return layers
+
+
+def layers_flatness(loss: Tensor, layers: Sequence[Layer], settings: Settings) -> Tensor:
+    """The sum of the layers' kappas."""
+    return tails_flatness([find_tail(loss, layer) for layer in layers], settings)
+
+
+def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
+    """The sum of the kappas of the layers at whose outputs the tails end."""
+    # Autocast would round the probes and squares, whose small differences are what kappa is made of.
+    with torch.enable_grad(), torch.autocast(tails[0].loss.device.type, enabled=False):
+        kappas = [_flatness(tail, settings) for tail in tails]
+        return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
+
+
+def check_mode(layer: object, mode: str) -> None:
+    """Raises ValueError if the mode needs more of the layer than a bare parameter has."""
+    if mode == "exact" and isinstance(layer, Tensor):
+        raise ValueError(
+            f"mode='exact' needs the layer's inputs and outputs, which a bare {describe(layer)} does not "
+            "have. Pass the module that owns it as `layer`, or use mode='hutchinson'."
+        )
+
+
+def _flatness(tail: Tail, settings: Settings) -> Tensor:
+    differentiable = not settings.detach_hessian
+    factor = MEASURES[settings.measure](_matrix(tail))
+    if settings.mode == "exact":
+        kappa = exact(tail, factor, differentiable=differentiable)
+    elif settings.mode == "full":
+        kappa = full(Curvature(tail, differentiable=differentiable), factor)
+    else:
+        curvature = Curvature(tail, differentiable=differentiable)
+        kappa = hutchinson(curvature, factor, settings.n_samples, settings.generator)
+    if settings.normalize:
+        kappa = kappa / tail.uses[0].m
+    why = undifferentiable(tail) if differentiable else None
+    return kappa if why is None else without_gradient(kappa, why)
+
+
+def _matrix(tail: Tail) -> Tensor:
+    """W, in no lower precision than the loss."""
+    matrix = tail.uses[0].matrix()
+    return matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype))

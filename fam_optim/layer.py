@@ -1,0 +1,254 @@
+"""What a regularised layer is: an operation linear in a weight matrix, ``z = lin(phi; W) + b``.
+
+A `Use` is one evaluation of that operation. It knows the layer's input ``phi`` and weight and can
+apply the operation to any other matrix; it knows no loss. The letters are
+
+    W    (d, m)     one row per output neuron; convolutions: m = in channels / groups * kernel size
+    phi             the layer's input, as the module received it
+    z               the layer's output; its entries without the channel axis are the *rows*:
+                    one per sample (Linear), token (Linear on sequences) or position (convolution)
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """`t` in float32 if it is in a lower precision: second derivatives underflow in half precision."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+class Use:
+    """One use of a weight: ``z = lin(phi; W)``, here for a bare parameter, where z is W itself.
+
+    Attributes:
+        weight: the weight as used, attached to the graph, in the layer's own shape.
+        shape: the shape of z.
+        d, m: the shape of the weight matrix.
+    """
+
+    channel = 0
+    has_rows = False  # whether z falls into rows that see W through one input vector each
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.shape = weight.shape
+        self.d, self.m = self.matrix().shape
+
+    def matrix(self) -> Tensor:
+        """The weight as W ``(d, m)``, in at least float32."""
+        return at_least_float32(self.weight).flatten(1)
+
+    def lift(self, matrix: Tensor) -> Tensor:
+        """``lin(phi; matrix)``: where a step of W along `matrix` ``(d, m)`` moves z."""
+        return matrix.reshape(self.shape)
+
+    def detached(self) -> Use:
+        """This use with a constant input."""
+        return self
+
+    def check(self) -> None:
+        """Raises RuntimeError if what was recorded is no longer what the graph was built with."""
+
+
+class LayerUse(Use):
+    """One call of a module, recorded in its forward. Holds its input, hence lives with the graph."""
+
+    has_rows = True
+
+    def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
+        self.module = weakref.ref(module)
+        self.phi = phi
+        self._version = phi._version
+        super().__init__(weight)
+        self.shape = shape
+
+    @property
+    def input(self) -> Tensor:
+        """phi, in at least float32."""
+        return at_least_float32(self.phi)
+
+    @property
+    def lead(self) -> torch.Size:
+        """Shape of z without its channel axis: the axes of its rows, the sample axis first."""
+        shape = list(self.shape)
+        del shape[self.channel]
+        return torch.Size(shape)
+
+    def rows(self) -> Tensor:
+        """phi as the rows of z see it: ``(*lead, m)``; for convolutions, the patches."""
+        raise NotImplementedError
+
+    def squared_norms(self) -> Tensor:
+        """``||phi_row||^2`` for every row of z: ``lead``."""
+        raise NotImplementedError
+
+    def detached(self) -> LayerUse:
+        use = copy.copy(self)
+        use.phi = self.phi.detach()
+        return use
+
+    def check(self) -> None:
+        if self.phi._version != self._version:
+            raise RuntimeError(
+                f"the input of the observed layer {describe(self.module())} was modified in place after "
+                "the layer had used it, so kappa cannot be computed from it. Use an out-of-place "
+                "operation instead (x = x + layer(x), not x += layer(x))."
+            )
+
+
+class LinearUse(LayerUse):
+    """``z = phi W^T``: phi ``(..., m)``, z ``(..., d)``."""
+
+    channel = -1
+
+    def lift(self, matrix: Tensor) -> Tensor:
+        return F.linear(self.input, matrix)
+
+    def rows(self) -> Tensor:
+        return self.input
+
+    def squared_norms(self) -> Tensor:
+        return self.input.square().sum(-1)
+
+
+class ConvUse(LayerUse):
+    """Convolution: phi ``([N,] channels, *space)``, z ``([N,] d, *space')``."""
+
+    def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
+        super().__init__(module, phi, weight, shape)
+        self.convolve = cast(nn.Conv2d, module)._conv_forward  # padding modes included
+        self.channel = len(shape) - weight.dim() + 1
+        self.has_rows = bool(module.groups == 1)
+
+    def lift(self, matrix: Tensor) -> Tensor:
+        kernel = matrix.reshape(-1, *self.weight.shape[1:])
+        z: Tensor = self.convolve(self.input, kernel, None)
+        return z
+
+    def rows(self) -> Tensor:
+        # A filter bank of one-hot filters reads the patches off, whatever stride, padding, dilation.
+        one_hot = torch.eye(self.m, dtype=self.input.dtype, device=self.phi.device)
+        return self.lift(one_hot).movedim(self.channel, -1)
+
+    def squared_norms(self) -> Tensor:
+        ones = self.input.new_ones(1, self.m)
+        squared = copy.copy(self)
+        squared.phi = self.input.square()  # padding copies entries, so it commutes with squaring them
+        return squared.lift(ones).squeeze(self.channel)
+
+
+class ConvTransposeUse(ConvUse):
+    """Transposed convolution. torch stores the weight as (in, d / groups, *kernel)."""
+
+    def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
+        self.stride: Sequence[int] = module.stride  # type: ignore[assignment]
+        self.padding: Sequence[int] = module.padding  # type: ignore[assignment]
+        self.dilation: Sequence[int] = module.dilation  # type: ignore[assignment]
+        self.groups: int = module.groups  # type: ignore[assignment]
+        LayerUse.__init__(self, module, phi, weight, shape)
+        self.channel = len(shape) - weight.dim() + 1
+        self.has_rows = self.groups == 1
+        # forward(output_size=...) picks the padding per call, so it is read off the output's shape.
+        space = weight.dim() - 2
+        self.output_padding = [
+            out - ((size - 1) * s - 2 * p + dil * (k - 1) + 1)
+            for out, size, s, p, dil, k in zip(
+                shape[-space:],
+                phi.shape[-space:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                weight.shape[2:],
+                strict=True,
+            )
+        ]
+
+    def matrix(self) -> Tensor:
+        weight = at_least_float32(self.weight)
+        # (groups, in/groups, d/groups, *kernel)
+        by_group = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def lift(self, matrix: Tensor) -> Tensor:
+        inputs, _, *kernel = self.weight.shape
+        by_group = matrix.reshape(self.groups, -1, inputs // self.groups, *kernel)
+        weight = by_group.transpose(1, 2).flatten(0, 1)
+        return _CONV_TRANSPOSE[len(kernel)](
+            self.input,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+def use_type(module: nn.Module) -> type[LayerUse]:
+    """The kind of `Use` that describes `module`'s forward.
+
+    Raises:
+        TypeError: if the module is not known to be linear in a weight matrix of its own.
+    """
+    for bases, kind in (
+        ((nn.Linear,), LinearUse),
+        (_CONVOLUTIONS, ConvUse),
+        (_TRANSPOSED, ConvTransposeUse),
+    ):
+        for base in bases:
+            if isinstance(module, base):
+                _check_forward(module, base)
+                return kind
+    raise TypeError(
+        "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or an nn.Parameter with "
+        f"at least two dimensions, got {describe(module)}, which is not known to be linear in a weight "
+        "matrix. Pass its weight, an nn.Parameter, with mode='hutchinson' instead."
+    )
+
+
+def _check_forward(module: nn.Module, base: type[nn.Module]) -> None:
+    """A subclass that computes something else (fake quantisation, say) must not be taken for its base."""
+    for name in ("forward", "_conv_forward"):
+        if getattr(type(module), name, None) is not getattr(base, name, None):
+            raise TypeError(
+                f"`layer` {describe(module)} overrides {base.__name__}.{name}, so its output need not be "
+                f"linear in its weight as that of {base.__name__} is (quantisation-aware layers are not). "
+                f"Pass a plain nn.{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
+            )
+
+
+def parameter_use(parameter: Tensor) -> Use:
+    """The bare parameter as a weight matrix: rows along its first axis.
+
+    Raises:
+        TypeError: if it has fewer than two dimensions.
+    """
+    if parameter.dim() < 2:
+        raise TypeError(
+            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
+            f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
+        )
+    return Use(parameter)
+
+
+def describe(layer: object) -> str:
+    """`layer` as the user wrote it, for error messages."""
+    if isinstance(layer, Tensor):
+        return f"{type(layer).__name__} of shape {tuple(layer.shape)}"
+    return str(layer).split("\n", 1)[0]
