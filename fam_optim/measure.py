@@ -9,9 +9,10 @@ space, a random probe, or the covariance under a softmax. All of them carry grad
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,12 +42,11 @@ class Factor(Protocol):
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., k)``; v is ``(..., d)``."""
 
-    def covariance(self, p: Tensor, top: Tensor) -> Tensor:
-        """``<F F^T, diag p - p p^T>`` for every row of p: ``(n, d)`` to ``(n,)``.
+    def variance(self, log_p: Tensor) -> Tensor:
+        """``<F F^T, diag p - p p^T>`` for every row of log p: ``(n, d)`` to ``(n,)``.
 
-        `p` are probabilities with the entry of the class `top` ``(n,)`` set to zero: what is left,
-        ``q = sum p``, is accurate also where the top probability rounds to one, and all terms are of
-        the order of q, so that nothing cancels.
+        For F = W the trace of the covariance of the class vectors w_k under p. Nothing cancels where
+        the largest probability rounds to one: all terms are of the order of what is left beside it.
         """
 
 
@@ -72,16 +72,9 @@ class Neuronwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return 1.0, signs @ self.matrix.T
 
-    def covariance(self, p: Tensor, top: Tensor) -> Tensor:
-        # With delta = sum_k p_k (w_k - w_top) the mean is w_top + delta, and the variance around it
-        # sum_k p_k ||w_k - w_top||^2 - ||delta||^2; the squares are expanded so that one product with W does.
-        q = p.sum(1)
-        w_top = self.matrix[top]
-        mean = p @ self.matrix
-        delta = mean - q[:, None] * w_top
-        squares = self.matrix.square().sum(1)
-        around_top = p @ squares + q * squares[top] - 2 * (w_top * mean).sum(1)
-        return around_top - delta.square().sum(1)
+    def variance(self, log_p: Tensor) -> Tensor:
+        variance: Tensor = _ClassVariance.apply(log_p, self.matrix)
+        return variance
 
 
 class Layerwise:
@@ -103,9 +96,61 @@ class Layerwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square, signs  # not ||W|| in v: the norm has no derivative at W = 0
 
-    def covariance(self, p: Tensor, top: Tensor) -> Tensor:
-        q = p.sum(1)
-        return self.square * (2 * q - q.square() - p.square().sum(1))
+    def variance(self, log_p: Tensor) -> Tensor:
+        p, _ = _without_top(log_p)
+        rest = p.sum(1)
+        return self.square * (2 * rest - rest.square() - p.square().sum(1))
+
+
+class _ClassVariance(torch.autograd.Function):
+    """``c_i = sum_k p_ik ||w_k - mu_i||^2`` with ``mu_i = sum_k p_ik w_k``.
+
+    With t the most probable class, q the probabilities of the others and ``delta = mu - w_t``,
+
+        c          = sum_k q_k ||w_k - w_t||^2 - ||delta||^2
+        dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
+        dc/dw_k    = 2 p_k (w_k - mu)
+
+    Written out, since it takes three products ``(n, d) x (d, m)``, as many as the head itself, and the
+    gradient in log p joins the loss's own before the products that follow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, w: Tensor) -> Tensor:
+        q, top = _without_top(log_p)
+        rest = q.sum(1, keepdim=True)
+        w_top, squares = w[top], w.square().sum(1)
+        weighted = q @ w
+        delta = weighted - rest * w_top
+        ctx.save_for_backward(q, rest, top, w, delta, squares)
+        around_top = q @ squares + rest[:, 0] * squares[top] - 2 * (w_top * weighted).sum(1)
+        return around_top - delta.square().sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_row: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        q, rest, top, w, delta, squares = ctx.saved_tensors
+        weight = by_row[:, None]
+        w_top = w[top]
+        mean = w_top + delta
+        by_log_p = by_w = None
+        if ctx.needs_input_grad[0]:
+            by_log_p = torch.addmm(squares, mean, w.T, alpha=-2)
+            by_log_p += (w_top * (mean + delta)).sum(1, keepdim=True)  # ||mean||^2 - ||delta||^2
+            by_log_p *= q
+            by_log_p *= weight
+        if ctx.needs_input_grad[1]:
+            by_w = (by_row @ q)[:, None] * w
+            by_w.addmm_(q.T, weight * mean, alpha=-1)
+            by_w.index_add_(0, top, (rest - 1) * weight * delta)
+            by_w *= 2
+        return by_log_p, by_w
+
+
+def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """p with its largest entry set to zero, and where that was ``(n,)``."""
+    top = log_p.argmax(1)
+    return log_p.exp().scatter(1, top[:, None], 0.0), top
 
 
 def _unit(k: int, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fam_optim.layer import LayerUse
-from fam_optim.verdicts import has_held, holds, signature
+from fam_optim.verdicts import holds, signature, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,6 +58,14 @@ class Grouping:
         parts = torch.split(grouped, shares, self._side)
         return [self._join(part, use) for part, use in zip(parts, self.uses, strict=True)]
 
+    def gather_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
+        """One tensor in z's shape per use, to ``(groups, size, d)``."""
+        return self.gather([t.movedim(use.channel, -1) for t, use in zip(outputs, self.uses, strict=True)])
+
+    def squared_norms(self) -> Tensor:
+        """``||phi_a||^2`` ``(groups, size)``."""
+        return self.gather([use.squared_norms() for use in self.uses])
+
     def place(self, position: int, v: Tensor) -> list[Tensor]:
         """v ``(d,)`` at one position of every group, zero elsewhere, in z's shape."""
         grouped = v.new_zeros(self.groups, self.size, v.numel())
@@ -67,7 +75,7 @@ class Grouping:
     def gram_rows(self) -> Iterator[tuple[int, Tensor]]:
         """For every position a of the groups: a and ``<phi_a, phi_b>`` for all b, ``(groups, size)``."""
         if self.size == 1:
-            yield 0, self.gather([use.squared_norms() for use in self.uses])
+            yield 0, self.squared_norms()
             return
         phi = self.gather([use.rows() for use in self.uses])
         for position in range(self.size):
@@ -97,62 +105,71 @@ def find_grouping(curvature: Curvature, smaller_than: int) -> Grouping | None:
 
     Cost: two Hessian-vector products, not differentiated, per grouping tried.
     """
-    uses = [use for use in curvature.uses if isinstance(use, LayerUse) and use.has_rows]
-    if len(uses) < len(curvature.uses) or curvature.tail.nested:
+    uses = _row_uses(curvature)
+    if uses is None:
         return None
     axes: list[int | str | None] = ["row", None]
     for axis in (1, 0):
-        if len({use.lead[axis] if axis < len(use.lead) else None for use in uses} - {None}) == 1 and all(
-            axis < len(use.lead) for use in uses
-        ):
+        lengths = {use.lead[axis] if axis < len(use.lead) else 0 for use in uses}
+        if len(lengths) == 1 and 0 not in lengths:
             axes.insert(1, axis)
-    tail = signature(curvature.tail)
-    groupings = [Grouping(uses, axis) for axis in axes]
-    # A grouping that is known to hold comes before finer ones that are known or likely not to.
-    groupings.sort(key=lambda g: (g.size, not has_held((tail, g.axis))))
+    groupings = sorted((Grouping(uses, axis) for axis in axes), key=lambda grouping: grouping.size)
     for grouping in groupings:
-        if grouping.size >= smaller_than:
-            continue
-        if grouping.groups == 1:
-            return grouping
-        key = (tail, grouping.axis)
-        if holds(key, independent(curvature, grouping, thoroughly=not has_held(key))):
+        if grouping.size < smaller_than and (grouping.groups == 1 or independent(curvature, grouping)):
             return grouping
     return None
 
 
-def independent(curvature: Curvature, grouping: Grouping, *, thoroughly: bool) -> Tensor:
-    """Whether scaling a direction group by group scales the Hessian-vector product likewise.
+def find_rows(curvature: Curvature) -> Grouping | None:
+    """Every row as a group of its own, if rows do not interact."""
+    uses = _row_uses(curvature)
+    if uses is None:
+        return None
+    rows = Grouping(uses, "row")
+    return rows if independent(curvature, rows) else None
 
-    For random q and scales e this holds exactly if groups do not interact, and else only by accident.
-    The scales are powers of two, which floating-point arithmetic commutes with, so the two sides are
-    compared to rounding. Two groups that got the same scale are not told apart: `thoroughly` gives
-    every two groups different scales in one of ``log_16(groups)`` rounds, otherwise one round is random.
+
+def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
+    """The uses, if each output vector belongs to one input vector."""
+    uses = [use for use in curvature.uses if isinstance(use, LayerUse) and use.has_rows]
+    return None if len(uses) < len(curvature.uses) or curvature.tail.nested else uses
+
+
+def independent(curvature: Curvature, grouping: Grouping) -> bool:
+    """Whether groups do not interact: scaling a direction group by group scales the product likewise.
+
+    For random q and scales e this holds exactly if they do not, and else only by accident. The scales
+    are powers of two, with which floating-point arithmetic commutes, so the two sides are compared to
+    rounding. Groups of equal scale are not told apart: the first time, for one kind of tail, every two
+    groups get different scales in one of ``log_16(groups)`` rounds; from then on one random round does.
+
+    Cost: two Hessian-vector products, not differentiated; none where groups are known to interact.
     """
+    key = (signature(curvature.tail), grouping.axis)
+    if verdict(key) is False:
+        return False
     like = curvature.gradient[0]
     generator = _generator(like.device)
-    q = [
-        torch.randn(g.shape, generator=generator, device=like.device, dtype=like.dtype)
-        for g in curvature.gradient
-    ]
+    draw = {"generator": generator, "device": like.device}
+    q = [torch.randn(g.shape, dtype=g.dtype, **draw) for g in curvature.gradient]  # type: ignore[call-overload]
     product = curvature.hvp(q, constant=True)
     size = torch.stack([h.abs().max() for h in product]).max()
     tolerance = 8 * torch.finfo(like.dtype).eps * size
-    index = torch.arange(grouping.groups, device=like.device)
-    rounds = []
-    if thoroughly:
-        for digit in range(max(1, math.ceil(math.log(grouping.groups, _EXPONENTS)))):
-            rounds.append(index // _EXPONENTS**digit % _EXPONENTS)
+    if verdict(key):
+        rounds = [torch.randint(0, _EXPONENTS, (grouping.groups,), **draw)]  # type: ignore[call-overload]
     else:
-        rounds.append(torch.randint(0, _EXPONENTS, index.shape, generator=generator, device=like.device))
-    verdict = torch.ones((), dtype=torch.bool, device=like.device)
+        index, digits = torch.arange(grouping.groups, device=like.device), 1
+        while _EXPONENTS**digits < grouping.groups:
+            digits += 1
+        rounds = [index // _EXPONENTS**digit % _EXPONENTS for digit in range(digits)]
+    same = torch.ones_like(size, dtype=torch.bool)
     for exponents in rounds:
-        scale = torch.exp2(exponents.to(like.dtype))[:, None, None].expand(-1, grouping.size, 1)
-        scales = grouping.scatter(scale)
+        by_group = torch.exp2(exponents.to(like.dtype))[:, None, None]
+        scales = grouping.scatter(by_group.expand(-1, grouping.size, 1))
         scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)], constant=True)
         for e, s, h in zip(scales, scaled, product, strict=True):
-            verdict = verdict & ((s / e - h).abs().max() <= tolerance)
-    return verdict | ~torch.isfinite(size)  # a batch that ends in NaN says nothing
+            same = same & ((s / e - h).abs().max() <= tolerance)
+    return holds(key, same | ~torch.isfinite(size))  # a batch that ends in NaN says nothing
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -83,8 +83,5 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
         for k in range(factor.directions):
             u, v = factor.direction(k)
             moved = curvature.hvp(grouping.place(position, v))
-            by_row = grouping.gather(
-                [h.movedim(use.channel, -1) @ u for h, use in zip(moved, grouping.uses, strict=True)]
-            )
-            total = total + (products * by_row).sum()
+            total = total + (products * (grouping.gather_outputs(moved) @ u)).sum()
     return total

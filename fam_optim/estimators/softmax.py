@@ -103,9 +103,7 @@ def softmax_curvature(
         norms = (head.use if differentiable else head.use.detached()).squared_norms()
         if not differentiable:
             rows = rows.detach()
-        top = rows.argmax(-1, keepdim=True)
-        p = rows.scatter(-1, top, -torch.inf).exp().flatten(0, -2)
-        variance = factor.covariance(p, top.flatten()).reshape(a.shape)
+        variance = factor.variance(rows.reshape(-1, head.use.d)).reshape(a.shape)
         values.append((_to_rows(head, a * variance, log_p, dim) * norms).sum())
     return torch.stack(values).sum()
 
