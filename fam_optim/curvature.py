@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fam_optim.layer import at_least_float32
+from fam_optim.compilation import is_compiled
+from fam_optim.layer import LOW_PRECISION, at_least_float32
+from fam_optim.parallel import communicates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +36,8 @@ _REMEDIES = {
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
     "rnn": "Fused recurrent kernels have no second derivative: run the forward under "
     "torch.backends.cudnn.flags(enabled=False).",
-    "aot_autograd": "A compiled region has no second derivative: compile the body up to the layer and "
-    "leave the layer, what follows it and the loss uncompiled.",
+    "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
+    "the layer with use_reentrant=False.",
     "second time": "The loss has been backpropagated already: compute kappa before backward(), or call "
     "backward(retain_graph=True).",
 }
@@ -49,20 +51,50 @@ class Curvature:
     Attributes:
         uses: the layer's uses; z-shaped lists have one tensor for each.
         differentiable: whether products carry gradients to every parameter, or are constants.
-        gradient: dL/dz, whose derivatives the products are.
+        gradient: dL/dz, whose derivatives the products are; in float16 a multiple of it.
+        half: whether anything on the way is float16, whose rounding is then that of the products.
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
+        _check_twice_differentiable(tail.path)
         self.tail = tail
         self.differentiable = differentiable
         self.uses = tail.uses
-        with _exact_layer_norm(tail.path):
-            gradient = _grad([tail.loss], tail, None, create_graph=True)
-        self.gradient = [
-            at_least_float32(g).reshape(use.shape) for g, use in zip(gradient, self.uses, strict=True)
-        ]
+        self.half = any(
+            made.dtype == torch.float16
+            for node in (*tail.path, *tail.ends)
+            for made in node._input_metadata  # what the node's gradient is to look like
+        )
+        self._scale = torch.ones_like(tail.loss)
+        self.gradient = self._scaled_gradient()
+        if self.half:
+            self._choose_scale()
         if not differentiable and not tail.nested:
             self.uses = tuple(use.detached() for use in self.uses)
+
+    def _scaled_gradient(self) -> list[Tensor]:
+        with _exact_backwards(self.tail.path):
+            gradient = _grad([self.tail.loss], self.tail, [self._scale], create_graph=True)
+        return [at_least_float32(g).reshape(use.shape) for g, use in zip(gradient, self.uses, strict=True)]
+
+    def _choose_scale(self) -> None:
+        """Multiplies the loss by a power of two and every product by its inverse, which changes nothing
+        but that float16 holds them: derivatives of a sure softmax over a batch are below its range.
+
+        The largest entry of the gradient, or of the product with a direction like any other, becomes
+        about one, so there is as much room above as below. Measured on the device, without waiting.
+        """
+        self._scale = torch.full_like(self.tail.loss, 2.0**7)
+        self.gradient = self._scaled_gradient()
+        direction = [
+            torch.arange(g.numel(), dtype=g.dtype, device=g.device).cos().view_as(g) for g in self.gradient
+        ]
+        product = self.hvp(direction, constant=True)
+        size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / 2**7
+        # What overflowed is large, what is zero may have underflowed.
+        exponent = -size.nan_to_num(nan=torch.inf).log2().ceil()
+        self._scale = exponent.clamp(-8, 15).exp2().to(self._scale)
+        self.gradient = self._scaled_gradient()
 
     def lift(self, matrix: Tensor) -> list[Tensor]:
         """``u = lin(phi; matrix)`` for every use: where W moving along `matrix` ``(d, m)`` moves z."""
@@ -115,7 +147,7 @@ class Curvature:
             create_graph=create_graph,
         )
         return [
-            torch.zeros_like(g) if p is None else at_least_float32(p).reshape(g.shape)
+            torch.zeros_like(g) if p is None else (at_least_float32(p) / self._scale).reshape(g.shape)
             for p, g in zip(pulled, self.gradient, strict=True)
         ]
 
@@ -123,6 +155,29 @@ class Curvature:
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """``<left, right>`` over all uses."""
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _check_twice_differentiable(path: Sequence[Node]) -> None:
+    """Raises RuntimeError for nodes whose second derivatives torch gives wrong without a word."""
+    for node in path:
+        # torch refuses only where the region's backward depends on what requires gradients, and takes
+        # second derivatives for zero elsewhere: in a compiled cross-entropy, say.
+        if is_compiled(node):
+            raise RuntimeError(
+                "kappa needs second derivatives of what follows the layer, and a region compiled by "
+                "torch.compile has none. Compile what comes before the layer and leave what follows it and "
+                "the loss uncompiled: model.body.compile() instead of model.compile(), or "
+                "torch.compiler.disable on what follows. (A softmax cross-entropy right on the layer's "
+                "output needs none: only the loss must be outside.)"
+            )
+        # Backwards of DTensor's conversions lose their own graph; collectives would mix processes.
+        if communicates(node):
+            raise RuntimeError(
+                f"kappa needs second derivatives of what follows the layer, and {node.name()} there "
+                "communicates with other processes (tensor parallelism, SyncBatchNorm, a loss over gathered "
+                "features), which has none. Regularise a layer behind it, or keep what follows the layer "
+                "and the loss local to the process."
+            )
 
 
 def undifferentiable(tail: Tail) -> str | None:
@@ -178,18 +233,17 @@ def _grad(
 
 
 @contextmanager
-def _exact_layer_norm(path: Sequence[Node]) -> Iterator[None]:
-    """Makes a differentiable backward through LayerNorm right to all orders.
+def _exact_backwards(path: Sequence[Node]) -> Iterator[None]:
+    """Makes a differentiable backward right to all orders, where torch's own is not.
 
-    torch's double backward of layer_norm takes the saved mean and deviation for constants when it is
-    itself differentiated, so third derivatives are wrong, silently (pytorch/pytorch#175754). Within
-    this context the nodes' results are replaced by the same gradient, written out.
+    Within this context the results of the nodes concerned are replaced by the same gradient, written
+    out, see the functions below.
     """
-    handles = [
-        node.register_hook(_layer_norm_backward(node))
-        for node in path
-        if node.name().startswith("NativeLayerNormBackward")
-    ]
+    handles = []
+    for node in path:
+        exact = _exact_backward(node)
+        if exact is not None:
+            handles.append(node.register_hook(exact))
     try:
         yield
     finally:
@@ -197,9 +251,21 @@ def _exact_layer_norm(path: Sequence[Node]) -> Iterator[None]:
             handle.remove()
 
 
+def _exact_backward(node: Any) -> Callable[[Any, Any], Any] | None:
+    name = node.name().rstrip("0123456789")  # in full: their backwards' own nodes go by longer names
+    if name == "NativeLayerNormBackward":
+        return _layer_norm_backward(node)
+    if name == "LogSoftmaxBackward" and node._input_metadata[0].dtype in LOW_PRECISION:
+        return _log_softmax_backward(node)
+    return None
+
+
 def _layer_norm_backward(node: Any) -> Callable[[Any, Any], Any]:
+    """torch's double backward of layer_norm takes the saved mean and deviation for constants when it is
+    itself differentiated, so third derivatives are wrong, silently (pytorch/pytorch#175754)."""
+
     def backward(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
-        x, weight, (grad, *_) = node._saved_input, node._saved_weight, grad_outputs
+        x, weight, grad = at_least_float32(node._saved_input), node._saved_weight, grad_outputs[0]
         axes = tuple(range(-len(node._saved_normalized_shape), 0))
         centred = x - x.mean(axes, keepdim=True)
         variance = centred.square().mean(axes, keepdim=True)
@@ -215,3 +281,26 @@ def _layer_norm_backward(node: Any) -> Callable[[Any, Any], Any]:
         )
 
     return backward
+
+
+def _log_softmax_backward(node: Any) -> Callable[[Any, Any], Any]:
+    """In half precision a probability near one rounds to one, and with ``1 - p`` the curvature is gone.
+    log p still tells them apart, so p is made from it again, in float32 (log_softmax is idempotent)."""
+
+    def backward(grad_inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Any:
+        dim = saved_dim(node)
+        p = at_least_float32(node._saved_result).softmax(dim)
+        grad = at_least_float32(grad_outputs[0])
+        exact = grad - p * grad.sum(dim, keepdim=True)
+        return (exact.to(grad_inputs[0].dtype),)
+
+    return backward
+
+
+def saved_dim(node: Any) -> int:
+    """The axis that a softmax or log_softmax was taken over."""
+    dim: int = node._saved_dim
+    if dim >= 2**63:  # a negative dimension comes back as unsigned
+        dim -= 2**64
+    result: Tensor = node._saved_result
+    return dim % result.dim()

@@ -20,7 +20,9 @@ from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.layer import describe
 from fam_optim.measure import MEASURES
 from fam_optim.observation import Observation
+from fam_optim.parallel import local_derivatives
 from fam_optim.tail import Tail, find_tail
+from fam_optim.verdicts import holds, signature
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,7 +144,8 @@ def layers_flatness(loss: Tensor, layers: Sequence[Layer], settings: Settings) -
 def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
     """The sum of the kappas of the layers at whose outputs the tails end."""
     # Autocast would round the probes and squares, whose small differences are what kappa is made of.
-    with torch.enable_grad(), torch.autocast(tails[0].loss.device.type, enabled=False):
+    autocast = torch.autocast(tails[0].loss.device.type, enabled=False)
+    with torch.enable_grad(), autocast, local_derivatives(tails):
         kappas = [_flatness(tail, settings) for tail in tails]
         return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
 
@@ -173,6 +176,17 @@ def _flatness(tail: Tail, settings: Settings) -> Tensor:
 
 
 def _matrix(tail: Tail) -> Tensor:
-    """W, in no lower precision than the loss."""
-    matrix = tail.uses[0].matrix()
+    """W, one for all calls, in no lower precision than the loss."""
+    first = tail.uses[0]
+    computed = [use.weight for use in tail.uses if use.weight is not first.weight]
+    if computed:  # afresh at every call: by weight_norm, pruning, functional_call, ...
+        same = torch.stack([(weight == first.weight).all() for weight in computed]).all()
+        if not holds((signature(tail), "one weight"), same):
+            raise RuntimeError(
+                "the calls of the layer that the loss depends on were made with different weights "
+                "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "
+                "takes any), and kappa is of one weight. Call the layer once, on the concatenated inputs, or "
+                "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
+            )
+    matrix = first.matrix()
     return matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype))

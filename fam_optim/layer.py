@@ -12,6 +12,7 @@ apply the operation to any other matrix; it knows no loss. The letters are
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from typing import TYPE_CHECKING, cast
 
@@ -27,9 +28,12 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
 def at_least_float32(t: Tensor) -> Tensor:
     """`t` in float32 if it is in a lower precision: second derivatives underflow in half precision."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if t.dtype in LOW_PRECISION else t
 
 
 class Use:
@@ -71,6 +75,8 @@ class LayerUse(Use):
     has_rows = True
 
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
+        if is_sharded(weight):  # FSDP2 has gathered its weights here, within the forward
+            raise TypeError(_tensor_parallel(module))
         self.module = weakref.ref(module)
         self.phi = phi
         self._version = phi._version
@@ -206,6 +212,8 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     Raises:
         TypeError: if the module is not known to be linear in a weight matrix of its own.
     """
+    if getattr(module, "_distribute_module_applied", False):  # parallelize_module's mark
+        raise TypeError(_tensor_parallel(module))
     for bases, kind in (
         ((nn.Linear,), LinearUse),
         (_CONVOLUTIONS, ConvUse),
@@ -215,6 +223,13 @@ def use_type(module: nn.Module) -> type[LayerUse]:
             if isinstance(module, base):
                 _check_forward(module, base)
                 return kind
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        raise TypeError(
+            f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
+            "adapter's output to that of its base_layer and never forms the sum of their weights. Pass "
+            "layer.base_layer to regularise the flatness in the base weight alone, or write the adapter as a "
+            "parametrization of nn.Linear (torch.nn.utils.parametrize), whose sum is the weight then."
+        )
     raise TypeError(
         "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or an nn.Parameter with "
         f"at least two dimensions, got {describe(module)}, which is not known to be linear in a weight "
@@ -227,8 +242,9 @@ def _check_forward(module: nn.Module, base: type[nn.Module]) -> None:
     for name in ("forward", "_conv_forward"):
         if getattr(type(module), name, None) is not getattr(base, name, None):
             raise TypeError(
-                f"`layer` {describe(module)} overrides {base.__name__}.{name}, so its output need not be "
-                f"linear in its weight as that of {base.__name__} is (quantisation-aware layers are not). "
+                f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, "
+                f"overrides {base.__name__}.{name}, so its output need not be linear in its weight as that "
+                f"of {base.__name__} is (quantisation-aware layers are not). "
                 f"Pass a plain nn.{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
             )
 
@@ -244,11 +260,31 @@ def parameter_use(parameter: Tensor) -> Use:
             "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
             f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
         )
+    if is_sharded(parameter):
+        raise TypeError(
+            f"expected `layer` to be a whole weight, got a sharded one, a {describe(parameter)}. With FSDP2 "
+            "(fully_shard) pass the module that owns it, in any mode. Tensor parallelism is not supported."
+        )
     return Use(parameter)
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether `weight` is a DTensor; without importing what the user has not."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(weight, tensor.DTensor)
+
+
+def _tensor_parallel(module: nn.Module) -> str:
+    return (
+        f"`layer` {describe(module)} is tensor parallel: no process has its whole weight, input and output, "
+        "which kappa needs. Leave the layer out of the plan of parallelize_module; what comes before it may "
+        "be tensor parallel. (Weights sharded by FSDP2, fully_shard, are supported.)"
+    )
 
 
 def describe(layer: object) -> str:
     """`layer` as the user wrote it, for error messages."""
     if isinstance(layer, Tensor):
         return f"{type(layer).__name__} of shape {tuple(layer.shape)}"
-    return str(layer).split("\n", 1)[0]
+    text = str(layer)
+    return type(layer).__name__ if "\n" in text else text

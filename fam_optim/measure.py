@@ -73,7 +73,9 @@ class Neuronwise:
         return 1.0, signs @ self.matrix.T
 
     def variance(self, log_p: Tensor) -> Tensor:
-        variance: Tensor = _ClassVariance.apply(log_p, self.matrix)
+        # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
+        dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
+        variance: Tensor = _ClassVariance.apply(log_p.to(dtype), self.matrix.to(dtype))
         return variance
 
 

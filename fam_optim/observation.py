@@ -10,6 +10,7 @@ not in it. The module itself carries one stateless hook, so that it can be copie
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.utils import parametrize
 
-from fam_optim.layer import use_type
+from fam_optim.compilation import OBSERVED, opaque
+from fam_optim.layer import describe, use_type
 
 if TYPE_CHECKING:
     from fam_optim.layer import LayerUse
@@ -32,6 +34,7 @@ class Observation:
     """A module whose calls are being recorded: what `observe` yields and `relative_flatness` takes."""
 
     def __init__(self, module: nn.Module) -> None:
+        module = getattr(module, "_orig_mod", module)  # torch.compile(module) runs the module's own hooks
         use_type(module)
         self.module = module
         self._watching = False
@@ -112,7 +115,7 @@ def release(use: LayerUse) -> None:
     module = use.module()
     if module is not None and module in _live:
         _live[module].discard(use)
-    del use.phi
+    vars(use).pop("phi", None)  # two optimizers may have used it
 
 
 def parametrization(module: nn.Module) -> nn.Module | None:
@@ -125,7 +128,8 @@ def parametrization(module: nn.Module) -> nn.Module | None:
 def _watch(module: nn.Module) -> None:
     _watchers[module] = _watchers.get(module, 0) + 1
     if not _has_hook(module, _record):
-        module.register_forward_hook(_record, with_kwargs=True)
+        # First in line: a hook of the user's may change the output, and belongs to the tail then.
+        module.register_forward_hook(_record, prepend=True, with_kwargs=True)
     source = parametrization(module)
     if source is not None and not _has_hook(source, _keep_computed):
         source.register_forward_hook(_keep_computed)
@@ -151,6 +155,7 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
         module._forward_hooks_with_kwargs.pop(key, None)
 
 
+@partial(opaque, reason=OBSERVED)
 def _keep_computed(parametrization: nn.Module, args: Any, weight: Tensor) -> None:
     """Keeps a parametrised weight as the forward got it: computing it again may advance its state
     (spectral_norm iterates at every access)."""
@@ -160,13 +165,28 @@ def _keep_computed(parametrization: nn.Module, args: Any, weight: Tensor) -> Non
 
 def _weight_in_use(module: nn.Module) -> Tensor:
     source = parametrization(module)
+    if source is not None and not _has_hook(source, _keep_computed):
+        raise RuntimeError(
+            f"`layer` {describe(module)} was parametrised after it was observed. Register parametrizations "
+            "(weight_norm, spectral_norm, LoRA) before building FAM or entering observe()."
+        )
     computed = None if source is None else _computed.pop(source, None)
     return module.weight if computed is None else computed  # type: ignore[return-value]
 
 
+@partial(opaque, reason=OBSERVED)
 def _record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
     """Forward hook: leaves a `Use` on the node that computes `output`."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return None
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
+            "observed. Use torch.nn.parallel.DistributedDataParallel."
+        )
+    # A copy carries the hook along (an average of the model, say), but nobody asked for its kappa. And
+    # within torch.func.grad, vmap, jvp, ... there is no graph that a loss outside could be walked down.
+    if module not in _watchers or torch._C._are_functorch_transforms_active():
         return None
     phi = args[0] if args else kwargs["input"]
     replaced = None

@@ -10,12 +10,14 @@ import math
 import warnings
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.optim import LBFGS, Optimizer
 
+from fam_optim.compilation import opaque
 from fam_optim.flatness import Settings, check_mode, tails_flatness
 from fam_optim.interception import BackwardInterception
 from fam_optim.layer import LayerUse, describe, parameter_use
@@ -25,10 +27,29 @@ from fam_optim.tail import LayerNotUsedError, find_tail
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from torch.autograd.graph import Node
+
     from fam_optim.flatness import Layer
 
 _CHECKPOINT_KEY = "fam"
-_MARK = "fam_optim.regularized_by"
+_MARK = "fam_optim.regularized"
+
+
+class _Mark(NamedTuple):
+    """On the node of a regularised loss: the loss without penalties, and the FAMs that added theirs."""
+
+    plain: Tensor
+    by: frozenset[int]
+
+
+class _Shared:
+    """What a user's calls write to. It is one object, as Lightning and Fabric wrap optimizers in a class
+    that inherits from theirs: `regularize` and the setters are then called with the wrapper for self, which
+    reads FAM's attributes but writes its own (Lightning-AI/pytorch-lightning, core/optimizer.py)."""
+
+    lam: float
+    last_kappa: Tensor | None = None
+    may_step = False  # whether regularize() was called since the last step
 
 
 class FAM(Optimizer):
@@ -71,7 +92,7 @@ class FAM(Optimizer):
 
     Attributes:
         base_optimizer: owns ``state``, ``param_groups`` and ``defaults``; FAM's are the same objects.
-        last_kappa: kappa as it last entered the penalty, detached, on the device; None before.
+        last_kappa: kappa of the loss as it last entered the penalty, detached, on the device; None before.
 
     Raises:
         TypeError: if the layer has no weight matrix, or the base is not an optimizer.
@@ -99,12 +120,12 @@ class FAM(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         self.settings = Settings(measure, mode, normalize, n_samples, generator, detach_hessian)
+        self._shared = _Shared()
         self.lam = lam
         layers = _as_layers(layer)
         for one in layers:
             check_mode(one.module if isinstance(one, Observation) else one, mode)
         self.base_optimizer = _build_base(base_optimizer, params, base_kwargs)
-        self.last_kappa: Tensor | None = None
         self.layers = layers
         self._start()
         self._warn_untrained()
@@ -114,8 +135,11 @@ class FAM(Optimizer):
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
         self._patch_step_function()
-        self._may_step = False
+        self._shared.may_step = False
+        self._unchecked = False
         self._touched: set[int] = set()
+        self._missed: LayerNotUsedError | None = None
+        self._factors: dict[Node, Tensor] = {}
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
         self._reevaluates = isinstance(self.base_optimizer, LBFGS)
         for layer in self.layers:
@@ -127,13 +151,18 @@ class FAM(Optimizer):
     @property
     def lam(self) -> float:
         """Weight of kappa."""
-        return self._lam
+        return self._shared.lam
 
     @lam.setter
     def lam(self, value: float) -> None:
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"expected `lam` to be finite and at least 0, got {value!r}.")
-        self._lam = float(value)
+        self._shared.lam = float(value)
+
+    @property
+    def last_kappa(self) -> Tensor | None:
+        """kappa as it last entered the penalty, detached."""
+        return self._shared.last_kappa
 
     def regularize(self, loss: Tensor) -> Tensor:
         """``loss + lam * kappa``, differentiable: for loops that call backward themselves.
@@ -151,26 +180,54 @@ class FAM(Optimizer):
             RuntimeError: if the loss does not depend on the layer, and as `relative_flatness`.
         """
         regularized = self._regularize(loss, range(len(self.layers))) if self.lam else loss
-        self._may_step = True
+        self._shared.may_step = True
         return regularized
 
     def _regularize(self, loss: Tensor, which: Sequence[int]) -> Tensor:
-        tails = [find_tail(loss, self.layers[i]) for i in which]
-        self._touched.update(which)
-        if any(metadata(node).get(_MARK) == id(self) for tail in tails for node in tail.path):
+        plain, by = self._without_penalties(loss)
+        if id(self._shared) in by:
+            self._touched.update(which)
             return loss
+        tails = [find_tail(plain, self.layers[i]) for i in which]
+        self._touched.update(which)
         for tail in tails:
             self._used.update(use for use in tail.uses if isinstance(use, LayerUse))
         kappa = tails_flatness(tails, self.settings)
-        self.last_kappa = kappa.detach()
+        self._shared.last_kappa = kappa.detach()
         regularized = loss + self.lam * kappa
         assert regularized.grad_fn is not None
-        metadata(regularized.grad_fn)[_MARK] = id(self)
+        metadata(regularized.grad_fn)[_MARK] = _Mark(plain, by | {id(self._shared)})
         return regularized
+
+    def _without_penalties(self, loss: Tensor) -> _Mark:
+        """The loss that kappa is to be computed of, and the FAMs that have regularised it before.
+
+        Another FAM's penalty is no part of the loss, so kappa is that of the loss which it was given.
+
+        Raises:
+            RuntimeError: if the loss was changed since, and so cannot be told from the penalty.
+        """
+        marks = list(_marks(loss))
+        by = frozenset().union(*(mark.by for _, mark in marks))
+        if not marks or id(self._shared) in by:
+            return _Mark(loss, by)
+        node, mark = marks[0]
+        if node is loss.grad_fn:
+            return mark
+        raise RuntimeError(
+            "the loss was changed after another FAM had regularised it, so its kappa cannot be told from the "
+            "loss any more. Scale or add first and regularise last: "
+            "second.regularize(first.regularize(loss / k))."
+        )
 
     def _regularize_if_touched(self, loss: Tensor) -> Tensor:
         """As `regularize`, over the layers that the loss depends on: another network's loss passes."""
-        which = [i for i, layer in enumerate(self.layers) if _depends(loss, layer)]
+        plain, by = self._without_penalties(loss)
+        if id(self._shared) in by:
+            return self._regularize(loss, range(len(self.layers)))
+        reasons = [_why_not_used(plain, layer) for layer in self.layers]
+        self._missed = next(filter(None, reasons), None)
+        which = [i for i, reason in enumerate(reasons) if reason is None]
         return self._regularize(loss, which) if which else loss
 
     # The step
@@ -190,11 +247,12 @@ class FAM(Optimizer):
                 are as before the step.
         """
         if closure is None:
-            if not self._may_step and self.lam and self._trains():
+            if not self._shared.may_step and self.lam and self._trains():
                 raise RuntimeError(
                     "FAM.step() without a closure expects gradients of loss + lam * kappa, but regularize() "
                     "was not called since the last step. Use optimizer.regularize(loss).backward() before "
-                    "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y))."
+                    "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
+                    "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
                 )
             return self._finish(self._base_step())
         backup = self._backup() if self._reevaluates else None
@@ -209,39 +267,82 @@ class FAM(Optimizer):
     def _regularized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure for the base optimizer: backpropagates ``loss + lam * kappa``, returns the loss."""
         evaluations = 0
+        accumulates = self._shared.may_step or not self.lam  # what gradients there are, are in order
 
         def evaluate() -> Any:
             nonlocal evaluations
             evaluations += 1
             self._touched.clear()
+            self._unchecked = not accumulates
             with torch.enable_grad(), BackwardInterception(self._transform) as backward:
                 result = closure()
             if not backward.seen:
+                if accumulates and result is None:  # as Lightning's manual optimisation steps
+                    return None
                 if evaluations > 1:  # the base tries again, from gradients that are still the last try's
                     self.zero_grad()
                 _check_returned(result)
-                torch.autograd.backward(self.regularize(result))
+                self._check_gradients()
+                self.regularize(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
             elif self.lam and len(self._touched) < len(self.layers):
                 missing = next(i for i in range(len(self.layers)) if i not in self._touched)
                 raise LayerNotUsedError(
                     "no loss that was backpropagated in the closure depends on `layer` "
                     f"{_name(self.layers[missing])}, so there is nothing to regularise. Expected the layer "
                     "to be called, as a module, in the forward that made the loss."
-                )
+                ) from self._missed
+            self._unscale_last_kappa(result)
             self._reevaluates = self._reevaluates or evaluations > 1
             return result
 
-        return evaluate
+        return opaque(evaluate, "fam_optim looks into the graph that the closure builds")
 
     def _transform(self, loss: Tensor) -> Tensor:
-        return self._regularize_if_touched(loss) if self.lam else loss
+        self._check_gradients()
+        before = self.last_kappa
+        regularized = self._regularize_if_touched(loss) if self.lam else loss
+        self._factors = {} if self.last_kappa is before else _factors(loss)
+        return regularized
+
+    def _unscale_last_kappa(self, result: Any) -> None:
+        """Makes `last_kappa` that of the loss which the closure returned, where it backpropagated a
+        multiple of it (a GradScaler's): whoever logs the two sees them in one unit."""
+        if isinstance(result, Tensor) and result.grad_fn in self._factors and self.last_kappa is not None:
+            self._shared.last_kappa = self.last_kappa / self._factors[result.grad_fn]
+        self._factors = {}
+
+    def _check_gradients(self) -> None:
+        """Before the first backward of a closure: refuses to add to gradients that lack their kappa.
+
+        So do loops that accumulate with plain backwards and close with a closure (Lightning with
+        accumulate_grad_batches), or that call backward before the step as well (SAM).
+        """
+        if not self._unchecked:
+            return
+        self._unchecked = False
+        trained = [p for p in self._parameters() if p.requires_grad]
+        of_layers = {id(w) for layer in self.layers for w in _weights(layer)}
+        watched = [p for p in trained if id(p) in of_layers] or trained
+        # zero_grad() has made them None; only zero_grad(set_to_none=False) makes this look at numbers.
+        if any(p.grad is not None and bool(p.grad.any()) for p in watched):
+            names = ", ".join(_name(layer) for layer in self.layers)
+            raise RuntimeError(
+                f"the closure would add to gradients that are there already (`layer` {names}), of a backward "
+                "that FAM did not see: the sum would lack part of lam * kappa. To accumulate gradients, call "
+                "optimizer.regularize(loss) on every micro-batch's loss (in Lightning: `return "
+                "self.optimizers().regularize(loss)` in training_step). If they are left from an earlier "
+                "step, call optimizer.zero_grad() first. In a loop written for SAM, leave out the backward "
+                "before the step, or call optimizer.zero_grad() in the closure."
+            )
 
     def _base_step(self, *args: Any) -> Any:
         # torch wraps `step` of every optimizer class to run step hooks and label the profile. FAM's own
         # step is wrapped, so the base's is called below its wrapper, or hooks would run twice. A scheduler
-        # that was built on the base replaces the base's step to watch it; that one is left in place.
+        # that was built on the base replaces its step, only to note here that it was called. Whoever else
+        # replaces it is left in place.
         step = vars(self.base_optimizer).get("step")
-        if step is None:
+        if step is None or hasattr(step, "_wrapped_by_lr_sched"):
+            self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
             wrapped = type(self.base_optimizer).step
             step = getattr(wrapped, "__wrapped__", wrapped).__get__(self.base_optimizer)
         return step(*args)
@@ -256,7 +357,8 @@ class FAM(Optimizer):
             release(use)
         self._used.clear()
         self._touched.clear()
-        self._may_step = False
+        self._factors = {}
+        self._shared.may_step = False
 
     def _backup(self) -> tuple[list[Tensor], dict[Tensor, Any]]:
         """Copies of weights and state, for a base that moves the weights between evaluations (LBFGS)."""
@@ -349,9 +451,7 @@ class FAM(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: vars(self)[name] for name in ("settings", "_lam", "layers", "base_optimizer", "last_kappa")
-        }
+        return {name: vars(self)[name] for name in ("settings", "layers", "base_optimizer", "_shared")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -410,20 +510,52 @@ def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -
     return base
 
 
+def _marks(loss: Any) -> Iterator[tuple[Node, _Mark]]:
+    """The regularised losses that `loss` was made of by arithmetic on scalars: ``loss / 4``, ``a + b``."""
+    stack = [loss.grad_fn] if isinstance(loss, Tensor) else []
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None or any(math.prod(made.shape) != 1 for made in node._input_metadata):
+            continue
+        if _MARK in metadata(node):
+            yield node, metadata(node)[_MARK]
+            continue
+        below = {n for n, _ in node.next_functions} - seen
+        seen |= below
+        stack.extend(below)
+
+
+def _factors(loss: Tensor) -> dict[Node, Tensor]:
+    """The scalars that `loss` is a multiple of, by their nodes, and the factors."""
+    factors: dict[Node, Tensor] = {}
+    node = loss.grad_fn
+    while node is not None and node.name().startswith(("MulBackward", "DivBackward")):
+        below = [(n, output) for n, output in node.next_functions if n is not None]
+        if len(below) != 1:
+            break
+        edge = GradientEdge(*below[0])
+        node = edge.node
+        (factor,) = torch.autograd.grad(loss, edge, retain_graph=True)
+        factors[node] = factor.reshape(())
+    return factors
+
+
 def _check_returned(result: Any) -> None:
     if not isinstance(result, Tensor) or result.grad_fn is None:
         raise RuntimeError(
             "expected the closure to return the loss as a tensor with its graph, or to call "
-            f"loss.backward() itself; it called no backward and returned {result!r}."
+            f"loss.backward() itself; it called no backward and returned {result!r}. (In Lightning's manual "
+            "optimisation, call self.manual_backward(optimizer.regularize(loss)) before optimizer.step().)"
         )
 
 
-def _depends(loss: Tensor, layer: Layer) -> bool:
+def _why_not_used(loss: Tensor, layer: Layer) -> LayerNotUsedError | None:
     try:
         find_tail(loss, layer)
-    except LayerNotUsedError:
-        return False
-    return True
+    except LayerNotUsedError as error:
+        return error.with_traceback(None)  # whose frames would keep the graph
+    return None
 
 
 def _weights(layer: Layer) -> list[Tensor]:
@@ -433,7 +565,11 @@ def _weights(layer: Layer) -> list[Tensor]:
     source = parametrization(layer.module)
     if source is not None:
         return list(source.parameters())
-    return [cast("Tensor", layer.module.weight)]
+    own = dict(layer.module.named_parameters(recurse=False))
+    if "weight" in own:
+        return [own["weight"]]
+    # Pruning and the older weight_norm and spectral_norm compute `weight` in a pre-hook, from weight_*.
+    return [p for name, p in own.items() if name.startswith("weight_")]
 
 
 def _name(layer: Layer) -> str:

@@ -154,14 +154,16 @@ def independent(curvature: Curvature, grouping: Grouping) -> bool:
     q = [torch.randn(g.shape, dtype=g.dtype, **draw) for g in curvature.gradient]  # type: ignore[call-overload]
     product = curvature.hvp(q, constant=True)
     size = torch.stack([h.abs().max() for h in product]).max()
-    tolerance = 8 * torch.finfo(like.dtype).eps * size
+    # float16 ends early, and below its normal range scaling rounds.
+    base, precision = (8, torch.float16) if curvature.half else (_EXPONENTS, like.dtype)
+    tolerance = 8 * torch.finfo(precision).eps * size
     if verdict(key):
-        rounds = [torch.randint(0, _EXPONENTS, (grouping.groups,), **draw)]  # type: ignore[call-overload]
+        rounds = [torch.randint(0, base, (grouping.groups,), **draw)]  # type: ignore[call-overload]
     else:
         index, digits = torch.arange(grouping.groups, device=like.device), 1
-        while _EXPONENTS**digits < grouping.groups:
+        while base**digits < grouping.groups:
             digits += 1
-        rounds = [index // _EXPONENTS**digit % _EXPONENTS for digit in range(digits)]
+        rounds = [index // base**digit % base for digit in range(digits)]
     same = torch.ones_like(size, dtype=torch.bool)
     for exponents in rounds:
         by_group = torch.exp2(exponents.to(like.dtype))[:, None, None]

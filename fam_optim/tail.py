@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from fam_optim.compilation import is_compiled
 from fam_optim.layer import Use, describe, parameter_use
 from fam_optim.observation import Observation, recorded_use
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from fam_optim.layer import LayerUse
+
+
+_COMPILED = (
+    " A model that ran compiled before does not call the hook that observes the layer: call "
+    "torch.compiler.reset() after building FAM; with observe(), run the uncompiled model "
+    "(compiled._orig_mod), which shares its weights."
+)
 
 
 class LayerNotUsedError(RuntimeError):
@@ -56,6 +64,8 @@ def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
     Raises:
         ValueError: if the loss is not a scalar.
         LayerNotUsedError: if it does not depend on the layer.
+        RuntimeError: if it contains a derivative (a gradient penalty) of something that torch or we cannot
+            differentiate further.
     """
     _check_scalar(loss)
     if isinstance(layer, Observation):
@@ -65,17 +75,20 @@ def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
         use = parameter_use(layer)
         parents, found = _walk(loss, lambda node: _accumulator(node, layer, use), stop=True)
     if not found:
-        raise LayerNotUsedError(_not_used(layer))
+        raise LayerNotUsedError(_not_used(layer, parents))
     for use, _ in found:
         use.check()
     ends = [edge.node for _, edge in found]
-    return Tail(
+    tail = Tail(
         loss=loss,
         uses=tuple(use for use, _ in found),
         edges=tuple(edge for _, edge in found),
         path=tuple(_above(ends, parents)),
         nested=len(ends) > 1 and any(set(_above([end], parents)) & (set(ends) - {end}) for end in ends),
     )
+    if _contains_derivatives(tail) and isinstance(layer, Observation):
+        return _weight_tail(tail, layer) or tail
+    return tail
 
 
 def _walk(
@@ -145,14 +158,64 @@ def _check_scalar(loss: Tensor) -> None:
         )
 
 
-def _not_used(layer: Observation | Tensor) -> str:
+def _contains_derivatives(tail: Tail) -> bool:
+    """Whether the loss is made of derivatives too (a gradient penalty): they show as backwards of backwards.
+
+    Raises:
+        RuntimeError: if these are derivatives of LayerNorm.
+    """
+    backwards = [node.name() for node in tail.path if node.name().count("Backward") > 1]
+    if any(name.startswith("NativeLayerNormBackwardBackward") for name in backwards):
+        raise RuntimeError(
+            "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
+            "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
+        )
+    return bool(backwards)
+
+
+def _weight_tail(tail: Tail, layer: Observation) -> Tail | None:
+    """The tail down to the weight itself, if the loss depends on it beside the layer's outputs; or None.
+
+    A derivative taken behind the layer is a function of z like any other. One taken through the layer
+    multiplies with W, beside ``z = lin(phi; W)``, and only the weight sees both. (It also sees its uses
+    elsewhere, if it is tied.)
+    """
+    weight = tail.uses[0].weight
+    if not weight.requires_grad or any(use.weight is not weight for use in tail.uses):
+        raise RuntimeError(
+            f"`loss` contains a derivative (a gradient penalty), through which the weight of `layer` "
+            f"{describe(layer.module)} cannot be followed: it is frozen, or computed at every call. Call "
+            "requires_grad_() on a frozen weight and leave it out of the optimizer's parameters; make calls "
+            "with a computed one within torch.nn.utils.parametrize.cached()."
+        )
+    live, edge, use = layer.live_uses(), get_gradient_edge(weight), Use(weight)
+    beside, _ = _walk(tail.loss, lambda node: _observed(node, live), stop=True)
+    if edge.node not in beside:
+        return None
+    if tail.uses[0].matrix().shape != use.matrix().shape:
+        raise RuntimeError(
+            f"`loss` contains a derivative (a gradient penalty) through `layer` {describe(layer.module)}, "
+            "which kappa does not support for transposed convolutions."
+        )
+    parents, _ = _walk(tail.loss, lambda node: (use, edge) if node is edge.node else None, stop=True)
+    return Tail(tail.loss, (use,), (edge,), tuple(_above([edge.node], parents)), nested=False)
+
+
+def _not_used(layer: Observation | Tensor, nodes: Iterable[Node]) -> str:
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        of = layer.module if isinstance(layer, Observation) else layer
+        return (
+            f"`loss` does not depend on `layer` {describe(of)} outside reentrant activation checkpoints, and "
+            "what happens in one is not in the graph. Checkpoint with use_reentrant=False, or leave the "
+            "layer out of the checkpoint."
+        )
     if isinstance(layer, Observation):
         return (
             f"`loss` does not depend on an observed call of `layer` {describe(layer.module)}. Expected the "
             "layer to be called, as a module, in the forward that made the loss, after FAM was built or "
             "inside `with observe(layer)`, and the loss not to have been backpropagated and stepped "
             "already. (nn.MultiheadAttention never calls its out_proj: pass out_proj.weight, an "
-            "nn.Parameter, with mode='hutchinson'.)"
+            "nn.Parameter, with mode='hutchinson'.)" + (_COMPILED if any(map(is_compiled, nodes)) else "")
         )
     frozen = "" if layer.requires_grad else " It does not require gradients: call requires_grad_() first."
     return f"`loss` does not depend on `layer`, a {describe(layer)}.{frozen}"

@@ -33,7 +33,7 @@ def layer_hessian(curvature: Curvature) -> Tensor:
     weight = curvature.uses[0].matrix()
     rows = []
     for index in range(weight.numel()):
-        unit = torch.zeros_like(weight)
+        unit = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         unit.view(-1)[index] = 1
         rows.append(curvature.times(unit))
     return torch.stack(rows).reshape(*weight.shape, *weight.shape)

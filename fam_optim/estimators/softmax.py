@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge
 
+from fam_optim.curvature import saved_dim
 from fam_optim.layer import LayerUse, at_least_float32
+from fam_optim.parallel import DDP_SINK, inputs_of
 from fam_optim.verdicts import holds, signature
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     from fam_optim.tail import Tail
 
 # Names of autograd nodes, without "Backward" and the number.
-_ORDER_KEEPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias"}
+_ORDER_KEEPING = {
+    *("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias", DDP_SINK)
+}
 _MOVING = _ORDER_KEEPING | {"Transpose", "Permute", "T", "Slice", "Select", "Index", "IndexSelect", "Narrow"}
 _LINEAR = _MOVING | {
     *("Add", "Sub", "Neg", "Sum", "Mean", "Expand", "Gather", "MaskedFill", "MaskedSelect", "Where"),
@@ -69,10 +73,10 @@ def find_softmax_heads(tail: Tail) -> list[SoftmaxHead] | None:
     heads = []
     for node in nodes:
         moves = []
-        below = node.next_functions[0][0]
+        below, output = node.next_functions[0]
         while below is not None and below not in ends and _kind(below) in _MOVING:
             moves.append(_kind(below))
-            below = below.next_functions[0][0]
+            below, output = inputs_of(below, output)[0]
         if below not in ends:
             return None
         use, edge = ends[below]
@@ -97,7 +101,7 @@ def softmax_curvature(
         log_p = head.node._saved_result  # type: ignore[attr-defined]
         trained = differentiable and not head.constant
         (slope,) = torch.autograd.grad(tail.loss, log_p, create_graph=trained, retain_graph=True)
-        dim = _dim(head.node)
+        dim = saved_dim(head.node)
         a = -at_least_float32(slope).sum(dim)
         rows = at_least_float32(log_p).movedim(dim, -1)
         norms = (head.use if differentiable else head.use.detached()).squared_norms()
@@ -113,16 +117,18 @@ def _descend_linear(tail: Tail, path: set[Node], ends: set[Node]) -> tuple[list[
     heads, constant = [], True
     root = tail.loss.grad_fn
     assert root is not None
-    seen, stack = {root}, [root]
+    stack = [(root, tail.loss.output_nr)]
+    seen = set(stack)
     while stack:
-        node = stack.pop()
+        node, output = stack.pop()
         kind = _kind(node)
         if kind == "LogSoftmax":
             heads.append(node)
             continue
         if node in ends:  # linear in z itself: no curvature
             continue
-        on_path = [i for i, (below, _) in enumerate(node.next_functions) if below in path]
+        inputs = inputs_of(node, output)
+        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
         if kind in _LINEAR_IN_FIRST:
             linear = on_path == [0]
         elif kind in _LINEAR_IN_EITHER:
@@ -131,21 +137,21 @@ def _descend_linear(tail: Tail, path: set[Node], ends: set[Node]) -> tuple[list[
             linear = kind in _LINEAR
         if not linear:
             return None
-        for below, _ in node.next_functions:
+        for below, its_output in inputs:
             if below is None:
                 continue
             if below not in path:
                 constant = False
-            elif below not in seen:
-                seen.add(below)
-                stack.append(below)
+            elif (below, its_output) not in seen:
+                seen.add((below, its_output))
+                stack.append((below, its_output))
     return heads, constant
 
 
 def _over_the_outputs(head: SoftmaxHead, tail: Tail) -> bool:
     """Whether the softmax is taken over exactly the d outputs of each of the layer's rows."""
     log_p: Tensor = head.node._saved_result  # type: ignore[attr-defined]
-    dim = _dim(head.node)
+    dim = saved_dim(head.node)
     if log_p.shape[dim] != head.use.d:
         return False
     if _keeps_order(head):
@@ -185,14 +191,6 @@ def _carry_back(head: SoftmaxHead, t: Tensor) -> Tensor:
         GradientEdge(below, output), head.edge, t, create_graph=True, retain_graph=True
     )
     return at_least_float32(moved).reshape(head.use.shape)
-
-
-def _dim(node: Node) -> int:
-    dim: int = node._saved_dim  # type: ignore[attr-defined]
-    if dim >= 2**63:  # a negative dimension comes back as unsigned
-        dim -= 2**64
-    result: Tensor = node._saved_result  # type: ignore[attr-defined]
-    return dim % result.dim()
 
 
 def _kind(node: Node) -> str:

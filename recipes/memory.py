@@ -1,0 +1,54 @@
+"""Peak memory of a call: what is alive before it and the highest that it allocates on top."""
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library is chatty
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes at the highest point of ``call``, tensors that were alive before included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return _peak_on_cpu(call, device)
+
+
+def _peak_on_cpu(call: Callable[[], Any], device: torch.device) -> int:
+    """The CPU allocator keeps no peak, so it is summed up from the profiler's record of allocations."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    current = highest = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        current += event["args"]["Bytes"]
+        highest = max(highest, current)
+    return highest + alive_bytes(device)
+
+
+def alive_bytes(device: torch.device) -> int:
+    """Bytes of all tensors that are alive now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,71 @@
+"""Every Python block of the README runs as it stands, in order, in one namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def readers_names() -> dict[str, Any]:
+    """What a reader has at hand: a model with a head, a criterion, a batch and a loader."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 6), torch.randint(0, 3, (12,))
+    model = Net()
+    return {
+        "model": model,
+        "criterion": nn.CrossEntropyLoss(),
+        "x": x,
+        "y": y,
+        "loader": [(x[:8], y[:8]), (x[8:], y[8:])],
+        "__name__": "readme",
+    }
+
+
+def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = readers_names()
+    before = names["model"].head.weight.detach().clone()
+    assert len(BLOCKS) > 1
+    for number, block in enumerate(BLOCKS, 1):
+        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
+    assert not torch.equal(names["model"].head.weight, before)
+
+
+def test_the_three_line_diff() -> None:
+    (diff,) = re.findall(r"```diff\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    names = readers_names()
+    for sign in "-+":
+        lines = [line[1:] for line in diff.splitlines() if line[0] in (sign, " ")]
+        exec("from fam_optim import FAM\nimport torch\n" + "\n".join(lines), names)
+        assert type(names["optimizer"]).__name__ == {"-": "SGD", "+": "FAM"}[sign]
+    assert names["loss"].isfinite()
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    script = (README.parent / ".ci" / "run").read_text()
+    assert "README.md" in script and "python -m pytest" in README.read_text()
+
+
+def test_changelog_and_version_are_there() -> None:
+    import fam_optim
+
+    changelog = (README.parent / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in changelog or f"## [{fam_optim.__version__}]" in changelog
