@@ -6,53 +6,30 @@ Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-import weakref
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.optim import LBFGS, Optimizer
 
 from fam_optim.compilation import opaque
-from fam_optim.flatness import Settings, check_mode, tails_flatness
+from fam_optim.flatness import Settings
 from fam_optim.interception import BackwardInterception
-from fam_optim.layer import LayerUse, describe, parameter_use
-from fam_optim.observation import Observation, metadata, parametrization, release
-from fam_optim.tail import LayerNotUsedError, find_tail
+from fam_optim.penalty import Penalty, name_of, weights_of
+from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
+    from torch import nn
     from torch.autograd.graph import Node
 
-    from fam_optim.flatness import Layer
-
 _CHECKPOINT_KEY = "fam"
-_MARK = "fam_optim.regularized"
 
 
-class _Mark(NamedTuple):
-    """On the node of a regularised loss: the loss without penalties, and the FAMs that added theirs."""
-
-    plain: Tensor
-    by: frozenset[int]
-
-
-class _Shared:
-    """What a user's calls write to. It is one object, as Lightning and Fabric wrap optimizers in a class
-    that inherits from theirs: `regularize` and the setters are then called with the wrapper for self, which
-    reads FAM's attributes but writes its own (Lightning-AI/pytorch-lightning, core/optimizer.py)."""
-
-    lam: float
-    last_kappa: Tensor | None = None
-    may_step = False  # whether regularize() was called since the last step
-
-
-class FAM(Optimizer):
+class FAM(OptimizerWrapper):
     """Minimises ``loss + lam * kappa``, kappa the relative flatness of one layer's weights.
 
     >>> optimizer = FAM(model.parameters(), torch.optim.SGD, layer=model.head, lr=0.1, momentum=0.9)
@@ -119,50 +96,32 @@ class FAM(Optimizer):
         generator: torch.Generator | None = None,
         **base_kwargs: Any,
     ) -> None:
-        self.settings = Settings(measure, mode, normalize, n_samples, generator, detach_hessian)
-        self._shared = _Shared()
-        self.lam = lam
-        layers = _as_layers(layer)
-        for one in layers:
-            check_mode(one.module if isinstance(one, Observation) else one, mode)
-        self.base_optimizer = _build_base(base_optimizer, params, base_kwargs)
-        self.layers = layers
-        self._start()
+        settings = Settings(measure, mode, normalize, n_samples, generator, detach_hessian)
+        self.penalty = Penalty(layer, lam, settings)
+        self._start(_build_base(base_optimizer, params, base_kwargs))
         self._warn_untrained()
 
-    def _start(self) -> None:
+    def _start(self, base_optimizer: Optimizer) -> None:
         """What a new, copied or unpickled FAM needs beside its attributes."""
-        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
-            setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
-        self._patch_step_function()
-        self._shared.may_step = False
-        self._unchecked = False
-        self._touched: set[int] = set()
-        self._missed: LayerNotUsedError | None = None
-        self._factors: dict[Node, Tensor] = {}
-        self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
-        self._reevaluates = isinstance(self.base_optimizer, LBFGS)
-        for layer in self.layers:
-            if isinstance(layer, Observation):
-                layer.start()
+        self._wrap(base_optimizer)
+        self.penalty.start()
+        self._reevaluates = isinstance(base_optimizer, LBFGS)
 
     # The penalty
 
     @property
     def lam(self) -> float:
         """Weight of kappa."""
-        return self._shared.lam
+        return self.penalty.lam
 
     @lam.setter
     def lam(self, value: float) -> None:
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"expected `lam` to be finite and at least 0, got {value!r}.")
-        self._shared.lam = float(value)
+        self.penalty.lam = value
 
     @property
     def last_kappa(self) -> Tensor | None:
         """kappa as it last entered the penalty, detached."""
-        return self._shared.last_kappa
+        return self.penalty.last_kappa
 
     def regularize(self, loss: Tensor) -> Tensor:
         """``loss + lam * kappa``, differentiable: for loops that call backward themselves.
@@ -179,56 +138,9 @@ class FAM(Optimizer):
         Raises:
             RuntimeError: if the loss does not depend on the layer, and as `relative_flatness`.
         """
-        regularized = self._regularize(loss, range(len(self.layers))) if self.lam else loss
-        self._shared.may_step = True
+        regularized = self.penalty.add(loss) if self.lam else loss
+        self.penalty.given = True
         return regularized
-
-    def _regularize(self, loss: Tensor, which: Sequence[int]) -> Tensor:
-        plain, by = self._without_penalties(loss)
-        if id(self._shared) in by:
-            self._touched.update(which)
-            return loss
-        tails = [find_tail(plain, self.layers[i]) for i in which]
-        self._touched.update(which)
-        for tail in tails:
-            self._used.update(use for use in tail.uses if isinstance(use, LayerUse))
-        kappa = tails_flatness(tails, self.settings)
-        self._shared.last_kappa = kappa.detach()
-        regularized = loss + self.lam * kappa
-        assert regularized.grad_fn is not None
-        metadata(regularized.grad_fn)[_MARK] = _Mark(plain, by | {id(self._shared)})
-        return regularized
-
-    def _without_penalties(self, loss: Tensor) -> _Mark:
-        """The loss that kappa is to be computed of, and the FAMs that have regularised it before.
-
-        Another FAM's penalty is no part of the loss, so kappa is that of the loss which it was given.
-
-        Raises:
-            RuntimeError: if the loss was changed since, and so cannot be told from the penalty.
-        """
-        marks = list(_marks(loss))
-        by = frozenset().union(*(mark.by for _, mark in marks))
-        if not marks or id(self._shared) in by:
-            return _Mark(loss, by)
-        node, mark = marks[0]
-        if node is loss.grad_fn:
-            return mark
-        raise RuntimeError(
-            "the loss was changed after another FAM had regularised it, so its kappa cannot be told from the "
-            "loss any more. Scale or add first and regularise last: "
-            "second.regularize(first.regularize(loss / k))."
-        )
-
-    def _regularize_if_touched(self, loss: Tensor) -> Tensor:
-        """As `regularize`, over the layers that the loss depends on: another network's loss passes."""
-        plain, by = self._without_penalties(loss)
-        if id(self._shared) in by:
-            return self._regularize(loss, range(len(self.layers)))
-        reasons = [_why_not_used(plain, layer) for layer in self.layers]
-        self._missed = next(filter(None, reasons), None)
-        which = [i for i, reason in enumerate(reasons) if reason is None]
-        return self._regularize(loss, which) if which else loss
 
     # The step
 
@@ -247,118 +159,104 @@ class FAM(Optimizer):
                 are as before the step.
         """
         if closure is None:
-            if not self._shared.may_step and self.lam and self._trains():
+            if self.lam and not self.penalty.given and self._trains():
                 raise RuntimeError(
                     "FAM.step() without a closure expects gradients of loss + lam * kappa, but regularize() "
                     "was not called since the last step. Use optimizer.regularize(loss).backward() before "
                     "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
                     "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
                 )
-            return self._finish(self._base_step())
+            result = self._base_step()
+            self._finish()
+            return result
         backup = self._backup() if self._reevaluates else None
         try:
-            return self._finish(self._base_step(self._regularized(closure)))
+            result = self._base_step(self._regularized(closure))
         except BaseException:
             if backup is not None:
                 self._restore(backup)
-            self._forget()
+            self.penalty.forget()
             raise
+        self._finish()
+        return result
 
     def _regularized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure for the base optimizer: backpropagates ``loss + lam * kappa``, returns the loss."""
         evaluations = 0
-        accumulates = self._shared.may_step or not self.lam  # what gradients there are, are in order
+        accumulates = self.penalty.given or not self.lam  # what gradients there are, are in order
+        factors: dict[Node, Tensor] = {}
+
+        def transform(loss: Tensor) -> Tensor:
+            if not (accumulates or self.penalty.touched):
+                self._check_gradients()
+            before = self.last_kappa
+            regularized = self.penalty.add_where_touched(loss) if self.lam else loss
+            if self.last_kappa is not before:
+                factors.update(_factors(loss))
+            return regularized
 
         def evaluate() -> Any:
             nonlocal evaluations
             evaluations += 1
-            self._touched.clear()
-            self._unchecked = not accumulates
-            with torch.enable_grad(), BackwardInterception(self._transform) as backward:
+            self._reevaluates = self._reevaluates or evaluations > 1
+            self.penalty.begin()
+            factors.clear()
+            with torch.enable_grad(), BackwardInterception(transform) as backward:
                 result = closure()
-            if not backward.seen:
-                if accumulates and result is None:  # as Lightning's manual optimisation steps
-                    return None
+            if backward.seen:
+                if self.lam:
+                    self.penalty.check_all_touched()
+                self._unscale_last_kappa(result, factors)
+            elif not (accumulates and result is None):  # None: Lightning's manual optimisation just steps
                 if evaluations > 1:  # the base tries again, from gradients that are still the last try's
                     self.zero_grad()
                 _check_returned(result)
-                self._check_gradients()
+                if not accumulates:
+                    self._check_gradients()
                 self.regularize(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
-            elif self.lam and len(self._touched) < len(self.layers):
-                missing = next(i for i in range(len(self.layers)) if i not in self._touched)
-                raise LayerNotUsedError(
-                    "no loss that was backpropagated in the closure depends on `layer` "
-                    f"{_name(self.layers[missing])}, so there is nothing to regularise. Expected the layer "
-                    "to be called, as a module, in the forward that made the loss."
-                ) from self._missed
-            self._unscale_last_kappa(result)
-            self._reevaluates = self._reevaluates or evaluations > 1
             return result
 
         return opaque(evaluate, "fam_optim looks into the graph that the closure builds")
 
-    def _transform(self, loss: Tensor) -> Tensor:
-        self._check_gradients()
-        before = self.last_kappa
-        regularized = self._regularize_if_touched(loss) if self.lam else loss
-        self._factors = {} if self.last_kappa is before else _factors(loss)
-        return regularized
-
-    def _unscale_last_kappa(self, result: Any) -> None:
+    def _unscale_last_kappa(self, result: Any, factors: dict[Node, Tensor]) -> None:
         """Makes `last_kappa` that of the loss which the closure returned, where it backpropagated a
         multiple of it (a GradScaler's): whoever logs the two sees them in one unit."""
-        if isinstance(result, Tensor) and result.grad_fn in self._factors and self.last_kappa is not None:
-            self._shared.last_kappa = self.last_kappa / self._factors[result.grad_fn]
-        self._factors = {}
+        if isinstance(result, Tensor) and result.grad_fn in factors and self.last_kappa is not None:
+            self.penalty.last_kappa = self.last_kappa / factors[result.grad_fn]
 
     def _check_gradients(self) -> None:
         """Before the first backward of a closure: refuses to add to gradients that lack their kappa.
 
         So do loops that accumulate with plain backwards and close with a closure (Lightning with
-        accumulate_grad_batches), or that call backward before the step as well (SAM).
+        accumulate_grad_batches), or that call backward before the step as well (SAM). Gradients that are
+        still those of FAM's last step are in order: whoever does not zero them, accumulates.
         """
-        if not self._unchecked:
-            return
-        self._unchecked = False
-        trained = [p for p in self._parameters() if p.requires_grad]
-        of_layers = {id(w) for layer in self.layers for w in _weights(layer)}
-        watched = [p for p in trained if id(p) in of_layers] or trained
-        # zero_grad() has made them None; only zero_grad(set_to_none=False) makes this look at numbers.
-        if any(p.grad is not None and bool(p.grad.any()) for p in watched):
-            names = ", ".join(_name(layer) for layer in self.layers)
+        for p in self._watched():
+            if p.grad is None or getattr(p.grad, "_of_fam_step", None) == p.grad._version:
+                continue
+            if not bool(p.grad.any()):  # only zero_grad(set_to_none=False) makes this look at numbers
+                continue
+            names = ", ".join(name_of(layer) for layer in self.penalty.layers)
             raise RuntimeError(
                 f"the closure would add to gradients that are there already (`layer` {names}), of a backward "
                 "that FAM did not see: the sum would lack part of lam * kappa. To accumulate gradients, call "
                 "optimizer.regularize(loss) on every micro-batch's loss (in Lightning: `return "
-                "self.optimizers().regularize(loss)` in training_step). If they are left from an earlier "
-                "step, call optimizer.zero_grad() first. In a loop written for SAM, leave out the backward "
-                "before the step, or call optimizer.zero_grad() in the closure."
+                "self.optimizers().regularize(loss)` in training_step). If they are left from training "
+                "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
+                "backward before the step, or call optimizer.zero_grad() in the closure."
             )
 
-    def _base_step(self, *args: Any) -> Any:
-        # torch wraps `step` of every optimizer class to run step hooks and label the profile. FAM's own
-        # step is wrapped, so the base's is called below its wrapper, or hooks would run twice. A scheduler
-        # that was built on the base replaces its step, only to note here that it was called. Whoever else
-        # replaces it is left in place.
-        step = vars(self.base_optimizer).get("step")
-        if step is None or hasattr(step, "_wrapped_by_lr_sched"):
-            self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
-            wrapped = type(self.base_optimizer).step
-            step = getattr(wrapped, "__wrapped__", wrapped).__get__(self.base_optimizer)
-        return step(*args)
+    def _finish(self) -> None:
+        self.penalty.forget()
+        for p in self._watched():
+            if p.grad is not None:
+                p.grad._of_fam_step = p.grad._version  # type: ignore[attr-defined]
 
-    def _finish(self, result: Any) -> Any:
-        self._forget()
-        return result
-
-    def _forget(self) -> None:
-        """Drops what was recorded of this step's forwards, although the user may keep their losses."""
-        for use in list(self._used):
-            release(use)
-        self._used.clear()
-        self._touched.clear()
-        self._factors = {}
-        self._shared.may_step = False
+    def _watched(self) -> Sequence[Tensor]:
+        """The parameters whose gradients show what was backpropagated: the layers', if they are trained."""
+        trained = {id(p) for p in self._parameters() if p.requires_grad}
+        weights = [w for layer in self.penalty.layers for w in weights_of(layer) if id(w) in trained]
+        return weights or [p for p in self._parameters() if p.requires_grad]
 
     def _backup(self) -> tuple[list[Tensor], dict[Tensor, Any]]:
         """Copies of weights and state, for a base that moves the weights between evaluations (LBFGS)."""
@@ -377,116 +275,44 @@ class FAM(Optimizer):
         """Whether a step moves anything: torch.distributed.checkpoint creates the state with one at lr 0."""
         return any(group.get("lr") != 0 for group in self.param_groups)
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
+    # Copies and checkpoints
 
-    # Everything else is the base optimizer's: one storage, nothing copied.
+    def _own_state(self) -> dict[str, Any]:
+        generator = self.penalty.settings.generator
+        state = None if generator is None else generator.get_state()
+        return {_CHECKPOINT_KEY: {"lam": self.lam, "generator": state}}
 
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
-
-    @property
-    def _optimizer_step_pre_hooks(self) -> Any:  # type: ignore[override]
-        return self.base_optimizer._optimizer_step_pre_hooks
-
-    @property
-    def _optimizer_step_post_hooks(self) -> Any:  # type: ignore[override]
-        return self.base_optimizer._optimizer_step_post_hooks
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The base optimizer's."""
-        self.base_optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, which loads it, with lam and the generator's state beside it."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        generator = self.settings.generator
-        own = {"lam": self.lam, "generator": None if generator is None else generator.get_state()}
-        state_dict: dict[str, Any] = {**self.base_optimizer.state_dict(), _CHECKPOINT_KEY: own}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _or(post_hook(self, state_dict), state_dict)
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a `state_dict` of FAM or of its plain base optimizer (lam stays as it is then)."""
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _or(hook(self, state_dict), state_dict)
-        own = state_dict.pop(_CHECKPOINT_KEY, None)
-        self.base_optimizer.load_state_dict(state_dict)
-        if own is not None:
-            self.lam = own["lam"]
-            if self.settings.generator is not None and own["generator"] is not None:
-                self.settings.generator.set_state(own["generator"].cpu())
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        saved = own.get(_CHECKPOINT_KEY)
+        if saved is None:  # of a plain base optimizer: lam stays as it is
+            return
+        self.lam = saved["lam"]
+        generator = self.penalty.settings.generator
+        if generator is not None and saved["generator"] is not None:
+            generator.set_state(saved["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("settings", "layers", "base_optimizer", "_shared")}
+        return {"penalty": self.penalty, "base_optimizer": self.base_optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._start()
+        self.penalty = state["penalty"]
+        self._start(state["base_optimizer"])
 
     def __repr__(self) -> str:
-        layers = ", ".join(_name(layer) for layer in self.layers)
-        return f"FAM(lam={self.lam}, mode={self.settings.mode!r}, layer={layers}, base={self.base_optimizer})"
+        layers = ", ".join(name_of(layer) for layer in self.penalty.layers)
+        mode = self.penalty.settings.mode
+        return f"FAM(lam={self.lam}, mode={mode!r}, layer={layers}, base={self.base_optimizer})"
 
     def _warn_untrained(self) -> None:
         trained = {id(p) for p in self._parameters()}
-        for layer in self.layers:
-            if not any(id(p) in trained for p in _weights(layer)):
+        for layer in self.penalty.layers:
+            if not any(id(p) in trained for p in weights_of(layer)):
                 warnings.warn(
-                    f"the weight of `layer` {_name(layer)} is not among the parameters given to FAM: its "
+                    f"the weight of `layer` {name_of(layer)} is not among the parameters given to FAM: its "
                     "kappa is computed and regularises the others, but it is not trained. Add it to `params` "
                     "if it should be.",
                     stacklevel=3,
                 )
-
-
-def _as_layers(layer: Any) -> tuple[Layer, ...]:
-    several = layer if isinstance(layer, (list, tuple)) else (layer,)
-    if not several:
-        raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
-    for one in several:
-        if not isinstance(one, (nn.Module, nn.Parameter)):
-            raise TypeError(
-                f"expected `layer` to be an nn.Module or an nn.Parameter, got {type(one).__name__}: {one!r}."
-            )
-        if isinstance(one, nn.Parameter):
-            parameter_use(one)
-    if len({id(one) for one in several}) < len(several):
-        raise ValueError("expected `layer` to name different layers, got the same one twice.")
-    return tuple(Observation(one) if isinstance(one, nn.Module) else one for one in several)
 
 
 def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -> Optimizer:
@@ -508,22 +334,6 @@ def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -
             f"{type(base).__name__} from {base_optimizer!r}."
         )
     return base
-
-
-def _marks(loss: Any) -> Iterator[tuple[Node, _Mark]]:
-    """The regularised losses that `loss` was made of by arithmetic on scalars: ``loss / 4``, ``a + b``."""
-    stack = [loss.grad_fn] if isinstance(loss, Tensor) else []
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None or any(math.prod(made.shape) != 1 for made in node._input_metadata):
-            continue
-        if _MARK in metadata(node):
-            yield node, metadata(node)[_MARK]
-            continue
-        below = {n for n, _ in node.next_functions} - seen
-        seen |= below
-        stack.extend(below)
 
 
 def _factors(loss: Tensor) -> dict[Node, Tensor]:
@@ -548,33 +358,3 @@ def _check_returned(result: Any) -> None:
             f"loss.backward() itself; it called no backward and returned {result!r}. (In Lightning's manual "
             "optimisation, call self.manual_backward(optimizer.regularize(loss)) before optimizer.step().)"
         )
-
-
-def _why_not_used(loss: Tensor, layer: Layer) -> LayerNotUsedError | None:
-    try:
-        find_tail(loss, layer)
-    except LayerNotUsedError as error:
-        return error.with_traceback(None)  # whose frames would keep the graph
-    return None
-
-
-def _weights(layer: Layer) -> list[Tensor]:
-    """The parameters behind a layer's weight: the weight itself, or what it is parametrised by."""
-    if isinstance(layer, Tensor):
-        return [layer]
-    source = parametrization(layer.module)
-    if source is not None:
-        return list(source.parameters())
-    own = dict(layer.module.named_parameters(recurse=False))
-    if "weight" in own:
-        return [own["weight"]]
-    # Pruning and the older weight_norm and spectral_norm compute `weight` in a pre-hook, from weight_*.
-    return [p for name, p in own.items() if name.startswith("weight_")]
-
-
-def _name(layer: Layer) -> str:
-    return describe(layer.module if isinstance(layer, Observation) else layer)
-
-
-def _or(result: Any, default: Any) -> Any:
-    return default if result is None else result

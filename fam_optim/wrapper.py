@@ -1,0 +1,118 @@
+"""An optimizer around another: what the two share is the base's, one storage, nothing copied."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+
+class OptimizerWrapper(Optimizer):
+    """Delegates state, parameter groups and hooks to `base_optimizer`, but no other attribute.
+
+    Delegating everything would leak the base's flags: a GradScaler that finds `_step_supports_amp_scaling`
+    on a fused base leaves the unscaling to a step that it does not call (pytorch/pytorch#88015).
+    """
+
+    base_optimizer: Optimizer
+
+    def _wrap(self, base_optimizer: Optimizer) -> None:
+        """What `Optimizer.__init__` would do, without a storage of its own."""
+        self.base_optimizer = base_optimizer
+        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
+        self._patch_step_function()
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    @property
+    def _optimizer_step_pre_hooks(self) -> Any:  # type: ignore[override]
+        return self.base_optimizer._optimizer_step_pre_hooks
+
+    @property
+    def _optimizer_step_post_hooks(self) -> Any:  # type: ignore[override]
+        return self.base_optimizer._optimizer_step_post_hooks
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The base optimizer's."""
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, which loads it, with what the wrapper adds."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict: dict[str, Any] = {**self.base_optimizer.state_dict(), **self._own_state()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _or(post_hook(self, state_dict), state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a `state_dict` of this optimizer or of its plain base."""
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _or(hook(self, state_dict), state_dict)
+        own = {key: state_dict.pop(key) for key in self._own_state() if key in state_dict}
+        self.base_optimizer.load_state_dict(state_dict)
+        self._load_own_state(own)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {}
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        pass
+
+    def _base_step(self, *args: Any) -> Any:
+        # torch wraps `step` of every optimizer class to run step hooks and label the profile. FAM's own
+        # step is wrapped, so the base's is called below its wrapper, or hooks would run twice. A scheduler
+        # that was built on the base replaces its step, only to note here that it was called. Whoever else
+        # replaces it is left in place.
+        step = vars(self.base_optimizer).get("step")
+        if step is None or hasattr(step, "_wrapped_by_lr_sched"):
+            self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+            wrapped = type(self.base_optimizer).step
+            step = getattr(wrapped, "__wrapped__", wrapped).__get__(self.base_optimizer)
+        return step(*args)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+
+def _or(result: Any, default: Any) -> Any:
+    return default if result is None else result
