@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fam_optim.layer import LayerUse
+from fam_optim.curvature import inner, undifferentiable
+from fam_optim.layer import LayerUse, at_least_float32
 from fam_optim.verdicts import holds, signature, verdict
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from fam_optim.curvature import Curvature
 
-_EXPONENTS = 16
 _generators: dict[torch.device, torch.Generator] = {}
 
 
@@ -138,44 +138,77 @@ def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
 def independent(curvature: Curvature, grouping: Grouping) -> bool:
     """Whether groups do not interact: scaling a direction group by group scales the product likewise.
 
-    For random q and scales e this holds exactly if they do not, and else only by accident. The scales
-    are powers of two, with which floating-point arithmetic commutes, so the two sides are compared to
-    rounding. Groups of equal scale are not told apart: the first time, for one kind of tail, every two
-    groups get different scales in one of ``log_16(groups)`` rounds; from then on one random round does.
+    For a random q and scales e, different for any two groups, this holds exactly if they do not, and else
+    only by accident. The scales are powers of two, with which floating-point arithmetic commutes, so the
+    two sides are compared to rounding. That the derivatives of the two sides agree as well is seen to once
+    for one kind of tail: a coupling that happens to be zero has none the less a gradient.
 
-    Cost: two Hessian-vector products, not differentiated; none where groups are known to interact.
+    Cost: two Hessian-vector products, not differentiated, or three for more than 64 groups; none where
+    groups are known to interact.
     """
-    key = (signature(curvature.tail), grouping.axis)
-    if verdict(key) is False:
+    key = (signature(curvature.tail), grouping.axis, curvature.differentiable)
+    known = verdict(key)
+    if known is False:
         return False
     like = curvature.gradient[0]
-    generator = _generator(like.device)
-    draw = {"generator": generator, "device": like.device}
-    q = [torch.randn(g.shape, dtype=g.dtype, **draw) for g in curvature.gradient]  # type: ignore[call-overload]
+    q = [_normal_like(g) for g in curvature.gradient]
     product = curvature.hvp(q, constant=True)
     size = torch.stack([h.abs().max() for h in product]).max()
     # float16 ends early, and below its normal range scaling rounds.
-    base, precision = (8, torch.float16) if curvature.half else (_EXPONENTS, like.dtype)
+    exponents, precision = (8, torch.float16) if curvature.half else (64, like.dtype)
     tolerance = 8 * torch.finfo(precision).eps * size
-    if verdict(key):
-        rounds = [torch.randint(0, base, (grouping.groups,), **draw)]  # type: ignore[call-overload]
-    else:
-        index, digits = torch.arange(grouping.groups, device=like.device), 1
-        while base**digits < grouping.groups:
-            digits += 1
-        rounds = [index // base**digit % base for digit in range(digits)]
     same = torch.ones_like(size, dtype=torch.bool)
-    for exponents in rounds:
-        by_group = torch.exp2(exponents.to(like.dtype))[:, None, None]
-        scales = grouping.scatter(by_group.expand(-1, grouping.size, 1))
+    for scales in _scales(grouping, like, exponents):
         scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)], constant=True)
         for e, s, h in zip(scales, scaled, product, strict=True):
             same = same & ((s / e - h).abs().max() <= tolerance)
+    if known is None and curvature.differentiable and undifferentiable(curvature.tail) is None:
+        same = same & _same_derivatives(curvature, grouping, q, 8 if curvature.half else 16, precision)
     return holds(key, same | ~torch.isfinite(size))  # a batch that ends in NaN says nothing
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    """A generator of our own: checks must not advance the user's random numbers."""
-    if device not in _generators:
-        _generators[device] = torch.Generator(device).manual_seed(0)
-    return _generators[device]
+def _scales(grouping: Grouping, like: Tensor, exponents: int) -> Iterator[list[Tensor]]:
+    """Powers of two by group, in rounds of which at least one tells any two groups apart."""
+    index = torch.arange(grouping.groups, device=like.device)
+    rounds = 1
+    while exponents**rounds < grouping.groups:
+        rounds += 1
+    for digit in range(rounds):
+        by_group = torch.exp2((index // exponents**digit % exponents).to(like.dtype))
+        yield grouping.scatter(by_group[:, None, None].expand(-1, grouping.size, 1))
+
+
+def _same_derivatives(
+    curvature: Curvature, grouping: Grouping, q: list[Tensor], exponents: int, precision: torch.dtype
+) -> Tensor:
+    """Whether `independent`'s two sides have the same derivatives in all that enters the tail."""
+    like = curvature.gradient[0]
+    weights = [_normal_like(g) for g in curvature.gradient]
+    same = torch.ones((), dtype=torch.bool, device=like.device)
+    try:
+        expected = _derivatives(curvature, inner(weights, curvature.hvp(q)))
+        for scales in _scales(grouping, like, exponents):
+            scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)])
+            back = [s / e for s, e in zip(scaled, scales, strict=True)]
+            actual = _derivatives(curvature, inner(weights, back))
+            size = torch.stack([g.abs().max() for g in expected]).max()
+            for a, b in zip(actual, expected, strict=True):
+                same = same & ((a - b).abs().max() <= 64 * torch.finfo(precision).eps * size)
+    except (RuntimeError, NotImplementedError):
+        return same  # torch has no third derivative here: the penalty's backward will say so
+    return same
+
+
+def _derivatives(curvature: Curvature, value: Tensor) -> list[Tensor]:
+    """The gradient in everything that enters the tail: the layer's outputs, parameters, side branches."""
+    nothing = value.new_zeros(1)
+    edges = curvature.tail.inputs if value.requires_grad else []
+    found = torch.autograd.grad(value, edges, retain_graph=True, allow_unused=True) if edges else ()
+    return [nothing, *(nothing if g is None else at_least_float32(g) for g in found)]
+
+
+def _normal_like(t: Tensor) -> Tensor:
+    """Normal numbers, from a generator of our own: checks must not advance the user's."""
+    if t.device not in _generators:
+        _generators[t.device] = torch.Generator(t.device).manual_seed(0)
+    return torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=_generators[t.device])

@@ -57,6 +57,13 @@ class Tail:
         """The nodes that compute the layer's outputs."""
         return frozenset(edge.node for edge in self.edges)
 
+    @property
+    def inputs(self) -> list[GradientEdge]:
+        """Where anything enters the path: the layer's outputs, parameters, branches from elsewhere."""
+        path = set(self.path)
+        below = dict.fromkeys(edge for node in self.path for edge in node.next_functions)
+        return [GradientEdge(node, output) for node, output in below if node is not None and node not in path]
+
 
 def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
     """The tail from `loss` to the outputs of `layer` (for a parameter: to the parameter itself).
