@@ -66,9 +66,9 @@ class Curvature:
             for made in node._input_metadata  # what the node's gradient is to look like
         )
         self._scale = torch.ones_like(tail.loss)
-        self.gradient = self._scaled_gradient()
         if self.half:
-            self._choose_scale()
+            self._fit_into_float16()
+        self.gradient = self._scaled_gradient()
         if not differentiable and not tail.nested:
             self.uses = tuple(use.detached() for use in self.uses)
 
@@ -77,24 +77,24 @@ class Curvature:
             gradient = _grad([self.tail.loss], self.tail, [self._scale], create_graph=True)
         return [at_least_float32(g).reshape(use.shape) for g, use in zip(gradient, self.uses, strict=True)]
 
-    def _choose_scale(self) -> None:
-        """Multiplies the loss by a power of two and every product by its inverse, which changes nothing
-        but that float16 holds them: derivatives of a sure softmax over a batch are below its range.
+    def _fit_into_float16(self) -> None:
+        """Multiplies the loss by a power of two and divides the products by it, which changes nothing but
+        that float16 holds them: derivatives of a sure softmax over a batch are below its range.
 
-        The largest entry of the gradient, or of the product with a direction like any other, becomes
-        about one, so there is as much room above as below. Measured on the device, without waiting.
+        The largest entry of the gradient, or of the product with a direction of unit size, becomes about
+        one: there is as much room above as below then, for the derivatives of the products too.
+        Measured without waiting for the device.
         """
         self._scale = torch.full_like(self.tail.loss, 2.0**7)
         self.gradient = self._scaled_gradient()
-        direction = [
+        unit = [
             torch.arange(g.numel(), dtype=g.dtype, device=g.device).cos().view_as(g) for g in self.gradient
         ]
-        product = self.hvp(direction, constant=True)
-        size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / 2**7
+        product = [self._scale * h for h in self.hvp(unit, constant=True)]
+        size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / self._scale
         # What overflowed is large, what is zero may have underflowed.
         exponent = -size.nan_to_num(nan=torch.inf).log2().ceil()
-        self._scale = exponent.clamp(-8, 15).exp2().to(self._scale)
-        self.gradient = self._scaled_gradient()
+        self._scale = exponent.clamp(-8, 15).exp2().to(self._scale).expand_as(self._scale)
 
     def lift(self, matrix: Tensor) -> list[Tensor]:
         """``u = lin(phi; matrix)`` for every use: where W moving along `matrix` ``(d, m)`` moves z."""
@@ -140,16 +140,19 @@ class Curvature:
         attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
         if not attached:
             return [torch.zeros_like(g) for g in self.gradient]
-        pulled = _grad(
-            [o for o, _ in attached],
-            self.tail,
-            [w.to(o.dtype) for o, w in attached],
-            create_graph=create_graph,
-        )
-        return [
-            torch.zeros_like(g) if p is None else (at_least_float32(p) / self._scale).reshape(g.shape)
+        # Exact once more in float16, where torch's own overflow: they square what they are given.
+        with _exact_backwards(self.tail.path if self.half else ()):
+            pulled = _grad(
+                [o for o, _ in attached],
+                self.tail,
+                [w.to(o.dtype) for o, w in attached],
+                create_graph=create_graph,
+            )
+        products = [
+            torch.zeros_like(g) if p is None else at_least_float32(p).reshape(g.shape)
             for p, g in zip(pulled, self.gradient, strict=True)
         ]
+        return [p / self._scale for p in products] if self.half else products
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -269,7 +272,7 @@ def _layer_norm_backward(node: Any) -> Callable[[Any, Any], Any]:
         axes = tuple(range(-len(node._saved_normalized_shape), 0))
         centred = x - x.mean(axes, keepdim=True)
         variance = centred.square().mean(axes, keepdim=True)
-        eps = (node._saved_result2.pow(-2) - variance).detach()  # the node does not keep it
+        eps = (at_least_float32(node._saved_result2).pow(-2) - variance).detach()  # the node does not keep it
         scale = (variance + eps).rsqrt()
         normal = centred * scale
         g = grad if weight is None else grad * weight

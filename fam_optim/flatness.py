@@ -20,7 +20,7 @@ from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.layer import describe
 from fam_optim.measure import MEASURES
 from fam_optim.observation import Observation
-from fam_optim.parallel import local_derivatives
+from fam_optim.parallel import lasting, local_derivatives
 from fam_optim.tail import Tail, find_tail
 from fam_optim.verdicts import holds, signature
 
@@ -189,4 +189,4 @@ def _matrix(tail: Tail) -> Tensor:
                 "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
             )
     matrix = first.matrix()
-    return matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype))
+    return lasting(matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype)))

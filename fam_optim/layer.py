@@ -77,6 +77,11 @@ class LayerUse(Use):
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
         if is_sharded(weight):  # FSDP2 has gathered its weights here, within the forward
             raise TypeError(_tensor_parallel(module))
+        if getattr(weight._base, "_is_flat_param", False):
+            raise TypeError(
+                f"`layer` {describe(module)} is wrapped in FullyShardedDataParallel (FSDP1), which frees "
+                "weights that kappa still needs. Use FSDP2, torch.distributed.fsdp.fully_shard."
+            )
         self.module = weakref.ref(module)
         self.phi = phi
         self._version = phi._version

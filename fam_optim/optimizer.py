@@ -184,11 +184,14 @@ class FAM(OptimizerWrapper):
         """The closure for the base optimizer: backpropagates ``loss + lam * kappa``, returns the loss."""
         evaluations = 0
         accumulates = self.penalty.given or not self.lam  # what gradients there are, are in order
+        checked = accumulates
         factors: dict[Node, Tensor] = {}
 
         def transform(loss: Tensor) -> Tensor:
-            if not (accumulates or self.penalty.touched):
+            nonlocal checked
+            if not checked:  # the closure's first backward, whatever of: the others add to it rightly
                 self._check_gradients()
+                checked = True
             before = self.last_kappa
             regularized = self.penalty.add_where_touched(loss) if self.lam else loss
             if self.last_kappa is not before:
@@ -196,8 +199,9 @@ class FAM(OptimizerWrapper):
             return regularized
 
         def evaluate() -> Any:
-            nonlocal evaluations
+            nonlocal evaluations, checked
             evaluations += 1
+            checked = accumulates
             self._reevaluates = self._reevaluates or evaluations > 1
             self.penalty.begin()
             factors.clear()

@@ -40,6 +40,8 @@ def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
 def communicates(node: Node) -> bool:
     """Whether a derivative through `node` talks to other processes, beyond averaging gradients: tensor
     parallelism, collectives in the model or the loss, SyncBatchNorm."""
+    if "c10d" in node.name():
+        return True
     function = getattr(type(node), "_forward_cls", None)  # the autograd.Function that made it
     if function is None:
         return False
@@ -79,24 +81,30 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
     runs before that of the forward, whose hooks would gather them. The layer's weight is the gathered leaf
     that its forward used, so its gradient joins the loss's there and is averaged with it, once.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    if fsdp is None:
+    group_type = _fsdp_group_type()
+    if group_type is None:
         yield
         return
-    group_type = fsdp.FSDPParamGroup
     post_backward = group_type.post_backward
     group_type.post_backward = lambda group: None
     try:
         for tail in tails:
-            freed = [use for use in tail.uses if _is_freed(use.weight)]
-            if freed:
+            if any(_is_freed(use.weight) for use in tail.uses):
                 torch.autograd.grad(tail.loss, tail.edges, retain_graph=True, allow_unused=True)
-            for use in freed:
-                # A copy, as another forward before the backward would free the weight again.
-                use.weight = use.weight.clone()
         yield
     finally:
         group_type.post_backward = post_backward
+
+
+def lasting(weight: Tensor) -> Tensor:
+    """`weight`, and with FSDP2 a copy: another forward's backward may free it before kappa's is done."""
+    return weight if _fsdp_group_type() is None else weight.clone()
+
+
+def _fsdp_group_type() -> Any:
+    """What holds FSDP2's gathered weights; None if the user has not imported FSDP2."""
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    return getattr(module, "FSDPParamGroup", None)
 
 
 def _is_freed(weight: Tensor) -> bool:

@@ -6,12 +6,15 @@ A check is a function of no arguments, called in every process; what it raises a
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,10 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -90,10 +94,6 @@ def squares(z: Tensor, y: Tensor) -> Tensor:
     return (z.softmax(-1) - F.one_hot(y, 3)).square().sum(1).mean()
 
 
-def trained(model: nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def objective(
     model: nn.Module,
     layers: Sequence[str],
@@ -109,7 +109,7 @@ def objective(
 
     modules = [model.get_submodule(name) for name in layers]
     curvatures = reference.curvatures(loss, modules, create_graph=True)
-    parameters = trained(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if not detach:
         value = loss() + LAM * reference.sum_of_kappas(curvatures, "neuronwise")
         return reference.gradient(value, parameters)
@@ -127,8 +127,25 @@ def kappa_by_definition(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> T
 
 def descend(model: nn.Module, gradients: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for p, g in zip(trained(model), gradients, strict=True):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p, g in zip(trained, gradients, strict=True):
             p.sub_(g, alpha=LR)
+
+
+@cache
+def descended(
+    steps: int,
+    layers: tuple[str, ...],
+    loss_fn: Callable[..., Tensor] = F.cross_entropy,
+    detach: bool = False,
+    n: int = 8,
+) -> Net:
+    """One process after so many steps on batches of n, by the definition."""
+    if steps == 0:
+        return Net()
+    model = copy.deepcopy(descended(steps - 1, layers, loss_fn, detach, n))
+    descend(model, objective(model, layers, loss_fn, *batch(steps - 1, n), detach))
+    return model
 
 
 def build(model: nn.Module, layers: Sequence[str], **settings: Any) -> FAM:
@@ -150,7 +167,8 @@ def whole(parameter: Tensor) -> Tensor:
 
 def assert_weights(model: nn.Module, twin: nn.Module, what: str) -> None:
     """Equal to those of one process, and the same bits in every process."""
-    actual = [whole(p.detach()) for p in model.parameters()]
+    weights = dict(model.named_parameters())
+    actual = [whole(weights[name].detach()) for name, _ in twin.named_parameters()]
     assert_close(actual, [p.detach() for p in twin.parameters()], what)
     mine = torch.cat([p.flatten() for p in actual])
     first = mine.clone()
@@ -176,17 +194,13 @@ def check_training(
     **settings: Any,
 ) -> None:
     """Three steps on this process's share of the batches, against one process on all of them."""
-    model, twin = Net(unused), Net(unused)
+    model = Net(unused)
     run = wrap(model)
     optimizer = build(model, layers, **settings)
+    style = style or partial(regularizes, loss_fn=loss_fn)
     for step in range(3):
-        x, y = shares(step, evenly())[dist.get_rank()]
-        if style is None:
-            regularizes(run, optimizer, x, y, loss_fn)
-        else:
-            style(run, optimizer, x, y)
-        detach = settings.get("detach_hessian", False)
-        descend(twin, objective(twin, layers, loss_fn, *batch(step), detach))
+        style(run, optimizer, *shares(step, evenly())[dist.get_rank()])
+        twin = descended(step + 1, tuple(layers), loss_fn, settings.get("detach_hessian", False))
         assert_weights(model, twin, f"weights after step {step}")
 
 
@@ -282,7 +296,7 @@ def closed_form_is_seen_through_what_ddp_puts_behind_the_model() -> None:
         for wrapper in ("find_unused_parameters", "static_graph"):
             for make, loss_of in losses.items():
                 with naming(wrapper, make.__name__):
-                    model, twin = make(), Net()
+                    model = make()
                     run = DistributedDataParallel(model, **WRAPPERS[wrapper])
                     optimizer = build(model, ["head"])
                     for step in range(3):
@@ -290,8 +304,7 @@ def closed_form_is_seen_through_what_ddp_puts_behind_the_model() -> None:
                         loss = loss_of(run, *shares(step, evenly())[dist.get_rank()])
                         optimizer.regularize(loss).backward()
                         optimizer.step()
-                        descend(twin, objective(twin, ["head"], F.cross_entropy, *batch(step)))
-                        assert_weights(model, twin, f"weights after step {step}")
+                        assert_weights(model, descended(step + 1, ("head",)), f"weights after step {step}")
     finally:
         exact_module.MAX_PRODUCTS = limit
 
@@ -326,14 +339,13 @@ def accumulation_without_synchronisation() -> None:
             for layer in ("head", "middle"):
                 with naming(wrapper, accumulate.__name__, layer):
                     world, rank = dist.get_world_size(), dist.get_rank()
-                    model, twin = Net(), Net()
+                    model = Net()
                     run = DistributedDataParallel(model, **WRAPPERS[wrapper])
                     optimizer = build(model, [layer])
                     for step in range(2):
                         dealt = shares(step, [2] * (micro * world))
                         accumulate(run, optimizer, dealt[micro * rank : micro * (rank + 1)])
-                        whole_batch = batch(step, 2 * micro * world)
-                        descend(twin, objective(twin, [layer], F.cross_entropy, *whole_batch))
+                        twin = descended(step + 1, (layer,), n=2 * micro * world)
                         assert_weights(model, twin, f"weights after step {step}")
 
 
@@ -354,25 +366,23 @@ def uneven_last_batch() -> None:
         def weighted(z: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(z, y) * len(y) * world / sum(sizes)
 
-        model, twin = Net(), Net()
+        model = Net()
         optimizer = build(model, [layer])
         regularizes(DistributedDataParallel(model), optimizer, *dealt[rank], weighted)
-        descend(twin, objective(twin, [layer], F.cross_entropy, *batch(0, sum(sizes))))
-        assert_weights(model, twin, f"{layer}: the whole batch")
+        assert_weights(model, descended(1, (layer,), n=sum(sizes)), f"{layer}: the whole batch")
 
 
 @check("ddp", 2)
 def processes_that_run_out_of_batches() -> None:
     """Within Join, one that is done adds zeros: loss and kappa of the others, over the number of all."""
     rank = dist.get_rank()
-    model, twin = Net(), Net()
+    model = Net()
     run = DistributedDataParallel(model)
     optimizer = build(model, ["middle"])
     with Join([run]):
         for step in range(3 if rank == 0 else 2):
             regularizes(run, optimizer, *shares(step, evenly())[rank])
-    for step in range(2):
-        descend(twin, objective(twin, ["middle"], F.cross_entropy, *batch(step)))
+    twin = copy.deepcopy(descended(2, ("middle",)))
     alone = objective(twin, ["middle"], F.cross_entropy, *shares(2, evenly())[0])
     descend(twin, [g / 2 for g in alone])
     assert_weights(model, twin, "weights")
@@ -380,14 +390,14 @@ def processes_that_run_out_of_batches() -> None:
 
 @check("ddp", 2)
 def mean_of_last_kappa_is_that_of_the_whole_batch() -> None:
-    model, twin = Net(), Net()
+    model = Net()
     optimizer = build(model, ["head"])
     run = DistributedDataParallel(model)
     regularizes(run, optimizer, *shares(0, evenly())[dist.get_rank()])
     assert optimizer.last_kappa is not None
     kappa = optimizer.last_kappa.clone()
     dist.all_reduce(kappa)
-    assert_close([kappa / dist.get_world_size()], [kappa_by_definition(twin, "head", *batch(0))], "kappa")
+    assert_close([kappa / dist.get_world_size()], [kappa_by_definition(Net(), "head", *batch(0))], "kappa")
 
 
 @check("ddp", 2)
@@ -406,15 +416,21 @@ def loss_over_all_processes_is_refused() -> None:
         everyone = torch.cat(torch.distributed.nn.functional.all_gather(z))
         return F.cross_entropy(z @ everyone.T, torch.arange(len(z)))
 
+    def gathered_functionally(z: Tensor, y: Tensor) -> Tensor:
+        everyone = all_gather_tensor_autograd(z, 0, dist.group.WORLD)
+        return F.cross_entropy(z @ everyone.T, torch.arange(len(z)))
+
     def reduced(z: Tensor, y: Tensor) -> Tensor:
         return torch.distributed.nn.functional.all_reduce(F.cross_entropy(z, y))
 
-    for loss_fn in (gathered, reduced):
+    for loss_fn in (gathered, gathered_functionally, reduced):
         model = Net()
         optimizer = build(model, ["head"])
-        with pytest.raises(RuntimeError, match=r"communicates with other processes.*local to the process"):
+        with (
+            naming(loss_fn.__name__),
+            pytest.raises(RuntimeError, match=r"communicates with other processes.*local to the process"),
+        ):
             regularizes(DistributedDataParallel(model), optimizer, *batch(0), loss_fn)
-        dist.barrier()
 
 
 # FSDP2
@@ -505,7 +521,7 @@ def sharded_accumulation() -> None:
         for layer in ("head", "middle"):
             with naming(name, layer):
                 rank = dist.get_rank()
-                model, twin = Net(), Net()
+                model = Net()
                 shard(model)
                 optimizer = build(model, [layer])
                 for step in range(2):
@@ -515,26 +531,33 @@ def sharded_accumulation() -> None:
                         model.set_requires_gradient_sync(i == 2)
                         optimizer.regularize(F.cross_entropy(model(x), y) / 3).backward()
                     optimizer.step()
-                    descend(twin, objective(twin, [layer], F.cross_entropy, *batch(step, 12)))
-                    assert_weights(model, twin, f"weights after step {step}")
+                    assert_weights(model, descended(step + 1, (layer,), n=12), f"weights after step {step}")
 
 
 @check("fsdp", 2)
 def two_forwards_in_one_backward() -> None:
-    """The second forward frees what kappa of the first gathered."""
+    """The second forward may free what kappa of the first has gathered."""
+
+    def at_once(model: Net, optimizer: FAM, dealt: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        losses = [F.cross_entropy(model(x), y) for x, y in dealt]
+        return optimizer.regularize((losses[0] + losses[1]) / 2)
+
+    def one_by_one(model: Net, optimizer: FAM, dealt: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        losses = [optimizer.regularize(F.cross_entropy(model(x), y)) for x, y in dealt]
+        return (losses[0] + losses[1]) / 2
+
     for name, shard in plans().items():
-        for layer in ("head", "middle"):
-            with naming(name, layer):
-                model, twin = Net(), Net()
+        for layer, loss_of in (("head", at_once), ("middle", at_once), ("head", one_by_one)):
+            with naming(name, layer, loss_of.__name__):
+                model = Net()
                 shard(model)
                 optimizer = build(model, [layer])
-                dealt = shares(0, [2] * 4)[2 * dist.get_rank() :]
-                optimizer.zero_grad()
-                losses = [optimizer.regularize(F.cross_entropy(model(x), y)) for x, y in dealt[:2]]
-                ((losses[0] + losses[1]) / 2).backward()
-                optimizer.step()
-                descend(twin, objective(twin, [layer], F.cross_entropy, *batch(0)))
-                assert_weights(model, twin, "weights")
+                for step in range(2):
+                    first = 2 * dist.get_rank()
+                    optimizer.zero_grad()
+                    loss_of(model, optimizer, shares(step, [2] * 4)[first : first + 2]).backward()
+                    optimizer.step()
+                    assert_weights(model, descended(step + 1, (layer,)), f"weights after step {step}")
 
 
 @check("fsdp", 2)
@@ -544,7 +567,7 @@ def measuring_without_a_backward_leaves_the_model_as_it_was() -> None:
         for layer in ("head", "middle"):
             with naming(name, layer):
                 rank = dist.get_rank()
-                model, twin = Net(), Net()
+                model = Net()
                 shard(model)
                 optimizer = build(model, [layer])
                 for step in range(3):
@@ -552,12 +575,10 @@ def measuring_without_a_backward_leaves_the_model_as_it_was() -> None:
                     observed = model.get_submodule(layer)
                     measured = dataset_relative_flatness(model, observed, F.cross_entropy, [(x, y)])
                     dist.all_reduce(measured)
-                    xs, ys = batch(step)
-                    expected = kappa_by_definition(twin, layer, xs, ys)
+                    expected = kappa_by_definition(descended(step, (layer,)), layer, *batch(step))
                     assert_close([measured / dist.get_world_size()], [expected], f"kappa before step {step}")
                     regularizes(model, optimizer, x, y)
-                    descend(twin, objective(twin, [layer], F.cross_entropy, xs, ys))
-                    assert_weights(model, twin, f"weights after step {step}")
+                    assert_weights(model, descended(step + 1, (layer,)), f"weights after step {step}")
 
 
 @check("fsdp", 2)
@@ -595,6 +616,17 @@ def sharded_parameter_is_refused() -> None:
         FAM(model.parameters(), torch.optim.SGD, model.head.weight, mode="hutchinson", lr=LR)
 
 
+@check("fsdp", 2)
+def first_generation_is_refused() -> None:
+    for options in ({"use_orig_params": True}, {"use_orig_params": False}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated, and its parameters are not the layer's
+            model = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), **options)
+            optimizer = FAM(model.parameters(), torch.optim.SGD, model.module.head, LAM, lr=LR)
+        with pytest.raises(TypeError, match=r"\(FSDP1\).*fully_shard"):
+            regularizes(model, optimizer, *batch(0))
+
+
 # Tensor parallelism
 
 
@@ -604,13 +636,12 @@ def tensor_parallel_before_the_layer() -> None:
     for loss_fn in (F.cross_entropy, squares):
         for more in ({}, {"detach_hessian": True}, {"mode": "full"}):
             with naming(loss_fn.__name__, more):
-                model, twin = Net(), Net()
+                model = Net()
                 parallelize_module(model, mesh, {"middle": ColwiseParallel(), "after.1": RowwiseParallel()})
                 optimizer = build(model, ["head"], **more)
                 for step in range(3):
                     regularizes(model, optimizer, *batch(step), loss_fn)
-                    detach = "detach_hessian" in more
-                    descend(twin, objective(twin, ["head"], loss_fn, *batch(step), detach))
+                    twin = descended(step + 1, ("head",), loss_fn, "detach_hessian" in more)
                     assert_weights(model, twin, f"weights after step {step}")
 
 
@@ -667,6 +698,8 @@ def work(rank: int, world: int, group: str, folder: str) -> None:
         # A group of its own for each check: one that failed may have left messages unread.
         store = dist.FileStore(os.path.join(folder, f"{function.__name__}.store"), world)
         timeout = datetime.timedelta(seconds=TIMEOUT)
+        running = Path(folder, f"{function.__name__}.{rank}.running")
+        running.touch()
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
             torch.manual_seed(0)
@@ -677,6 +710,7 @@ def work(rank: int, world: int, group: str, folder: str) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+        running.unlink()
     Path(folder, f"{rank}.done").touch()
 
 
@@ -689,6 +723,9 @@ def test_group(group: str, world: int, tmp_path: Path) -> None:
     try:
         while not context.join(deadline - time.monotonic()):
             assert time.monotonic() < deadline, f"the processes take more than {5 * TIMEOUT} seconds"
+    except Exception as error:  # a process that died leaves no traceback
+        running = sorted(path.stem for path in tmp_path.glob("*.running"))
+        pytest.fail(f"{error}\nwhile running {', '.join(running)}", pytrace=False)
     finally:
         for process in context.processes:
             if process.is_alive():

@@ -195,7 +195,8 @@ def fitted(z: Tensor, y: Tensor) -> Tensor:
 
 
 def tiny(z: Tensor, y: Tensor) -> Tensor:
-    return 1e-5 * F.cross_entropy(z, y)
+    """Not a scalar, but one number, which is as good."""
+    return 1e-5 * F.cross_entropy(z, y).reshape(1)
 
 
 def contrastive(z: Tensor, y: Tensor) -> Tensor:
@@ -211,6 +212,19 @@ def test_neither_overflow_nor_underflow(dtype: torch.dtype, mode: str, loss_fn: 
     setting = trained("mlp", 1e-2)
     for index in setting.layers[:-1]:
         check(setting, index, dtype, mode, loss_fn, parameters_too=False)
+
+
+@pytest.mark.parametrize("mode", ["exact", "hutchinson"])
+@pytest.mark.parametrize("dtype", LOW, ids=name)
+def test_activations_whose_squares_overflow(dtype: torch.dtype, mode: str) -> None:
+    """LayerNorm brings them back, and its derivatives are written out here: not in half precision."""
+    setting = trained("layer norm", 0.5)
+    setting = setting._replace(net=copy.deepcopy(setting.net))
+    with torch.no_grad():
+        setting.net[0].weight.mul_(300)
+        setting.net[0].bias.mul_(300)
+    assert setting.net[0](setting.x).square().max() > torch.finfo(torch.float16).max
+    check(setting, 0, dtype, mode, F.cross_entropy, parameters_too=False)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=name)
@@ -366,6 +380,34 @@ def test_a_batch_with_an_inf_is_skipped() -> None:
         clean_fam.regularize(F.cross_entropy(clean(x), y)).backward()
         clean_fam.step()
         assert_same(net, clean, f"after step {step}")
+
+
+def test_two_optimizers_under_one_scaler() -> None:
+    def build_two() -> tuple[nn.Sequential, FAM, FAM]:
+        net, _ = build("SGD")
+        body = FAM(net[0].parameters(), torch.optim.Adam, net[0], 0.1, lr=0.01)
+        return net, body, FAM(net[2].parameters(), torch.optim.SGD, net[2], LAM, lr=0.1)
+
+    net, body, head = build_two()
+    plain, plain_body, plain_head = build_two()
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    for step in range(4):
+        x, y = batch(step)
+        if step == 2:
+            x = x.clone()
+            x[0] = math.inf
+        net.zero_grad()
+        scaler.scale(head.regularize(body.regularize(F.cross_entropy(net(x), y)))).backward()
+        for fam in (body, head):
+            scaler.step(fam)
+        scaler.update()
+        if step != 2:
+            plain.zero_grad()
+            plain_head.regularize(plain_body.regularize(F.cross_entropy(plain(x), y))).backward()
+            for fam in (plain_body, plain_head):
+                fam.step()
+        assert_same(net, plain, f"after step {step}")
+    assert scaler.get_scale() == SCALE / 2
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["whole batch", "two micro-batches"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -34,7 +35,7 @@ def readers_names() -> dict[str, Any]:
         "criterion": nn.CrossEntropyLoss(),
         "x": x,
         "y": y,
-        "loader": [(x[:8], y[:8]), (x[8:], y[8:])],
+        "loader": DataLoader(TensorDataset(x, y), batch_size=4),
         "__name__": "readme",
     }
 

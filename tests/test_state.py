@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fam_optim import FAM
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it is, on purpose
+
 LAM = 0.05
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
@@ -115,8 +117,8 @@ def assert_same(actual: Any, expected: Any, where: str) -> None:
 
 def through_a_file(state: dict[str, Any], empty: dict[str, Any], path: Path) -> dict[str, Any]:
     """Saved by torch.distributed.checkpoint and loaded into a state of the same form."""
-    dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    dcp.load(empty, checkpoint_id=path, no_dist=not dist.is_initialized())
+    dcp.save(state, checkpoint_id=path)
+    dcp.load(empty, checkpoint_id=path)
     return empty
 
 
