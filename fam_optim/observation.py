@@ -155,12 +155,16 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
         module._forward_hooks_with_kwargs.pop(key, None)
 
 
-@partial(opaque, reason=OBSERVED)
 def _keep_computed(parametrization: nn.Module, args: Any, weight: Tensor) -> None:
     """Keeps a parametrised weight as the forward got it: computing it again may advance its state
     (spectral_norm iterates at every access)."""
     if torch.is_grad_enabled():
-        _computed[parametrization] = weight
+        _keep(parametrization, weight)
+
+
+@partial(opaque, reason=OBSERVED)
+def _keep(parametrization: nn.Module, weight: Tensor) -> None:
+    _computed[parametrization] = weight
 
 
 def _weight_in_use(module: nn.Module) -> Tensor:
@@ -174,10 +178,15 @@ def _weight_in_use(module: nn.Module) -> Tensor:
     return module.weight if computed is None else computed  # type: ignore[return-value]
 
 
-@partial(opaque, reason=OBSERVED)
 def _record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
     """Forward hook: leaves a `Use` on the node that computes `output`."""
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    # The only thing that torch.compile sees of it: evaluation is compiled in one piece.
+    return _leave_use(module, args, kwargs, output) if torch.is_grad_enabled() else None
+
+
+@partial(opaque, reason=OBSERVED)
+def _leave_use(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    if torch.is_inference_mode_enabled():
         return None
     if getattr(module, "_is_replica", False):
         raise RuntimeError(

@@ -57,7 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="python -m recipes.quickstart", description=(__doc__ or "").split("\n")[0]
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of split, noise, model and order")
     parser.add_argument(
         "--noise", type=float, nargs="+", default=[0.0, 0.4], help="fractions of wrong labels"

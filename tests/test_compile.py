@@ -251,6 +251,17 @@ def test_evaluation_between_epochs_compiles_once() -> None:
     assert graphs[0] == graphs[1] == graphs[2], graphs
 
 
+@pytest.mark.parametrize("make", [Net, Normed])
+def test_evaluation_with_fullgraph(make: type[Net]) -> None:
+    model = make()
+    optimizer = build(model, model.head)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, y = batch(0)
+    with torch.no_grad():
+        assert_close([compiled(x)], [model(x)], "outputs")
+    regularizes(model, optimizer, x, y)
+
+
 @pytest.mark.parametrize("what", ["step", "step with a closure"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_step(backend: str, what: str) -> None:
