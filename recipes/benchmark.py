@@ -104,6 +104,7 @@ CANDIDATES: dict[str, Callable[[Task], Step]] = {
     "FAM hutchinson": fam(mode="hutchinson"),
     "SAM": sam(),
     "ASAM": sam(adaptive=True),
+    "vectorised Hessian": vectorised_hessian,
 }
 WITH_HESSIAN = {"resnet18 head 10x512", "bert-small classifier 2x512"}
 
@@ -136,16 +137,18 @@ def check(task: Task, probes: int) -> dict[str, float] | str:
     return {"exact": exact, "probes": mean, "standard error": error_of_mean}
 
 
-def measure(name: str, rounds: int, probes: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    name: str, labels: Sequence[str], rounds: int, probes: int, device: torch.device
+) -> dict[str, Any]:
     """One row: check, then time all candidates in alternation, then their memory."""
     torch.manual_seed(0)
     task = TASKS[name]()
     task.model.to(device)
     task.inputs, task.targets = task.inputs.to(device), task.targets.to(device)
     row: dict[str, Any] = {"task": name, "check": check(task, probes), "candidates": {}}
-    candidates = dict(CANDIDATES)
-    if name in WITH_HESSIAN:
-        candidates["vectorised Hessian"] = vectorised_hessian
+    candidates = {label: CANDIDATES[label] for label in CANDIDATES if label == "plain" or label in labels}
+    if name not in WITH_HESSIAN:
+        candidates.pop("vectorised Hessian", None)
     steps: dict[str, Step] = {}
     for label, build in candidates.items():
         step = build(copy.deepcopy(task))
@@ -157,15 +160,15 @@ def measure(name: str, rounds: int, probes: int, device: torch.device) -> dict[s
         else:
             steps[label] = step
     seconds: dict[str, list[float]] = {label: [] for label in steps}
-    labels = list(steps)
+    order = list(steps)
     for turn in range(rounds):
-        first = turn % len(labels)
-        for label in (*labels[first:], *labels[:first]):
+        first = turn % len(order)
+        for label in (*order[first:], *order[:first]):
             seconds[label].append(_timed(steps[label], device))
     reference = seconds["plain"]
     steps.clear()
-    peaks = {label: _peak(task, candidates[label], device) for label in labels}
-    for label in labels:
+    peaks = {label: _peak(task, candidates[label], device) for label in order}
+    for label in order:
         ratios = sorted(own / other for own, other in zip(seconds[label], reference, strict=True))
         row["candidates"][label] = {
             "ratio": statistics.median(ratios),
@@ -203,11 +206,11 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     labels = list(dict.fromkeys(label for row in rows for label in row["candidates"]))
     table = Table(title="time (quartiles) and peak memory, relative to the plain step", box=box.SIMPLE)
     table.add_column("task")
-    for label in labels:
+    for label in order:
         table.add_column(label, justify="right")
     for row in rows:
         cells = []
-        for label in labels:
+        for label in order:
             c = row["candidates"].get(label)
             if c is None:
                 cells.append("")
@@ -229,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--rounds", type=int, default=12, help="steps of every candidate")
     parser.add_argument("--probes", type=int, default=32, help="of the check")
     parser.add_argument("--threads", type=int, default=2)
@@ -252,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with console.status(name):
             # tiny steps are cheap and noisy
             rounds = options.rounds if name != "tiny 16x16" or options.smoke else 400
-            rows.append(measure(name, rounds, options.probes, options.device))
+            rows.append(measure(name, options.candidates, rounds, options.probes, options.device))
         save(options.out / "benchmark.json", results)
     show(rows, console)
     console.print(f"written to {options.out / 'benchmark.json'}")
