@@ -206,11 +206,11 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     labels = list(dict.fromkeys(label for row in rows for label in row["candidates"]))
     table = Table(title="time (quartiles) and peak memory, relative to the plain step", box=box.SIMPLE)
     table.add_column("task")
-    for label in order:
+    for label in labels:
         table.add_column(label, justify="right")
     for row in rows:
         cells = []
-        for label in order:
+        for label in labels:
             c = row["candidates"].get(label)
             if c is None:
                 cells.append("")
