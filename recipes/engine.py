@@ -76,9 +76,9 @@ def train_step(run: Run, loss_fn: Loss, inputs: Tensor, targets: Tensor) -> floa
 
     if isinstance(run.optimizer, SAM):
         # pytorch_optimizer's SAM wants the gradient at the weights first; its step() calls the closure once
-        # more, at the perturbed weights, and returns None. Its step() lets that second forward pass update
-        # BatchNorm's running statistics too. Stopping that (disable_running_stats) changed the validation
-        # accuracy of the quick start by 0.1 points at most, so the documented usage stays.
+        # more, at the perturbed weights, and returns None. That second forward pass updates BatchNorm's
+        # running statistics too. Stopping it (disable_running_stats) moved the last epoch's validation
+        # accuracy by at most 0.1 (40 % noise, rho 0.05 and 0.1, two seeds), so it is used as documented.
         loss = closure()
         run.optimizer.step(closure)
     else:
