@@ -4,8 +4,9 @@
     python -m recipes.quickstart --smoke            # seconds: does everything run?
     python -m recipes.quickstart --noise 0.2 --seeds 0 1 2 --epochs 50
 
-lam and rho are from a pilot, which chose them on test images; rho 0.1 is unstable with noisy labels (README).
-recipes.tune_quickstart would choose on validation images, but its grid has not been finished. What a default run gave, and on which hardware, is in recipes/results and the README.
+lam and rho are from a pilot, which chose them on test images; rho 0.1 is unstable with noisy labels.
+recipes.tune_quickstart would choose on validation images, but its grid has not been finished. What a
+default run gave, and on which hardware, is in recipes/results and the README.
 """
 
 import argparse
