@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
     from fam_optim.tail import Tail
 
-_REMEDIES = {
-    "scaled_dot_product": "Fused attention has no second derivative: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
-    "_efficient_attention": "Fused attention has no second derivative: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
-    "_flash_attention": "Fused attention has no second derivative: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+_MATH_ATTENTION = (
+    "Fused attention has no second derivative: run the forward under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
+_REMEDIES = {  # by a part of torch's message
+    "scaled_dot_product": _MATH_ATTENTION,
+    "_efficient_attention": _MATH_ATTENTION,
+    "_flash_attention": _MATH_ATTENTION,
     "rnn": "Fused recurrent kernels have no second derivative: run the forward under "
     "torch.backends.cudnn.flags(enabled=False).",
     "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "

@@ -14,7 +14,7 @@ from fam_optim.observation import Observation, metadata, parametrization, releas
 from fam_optim.tail import LayerNotUsedError, find_tail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.autograd.graph import Node
 
@@ -76,24 +76,11 @@ class Penalty:
 
     def add(self, loss: Tensor) -> Tensor:
         """``loss + lam * kappa``; the loss itself if this penalty is in it already."""
-        plain, by = self._without_penalties(loss)
-        if id(self) in by:
-            self.touched.update(range(len(self.layers)))
-            return loss
-        return self._add(loss, plain, by, dict(enumerate(find_tail(plain, layer) for layer in self.layers)))
+        return self._add(loss, self._tails)
 
     def add_where_touched(self, loss: Tensor) -> Tensor:
         """As `add`, over the layers that the loss depends on: another network's loss passes."""
-        plain, by = self._without_penalties(loss)
-        if id(self) in by:
-            return self.add(loss)
-        tails = {}
-        for number, layer in enumerate(self.layers):
-            try:
-                tails[number] = find_tail(plain, layer)
-            except LayerNotUsedError as error:
-                self.missed = self.missed or error.with_traceback(None)  # whose frames would keep the graph
-        return self._add(loss, plain, by, tails) if tails else loss
+        return self._add(loss, self._tails_where_touched)
 
     def check_all_touched(self) -> None:
         """Raises LayerNotUsedError if no loss in the closure depended on one of the layers."""
@@ -119,7 +106,26 @@ class Penalty:
         self.missed = None
         self.given = False
 
-    def _add(self, loss: Tensor, plain: Tensor, by: frozenset[int], tails: dict[int, Tail]) -> Tensor:
+    def _tails(self, loss: Tensor) -> dict[int, Tail]:
+        return {number: find_tail(loss, layer) for number, layer in enumerate(self.layers)}
+
+    def _tails_where_touched(self, loss: Tensor) -> dict[int, Tail]:
+        tails = {}
+        for number, layer in enumerate(self.layers):
+            try:
+                tails[number] = find_tail(loss, layer)
+            except LayerNotUsedError as error:
+                self.missed = self.missed or error.with_traceback(None)  # whose frames would keep the graph
+        return tails
+
+    def _add(self, loss: Tensor, tails_of: Callable[[Tensor], dict[int, Tail]]) -> Tensor:
+        plain, by = self._without_penalties(loss)
+        if id(self) in by:
+            self.touched.update(range(len(self.layers)))
+            return loss
+        tails = tails_of(plain)
+        if not tails:
+            return loss
         self.touched.update(tails)
         for tail in tails.values():
             self._used.update(use for use in tail.uses if isinstance(use, LayerUse))

@@ -187,11 +187,11 @@ def _same_derivatives(curvature: Curvature, grouping: Grouping, q: list[Tensor])
     same = torch.ones((), dtype=torch.bool, device=like.device)
     try:
         expected = _derivatives(curvature, inner(weights, curvature.hvp(q)))
+        size = torch.stack([g.abs().max() for g in expected]).max()
         for scales in _scales(grouping, like, 16):
             scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)])
             back = [s / e for s, e in zip(scaled, scales, strict=True)]
             actual = _derivatives(curvature, inner(weights, back))
-            size = torch.stack([g.abs().max() for g in expected]).max()
             for a, b in zip(actual, expected, strict=True):
                 same = same & ((a - b).abs().max() <= 64 * torch.finfo(like.dtype).eps * size)
     except (RuntimeError, NotImplementedError):

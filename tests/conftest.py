@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -28,3 +30,12 @@ def _seeded() -> None:
 def forget_verdicts() -> None:
     """What one test's tail was found to be must not choose the path of another's."""
     verdicts._verdicts.clear()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors and modules are in float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(default)

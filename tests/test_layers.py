@@ -36,12 +36,7 @@ LAM, LR = 0.05, 0.1
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def float64() -> Any:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Net(nn.Module):
