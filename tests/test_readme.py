@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def test_the_three_line_diff() -> None:
         exec("from fam_optim import FAM\nimport torch\n" + "\n".join(lines), names)
         assert type(names["optimizer"]).__name__ == {"-": "SGD", "+": "FAM"}[sign]
     assert names["loss"].isfinite()
+
+
+def test_every_test_that_is_named_exists() -> None:
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", README.read_text())
+    assert len(named) > 10
+    for module, test in named:
+        assert callable(getattr(import_module(f"tests.{module}"), test))
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
