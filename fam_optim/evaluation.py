@@ -36,7 +36,7 @@ def dataset_relative_flatness(
         model: called on each batch's inputs.
         layer: a module of the model, or a parameter (modes full and hutchinson).
         loss_fn: ``loss_fn(model(inputs), targets)``, the *mean* over the batch.
-        loader: yields ``(inputs, targets)``; tensors are moved to the layer's device.
+        loader: yields ``(inputs, targets)``; tensors, also in dicts, are moved to the layer's device.
         measure, mode, normalize, n_samples, generator: as in `relative_flatness`.
 
     Raises:
@@ -75,4 +75,8 @@ def dataset_relative_flatness(
 
 
 def _to(batch: Any, device: torch.device) -> Any:
-    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):  # such as a tokenizer's input_ids and attention_mask
+        return {name: _to(item, device) for name, item in batch.items()}
+    return batch

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from recipes.models import WideResNet, resnet18_cifar
+
 
 @dataclass
 class Task:
@@ -108,16 +110,6 @@ def soft_dice(logits: Tensor, targets: Tensor) -> Tensor:
     return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
 
 
-def resnet18_cifar() -> nn.Module:
-    """torchvision's ResNet-18 with the 3x3 stem that 32x32 images want."""
-    from torchvision.models import resnet18
-
-    model: nn.Module = resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
-
-
 def _images(n: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, size, size), torch.randint(0, classes, (n,))
 
@@ -133,14 +125,8 @@ def resnet18_last_convolution() -> Task:
 
 
 def wide_resnet_penultimate() -> Task:
-    """A narrow residual network of the WideResNet family with a 64-neuron layer before the classifier."""
-    from torchvision.models.resnet import BasicBlock, ResNet
-
-    model: nn.Module = ResNet(BasicBlock, [2, 2, 2, 1], num_classes=64, width_per_group=64)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    whole = nn.Sequential(model, nn.ReLU(), nn.Linear(64, 10))
-    return Task(whole, model.get_submodule("fc"), *_images(64, 32, 10))
+    model = WideResNet(depth=16, widening=4)
+    return Task(model, model.penultimate, *_images(64, 32, 10))
 
 
 def efficientnet_head() -> Task:
@@ -200,7 +186,7 @@ def tiny() -> Task:
 
 TASKS: dict[str, Callable[[], Task]] = {
     "resnet18 head 10x512": resnet18_head,
-    "wide resnet penultimate 64x512": wide_resnet_penultimate,
+    "wide resnet penultimate 64x256": wide_resnet_penultimate,
     "efficientnet head 100x256": efficientnet_head,
     "imagenet head 1000x2048": imagenet_head,
     "resnet50 head 1000x2048": resnet50_imagenet,

@@ -1,38 +1,58 @@
-"""Data for the recipes: the shipped Fashion-MNIST subset, label noise, splits and batches.
+"""The shipped Fashion-MNIST subset, the whole of it, and label noise.
 
-Every random choice (split, noise, order of the batches) draws from a generator of its own, so that two
-methods given the same seed see the same images with the same labels in the same order.
+Every random choice (split, noise) draws from a generator of its own, so that two methods given the same seed
+see the same images with the same labels.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
-FASHION_MNIST = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
-FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530  # of the 60,000 training images, scaled to [0, 1]
+from recipes.task import Data, Missing, Source
 
-Batches = list[tuple[Tensor, Tensor]]
+SHIPPED = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
+MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, scaled to [0, 1]
 
-
-@dataclass(frozen=True)
-class Splits:
-    """Training, validation and test data; only the first two may carry label noise."""
-
-    train: TensorDataset
-    validation: TensorDataset
-    test: TensorDataset
+Images = tuple[Tensor, Tensor]  # bytes (n, 28, 28), labels (n,)
 
 
-def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
-    """Return a shipped split ("train" or "test"): normalised images (4000, 1, 28, 28), labels (4000,)."""
-    with np.load(FASHION_MNIST) as arrays:
-        images = torch.from_numpy(arrays[f"{split}_images"]).unsqueeze(1).float() / 255
-        labels = torch.from_numpy(arrays[f"{split}_labels"]).long()
-    return (images - FASHION_MNIST_MEAN) / FASHION_MNIST_STD, labels
+def shipped_fashion_mnist(split: str) -> Images:
+    """4,000 images of "train" or "test", which lie beside the recipes."""
+    with np.load(SHIPPED) as arrays:
+        return torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]).long()
+
+
+def fashion_mnist(split: str) -> Images:
+    """The shipped images as a network takes them: normalised (4000, 1, 28, 28), and labels (4000,)."""
+    images, labels = shipped_fashion_mnist(split)
+    return normalised(images), labels
+
+
+def whole_fashion_mnist(split: str, source: Source) -> Images:
+    """The 60,000 images of "train" or the 10,000 of "test", by torchvision; shipped ones for a smoke test."""
+    if source.smoke:
+        images, labels = shipped_fashion_mnist(split)
+        return images[:600], labels[:600]
+    try:
+        from torchvision.datasets import FashionMNIST
+    except ImportError as error:
+        raise Missing('torchvision is not installed: pip install -e ".[paper]"') from error
+    try:
+        samples = FashionMNIST(str(source.folder), train=split == "train", download=source.download)
+    except RuntimeError as error:
+        raise Missing(
+            f"Fashion-MNIST is not in {source.folder}/FashionMNIST/raw: let --download fetch it (30 MB), or "
+            "gunzip the four files of Debian's package dataset-fashion-mnist there"
+        ) from error
+    return samples.data, samples.targets
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Bytes (n, 28, 28) to floats (n, 1, 28, 28) of mean 0 and standard deviation 1."""
+    return (images.unsqueeze(1).float() / 255 - MEAN) / STD
 
 
 def with_symmetric_noise(labels: Tensor, fraction: float, classes: int, generator: torch.Generator) -> Tensor:
@@ -46,38 +66,22 @@ def with_symmetric_noise(labels: Tensor, fraction: float, classes: int, generato
     return noisy
 
 
-def fashion_mnist_splits(
-    train_size: int, validation_size: int, test_size: int, noise: float, seed: int
-) -> Splits:
-    """Split the shipped training images; noise hits training and validation labels, never test labels."""
-    images, labels = fashion_mnist("train")
+def split(
+    train: Images, test: Images, train_size: int, validation_size: int, noise: float, seed: int
+) -> Data:
+    """Training and validation images from ``train``; noise hits the labels of both, never the test labels."""
+    images, labels = train
     used = train_size + validation_size
     if used > len(labels):
         raise ValueError(
-            f"expected train_size + validation_size to be at most the {len(labels)} shipped training images, "
+            f"expected train_size + validation_size to be at most the {len(labels)} training images, "
             f"got {train_size} + {validation_size}"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)[:used]
-    images, labels = images[order], with_symmetric_noise(labels[order], noise, 10, generator)
-    test_images, test_labels = fashion_mnist("test")
-    return Splits(
-        train=TensorDataset(images[:train_size], labels[:train_size]),
-        validation=TensorDataset(images[train_size:], labels[train_size:]),
-        test=TensorDataset(test_images[:test_size], test_labels[:test_size]),
-    )
-
-
-def shuffled_batches(dataset: TensorDataset, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Reshuffled at each pass, from its own generator; the last, incomplete batch is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    sampler = BatchSampler(RandomSampler(dataset, generator=generator), batch_size, drop_last=True)
-    return DataLoader(
-        dataset, sampler=sampler, batch_size=None, generator=generator
-    )  # one indexing per batch
-
-
-def ordered_batches(dataset: TensorDataset, device: torch.device, batch_size: int = 250) -> Batches:
-    """Every sample once, in order, already on the device: for evaluation."""
-    inputs, targets = (tensor.to(device) for tensor in dataset.tensors)
-    return list(zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True))
+    inputs, targets = normalised(images[order]), with_symmetric_noise(labels[order], noise, 10, generator)
+    evaluation = {"test": TensorDataset(normalised(test[0]), test[1])}
+    if validation_size:
+        validation = TensorDataset(inputs[train_size:], targets[train_size:])
+        evaluation = {"validation": validation, **evaluation}
+    return Data(TensorDataset(inputs[:train_size], targets[:train_size]), evaluation)

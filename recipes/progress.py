@@ -1,20 +1,19 @@
-"""Progress bars for the recipes: one line per method, with its loss, kappa and validation accuracy."""
+"""A progress bar for a run: loss, kappa, the leading metric, and the step's time relative to a plain step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
-from recipes.engine import Method, Run
+from recipes.task import Task, mean
+from recipes.training import Progress
 
 
 @contextmanager
-def progress_bars(
-    title: str, methods: Sequence[Method], steps: int, console: Console
-) -> Iterator[Callable[[Run], None]]:
-    """Yield the callback that shows where a run is; kappa and val are those of the last finished epoch."""
-    width = max(len(method.label) for method in methods)
+def progress_bar(title: str, task: Task, console: Console) -> Iterator[Callable[[Progress], None]]:
+    """Yield the callback that shows where the run is; kappa and metrics are those of the last epoch."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -22,16 +21,16 @@ def progress_bars(
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    console.print(f"[bold]{title}")
-    with Progress(*columns, console=console) as progress:
-        tasks = {m.label: progress.add_task(m.label.ljust(width), total=steps, state="") for m in methods}
+    with Bar(*columns, console=console) as bar:
+        line = bar.add_task(title, total=None, state="")
 
-        def show(run: Run) -> None:
-            state = f"loss {run.losses[-1]:6.3f}"
-            if run.history:
-                state += (
-                    f"  kappa {run.history['kappa'][-1]:8.3g}  val {run.history['val_accuracy'][-1]:5.1f}%"
-                )
-            progress.update(tasks[run.method.label], completed=len(run.step_seconds), state=state)
+        def show(progress: Progress) -> None:
+            state = [f"loss {progress.loss:.3f}"]
+            if "kappa" in progress.record:
+                state.append(f"kappa {progress.record['kappa']:.3g}")
+            metrics = [name for name in progress.record if name.endswith(f"_{task.metric}")]
+            state += [f"{name} {mean(progress.record[name]):.4g}" for name in metrics]
+            state.append(f"step {progress.step_time:.2f}x")
+            bar.update(line, total=progress.steps, completed=progress.step, state="  ".join(state))
 
         yield show

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import dataset_relative_flatness, observe, relative_flatness
+from fam_optim import dataset_relative_flatness, evaluation, observe, relative_flatness
 from tests import reference
 
 if TYPE_CHECKING:
@@ -266,6 +266,26 @@ def test_kappa_of_a_data_set_is_that_of_the_evaluated_model(mode: str) -> None:
     assert [module.training for module in net.modules()] == modes
     changed = [name for name, buffer in net.named_buffers() if not torch.equal(buffer, before[name])]
     assert not changed, f"buffers {changed} were updated"
+
+
+class OfTokens(nn.Module):
+    """Takes its inputs as a tokenizer gives them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.net(inputs["features"] * inputs["mask"])
+
+
+def test_kappa_of_a_data_set_with_dicts_of_inputs() -> None:
+    net, (x, y) = perceptron(), batch(perceptron)
+    loader = [({"features": x[part], "mask": torch.ones(5)}, y[part]) for part in (slice(4), slice(4, None))]
+    value = dataset_relative_flatness(OfTokens(net), net[2], F.cross_entropy, loader)
+    check_equal(value.item(), kappa_at(net, 2, (x, y), "neuronwise", "exact"), "dicts")
+    moved = evaluation._to({"features": x, "more": {"mask": y}}, torch.device("meta"))
+    assert moved["features"].is_meta and moved["more"]["mask"].is_meta
 
 
 @measures

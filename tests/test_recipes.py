@@ -7,13 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from recipes import benchmark, estimator_spread, quickstart
+from recipes import (
+    benchmark,
+    estimator_spread,
+    flatness_picture,
+    hessian_time,
+    quickstart,
+    reparametrisation,
+    report,
+    trace_time,
+    train,
+)
+from recipes.optimizers import OPTIMIZERS
+from recipes.runs import RunFolder
+from recipes.tasks import TASKS
 
 RECIPES: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
-    "quickstart": (quickstart.main, ["quickstart.json", "quickstart.png"]),
+    "quickstart": (quickstart.main, ["quickstart.json", "quickstart.md", "quickstart-curves.png", "runs"]),
     "benchmark": (benchmark.main, ["benchmark.json"]),
     "estimator_spread": (estimator_spread.main, ["estimator_spread.json"]),
+    "hessian_time": (hessian_time.main, ["hessian_time.json", "hessian_time.png"]),
+    "trace_time": (trace_time.main, ["trace_time.json", "trace_time.png"]),
+    "reparametrisation": (reparametrisation.main, ["reparametrisation.json", "reparametrisation.png"]),
 }
 
 
@@ -24,3 +41,145 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)
     results = json.loads((tmp_path / files[0]).read_text())
     assert results["runs"] and results["environment"]["torch"]
+
+
+class Stopped(Exception):
+    """Stands for a power cut."""
+
+
+def run(path: Path, *arguments: str) -> None:
+    train.main([*arguments, "--smoke", "--device", "cpu", "--out", str(path)])
+
+
+def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Fail at the first step of an epoch."""
+    batches = train.train.__globals__["epoch_batches"]
+
+    def failing(data: object, conditions: object, number: int) -> object:
+        if number == epoch:
+            raise Stopped
+        return batches(data, conditions, number)
+
+    monkeypatch.setattr("recipes.training.epoch_batches", failing)
+
+
+def same(a: object, b: object) -> bool:
+    """Equality of nested containers of tensors, bit for bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+HEAVY = {"cifar100"}  # EfficientNet-B7 is as large in a smoke test
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("task", ["quickstart-noise40"])
+def test_a_stopped_run_continues_bit_for_bit(
+    task: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_resume(task, optimizer, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name not in HEAVY])
+def test_every_task_trains_stops_and_continues(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_resume(task, "fam", tmp_path, monkeypatch)
+
+
+def check_resume(task: str, optimizer: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (task, "--optimizer", optimizer, "--epochs", "3", "--seeds", "5")
+    run(path / "whole", *arguments)
+    with monkeypatch.context() as context:
+        stop_in_epoch(context, 3)
+        with pytest.raises(Stopped):
+            run(path / "parts", *arguments)
+    run(path / "parts", *arguments, "--resume")
+    folders = [RunFolder(path / part / task / optimizer / "seed5") for part in ("whole", "parts")]
+    assert len(folders[0].epochs()) == 3
+    assert folders[0].epochs() == folders[1].epochs()
+    states = [folder.load(torch.device("cpu")) for folder in folders]
+    assert states[0] and same(states[0], states[1])
+    assert not same(states[0]["model"], {name: 2 * value for name, value in states[0]["model"].items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(HEAVY))
+def test_heavy_task(task: str, tmp_path: Path) -> None:
+    run(tmp_path, task, "--optimizer", "fam")
+    (record,) = RunFolder(tmp_path / task / "fam" / "seed0").epochs()
+    assert record["kappa"] > 0
+
+
+def test_report_of_several_optimizers_and_seeds(tmp_path: Path) -> None:
+    arguments = ("quickstart", "--seeds", "0", "1", "--epochs", "2")
+    run(tmp_path, *arguments, "--optimizer", "sgd")
+    run(tmp_path, *arguments, "--optimizer", "fam", "--lam", "0.001", "0.01")
+    report.main([str(tmp_path), "--out", str(tmp_path / "report")])
+    results = json.loads((tmp_path / "report.json").read_text())
+    assert [(run["label"], run["seed"]) for run in results["runs"]] == [
+        (label, seed) for label in ("sgd", "fam-lam=0.001", "fam-lam=0.01") for seed in (0, 1)
+    ]
+    first = (tmp_path / "report.md").read_text()
+    mean = sum(run["history"]["test_accuracy"][-1] for run in results["runs"][:2]) / 2
+    assert f"| {mean:.4g} ±" in first
+    (tmp_path / "report.md").unlink()
+    report.main([str(tmp_path / "report.json")])  # from the JSON alone
+    assert (tmp_path / "report.md").read_text() == first
+
+
+def test_flatness_picture_lies_on_the_parabola(tmp_path: Path) -> None:
+    run(tmp_path, "quickstart", "--optimizer", "sgd", "fam")
+    folders = [str(tmp_path / "quickstart" / label / "seed0") for label in ("sgd", "fam")]
+    flatness_picture.main([*folders, "--out", str(tmp_path), "--draws", "2"])
+    assert (tmp_path / "flatness_picture.png").exists()
+    results = json.loads((tmp_path / "flatness_picture.json").read_text())
+    strengths = results["configuration"]["strengths"]
+    for curve in results["runs"]:
+        extra, predicted = curve["extra_loss"][2], strengths[2] ** 2 / 2 * curve["kappa"]
+        assert abs(extra - predicted) < 10 * curve["standard_error"][2] + 0.01 * predicted
+
+
+def test_measure_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "quickstart", "--optimizer", "fam")
+    capsys.readouterr()
+    run(tmp_path, "quickstart", "--optimizer", "fam", "--measure-only", "--float64")
+    output = capsys.readouterr().out
+    (record,) = RunFolder(tmp_path / "quickstart" / "fam" / "seed0").epochs()
+    assert f"{record['kappa']:.4g}"[:4] in output  # the same samples here: the smoke test has 256
+
+
+MISUSE = {
+    "a run that is there already": (["quickstart"], "holds a run already.*--resume"),
+    "other settings": (["quickstart", "--resume", "--epochs", "7"], "begun with another.*epochs: 1 there, 7"),
+    "an option that nobody takes": (["quickstart", "--rho", "0.1"], r"--rho: none of.*\(fam\) takes it"),
+    "nothing to measure": (["quickstart", "--measure-only", "--seeds", "3"], "no checkpoint: train first"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISUSE.values(), ids=MISUSE)
+def test_misuse_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
+    run(tmp_path, "quickstart")
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("task", ["fashion-mnist-small", "cifar10", "svhn", "fashion-mnist", "skulls", "rte"])
+def test_missing_data_is_one_sentence_with_the_remedy(task: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=rf"^{task}: .*--download"):
+        train.main([task, "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_stopping_by_hand_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(SystemExit, match="--resume goes on"):
+        run(tmp_path, "quickstart")

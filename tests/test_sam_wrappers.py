@@ -97,7 +97,7 @@ def test_step_without_closure_is_refused(loop: str) -> None:
 def test_gradient_scaler_takes_no_closure() -> None:
     loop, scaler = Loop(), torch.amp.GradScaler("cpu")
     scaler.scale(loop.loss()).backward()
-    with pytest.raises(RuntimeError, match="[Cc]losure"):
+    with pytest.raises(RuntimeError, match=r"[Cc]losure"):
         scaler.step(loop.optimizer, closure=loop.closure)
 
 

@@ -1,0 +1,50 @@
+"""Batches for the recipes: shuffled from a seed of their own, or in order, and where the model is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
+
+from recipes.task import Batch, Samples
+
+
+def shuffled(samples: Samples, batch_size: int, seed: int, workers: int = 0) -> DataLoader[Batch]:
+    """In an order drawn from the seed; the last, incomplete batch is left out (unless it is the only one)."""
+    generator = torch.Generator().manual_seed(seed)
+    sampler = RandomSampler(samples, generator=generator)  # type: ignore[arg-type]
+    drop_last = len(sampler) > batch_size
+    return _loader(samples, BatchSampler(sampler, batch_size, drop_last), generator, workers)
+
+
+def ordered(samples: Samples, batch_size: int, workers: int = 0) -> DataLoader[Batch]:
+    """Every sample once, in order: for evaluation."""
+    sampler = SequentialSampler(samples)  # type: ignore[arg-type]
+    return _loader(samples, BatchSampler(sampler, batch_size, False), torch.Generator(), workers)
+
+
+def _loader(
+    samples: Samples, batches: BatchSampler, generator: torch.Generator, workers: int
+) -> DataLoader[Batch]:
+    """A generator, also where nothing is drawn: otherwise the loader draws from the global one."""
+    if isinstance(samples, TensorDataset):  # one indexing per batch instead of one per sample
+        return DataLoader[Any](samples, sampler=batches, batch_size=None, generator=generator)
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, generator=generator)
+
+
+def first(samples: Samples, count: int) -> Samples:
+    """The first ``count`` samples, or all."""
+    if isinstance(samples, TensorDataset):
+        return TensorDataset(*(tensor[:count] for tensor in samples.tensors))
+    return Subset(samples, range(min(count, len(samples))))  # type: ignore[arg-type]
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The same tensors, tuples and dicts on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: move(item, device) for name, item in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return tuple(move(item, device) for item in batch)
+    return batch

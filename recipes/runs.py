@@ -1,0 +1,78 @@
+"""A run's folder: what was asked, on which machine, one JSON line per epoch, and the last checkpoint.
+
+config.json        task, optimizer with all its settings, seed, epochs, ...
+environment.json   versions and hardware
+epochs.jsonl       what was measured after each epoch
+step_time.json     cost of a step relative to the plain one
+checkpoint.pt      model, optimizer and schedule after the last finished epoch
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.results import compact
+
+
+class RunFolder:
+    """Reads and writes the files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.pt"
+
+    def begin(self, config: dict[str, Any], environment: dict[str, Any], resume: bool) -> None:
+        """Take the folder for a run; with ``resume``, one that was begun with the same configuration."""
+        if self.path.exists() and not resume:
+            raise FileExistsError(
+                f"{self.path} holds a run already: continue it with --resume, or choose another --out"
+            )
+        if (self.path / "config.json").exists():
+            self._check(config)
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write("environment.json", environment)
+        self.write("config.json", config)
+
+    def _check(self, config: dict[str, Any]) -> None:
+        found, asked = self.read("config.json"), json.loads(json.dumps(config))
+        names = sorted({*found, *asked})
+        differences = [
+            f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked for"
+            for name in names
+            if found.get(name) != asked.get(name)
+        ]
+        if differences:
+            raise ValueError(f"{self.path} was begun with another configuration ({'; '.join(differences)})")
+
+    def read(self, name: str) -> Any:
+        """The JSON file of that name."""
+        return json.loads((self.path / name).read_text())
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file."""
+        (self.path / name).write_text(json.dumps(content, indent=1) + "\n")
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """What was measured after each epoch so far."""
+        path = self.path / "epochs.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save(self, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
+        """Keep an epoch. A file is replaced by a whole new one only, so that a kill loses nothing."""
+        lines = "".join(json.dumps(compact(record, digits=7)) + "\n" for record in records)
+        partial = self.path / "partial"
+        partial.write_text(lines)
+        os.replace(partial, self.path / "epochs.jsonl")
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The last checkpoint, None before the first."""
+        if not self.checkpoint.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        return state

@@ -1,0 +1,80 @@
+"""What a recipe has to say about an experiment; ``recipes.training`` does the rest.
+
+A task is data: where its samples come from, the network and the layer whose flatness counts, the loss, what
+is evaluated, and the settings of its optimizers. A new experiment is a new ``Task``, not a new script.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from recipes.schedules import cosine
+
+Batch = tuple[Any, Any]  # inputs, targets: whatever the network and the loss take
+Metrics = dict[str, float | list[float]]  # a number, or one per sample (drawn as box plots)
+Samples = Dataset[Any]  # of (inputs, targets); torch's default collation makes the batches
+
+
+class Missing(Exception):
+    """Data or a package that a task needs is not there; the message is one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task takes its data from, as asked on the command line."""
+
+    folder: Path = Path("data")  # real data sets, one folder each
+    download: bool = False  # fetch what is missing
+    smoke: bool = False  # a few samples, generated or shipped, through the same code; small networks
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of a task, ready for a loader."""
+
+    train: Samples
+    evaluation: Mapping[str, Samples]  # by name, such as "validation" and "test"
+
+
+def mean(value: float | list[float]) -> float:
+    """A metric as one number."""
+    return statistics.fmean(value) if isinstance(value, list) else value
+
+
+@torch.no_grad()
+def classification(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+    """Accuracy in percent and mean negative log-likelihood, of a model in eval mode."""
+    pairs = [(model(inputs).float(), targets) for inputs, targets in batches]
+    logits, targets = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    accuracy = 100 * (logits.argmax(1) == targets).float().mean().item()
+    return {"accuracy": accuracy, "nll": nn.functional.cross_entropy(logits, targets).item()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """An experiment, with the paper's settings as its defaults where it is one of the paper's."""
+
+    name: str
+    about: str  # one line: what is trained on what, and where the paper has it
+    data: Callable[[Source, int], Data]  # (source, seed); raises Missing
+    model: Callable[[Source], nn.Module]  # maps a batch's inputs to the loss's outputs
+    layer: str  # name of the module whose relative flatness FAM regularises
+    epochs: int
+    batch_size: int
+    base: str = "sgd"  # the optimizer inside SAM, ASAM and FAM: "sgd", "nesterov" or "adam"
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the base optimizer
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what an --optimizer changes
+    schedule: Callable[[float], float] = cosine  # factor of the learning rate by progress in [0, 1)
+    loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy  # (outputs, targets) -> () mean
+    evaluate: Callable[[nn.Module, Iterable[Batch]], Metrics] = classification
+    evaluated_at: tuple[float, ...] = ()  # parts of the training, such as (0.5, 1); () is after every epoch
+    metric: str = "accuracy"  # the one that the report leads with
+    higher_is_better: bool = True  # of that metric
+    kappa_samples: int = 1000  # training samples on which kappa is measured after an epoch
+    differences: str = ""  # where the paper and its released code differ, and the flags of the latter

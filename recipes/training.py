@@ -1,0 +1,170 @@
+"""The engine: trains any task with any optimizer into a run's folder, and continues where it was stopped.
+
+Everything random in an epoch (order, augmentation, dropout, probes) comes from generators that are seeded
+anew at its beginning, from the run's seed and the epoch's number. So two optimizers with the same seed see
+the same batches, and a run that is continued needs no generator's state to be the same bit for bit.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from fam_optim import dataset_relative_flatness
+from recipes.loading import first, move, ordered, shuffled
+from recipes.optimizers import Settings, build, take_step
+from recipes.results import environment
+from recipes.runs import RunFolder
+from recipes.step_time import relative_step_time
+from recipes.task import Batch, Data, Source, Task
+
+TIMED_STEPS = 11  # pairs of steps behind the relative step time, the first a warm-up
+SHOWN_EVERY = 10  # steps between two updates of the progress bar: reading the loss waits for the device
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a run is made under, besides its task and its optimizer."""
+
+    seed: int
+    epochs: int
+    batch_size: int
+    source: Source
+    device: torch.device
+    workers: int = 0  # processes that load the samples
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, for a progress bar."""
+
+    step: int  # of how many are taken
+    steps: int  # in all
+    loss: float  # of the last batch
+    record: Mapping[str, Any]  # of the last finished epoch
+    step_time: float  # relative to the plain step
+
+
+def train(
+    task: Task,
+    settings: Settings,
+    conditions: Conditions,
+    path: Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Train into the folder ``path``; after each epoch it holds everything measured, and a checkpoint.
+
+    Raises:
+        Missing: if the task's data are not there.
+        FileExistsError: if the folder holds a run and ``resume`` is False.
+        ValueError: if the folder's run was begun with another configuration.
+    """
+    folder, device = RunFolder(path), conditions.device
+    data = task.data(conditions.source, conditions.seed)
+    seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
+    model = task.model(conditions.source).to(device)
+    folder.begin(configuration(task, settings, conditions), environment(device), resume)
+    state = folder.load(device)
+    if state is None:
+        timed = list(islice(moved(epoch_batches(data, conditions, 0), device), TIMED_STEPS))
+        timed = timed if len(timed) > 1 else timed * 2
+        folder.write("step_time.json", relative_step_time(task, settings, model, timed, device))
+    step_time = folder.read("step_time.json")["median"]
+
+    per_epoch = len(epoch_batches(data, conditions, 0))
+    steps = conditions.epochs * per_epoch
+    optimizer = build(settings, model, model.get_submodule(task.layer))
+    schedule = LambdaLR(optimizer, lambda step: task.schedule(step / steps))
+    records: list[dict[str, Any]] = []
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        records = folder.epochs()[: state["epoch"]]
+
+    for epoch in range(len(records) + 1, conditions.epochs + 1):
+        seed_everything(conditions.seed, epoch)
+        model.train()
+        losses: list[Tensor] = []
+        for inputs, targets in moved(epoch_batches(data, conditions, epoch), device):
+            losses.append(take_step(optimizer, model, task.loss, inputs, targets))
+            schedule.step()
+            if len(losses) in (1, per_epoch) or len(losses) % SHOWN_EVERY == 0:
+                step = (epoch - 1) * per_epoch + len(losses)
+                last = records[-1] if records else {}
+                on_progress(Progress(step, steps, losses[-1].item(), last, step_time))
+        record: dict[str, Any] = {"epoch": epoch, "train_loss": torch.stack(losses).mean().item()}
+        if not task.evaluated_at or epoch in (round(part * conditions.epochs) for part in task.evaluated_at):
+            record |= evaluate(task, model, data, conditions)
+        record["kappa"] = kappa(task, model, data, conditions)
+        records.append(record)
+        folder.save(
+            records,
+            {
+                "epoch": epoch,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            },
+        )
+
+
+def configuration(task: Task, settings: Settings, conditions: Conditions) -> dict[str, Any]:
+    """What identifies a run: continuing it asks for the same."""
+    return {
+        "task": task.name,
+        "layer": task.layer,
+        "settings": settings,
+        "seed": conditions.seed,
+        "epochs": conditions.epochs,
+        "batch_size": conditions.batch_size,
+        "smoke": conditions.source.smoke,
+        "device": conditions.device.type,
+    }
+
+
+def seed_everything(*seeds: int) -> None:
+    """Seed Python's, NumPy's and torch's generators from one or several numbers."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def epoch_batches(data: Data, conditions: Conditions, epoch: int) -> DataLoader[Batch]:
+    """The training samples in the order of an epoch."""
+    seed = int(np.random.SeedSequence((conditions.seed, epoch, 1)).generate_state(1)[0])
+    return shuffled(data.train, conditions.batch_size, seed, conditions.workers)
+
+
+def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on the device."""
+    return (move(batch, device) for batch in batches)
+
+
+def evaluate(task: Task, model: nn.Module, data: Data, conditions: Conditions) -> dict[str, Any]:
+    """The task's metrics on each of its evaluation sets, in eval mode: {"test_accuracy": ..., ...}."""
+    model.eval()
+    metrics: dict[str, Any] = {}
+    for name, samples in data.evaluation.items():
+        batches = moved(ordered(samples, conditions.batch_size, conditions.workers), conditions.device)
+        metrics |= {f"{name}_{metric}": value for metric, value in task.evaluate(model, batches).items()}
+    return metrics
+
+
+def kappa(task: Task, model: nn.Module, data: Data, conditions: Conditions) -> float:
+    """kappa of the first training samples' loss, in the measure and mode that the task has for FAM."""
+    chosen = {k: v for k, v in task.methods.get("fam", {}).items() if k in ("measure", "mode", "n_samples")}
+    batches = ordered(first(data.train, task.kappa_samples), conditions.batch_size, conditions.workers)
+    layer = model.get_submodule(task.layer)
+    return dataset_relative_flatness(model, layer, task.loss, batches, **chosen).item()
