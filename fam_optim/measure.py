@@ -42,10 +42,10 @@ class Factor(Protocol):
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., k)``; v is ``(..., d)``."""
 
-    def variance(self, log_p: Tensor) -> Tensor:
-        """``<F F^T, diag p - p p^T>`` for every row of log p: ``(n, d)`` to ``(n,)``.
+    def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
+        """``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
 
-        For F = W the trace of the covariance of the class vectors w_k under p. Nothing cancels where
+        For F = W the traces of the covariance of the class vectors w_k under p. Nothing cancels where
         the largest probability rounds to one: all terms are of the order of what is left beside it.
         """
 
@@ -72,10 +72,11 @@ class Neuronwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return 1.0, signs @ self.matrix.T
 
-    def variance(self, log_p: Tensor) -> Tensor:
+    def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
-        variance: Tensor = _ClassVariance.apply(log_p.to(dtype), self.matrix.to(dtype))
+        function = _VarianceByPairs if few_classes(*log_p.shape, self.columns) else _VarianceByMean
+        variance: Tensor = function.apply(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
         return variance
 
 
@@ -98,55 +99,94 @@ class Layerwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square, signs  # not ||W|| in v: the norm has no derivative at W = 0
 
-    def variance(self, log_p: Tensor) -> Tensor:
+    def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         p, _ = _without_top(log_p)
         rest = p.sum(1)
-        return self.square * (2 * rest - rest.square() - p.square().sum(1))
+        return self.square * (by_row * (2 * rest - rest.square() - p.square().sum(1))).sum()
 
 
-class _ClassVariance(torch.autograd.Function):
-    """``c_i = sum_k p_ik ||w_k - mu_i||^2`` with ``mu_i = sum_k p_ik w_k``.
+def few_classes(n: int, d: int, m: int) -> bool:
+    """Whether pairs of the d classes take less time than products of the size of the head itself."""
+    fewer_multiplications = d * d * (n + 2 * m) < 3 * n * d * m
+    return d <= 64 or fewer_multiplications  # the few pairs also take fewer operations
+
+
+class _VarianceByPairs(torch.autograd.Function):
+    """For few classes: ``sum_i b_i c_i``, ``c_i = 1/2 sum_kl p_ik p_il D_kl``, ``D_kl = ||w_k - w_l||^2``.
+
+        dc/dlog p_k = p_k sum_l D_kl p_l          (up to what log_softmax's backward takes away)
+        dc/dw_k     = 2 p_k sum_l p_l (w_k - w_l)
+
+    Nothing of the size of the layer's inputs ``(n, m)`` is formed: the products are ``(d, m) x (m, d)``,
+    ``(n, d) x (d, d)``, and as many in the backward. All terms are positive, so nothing cancels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
+        p = log_p.exp()
+        squares = w.square().sum(1)
+        distances = torch.addmm(squares, w, w.T, alpha=-2).add_(squares[:, None]).fill_diagonal_(0)
+        around = p @ distances
+        c = (p * around).sum(1) / 2
+        ctx.save_for_backward(p, w, around, by_row, c)
+        return c.dot(by_row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        p, w, around, by_row, c = ctx.saved_tensors
+        in_log_p, in_w, in_by_row = ctx.needs_input_grad
+        weighted = p * (scale * by_row)[:, None]
+        by_w = None
+        if in_w:
+            pairs = (weighted.T @ p).fill_diagonal_(0)  # w_k - w_k contributes nothing
+            by_w = torch.addmm(pairs.sum(1, keepdim=True) * w, pairs, w, beta=2, alpha=-2)
+        return weighted * around if in_log_p else None, by_w, scale * c if in_by_row else None
+
+
+class _VarianceByMean(torch.autograd.Function):
+    """For many classes: ``sum_i b_i c_i``, ``c_i = sum_k p_ik ||w_k - mu_i||^2``, ``mu_i = sum_k p_ik w_k``.
 
     With t the most probable class, q the probabilities of the others and ``delta = mu - w_t``,
 
-        c          = sum_k q_k ||w_k - w_t||^2 - ||delta||^2
+        c           = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
         dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
-        dc/dw_k    = 2 p_k (w_k - mu)
+        dc/dw_k     = 2 p_k (w_k - mu)
 
     Written out, since it takes three products ``(n, d) x (d, m)``, as many as the head itself, and the
     gradient in log p joins the loss's own before the products that follow.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_p: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
         q, top = _without_top(log_p)
         rest = q.sum(1, keepdim=True)
         w_top, squares = w[top], w.square().sum(1)
-        weighted = q @ w
-        delta = weighted - rest * w_top
-        ctx.save_for_backward(q, rest, top, w, delta, squares)
-        around_top = q @ squares + rest[:, 0] * squares[top] - 2 * (w_top * weighted).sum(1)
-        return around_top - delta.square().sum(1)
+        delta = torch.addcmul(q @ w, rest, w_top, value=-1)
+        around_top = torch.addcmul(q @ squares, rest[:, 0], squares[top], value=-1)
+        c = around_top - (delta * (2 * w_top + delta)).sum(1)
+        ctx.save_for_backward(q, rest, top, w, delta, squares, by_row, c)
+        return c.dot(by_row)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_row: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        q, rest, top, w, delta, squares = ctx.saved_tensors
-        weight = by_row[:, None]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        q, rest, top, w, delta, squares, by_row, c = ctx.saved_tensors
+        in_log_p, in_w, in_by_row = ctx.needs_input_grad
+        weight = (scale * by_row)[:, None]
+        weighted = q * weight
         w_top = w[top]
         mean = w_top + delta
         by_log_p = by_w = None
-        if ctx.needs_input_grad[0]:
+        if in_w:
+            by_w = weighted.sum(0)[:, None] * w
+            by_w.addmm_(weighted.T, mean, beta=2, alpha=-2)
+            by_w.index_add_(0, top, (rest - 1) * weight * delta, alpha=2)
+        if in_log_p:
             by_log_p = torch.addmm(squares, mean, w.T, alpha=-2)
             by_log_p += (w_top * (mean + delta)).sum(1, keepdim=True)  # ||mean||^2 - ||delta||^2
-            by_log_p *= q
-            by_log_p *= weight
-        if ctx.needs_input_grad[1]:
-            by_w = (by_row @ q)[:, None] * w
-            by_w.addmm_(q.T, weight * mean, alpha=-1)
-            by_w.index_add_(0, top, (rest - 1) * weight * delta)
-            by_w *= 2
-        return by_log_p, by_w
+            by_log_p *= weighted
+        return by_log_p, by_w, scale * c if in_by_row else None
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:

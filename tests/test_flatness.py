@@ -145,6 +145,18 @@ def test_exact_agrees_with_the_definition(case: Case) -> None:
     check(case, "exact")
 
 
+@pytest.fixture
+def many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The closed form that is meant for many classes, also where there are few."""
+    monkeypatch.setattr("fam_optim.measure.few_classes", lambda n, d, m: False)
+
+
+@by_name([case for case in CASES if "exact" in case.modes and "ce_" in case.name])
+@pytest.mark.usefixtures("many_classes")
+def test_the_form_for_many_classes_agrees_with_the_definition(case: Case) -> None:
+    check(case, "exact")
+
+
 @by_name(SAMPLE)
 def test_normalize_divides_by_m(case: Case) -> None:
     loss, layers = observed(case.problem())
@@ -390,8 +402,13 @@ def test_a_large_segmentation_head(measure: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("measure", reference.MEASURES)
-def test_a_sure_softmax_loses_no_digits(scale: float, dtype: torch.dtype, measure: str) -> None:
+@pytest.mark.parametrize("classes", ["few", "many"])
+def test_a_sure_softmax_loses_no_digits(
+    scale: float, dtype: torch.dtype, measure: str, classes: str, request: pytest.FixtureRequest
+) -> None:
     """Where probabilities round to one, a difference of squares would be noise."""
+    if classes == "many":
+        request.getfixturevalue("many_classes")
     head = nn.Linear(6, 5).double()
     phi = scale * torch.randn(1, 6, dtype=torch.float64)
     single = head.to(dtype), phi.to(dtype)

@@ -184,6 +184,17 @@ def test_kappa_keeps_its_digits(
         check(setting, index, dtype, mode, F.cross_entropy, parameters_too)
 
 
+@pytest.mark.parametrize("surplus", [0.5, 1e-4])
+@pytest.mark.parametrize("dtype", LOW, ids=name)
+def test_many_classes_keep_their_digits(
+    dtype: torch.dtype, surplus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed form has two ways; the other tests are small, and take that for few classes."""
+    monkeypatch.setattr("fam_optim.measure.few_classes", lambda n, d, m: False)
+    setting = trained("mlp", surplus)
+    check(setting, setting.layers[-1], dtype, "exact", F.cross_entropy, parameters_too=False)
+
+
 def steep(z: Tensor, y: Tensor) -> Tensor:
     """Multiplied by what suits a mean over a batch, its derivatives overflow."""
     return 1000 * F.cross_entropy(z, y, reduction="sum")

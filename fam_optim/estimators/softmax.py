@@ -102,14 +102,13 @@ def softmax_curvature(
         trained = differentiable and not head.constant
         (slope,) = torch.autograd.grad(tail.loss, log_p, create_graph=trained, retain_graph=True)
         dim = saved_dim(head.node)
-        a = -at_least_float32(slope).sum(dim)
-        rows = at_least_float32(log_p).movedim(dim, -1)
         norms = (head.use if differentiable else head.use.detached()).squared_norms()
-        if not differentiable:
-            rows = rows.detach()
-        variance = factor.variance(rows.reshape(-1, head.use.d)).reshape(a.shape)
-        values.append((_to_rows(head, a * variance, log_p, dim) * norms).sum())
-    return torch.stack(values).sum()
+        if not _keeps_order(head):
+            norms = _to_softmaxes(head, norms, log_p, dim)
+        a = at_least_float32(slope).sum(dim).neg()
+        rows = at_least_float32(log_p if differentiable else log_p.detach()).movedim(dim, -1)
+        values.append(factor.variance(rows.reshape(-1, head.use.d), (a * norms.reshape(a.shape)).flatten()))
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def _descend_linear(tail: Tail, path: set[Node], ends: set[Node]) -> tuple[list[Node], bool] | None:
@@ -175,12 +174,12 @@ def _keeps_order(head: SoftmaxHead) -> bool:
     return last and set(head.moves) <= _ORDER_KEEPING
 
 
-def _to_rows(head: SoftmaxHead, by_softmax: Tensor, log_p: Tensor, dim: int) -> Tensor:
-    """One number per softmax to one per row of z, zero for rows without one."""
-    if _keeps_order(head):
-        return by_softmax.reshape(head.use.lead)
-    spread = by_softmax.unsqueeze(dim).expand(log_p.shape).to(log_p.dtype)
-    return _carry_back(head, spread).select(head.use.channel, 0)
+def _to_softmaxes(head: SoftmaxHead, by_row: Tensor, log_p: Tensor, dim: int) -> Tensor:
+    """One number per row of z to one per softmax: the transpose of carrying back."""
+    zeros = torch.zeros_like(log_p, requires_grad=True)
+    spread = by_row.unsqueeze(head.use.channel).expand(head.use.shape)
+    (moved,) = torch.autograd.grad(_carry_back(head, zeros), zeros, spread, create_graph=True)
+    return at_least_float32(moved).select(dim, 0)
 
 
 def _carry_back(head: SoftmaxHead, t: Tensor) -> Tensor:
