@@ -154,39 +154,64 @@ class _VarianceByMean(torch.autograd.Function):
         dc/dw_k     = 2 p_k (w_k - mu)
 
     Written out, since it takes three products ``(n, d) x (d, m)``, as many as the head itself, and the
-    gradient in log p joins the loss's own before the products that follow.
+    gradient in log p joins the loss's own before the products that follow. What has the size of log p
+    is made anew and in parts, so that the memory beside the head's own is the gradient in log p and W.
     """
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
-        q, top = _without_top(log_p)
-        rest = q.sum(1, keepdim=True)
-        w_top, squares = w[top], w.square().sum(1)
-        delta = torch.addcmul(q @ w, rest, w_top, value=-1)
-        around_top = torch.addcmul(q @ squares, rest[:, 0], squares[top], value=-1)
-        c = around_top - (delta * (2 * w_top + delta)).sum(1)
-        ctx.save_for_backward(q, rest, top, w, delta, squares, by_row, c)
+        squares = torch.linalg.vector_norm(w, dim=1).square_()  # without a copy of w
+        tops, rests, deltas, cs = [], [], [], []
+        for part in _parts(log_p):
+            q, top = _without_top(log_p[part])
+            rest = q.sum(1, keepdim=True)
+            w_top = w[top]
+            delta = torch.addcmul(q @ w, rest, w_top, value=-1)
+            around_top = torch.addcmul(q @ squares, rest[:, 0], squares[top], value=-1)
+            tops.append(top)
+            rests.append(rest)
+            deltas.append(delta)
+            cs.append(around_top - (delta * (2 * w_top + delta)).sum(1))
+        top, rest, delta, c = (torch.cat(parts) for parts in (tops, rests, deltas, cs))
+        ctx.save_for_backward(log_p, rest, top, w, delta, squares, by_row, c)
         return c.dot(by_row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        q, rest, top, w, delta, squares, by_row, c = ctx.saved_tensors
+        log_p, rest, top, w, delta, squares, by_row, c = ctx.saved_tensors
         in_log_p, in_w, in_by_row = ctx.needs_input_grad
         weight = (scale * by_row)[:, None]
-        weighted = q * weight
         w_top = w[top]
         mean = w_top + delta
-        by_log_p = by_w = None
-        if in_w:
-            by_w = weighted.sum(0)[:, None] * w
-            by_w.addmm_(weighted.T, mean, beta=2, alpha=-2)
+        by_log_p = torch.empty_like(log_p) if in_log_p else None
+        by_w = torch.empty_like(w) if in_w else None
+        by_class = torch.zeros_like(squares)
+        for part in _parts(log_p):
+            weighted = log_p[part].exp().scatter_(1, top[part, None], 0.0).mul_(weight[part])
+            if by_w is not None:
+                by_class += weighted.sum(0)
+                by_w.addmm_(weighted.T, mean[part], beta=0 if part.start == 0 else 1, alpha=-2)
+            if by_log_p is not None:
+                inside = torch.addmm(squares, mean[part], w.T, alpha=-2, out=by_log_p[part])
+                # ||w_k - mean||^2 - ||delta||^2, of which the last two terms are <w_t, mean + delta>
+                inside += (w_top[part] * (mean[part] + delta[part])).sum(1, keepdim=True)
+                inside *= weighted
+        if by_w is not None:
+            by_w.addcmul_(by_class[:, None], w, value=2)
             by_w.index_add_(0, top, (rest - 1) * weight * delta, alpha=2)
-        if in_log_p:
-            by_log_p = torch.addmm(squares, mean, w.T, alpha=-2)
-            by_log_p += (w_top * (mean + delta)).sum(1, keepdim=True)  # ||mean||^2 - ||delta||^2
-            by_log_p *= weighted
         return by_log_p, by_w, scale * c if in_by_row else None
+
+
+PART = 1 << 23
+"""Numbers of log p that are worked on at a time."""
+
+
+def _parts(log_p: Tensor) -> list[slice]:
+    """The rows in parts of about `PART` numbers."""
+    n, d = log_p.shape
+    rows = max(1, PART // d)
+    return [slice(start, start + rows) for start in range(0, n, rows)]
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
