@@ -10,13 +10,15 @@ The attributes used here are torch's own and not public; tests/test_distributed.
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -50,9 +52,15 @@ def communicates(node: Node) -> bool:
     return (home.startswith("torch.distributed.") and not averages) or function.__name__ == "SyncBatchNorm"
 
 
-@contextmanager
-def local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
+def local_derivatives(tails: Sequence[Tail]) -> AbstractContextManager[None]:
     """Derivatives of the tails' losses taken in this context start no communication of gradients."""
+    if not dist.is_available() or not dist.is_initialized():
+        return nullcontext()
+    return _local_derivatives(tails)
+
+
+@contextmanager
+def _local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
     with _unsunk(tails), _gathered(tails):
         yield
 
