@@ -75,7 +75,8 @@ class Neuronwise:
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
-        function = _VarianceByPairs if few_classes(*log_p.shape, self.columns) else _VarianceByMean
+        n, d = log_p.shape
+        function = _VarianceByPairs if few_classes(n, d, self.columns) else _VarianceByMean
         variance: Tensor = function.apply(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
         return variance
 

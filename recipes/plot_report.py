@@ -19,9 +19,9 @@ OTHERS = ("#e69f00", "#d1495b", "#009e73", "#cc79a7", "#7b5ea7", "#8c6d31", "#1b
 
 
 def plot_curves(runs: Sequence[Run], target: Path) -> None:
-    """Draw a row per task: training loss, the other quantities and kappa by epoch; a faint line per seed."""
+    """Draw a row per task: what was measured after every epoch; a faint line per seed."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    names = [name for name in runs[0]["history"] if name != "epoch"]
+    names = [name for name, values in runs[0]["history"].items() if name != "epoch" and None not in values]
     width, height = 3.6 * len(names), 0.6 + 2.8 * len(tasks)
     figure, axes = plt.subplots(len(tasks), len(names), figsize=(width, height), squeeze=False)
     for row, task in zip(axes, tasks, strict=True):
@@ -39,15 +39,14 @@ def plot_curves(runs: Sequence[Run], target: Path) -> None:
 
 def draw(axis: Axes, runs: Sequence[Run], name: str) -> None:
     """Draw each optimizer's mean over its seeds, and the seeds themselves, faint."""
+    length = max(len(run["history"]["epoch"]) for run in runs)
     for label, colour in colours(runs).items():
-        curves = np.stack([curve(run, name) for run in runs if run["label"] == label])
+        curves = np.stack([curve(run, name, length) for run in runs if run["label"] == label])
         epochs = np.arange(1, curves.shape[1] + 1)
-        there = np.isfinite(curves).any(0)  # not every epoch evaluates everything
-        marker = "o" if there.sum() < 3 else None
         for seed in curves:
-            axis.plot(epochs[there], seed[there], color=colour, linewidth=0.8, alpha=0.35, marker=marker)
-        axis.plot(epochs[there], curves.mean(0)[there], color=colour, linewidth=1.8, label=label)
-    if name == "kappa" and all(np.nanmin(curve(run, name)) > 0 for run in runs):
+            axis.plot(epochs, seed, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(epochs, curves.mean(0), color=colour, linewidth=1.8, label=label)
+    if name == "kappa" and all(np.nanmin(curve(run, name, length)) > 0 for run in runs):
         axis.set_yscale("log")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -60,16 +59,18 @@ def colours(runs: Sequence[Run]) -> dict[str, str]:
     return {label: COLOURS.get(label.split("-")[0]) or next(free) for label in labels}
 
 
-def curve(run: Run, name: str) -> NDArray[np.float64]:
+def curve(run: Run, name: str, length: int) -> NDArray[np.float64]:
     """A quantity by epoch; nan where it was not measured or not finite, which is left out of the picture."""
-    values = run["history"][name]
-    return np.array([np.nan if value is None else np.mean(value) for value in values], dtype=np.float64)
+    values = run["history"].get(name, [])
+    known = [np.nan if value is None else np.mean(value) for value in values]
+    return np.array(known + [np.nan] * (length - len(known)), dtype=np.float64)
 
 
 def plot_boxes(runs: Sequence[Run], target: Path) -> None:
     """Draw the last epoch's spread over the samples, for the quantities that have a value per sample."""
     names = [name for name, values in runs[0]["history"].items() if isinstance(values[-1], list)]
-    if not names:
+    runs = [run for run in runs if names and isinstance(run["history"].get(names[0], [None])[-1], list)]
+    if not runs:
         return
     width = 1.2 + 0.5 * len(colours(runs))
     figure, axes = plt.subplots(1, len(names), figsize=(max(2.2, width) * len(names), 3.4), squeeze=False)

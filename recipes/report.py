@@ -80,7 +80,7 @@ def table(runs: Sequence[Run]) -> Table:
     )
     for (task, label), group in groups(runs).items():
         for number in evaluated(group[0]):
-            cells = [summary([at(run, name, number) for run in group]) for name in (*tested, *["kappa"])]
+            cells = [summary([at(run, name, number) for run in group]) for name in (*tested, "kappa")]
             if validated:
                 chosen = [best_epoch(run, validated) for run in group]
                 cells[-1:-1] = [
@@ -102,8 +102,9 @@ def evaluated(run: Run) -> list[int]:
 
 
 def at(run: Run, name: str, index: int) -> float:
-    """A quantity after an epoch as one number; nan where it was not finite."""
-    value = run["history"][name][index]
+    """A quantity after an epoch as one number; nan where it was not finite, or the run is not there yet."""
+    values = run["history"].get(name, [])
+    value = values[index] if index < len(values) else None
     return float("nan") if value is None else mean(value)
 
 

@@ -75,7 +75,8 @@ def combinations(task: Task, options: argparse.Namespace) -> Iterator[tuple[str,
         lists = [values if isinstance(values, list) else [values] for values in own.values()]
         for values in itertools.product(*lists):
             changes = dict(zip(own, values, strict=True))
-            label = "-".join([optimizer, *(f"{name}={value}" for name, value in changes.items())])
+            parts = [name if value is True else f"{name}={value}" for name, value in changes.items()]
+            label = "-".join([optimizer, *parts])
             yield label, settings(task, optimizer, changes)
     if unused := set(given) - used:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
