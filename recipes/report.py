@@ -4,8 +4,9 @@
     python -m recipes.report runs/cifar10 --out recipes/results/cifar10  # ... somewhere else
     python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
 
-The table has, per task and optimizer, the mean and the standard deviation over the seeds of what was
-measured after the last epoch, and at the best epoch on validation data where there are any.
+The table has, per task and optimizer, the mean, the standard deviation and (in brackets) the maximum over
+the seeds of what was measured after the last epoch, and at the best epoch on validation data where there
+are any.
 """
 
 import argparse
@@ -115,8 +116,8 @@ def best_epoch(run: Run, name: str) -> int:
 
 
 def summary(values: Sequence[float]) -> str:
-    """ "85.96 ± 0.21", or the value alone."""
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    """Mean, standard deviation and maximum, such as "85.96 ± 0.21 (86.12)", or the value alone."""
+    spread = f" ± {statistics.stdev(values):.2g} ({max(values):.4g})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4g}{spread}"
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from recipes.tasks import TASKS
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
@@ -66,6 +68,17 @@ def test_every_test_that_is_named_exists() -> None:
     assert len(named) > 10
     for module, test in named:
         assert callable(getattr(import_module(f"tests.{module}"), test))
+
+
+@pytest.mark.parametrize("readme", [README, README.parent / "recipes" / "README.md"], ids=["", "recipes"])
+def test_every_recipe_and_link_that_is_named_exists(readme: Path) -> None:
+    text = readme.read_text()
+    for name in re.findall(r"python -m recipes\.(\w+)", text):
+        assert callable(import_module(f"recipes.{name}").main)
+    for task in re.findall(r"recipes\.train ([\w-]+)", text) + re.findall(r"`train ([\w-]+)", text):
+        assert task in TASKS
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (readme.parent / link).exists(), link
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

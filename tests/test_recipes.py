@@ -26,7 +26,7 @@ from recipes.tasks import TASKS
 
 RECIPES: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
     "quickstart": (quickstart.main, ["quickstart.json", "quickstart.md", "quickstart-curves.png", "runs"]),
-    "benchmark": (benchmark.main, ["benchmark.json"]),
+    "benchmark": (benchmark.main, ["benchmark.json", "benchmark.png"]),
     "estimator_spread": (estimator_spread.main, ["estimator_spread.json"]),
     "hessian_time": (hessian_time.main, ["hessian_time.json", "hessian_time.png"]),
     "trace_time": (trace_time.main, ["trace_time.json", "trace_time.png"]),
