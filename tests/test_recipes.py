@@ -17,6 +17,7 @@ from recipes import (
     quickstart,
     reparametrisation,
     report,
+    scaling,
     trace_time,
     train,
 )
@@ -29,6 +30,7 @@ RECIPES: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
     "benchmark": (benchmark.main, ["benchmark.json", "benchmark.png"]),
     "estimator_spread": (estimator_spread.main, ["estimator_spread.json"]),
     "hessian_time": (hessian_time.main, ["hessian_time.json", "hessian_time.png"]),
+    "scaling": (scaling.main, ["scaling.json", "scaling.png"]),
     "trace_time": (trace_time.main, ["trace_time.json", "trace_time.png"]),
     "reparametrisation": (reparametrisation.main, ["reparametrisation.json", "reparametrisation.png"]),
 }
