@@ -136,8 +136,9 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 def plot(source: Path, target: Path) -> None:
     """Draw time above and memory below, a column per size that grows."""
     grouped = groups(load(source)["runs"])
-    figure, axes = plt.subplots(2, 3, figsize=(10, 6))
-    for column, letter in zip(axes.T, "dmN", strict=True):
+    letters = list(dict.fromkeys(letter for _, letter in grouped))
+    figure, axes = plt.subplots(2, len(letters), figsize=(3.4 * len(letters), 6), squeeze=False)
+    for column, letter in zip(axes.T, letters, strict=True):
         for axis, quantity in zip(column, ("seconds", "bytes"), strict=True):
             for mode, colour in COLOURS.items():
                 rows = grouped.get((mode if mode != "plain" else "exact", letter), [])
@@ -176,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.rounds = 2
     torch.set_num_threads(options.threads)
     begin = time.perf_counter()
-    runs = [row for mode in SWEEPS for letter in "dmN" for row in sweep(mode, letter, options)]
+    letters = "d" if options.smoke else "dmN"
+    runs = [row for mode in SWEEPS for letter in letters for row in sweep(mode, letter, options)]
     path = options.out / "scaling.json"
     results = {
         "recipe": "scaling",
