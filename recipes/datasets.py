@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from recipes.task import Data, Missing, Source
+from recipes.task import Data, Missing, Source, missing
 
 SHIPPED = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, scaled to [0, 1]
@@ -42,11 +42,9 @@ def whole_fashion_mnist(split: str, source: Source) -> Images:
         raise Missing('torchvision is not installed: pip install -e ".[paper]"') from error
     try:
         samples = FashionMNIST(str(source.folder), train=split == "train", download=source.download)
-    except RuntimeError as error:
-        raise Missing(
-            f"Fashion-MNIST is not in {source.folder}/FashionMNIST/raw: let --download fetch it (30 MB), or "
-            "gunzip the four files of Debian's package dataset-fashion-mnist there"
-        ) from error
+    except (RuntimeError, OSError) as error:
+        otherwise = ", or gunzip the four files of Debian's package dataset-fashion-mnist there"
+        raise missing("Fashion-MNIST", source.folder / "FashionMNIST" / "raw", source, otherwise) from error
     return samples.data, samples.targets
 
 

@@ -37,6 +37,7 @@ from recipes.task import Batch, Source, Task
 from recipes.tasks import load_task
 
 STRENGTHS = np.geomspace(1e-3, 1, 13).tolist()  # standard deviation of a coordinate, relative to ||phi||
+SAMPLES = 250  # of the training set, on which loss and kappa are taken
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
     layer = model.double().eval().get_submodule(task.layer)
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"expected the layer of {task.name} to be an nn.Linear, got {type(layer).__name__}")
-    batches = [cast(batch, torch.float64) for batch in ordered(first(data.train, task.kappa_samples), 500)]
+    batches = [cast(batch, torch.float64) for batch in ordered(first(data.train, SAMPLES), SAMPLES)]
     kappa = dataset_relative_flatness(model, layer, task.loss, batches).item()
     plain = mean_loss(task, model, batches)
     means, errors = [], []

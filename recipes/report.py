@@ -4,9 +4,8 @@
     python -m recipes.report runs/cifar10 --out recipes/results/cifar10  # ... somewhere else
     python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
 
-The table has, per task and optimizer, the mean, the standard deviation and (in brackets) the maximum over
-the seeds of what was measured after the last epoch, and at the best epoch on validation data where there
-are any.
+The table has, per task and optimizer, mean and standard deviation over the seeds of what was measured after
+the last epoch, and the leading metric at the epoch that was best on validation data, where there are any.
 """
 
 import argparse
@@ -72,22 +71,18 @@ def groups(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 
 def table(runs: Sequence[Run]) -> Table:
     """One row per task, optimizer and epoch that was asked to be evaluated; valid Markdown."""
-    names = [name for name in runs[0]["history"] if name not in ("epoch", "train_loss", "kappa")]
-    tested = [name for name in names if not name.startswith("validation_")]
+    names = [name for name in runs[0]["history"] if name not in ("epoch", "train_loss")]
     validated = next((name for name in names if name.startswith("validation_")), None)
-    best = [f"{name}, best validation" for name in tested] if validated else []
-    result = Table(
-        "task", "optimizer", "seeds", "epoch", *tested, *best, "kappa", "step time", box=box.MARKDOWN
-    )
+    shown = [name for name in names if name == validated or not name.startswith("validation_")]
+    lead = shown[1] if validated else shown[0]
+    best = [f"{lead}, best validation"] if validated else []
+    result = Table("task", "optimizer", "seeds", "epoch", *shown, *best, "step time", box=box.MARKDOWN)
     for (task, label), group in groups(runs).items():
         for number in evaluated(group[0]):
-            cells = [summary([at(run, name, number) for run in group]) for name in (*tested, "kappa")]
+            cells = [summary(name, [at(run, name, number) for run in group]) for name in shown]
             if validated:
-                chosen = [best_epoch(run, validated) for run in group]
-                cells[-1:-1] = [
-                    summary([at(run, name, epoch) for run, epoch in zip(group, chosen, strict=True)])
-                    for name in tested
-                ]
+                chosen = [at(run, lead, best_epoch(run, validated)) for run in group]
+                cells.append(summary(lead, chosen))
             cost = statistics.fmean(run["step_time"]["median"] for run in group)
             epoch = str(group[0]["history"]["epoch"][number])
             result.add_row(task, label, str(len(group)), epoch, *cells, f"{cost:.2f}x")
@@ -115,10 +110,14 @@ def best_epoch(run: Run, name: str) -> int:
     return values.index(max(values))
 
 
-def summary(values: Sequence[float]) -> str:
-    """Mean, standard deviation and maximum, such as "85.96 ± 0.21 (86.12)", or the value alone."""
-    spread = f" ± {statistics.stdev(values):.2g} ({max(values):.4g})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{spread}"
+def summary(name: str, values: Sequence[float]) -> str:
+    """Mean and standard deviation, such as "0.96 ± 0.02"; of an accuracy the maximum too."""
+    text = f"{statistics.fmean(values):.4g}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.2g}"
+    if len(values) > 1 and name.endswith("accuracy"):
+        text += f" (max {max(values):.4g})"
+    return text
 
 
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:

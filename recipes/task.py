@@ -34,6 +34,13 @@ class Source:
     smoke: bool = False  # a few samples, generated or shipped, through the same code; small networks
 
 
+def missing(name: str, folder: Path, source: Source, otherwise: str = "") -> Missing:
+    """What to say where reading a data set failed."""
+    if source.download:
+        return Missing(f"{name} could not be downloaded into {folder}: check the connection{otherwise}")
+    return Missing(f"{name} is not in {folder}: let --download fetch it{otherwise}")
+
+
 @dataclass(frozen=True)
 class Data:
     """The samples of a task, ready for a loader."""

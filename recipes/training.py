@@ -92,6 +92,9 @@ def train(
         schedule.load_state_dict(state["schedule"])
         records = folder.epochs()[: state["epoch"]]
 
+    def show(step: int, loss: Tensor) -> None:
+        on_progress(Progress(step, steps, loss.item(), records[-1] if records else {}, step_time))
+
     for epoch in range(len(records) + 1, conditions.epochs + 1):
         seed_everything(conditions.seed, epoch)
         model.train()
@@ -100,9 +103,7 @@ def train(
             losses.append(take_step(optimizer, model, task.loss, inputs, targets))
             schedule.step()
             if len(losses) in (1, per_epoch) or len(losses) % SHOWN_EVERY == 0:
-                step = (epoch - 1) * per_epoch + len(losses)
-                last = records[-1] if records else {}
-                on_progress(Progress(step, steps, losses[-1].item(), last, step_time))
+                show((epoch - 1) * per_epoch + len(losses), losses[-1])
         record: dict[str, Any] = {"epoch": epoch, "train_loss": torch.stack(losses).mean().item()}
         if not task.evaluated_at or epoch in (round(part * conditions.epochs) for part in task.evaluated_at):
             record |= evaluate(task, model, data, conditions)

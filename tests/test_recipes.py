@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +177,18 @@ def test_missing_data_is_one_sentence_with_the_remedy(task: str, tmp_path: Path)
     with pytest.raises(SystemExit, match=rf"^{task}: .*--download"):
         train.main([task, "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "runs")])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("task", ["fashion-mnist-small", "cifar10", "cifar100", "svhn", "fashion-mnist"])
+def test_a_download_that_fails_is_one_sentence(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*arguments: object, **options: object) -> None:
+        raise urllib.error.URLError("no connection")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(SystemExit, match=rf"^{task}: .*could not be downloaded.*check the connection"):
+        train.main([task, "--download", "--data", str(tmp_path), "--out", str(tmp_path / "runs")])
 
 
 def test_stopping_by_hand_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from recipes.datasets import shipped_fashion_mnist
 from recipes.models import WideResNet, resnet18_cifar
 from recipes.schedules import cosine, steps
-from recipes.task import Data, Missing, Source, Task
+from recipes.task import Data, Missing, Source, Task, missing
 
 try:
     from torchvision import datasets, models
@@ -53,8 +53,8 @@ def pair(
                 make(source.folder / name, training, chosen, source.download)
                 for training, chosen in ((True, train), (False, test))
             ]
-        except RuntimeError as error:
-            raise Missing(f"{name} is not in {source.folder / name}: let --download fetch it") from error
+        except (RuntimeError, OSError) as error:
+            raise missing(name, source.folder / name, source) from error
         return Data(samples[0], {"test": samples[1]})
 
     return data
@@ -149,10 +149,8 @@ def fashion_mnist() -> Task:
                 datasets.FashionMNIST(str(folder), training, chosen, download=source.download)
                 for training, chosen in ((True, train), (False, test))
             ]
-        except RuntimeError as error:
-            raise Missing(
-                f"Fashion-MNIST is not in {folder}/FashionMNIST/raw: let --download fetch it"
-            ) from error
+        except (RuntimeError, OSError) as error:
+            raise missing("Fashion-MNIST", folder / "FashionMNIST" / "raw", source) from error
         return Data(sets[0], {"test": sets[1]})
 
     return Task(
