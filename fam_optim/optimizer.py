@@ -258,9 +258,9 @@ class FAM(OptimizerWrapper):
 
     def _watched(self) -> Sequence[Tensor]:
         """The parameters whose gradients show what was backpropagated: the layers', if they are trained."""
-        trained = {id(p) for p in self._parameters() if p.requires_grad}
-        weights = [w for layer in self.penalty.layers for w in weights_of(layer) if id(w) in trained]
-        return weights or [p for p in self._parameters() if p.requires_grad]
+        weights = [w for layer in self.penalty.layers for w in weights_of(layer) if w.requires_grad]
+        own = [w for w in weights if any(w is p for p in self._parameters())]
+        return own or [p for p in self._parameters() if p.requires_grad]
 
     def _backup(self) -> tuple[list[Tensor], dict[Tensor, Any]]:
         """Copies of weights and state, for a base that moves the weights between evaluations (LBFGS)."""

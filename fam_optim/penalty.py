@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -193,11 +193,11 @@ def weights_of(layer: Layer) -> list[Tensor]:
     source = parametrization(layer.module)
     if source is not None:
         return list(source.parameters())
-    own = dict(layer.module.named_parameters(recurse=False))
-    if "weight" in own:
-        return [own["weight"]]
+    own = layer.module._parameters
+    if own.get("weight") is not None:
+        return [cast("Tensor", own["weight"])]
     # Pruning and the older weight_norm and spectral_norm compute `weight` in a pre-hook, from weight_*.
-    return [p for name, p in own.items() if name.startswith("weight_")]
+    return [p for name, p in own.items() if p is not None and name.startswith("weight_")]
 
 
 def name_of(layer: Layer) -> str:
