@@ -72,21 +72,32 @@ def plot_boxes(runs: Sequence[Run], target: Path) -> None:
     runs = [run for run in runs if names and isinstance(run["history"].get(names[0], [None])[-1], list)]
     if not runs:
         return
-    width = 1.2 + 0.5 * len(colours(runs))
-    figure, axes = plt.subplots(1, len(names), figsize=(max(2.2, width) * len(names), 3.4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        chosen = colours(runs)
+    chosen = colours(runs)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    size = (3 * columns + 1.5, rows * (0.7 + 0.28 * len(chosen)))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+    for axis, name in zip(axes.flat, names, strict=False):
         samples = [
             np.concatenate([run["history"][name][-1] for run in runs if run["label"] == label])
             for label in chosen
         ]
-        boxes = axis.boxplot(samples, patch_artist=True, widths=0.6, medianprops={"color": "black"})
+        boxes = axis.boxplot(
+            samples,
+            orientation="horizontal",
+            manage_ticks=False,
+            patch_artist=True,
+            widths=0.6,
+            medianprops={"color": "black"},
+            flierprops={"markersize": 3},
+        )
         for box, colour in zip(boxes["boxes"], chosen.values(), strict=True):
             box.set(facecolor=colour, alpha=0.6)
-        axis.set_xticks(range(1, len(chosen) + 1), list(chosen), rotation=60, ha="right", fontsize=8)
         axis.set_title(name.replace("_", " "), loc="left", fontsize=9)
-        axis.grid(alpha=0.25, axis="y")
+        axis.grid(alpha=0.25, axis="x")
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_yticks(range(1, len(chosen) + 1), list(chosen))
+    axes[0, 0].invert_yaxis()  # the first on top
     figure.tight_layout()
     figure.savefig(target, dpi=110)
     plt.close(figure)
