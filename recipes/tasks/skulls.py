@@ -190,6 +190,6 @@ def skulls() -> Task:
             "The released code has lam 0.1 with 80 x Dice summed over two output channels, ||W|| instead of "
             "||W||^2, and a detached Hessian (--detach-hessian). Its volumes are 256 x 256 x 128, with six "
             "layers and a latent size of 32; sizes and depth here are the paper's. With the paper's whole "
-            "gradient kappa falls below zero without bound on this layer, and the network learns nothing."
+            "gradient and lam from 0.02 on, kappa falls below zero without bound, and nothing is learned."
         ),
     )
