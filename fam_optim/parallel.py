@@ -54,9 +54,11 @@ def communicates(node: Node) -> bool:
 
 def local_derivatives(tails: Sequence[Tail]) -> AbstractContextManager[None]:
     """Derivatives of the tails' losses taken in this context start no communication of gradients."""
-    if not dist.is_available() or not dist.is_initialized():
-        return nullcontext()
-    return _local_derivatives(tails)
+    return _local_derivatives(tails) if _in_process_group() else nullcontext()
+
+
+def _in_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
@@ -110,7 +112,9 @@ def lasting(weight: Tensor) -> Tensor:
 
 
 def _fsdp_group_type() -> Any:
-    """What holds FSDP2's gathered weights; None if the user has not imported FSDP2."""
+    """What holds FSDP2's gathered weights; None where FSDP2 cannot be in use."""
+    if not _in_process_group():  # imported it may be all the same, by a framework
+        return None
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
     return getattr(module, "FSDPParamGroup", None)
 

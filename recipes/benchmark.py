@@ -14,7 +14,6 @@ import argparse
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from recipes.benchmark_cases import TASKS, Task
 from recipes.memory import alive_bytes, peak_bytes
 from recipes.plot_benchmark import plot
 from recipes.results import environment, save
+from recipes.step_time import clock
 
 LAM = 1e-3  # any positive value costs the same
 BASE: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
@@ -215,13 +215,9 @@ def _peak(task: Task, build: Callable[[Task], Step], device: torch.device) -> in
 
 
 def _timed(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = clock(device)
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return clock(device) - begin
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:

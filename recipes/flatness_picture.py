@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_optim import dataset_relative_flatness
-from recipes.loading import first, ordered
-from recipes.measure import cast
+from recipes.loading import cast, first, ordered
 from recipes.plot_report import colours
 from recipes.results import environment, load, save
 from recipes.runs import RunFolder
@@ -67,9 +66,7 @@ def mean_loss(task: Task, model: nn.Module, batches: Sequence[Batch]) -> float:
 
 def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
     """The curve of one run: mean and standard error of the extra loss over the draws, in double precision."""
-    config, state = folder.read("config.json"), folder.load(torch.device("cpu"))
-    if state is None:
-        raise FileNotFoundError(f"{folder.path} holds no checkpoint: train first, with recipes.train")
+    config, state = folder.read("config.json"), folder.trained(torch.device("cpu"))
     task = load_task(config["task"])
     data = task.data(source, config["seed"])
     model = task.model(source)
@@ -107,8 +104,9 @@ def plot(source: Path, target: Path) -> None:
     results = load(source)
     strengths = np.array(results["configuration"]["strengths"])
     figure, axis = plt.subplots(figsize=(6, 4.2))
+    chosen = colours(results["runs"])
     for run in results["runs"]:
-        colour = colours(results["runs"])[run["label"]]
+        colour = chosen[run["label"]]
         label = f"{run['label']}: kappa {run['kappa']:.3g}"
         extra, error = (np.array(run[name]) for name in ("extra_loss", "standard_error"))
         axis.errorbar(strengths, extra, error, color=colour, marker="o", markersize=3, label=label)

@@ -1,5 +1,6 @@
 """Batches for the recipes: shuffled from a seed of their own, or in order, and where the model is."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +41,21 @@ def first(samples: Samples, count: int) -> Samples:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """The same tensors, tuples and dicts on the device."""
+    """A batch on the device."""
+    return each_tensor(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def cast(batch: Any, dtype: torch.dtype) -> Any:
+    """A batch with its floating point tensors in another precision."""
+    return each_tensor(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, batch)
+
+
+def each_tensor(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The same tuples and dicts with the function of every tensor in them."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return function(batch)
     if isinstance(batch, dict):
-        return {name: move(item, device) for name, item in batch.items()}
+        return {name: each_tensor(function, item) for name, item in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return tuple(move(item, device) for item in batch)
+        return tuple(each_tensor(function, item) for item in batch)
     return batch

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from fam_optim import dataset_relative_flatness
-from recipes.loading import ordered
+from recipes.loading import cast, ordered
 from recipes.runs import RunFolder
 from recipes.task import Task, mean
 from recipes.training import Conditions, evaluate, moved
@@ -20,9 +20,7 @@ def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = Fa
     Raises:
         FileNotFoundError: if the folder holds no checkpoint.
     """
-    state = RunFolder(path).load(conditions.device)
-    if state is None:
-        raise FileNotFoundError(f"{path} holds no checkpoint: train first, without --measure-only")
+    state = RunFolder(path).trained(conditions.device)
     data = task.data(conditions.source, conditions.seed)
     model = task.model(conditions.source).to(conditions.device)
     model.load_state_dict(state["model"])
@@ -41,15 +39,6 @@ def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = Fa
     weight = layer.get_parameter("weight")
     trace = values["layerwise"] / weight.square().sum().item()
     return {"epoch": state["epoch"], **values, "Tr(H)": trace, **metrics}
-
-
-def cast(batch: Any, dtype: torch.dtype) -> Any:
-    """The floating point tensors of a batch in another precision."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, dict):
-        return {name: cast(item, dtype) for name, item in batch.items()}
-    return tuple(cast(item, dtype) for item in batch)
 
 
 def table(measured: dict[str, dict[str, Any]]) -> Table:

@@ -27,6 +27,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 OPTIMIZERS = (*BASES, *WRAPPERS)
 FAM_OPTIONS = ("lam", "measure", "mode", "normalize", "detach_hessian", "n_samples")
 SAM_OPTIONS = ("rho", "adaptive")
+OPTIONS = {"sam": SAM_OPTIONS, "asam": SAM_OPTIONS, "fam": FAM_OPTIONS}  # of a wrapper, not of its base
 
 Settings = dict[str, Any]
 Loss = Callable[[Any, Any], Tensor]

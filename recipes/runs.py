@@ -76,3 +76,10 @@ class RunFolder:
             return None
         state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
         return state
+
+    def trained(self, device: torch.device) -> dict[str, Any]:
+        """The last checkpoint; raises FileNotFoundError before the first."""
+        state = self.load(device)
+        if state is None:
+            raise FileNotFoundError(f"{self.path} holds no checkpoint: train first, with recipes.train")
+        return state

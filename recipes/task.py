@@ -81,7 +81,6 @@ class Task:
     loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy  # (outputs, targets) -> () mean
     evaluate: Callable[[nn.Module, Iterable[Batch]], Metrics] = classification
     evaluated_at: tuple[float, ...] = ()  # parts of the training, such as (0.5, 1); () is after every epoch
-    metric: str = "accuracy"  # the one that the report leads with
-    higher_is_better: bool = True  # of that metric
+    metric: str = "accuracy"  # the one that the progress bar shows
     kappa_samples: int = 1000  # training samples on which kappa is measured after an epoch
     differences: str = ""  # where the paper and its released code differ, and the flags of the latter

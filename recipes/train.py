@@ -21,14 +21,14 @@ import torch
 from rich.console import Console
 
 from recipes.measure import measure, table
-from recipes.optimizers import FAM_OPTIONS, OPTIMIZERS, SAM_OPTIONS, Settings, settings
+from recipes.optimizers import FAM_OPTIONS, OPTIMIZERS, OPTIONS, SAM_OPTIONS, Settings, settings
 from recipes.progress import progress_bar
 from recipes.task import Missing, Source, Task
 from recipes.tasks import TASKS, load_task
 from recipes.training import Conditions, train
 
 SWEPT = ("lr", "weight_decay", "lam", "rho")  # these take several values, each a run of its own
-CHOSEN = ("measure", "mode", "n_samples", "normalize", "detach_hessian")
+CHOSEN = tuple(name for name in FAM_OPTIONS if name not in SWEPT)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -68,9 +68,8 @@ def combinations(task: Task, options: argparse.Namespace) -> Iterator[tuple[str,
     given = {name: getattr(options, name) for name in (*SWEPT, *CHOSEN) if getattr(options, name) is not None}
     used = set()
     for optimizer in options.optimizer:
-        foreign = {"fam": SAM_OPTIONS, "sam": FAM_OPTIONS, "asam": FAM_OPTIONS}
-        unknown = foreign.get(optimizer, (*FAM_OPTIONS, *SAM_OPTIONS))
-        own = {name: values for name, values in given.items() if name not in unknown}
+        foreign = {*FAM_OPTIONS, *SAM_OPTIONS} - set(OPTIONS.get(optimizer, ()))
+        own = {name: values for name, values in given.items() if name not in foreign}
         used |= set(own)
         lists = [values if isinstance(values, list) else [values] for values in own.values()]
         for values in itertools.product(*lists):

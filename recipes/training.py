@@ -77,7 +77,7 @@ def train(
     state = folder.load(device)
     if state is None:
         timed = list(islice(moved(epoch_batches(data, conditions, 0), device), TIMED_STEPS))
-        timed = timed if len(timed) > 1 else timed * 2
+        timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
         folder.write("step_time.json", relative_step_time(task, settings, model, timed, device))
     step_time = folder.read("step_time.json")["median"]
 

@@ -7,13 +7,16 @@ from recipes.task import Data, Source, Task
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, also inside SAM and FAM
 
 
-def quickstart(noise: float, train_size: int = 2000, test_size: int = 4000) -> Task:
+def quickstart(noise: float, train_size: int = 2000) -> Task:
     """The quick start's: 2,000 shipped images, a part of whose labels may be wrong."""
 
     def data(source: Source, seed: int) -> Data:
         used = 256 if source.smoke else train_size
-        test = tuple(tensor[: 500 if source.smoke else test_size] for tensor in shipped_fashion_mnist("test"))
-        return split(shipped_fashion_mnist("train"), (test[0], test[1]), used, 1000, noise, seed)
+        images, labels = shipped_fashion_mnist("test")
+        tested = 500 if source.smoke else len(labels)
+        return split(
+            shipped_fashion_mnist("train"), (images[:tested], labels[:tested]), used, 1000, noise, seed
+        )
 
     return Task(
         name=f"quickstart-noise{100 * noise:.0f}" if noise else "quickstart",

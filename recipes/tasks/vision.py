@@ -48,16 +48,21 @@ def pair(
                 for n, chosen in enumerate((train, test))
             ]
             return Data(fakes[0], {"test": fakes[1]})
-        try:
-            samples = [
-                make(source.folder / name, training, chosen, source.download)
-                for training, chosen in ((True, train), (False, test))
-            ]
-        except (RuntimeError, OSError) as error:
-            raise missing(name, source.folder / name, source) from error
-        return Data(samples[0], {"test": samples[1]})
+        return both(name, make, source.folder / name, train, test, source)
 
     return data
+
+
+def both(name: str, make: Callable[..., Any], folder: Path, train: Any, test: Any, source: Source) -> Data:
+    """The training and test images that ``make`` reads from a folder, each with its transform."""
+    try:
+        samples = [
+            make(str(folder), train=training, transform=chosen, download=source.download)
+            for training, chosen in ((True, train), (False, test))
+        ]
+    except (RuntimeError, OSError) as error:
+        raise missing(name, folder, source) from error
+    return Data(samples[0], {"test": samples[1]})
 
 
 def cifar10() -> Task:
@@ -117,8 +122,8 @@ def svhn() -> Task:
     crop, flip = v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()
     train = v2.Compose([policy, transform(crop, flip, CUTOUT, **CIFAR)])
 
-    def make(folder: Path, training: bool, chosen: Any, download: bool) -> Any:
-        return datasets.SVHN(str(folder), "train" if training else "test", chosen, download=download)
+    def make(folder: str, train: bool, **options: Any) -> Any:
+        return datasets.SVHN(folder, "train" if train else "test", **options)
 
     return Task(
         name="svhn",
@@ -144,14 +149,7 @@ def fashion_mnist() -> Task:
 
     def data(source: Source, seed: int) -> Data:
         folder = Path(smoke_fashion_mnist().name) if source.smoke else source.folder
-        try:
-            sets = [
-                datasets.FashionMNIST(str(folder), training, chosen, download=source.download)
-                for training, chosen in ((True, train), (False, test))
-            ]
-        except (RuntimeError, OSError) as error:
-            raise missing("Fashion-MNIST", folder / "FashionMNIST" / "raw", source) from error
-        return Data(sets[0], {"test": sets[1]})
+        return both("Fashion-MNIST", datasets.FashionMNIST, folder, train, test, source)
 
     return Task(
         name="fashion-mnist",
