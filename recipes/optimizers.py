@@ -68,7 +68,7 @@ def plain(settings: Settings) -> Settings:
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any
+    optimizer: torch.optim.Optimizer, model: Callable[[Any], Any], loss_fn: Loss, inputs: Any, targets: Any
 ) -> Tensor:
     """Take one step on one batch, with the same closure for every optimizer. Returns the plain loss."""
 

@@ -1,0 +1,107 @@
+"""Does FAM help? Runs the study's trials on all cores, and reports on what was measured.
+
+    python -m recipes.study                              # everything; stop and start again at will
+    python -m recipes.study --stages comparison          # one part of it
+    python -m recipes.study --report recipes/results/study   # tables and pictures from saved results
+    python -m recipes.study --smoke                      # does everything run?
+
+Fashion-MNIST's whole training set is read from --data (torchvision's layout); stages that need it are left
+out where it is missing.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from recipes.results import compact, environment
+from recipes.study.analysis import Results
+from recipes.study.protocol import STAGES
+from recipes.study.samples import samples
+from recipes.study.trial import Trial, run
+from recipes.task import Missing
+
+
+def read(folder: Path, stages: Sequence[str]) -> Results:
+    """What was measured so far."""
+    results: Results = []
+    for stage in stages:
+        path = folder / f"{stage}.jsonl"
+        if path.exists():
+            results += [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return results
+
+
+def pending(stage: str, results: Results, smoke: bool) -> list[Trial]:
+    """The stage's trials that were not measured yet."""
+    names = list(asdict(Trial("", "", 0, 0, 0, 0, 0)))
+    done = {tuple(r[name] for name in names) for r in results}
+    trials = list(dict.fromkeys(STAGES[stage](results)))
+    if smoke:
+        trials = list(dict.fromkeys(replace(trial, epochs=1) for trial in trials))
+    return [trial for trial in trials if tuple(asdict(trial).values()) not in done]
+
+
+def execute(trials: Sequence[Trial], options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """The results of the trials as they come in."""
+    with ProcessPoolExecutor(
+        options.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = [pool.submit(run, trial, options.data) for trial in trials]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_stage(stage: str, options: argparse.Namespace, console: Console) -> None:
+    """Train what the stage still lacks; every trial is a line as soon as it is finished."""
+    trials = pending(stage, read(options.out, list(STAGES)), options.smoke)
+    try:
+        for task in {trial.task for trial in trials}:
+            samples(task, 0, 0, options.data)
+    except Missing as missing:
+        console.print(f"{stage}: left out, {missing}")
+        return
+    with (options.out / f"{stage}.jsonl").open("a") as file:
+        for result in track(execute(trials, options), stage, len(trials), console=console):
+            file.write(json.dumps(compact(result)) + "\n")
+            file.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stages, then report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.study", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="networks trained at a time")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="report on these, train nothing")
+    parser.add_argument("--smoke", action="store_true", help="one epoch each: a test, no result")
+    options = parser.parse_args(arguments)
+    console = Console(width=160)
+    if options.report is None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "environment.json").write_text(json.dumps(environment(torch.device("cpu")), indent=1))
+        for stage in options.stages:
+            try:
+                run_stage(stage, options, console)
+            except KeyboardInterrupt:
+                sys.exit(f"{stage}: stopped; the same command goes on where it was")
+
+
+if __name__ == "__main__":
+    main()

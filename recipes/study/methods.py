@@ -1,0 +1,92 @@
+"""What is compared. Every method has one hyper-parameter and a grid of the same size for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from recipes.study.penalties import Loss, partly_constant, share_of_gradient, share_of_loss
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, but for the value of its hyper-parameter.
+
+    Attributes:
+        grid: the values that it is tuned over.
+        option: the optimizer's option that takes the value, or None if the loss does.
+        optimizer: a name of `recipes.optimizers`.
+        options: fixed ones.
+        loss: ``(value, head, phi, logits, targets) -> ()``.
+        epochs: how many, as a part of the plain optimizer's.
+        averaged: whether an exponential moving average of the weights, the value its decay, is evaluated.
+        warm_up: part of the steps over which lam grows linearly from 0.
+    """
+
+    grid: tuple[float, ...]
+    option: str | None = None
+    optimizer: str | None = None  # the plain one
+    options: Mapping[str, Any] = field(default_factory=dict)
+    loss: Loss | None = None
+    epochs: float = 1
+    averaged: bool = False
+    warm_up: float = 0
+
+
+def label_smoothing(value: float, head: nn.Linear, phi: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy against smoothed labels."""
+    return cross_entropy(logits, targets, label_smoothing=value)
+
+
+def head_norm(value: float, head: nn.Linear, phi: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Extra L2 on the last layer's weight."""
+    return cross_entropy(logits, targets) + value * head.weight.square().sum()
+
+
+def head_and_feature_norm(
+    value: float, head: nn.Linear, phi: Tensor, logits: Tensor, targets: Tensor
+) -> Tensor:
+    """Extra L2 on the last layer's weight and input, the control of Baek et al. (ICLR 2024)."""
+    norms = head.weight.square().sum() + phi.square().sum(1).mean()
+    return cross_entropy(logits, targets) + value * norms
+
+
+def fam(*grid: float, **options: Any) -> Method:
+    """FAM with lam from the grid."""
+    warm_up = options.pop("warm_up", 0)
+    return Method(grid, "lam", "fam", options, warm_up=warm_up)
+
+
+RHO, RHO_ADAPTIVE = (0.02, 0.05, 0.1, 0.2, 0.4), (0.2, 0.5, 1, 2, 4)
+DETACHED = {"detach_hessian": True}
+
+CANDIDATES: dict[str, Method] = {
+    "plain": Method((0.0125, 0.025, 0.05, 0.1, 0.2), "lr"),
+    "weight decay": Method((1e-4, 1e-3, 3e-3, 1e-2, 3e-2), "weight_decay"),
+    "label smoothing": Method((0.05, 0.1, 0.2, 0.4, 0.6), loss=label_smoothing),
+    "head L2": Method((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), loss=head_norm),
+    "head and feature L2": Method((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), loss=head_and_feature_norm),
+    "EMA": Method((0.9, 0.97, 0.99, 0.995, 0.998), averaged=True),
+    "sam": Method(RHO, "rho", "sam"),
+    "sam, half the epochs": Method(RHO, "rho", "sam", epochs=0.5),
+    "asam": Method(RHO_ADAPTIVE, "rho", "asam"),
+    "asam, half the epochs": Method(RHO_ADAPTIVE, "rho", "asam", epochs=0.5),
+    "fam": fam(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "fam detached": fam(3e-3, 1e-2, 3e-2, 1e-1, 3e-1, **DETACHED),
+    "fam layerwise": fam(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, measure="layerwise"),
+    "fam layerwise detached": fam(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, measure="layerwise", **DETACHED),
+}
+PARTS: dict[str, Method] = {  # which part of the whole gradient does the harm
+    "fam, p constant": Method(CANDIDATES["fam"].grid, loss=partly_constant("p")),
+    "fam, phi constant": Method(CANDIDATES["fam detached"].grid, loss=partly_constant("phi")),
+}
+LAMBDAS = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
+WEIGHTINGS: dict[str, Method] = {  # ways to weigh kappa, all with a detached Hessian
+    "fixed": fam(*LAMBDAS, **DETACHED),
+    "fixed, warm-up": fam(*LAMBDAS[3:], **DETACHED, warm_up=0.2),
+    "share of gradient": Method((0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), loss=share_of_gradient),
+    "share of loss": Method((0.02, 0.05, 0.1, 0.15, 0.2, 0.3), loss=share_of_loss),
+}
+METHODS = {**CANDIDATES, **PARTS, **WEIGHTINGS}
