@@ -15,9 +15,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,33 +27,37 @@ from rich.progress import track
 
 from recipes.results import compact, environment
 from recipes.study.analysis import Results
+from recipes.study.cost import CPU, relative_costs
+from recipes.study.pictures import draw
 from recipes.study.protocol import STAGES
+from recipes.study.report import write
 from recipes.study.samples import samples
 from recipes.study.trial import Trial, run
 from recipes.task import Missing
 
 
-def read(folder: Path, stages: Sequence[str]) -> Results:
-    """What was measured so far."""
-    results: Results = []
-    for stage in stages:
-        path = folder / f"{stage}.jsonl"
-        if path.exists():
-            results += [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return results
+def read(folder: Path) -> dict[str, Results]:
+    """What was measured so far, by stage."""
+    return {stage: [json.loads(line) for line in lines(folder / f"{stage}.jsonl")] for stage in STAGES}
 
 
-def pending(stage: str, results: Results, smoke: bool) -> list[Trial]:
+def lines(path: Path) -> list[str]:
+    """The lines that were written to their end: a kill may leave half of one."""
+    return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def pending(stage: str, results: Results, smoke: bool = False) -> list[Trial]:
     """The stage's trials that were not measured yet."""
-    names = list(asdict(Trial("", "", 0, 0, 0, 0, 0)))
+    names = [field.name for field in fields(Trial)]
     done = {tuple(r[name] for name in names) for r in results}
-    trials = list(dict.fromkeys(STAGES[stage](results)))
-    if smoke:
-        trials = list(dict.fromkeys(replace(trial, epochs=1) for trial in trials))
-    return [trial for trial in trials if tuple(asdict(trial).values()) not in done]
+    trials = STAGES[stage](results)
+    if smoke:  # one of each kind, briefly
+        kinds = {(t.task, t.method, t.noise, t.base): replace(t, epochs=1) for t in trials if t.noise == 0.4}
+        trials = iter(kinds.values())
+    return [trial for trial in dict.fromkeys(trials) if tuple(asdict(trial).values()) not in done]
 
 
-def execute(trials: Sequence[Trial], options: argparse.Namespace) -> Iterator[dict[str, object]]:
+def execute(trials: Sequence[Trial], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The results of the trials as they come in."""
     with ProcessPoolExecutor(
         options.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
@@ -67,17 +73,34 @@ def execute(trials: Sequence[Trial], options: argparse.Namespace) -> Iterator[di
 
 def run_stage(stage: str, options: argparse.Namespace, console: Console) -> None:
     """Train what the stage still lacks; every trial is a line as soon as it is finished."""
-    trials = pending(stage, read(options.out, list(STAGES)), options.smoke)
+    trials = pending(stage, list(chain(*read(options.out).values())), options.smoke)
+    if not trials:
+        return
     try:
         for task in {trial.task for trial in trials}:
             samples(task, 0, 0, options.data)
     except Missing as missing:
         console.print(f"{stage}: left out, {missing}")
         return
-    with (options.out / f"{stage}.jsonl").open("a") as file:
+    path: Path = options.out / f"{stage}.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines(path)))
+    with path.open("a") as file:
         for result in track(execute(trials, options), stage, len(trials), console=console):
             file.write(json.dumps(compact(result)) + "\n")
             file.flush()
+
+
+def report(folder: Path, console: Console) -> None:
+    """Write the tables and pictures of the stages that are complete."""
+    stages = read(folder)
+    results = list(chain(*stages.values()))
+    for stage in STAGES:
+        if not stages[stage] or pending(stage, results):
+            console.print(f"{stage}: not complete, left out of the report")
+            stages[stage] = []
+    write(stages, folder / "tables.md")
+    draw(stages, json.loads((folder / "cost.json").read_text()), folder)
+    console.print(f"{folder}: tables.md and pictures written")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,17 +113,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="report on these, train nothing")
-    parser.add_argument("--smoke", action="store_true", help="one epoch each: a test, no result")
+    parser.add_argument("--smoke", action="store_true", help="one epoch of each kind: a test, no result")
     options = parser.parse_args(arguments)
     console = Console(width=160)
-    if options.report is None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "environment.json").write_text(json.dumps(environment(torch.device("cpu")), indent=1))
-        for stage in options.stages:
-            try:
-                run_stage(stage, options, console)
-            except KeyboardInterrupt:
-                sys.exit(f"{stage}: stopped; the same command goes on where it was")
+    if options.report is not None:
+        report(options.report, console)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not (options.out / "cost.json").exists():
+        cost = relative_costs("fashion-2000", options.data, 5 if options.smoke else 310)
+        cost["environment"] = environment(CPU)
+        (options.out / "cost.json").write_text(json.dumps(compact(cost), indent=1) + "\n")
+    for stage in options.stages:
+        try:
+            run_stage(stage, options, console)
+        except KeyboardInterrupt:
+            sys.exit(f"{stage}: stopped; the same command goes on where it was")
+    if not options.smoke:
+        report(options.out, console)
 
 
 if __name__ == "__main__":

@@ -96,12 +96,18 @@ def parts_compared(results: Results) -> Iterator[Trial]:
 
 def weightings(results: Results) -> Iterator[Trial]:
     """Ways to weigh kappa, under many conditions; for the choice of a default by validation accuracy."""
-    for changes, seed in product(CONDITIONS.values(), TUNING_SEEDS):
-        fields = {"task": "fashion-2000", "noise": 0.4, "lr": LR, **changes}
+    for name, seed in product(CONDITIONS, TUNING_SEEDS):
+        fields = condition(name)
         yield trial(method="plain", value=fields["lr"], seed=seed, tested=True, **fields)
         for method, weighting in WEIGHTINGS.items():
             for value in weighting.grid:
                 yield trial(method=method, value=value, seed=seed, tested=True, **fields)
+
+
+def condition(name: str) -> dict[str, Any]:
+    """The fields of a condition's trials."""
+    standard = {"task": "fashion-2000", "noise": 0.4, "lr": LR, "width": 128, "batch_size": 64, "base": "sgd"}
+    return {**standard, **CONDITIONS[name]}
 
 
 def networks(results: Results) -> Iterator[Trial]:

@@ -47,44 +47,63 @@ class Trial:
     tested: bool = False  # whether test data are looked at
 
 
+class Stepper:
+    """A trial's network with its optimizer."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.method = trial, METHODS[trial.method]
+        self.model = network(trial)
+        self.head: nn.Linear = self.model.head  # type: ignore[assignment]
+        self.optimizer = make_optimizer(trial, self.method, self.model)
+        self.averaged = None
+        if self.method.averaged:
+            average = get_ema_multi_avg_fn(trial.value)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is validated and tested."""
+        return self.model if self.averaged is None else self.averaged.module
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        """One step on a batch."""
+        take_step(self.optimizer, self._outputs, self._loss, inputs, targets)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+
+    def warm_up(self, progress: float) -> None:
+        """Let lam grow, where the method has it so."""
+        if self.method.warm_up and isinstance(self.optimizer, FAM):
+            self.optimizer.lam = self.trial.value * min(1, progress / self.method.warm_up)
+
+    def _outputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        phi = self.model.features(inputs)  # type: ignore[operator]
+        return phi, self.head(phi)
+
+    def _loss(self, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        if self.method.loss is None:
+            return cross_entropy(outputs[1], targets)
+        return self.method.loss(self.trial.value, self.head, *outputs, targets)
+
+
 def run(trial: Trial, folder: Path) -> dict[str, Any]:
     """Train as the trial says: its fields and what was measured."""
     begin = time.perf_counter()
-    method = METHODS[trial.method]
     data = samples(trial.task, trial.noise, trial.seed, folder)
     seed_everything(trial.seed)
-    model = network(trial)
-    head: nn.Linear = model.head  # type: ignore[assignment]
-    optimizer = make_optimizer(trial, method, model)
-    averaged = None
-    if method.averaged:
-        average = get_ema_multi_avg_fn(trial.value)  # type: ignore[no-untyped-call]
-        averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    evaluated: nn.Module = model if averaged is None else averaged.module
-
-    def forward(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        phi = model.features(inputs)  # type: ignore[operator]
-        return phi, head(phi)
-
-    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-        if method.loss is None:
-            return cross_entropy(outputs[1], targets)
-        return method.loss(trial.value, head, *outputs, targets)
-
+    stepper = Stepper(trial)
+    evaluated = stepper.evaluated
     steps = trial.epochs * len(epoch_batches(trial, data.train, 0))
-    schedule = LambdaLR(optimizer, lambda step: cosine(step / steps))
+    schedule = LambdaLR(stepper.optimizer, lambda step: cosine(step / steps))
     every = max(1, trial.epochs // EVALUATIONS)
     step, accuracies, best = 0, [], copy.deepcopy(evaluated.state_dict())
     for epoch in range(1, trial.epochs + 1):
         seed_everything(trial.seed, epoch)
-        model.train()
+        stepper.model.train()
         for inputs, targets in epoch_batches(trial, data.train, epoch):
-            if method.warm_up and isinstance(optimizer, FAM):
-                optimizer.lam = trial.value * min(1, step / (method.warm_up * steps))
-            take_step(optimizer, forward, loss, inputs, targets)
+            stepper.warm_up(step / steps)
+            stepper.step(inputs, targets)
             schedule.step()
-            if averaged is not None:
-                averaged.update_parameters(model)
             step += 1
         if (trial.epochs - epoch) % every == 0:
             accuracies.append(accuracy(*predict(evaluated, data.evaluation["validation"])))
