@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from scipy.stats import kendalltau, ttest_1samp
@@ -37,9 +37,15 @@ def mean_by_value(results: Results, name: str) -> dict[float, float]:
     return {value: statistics.fmean(values_of(where(results, value=value), name)) for value in grid}
 
 
-def choose(results: Results, task: str, method: str, noise: float) -> float:
-    """The value with the best validation accuracy after the last epoch, mean over the tuning seeds."""
+def choose(
+    results: Results, task: str, method: str, noise: float, grid: Collection[float] | None = None
+) -> float:
+    """The value with the best validation accuracy after the last epoch, mean over the tuning seeds.
+
+    Of the values in ``grid``, or of all that were tried.
+    """
     tuned = where(results, task=task, method=method, noise=noise, tested=False)
+    tuned = [r for r in tuned if grid is None or r["value"] in grid]
     if not tuned:
         raise ValueError(f"{method} was not tuned on {task} with noise {noise}: run the stages before")
     by_value = mean_by_value(tuned, "validation")

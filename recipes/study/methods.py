@@ -16,6 +16,7 @@ class Method:
 
     Attributes:
         grid: the values that it is tuned over.
+        beyond: one more on either side, tried where the grid's first or last is the best.
         option: the optimizer's option that takes the value, or None if the loss does.
         optimizer: a name of `recipes.optimizers`.
         options: fixed ones.
@@ -26,6 +27,7 @@ class Method:
     """
 
     grid: tuple[float, ...]
+    beyond: tuple[float, ...] = ()
     option: str | None = None
     optimizer: str | None = None  # the plain one
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,30 +55,30 @@ def head_and_feature_norm(
     return cross_entropy(logits, targets) + value * norms
 
 
-def fam(*grid: float, **options: Any) -> Method:
-    """FAM with lam from the grid."""
-    warm_up = options.pop("warm_up", 0)
-    return Method(grid, "lam", "fam", options, warm_up=warm_up)
+def fam(*values: float, warm_up: float = 0, **options: Any) -> Method:
+    """FAM with lam from a grid; the first and last value lie beyond it."""
+    return Method(values[1:-1], values[:1] + values[-1:], "lam", "fam", options, warm_up=warm_up)
 
 
-RHO, RHO_ADAPTIVE = (0.02, 0.05, 0.1, 0.2, 0.4), (0.2, 0.5, 1, 2, 4)
+RHO = ((0.02, 0.05, 0.1, 0.2, 0.4), (0.01, 0.8), "rho")
+RHO_ADAPTIVE = ((0.2, 0.5, 1, 2, 4), (0.1, 8), "rho")
 DETACHED = {"detach_hessian": True}
 
 CANDIDATES: dict[str, Method] = {
-    "plain": Method((0.0125, 0.025, 0.05, 0.1, 0.2), "lr"),
-    "weight decay": Method((1e-4, 1e-3, 3e-3, 1e-2, 3e-2), "weight_decay"),
-    "label smoothing": Method((0.05, 0.1, 0.2, 0.4, 0.6), loss=label_smoothing),
-    "head L2": Method((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), loss=head_norm),
-    "head and feature L2": Method((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), loss=head_and_feature_norm),
-    "EMA": Method((0.9, 0.97, 0.99, 0.995, 0.998), averaged=True),
-    "sam": Method(RHO, "rho", "sam"),
-    "sam, half the epochs": Method(RHO, "rho", "sam", epochs=0.5),
-    "asam": Method(RHO_ADAPTIVE, "rho", "asam"),
-    "asam, half the epochs": Method(RHO_ADAPTIVE, "rho", "asam", epochs=0.5),
-    "fam": fam(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "fam detached": fam(3e-3, 1e-2, 3e-2, 1e-1, 3e-1, **DETACHED),
-    "fam layerwise": fam(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, measure="layerwise"),
-    "fam layerwise detached": fam(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, measure="layerwise", **DETACHED),
+    "plain": Method((0.0125, 0.025, 0.05, 0.1, 0.2), (0.006, 0.4), "lr"),
+    "weight decay": Method((1e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.0, 1e-1), "weight_decay"),
+    "label smoothing": Method((0.05, 0.1, 0.2, 0.4, 0.6), (0.02, 0.8), loss=label_smoothing),
+    "head L2": Method((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (3e-4, 0.3), loss=head_norm),
+    "head and feature L2": Method((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 3e-2), loss=head_and_feature_norm),
+    "EMA": Method((0.9, 0.97, 0.99, 0.995, 0.998), (0.8, 0.999), averaged=True),
+    "sam": Method(*RHO, "sam"),
+    "sam, half the epochs": Method(*RHO, "sam", epochs=0.5),
+    "asam": Method(*RHO_ADAPTIVE, "asam"),
+    "asam, half the epochs": Method(*RHO_ADAPTIVE, "asam", epochs=0.5),
+    "fam": fam(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "fam detached": fam(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, **DETACHED),
+    "fam layerwise": fam(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, measure="layerwise"),
+    "fam layerwise detached": fam(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, measure="layerwise", **DETACHED),
 }
 PARTS: dict[str, Method] = {  # which part of the whole gradient does the harm
     "fam, p constant": Method(CANDIDATES["fam"].grid, loss=partly_constant("p")),
@@ -84,9 +86,9 @@ PARTS: dict[str, Method] = {  # which part of the whole gradient does the harm
 }
 LAMBDAS = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
 WEIGHTINGS: dict[str, Method] = {  # ways to weigh kappa, all with a detached Hessian
-    "fixed": fam(*LAMBDAS, **DETACHED),
-    "fixed, warm-up": fam(*LAMBDAS[3:], **DETACHED, warm_up=0.2),
-    "share of gradient": Method((0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), loss=share_of_gradient),
-    "share of loss": Method((0.02, 0.05, 0.1, 0.15, 0.2, 0.3), loss=share_of_loss),
+    "fixed": Method(LAMBDAS, (), "lam", "fam", DETACHED),
+    "fixed, warm-up": Method(LAMBDAS[3:], (), "lam", "fam", DETACHED, warm_up=0.2),
+    "share of gradient": Method((0.1, 0.2, 0.3, 0.5, 0.7), loss=share_of_gradient),
+    "share of loss": Method((0.02, 0.05, 0.1, 0.15, 0.2), loss=share_of_loss),
 }
 METHODS = {**CANDIDATES, **PARTS, **WEIGHTINGS}

@@ -25,11 +25,9 @@ CONDITIONS: dict[str, dict[str, Any]] = {  # under which a single lam has to do;
     "base": {},
     "width 32": {"width": 32},
     "width 512": {"width": 512},
-    "batch 16": {"batch_size": 16},
     "batch 256": {"batch_size": 256},
     "Adam": {"base": "adam", "lr": 1e-3},
     "clean": {"noise": 0.0},
-    "clean, Adam": {"noise": 0.0, "base": "adam", "lr": 1e-3},
     "20 % noise": {"noise": 0.2},
     "MNIST-1D": {"task": "mnist1d"},
     "MNIST-1D, Adam": {"task": "mnist1d", "base": "adam", "lr": 1e-3},
@@ -58,10 +56,27 @@ def learning_rates(results: Results) -> Iterator[Trial]:
 def tuning(results: Results) -> Iterator[Trial]:
     """Every other method's hyper-parameter."""
     for task, noise, method in product(TUNED, NOISES, CANDIDATES):
-        lr = choose(results, task, "plain", noise)
+        lr = learning_rate(results, task, noise)
         for value, seed in product(CANDIDATES[method].grid, TUNING_SEEDS):
             if method != "plain":
                 yield trial(task, method, value, noise, seed, lr)
+
+
+def extension(results: Results) -> Iterator[Trial]:
+    """One value more for every method whose best is the first or last of its grid."""
+    for task, noise, method in product(TUNED, NOISES, CANDIDATES):
+        lr = learning_rate(results, task, noise)
+        grid = CANDIDATES[method].grid
+        best = choose(results, task, method, noise, grid)
+        for edge, beyond in zip((grid[0], grid[-1]), CANDIDATES[method].beyond, strict=True):
+            if best == edge:
+                for seed in TUNING_SEEDS:
+                    yield trial(task, method, beyond, noise, seed, lr)
+
+
+def learning_rate(results: Results, task: str, noise: float) -> float:
+    """The one that all methods take: the best of the plain optimizer's grid."""
+    return choose(results, task, "plain", noise, CANDIDATES["plain"].grid)
 
 
 def comparison(results: Results) -> Iterator[Trial]:
@@ -75,14 +90,15 @@ def chosen(
 ) -> Trial:
     """A trial with what was chosen by validation, of this task or another."""
     tuned_on = tuned_on or task
-    lr, value = (choose(results, tuned_on, name, noise) for name in ("plain", method))
+    lr = learning_rate(results, tuned_on, noise)
+    value = choose(results, tuned_on, method, noise)
     return trial(task, method, value, noise, seed, lr, tested=True, **changes)
 
 
 def parts(results: Results) -> Iterator[Trial]:
     """Which part of the whole gradient does the harm: tuned and compared at 40 % noise."""
     task, noise = "fashion-2000", 0.4
-    lr = choose(results, task, "plain", noise)
+    lr = learning_rate(results, task, noise)
     for method in PARTS:
         for value, seed in product(PARTS[method].grid, TUNING_SEEDS):
             yield trial(task, method, value, noise, seed, lr)
@@ -113,7 +129,7 @@ def condition(name: str) -> dict[str, Any]:
 def networks(results: Results) -> Iterator[Trial]:
     """Plain networks of all kinds: does kappa go with the generalisation gap?"""
     for task, noise in product(("fashion-2000", "mnist1d"), NOISES):
-        for width, batch_size, decay in product((32, 128, 512), (16, 64, 256), (0.0, 5e-4, 5e-3)):
+        for width, batch_size, decay in product((32, 128, 512), (32, 64, 256), (0.0, 5e-4, 5e-3)):
             yield Trial(
                 task, "plain", LR, noise, 0, EPOCHS[task], LR, width, batch_size, "sgd", decay, tested=True
             )
@@ -126,8 +142,8 @@ def budgets(results: Results) -> Iterator[Trial]:
 
 
 def larger(results: Results) -> Iterator[Trial]:
-    """10,000 images, with the values chosen on 2,000."""
-    for noise, seed, method in product((0.4, 0.0), SEEDS, CANDIDATES):
+    """10,000 images, the shortlist, with the values chosen on 2,000."""
+    for noise, seed, method in product((0.4, 0.0), SEEDS, SHORTLIST):
         yield chosen(results, "fashion-10000", method, noise, seed, "fashion-2000")
 
 
@@ -140,6 +156,7 @@ def largest(results: Results) -> Iterator[Trial]:
 STAGES: Mapping[str, Callable[[Results], Iterator[Trial]]] = {
     "learning_rates": learning_rates,
     "tuning": tuning,
+    "extension": extension,
     "comparison": comparison,
     "parts": parts,
     "parts_compared": parts_compared,
