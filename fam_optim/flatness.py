@@ -7,8 +7,9 @@ both      ->  <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fam_optim.verdicts import holds, signature
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     Layer = Observation | nn.Parameter
     Layers = Layer | Sequence[Layer]
@@ -143,11 +145,14 @@ def layers_flatness(loss: Tensor, layers: Sequence[Layer], settings: Settings) -
 
 def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
     """The sum of the kappas of the layers at whose outputs the tails end."""
-    # Autocast would round the probes and squares, whose small differences are what kappa is made of.
-    autocast = torch.autocast(tails[0].loss.device.type, enabled=False)
-    with torch.enable_grad(), autocast, local_derivatives(tails):
+    with torch.enable_grad(), _without_autocast(tails[0].loss.device.type), local_derivatives(tails):
         kappas = [_flatness(tail, settings) for tail in tails]
         return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast would round the probes and squares, whose small differences are what kappa is made of."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def check_mode(layer: object, mode: str) -> None:

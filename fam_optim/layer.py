@@ -12,6 +12,7 @@ apply the operation to any other matrix; it knows no loss. The letters are
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import weakref
 from typing import TYPE_CHECKING, cast
@@ -48,10 +49,19 @@ class Use:
     channel = 0
     has_rows = False  # whether z falls into rows that see W through one input vector each
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, shape: torch.Size | None = None) -> None:
         self.weight = weight
-        self.shape = weight.shape
-        self.d, self.m = self.matrix().shape
+        self.shape = weight.shape if shape is None else shape
+
+    @property
+    def d(self) -> int:
+        """Rows of the weight matrix."""
+        return self.weight.shape[0]
+
+    @property
+    def m(self) -> int:
+        """Columns of the weight matrix."""
+        return math.prod(self.weight.shape[1:])
 
     def matrix(self) -> Tensor:
         """The weight as W ``(d, m)``, in at least float32."""
@@ -85,8 +95,7 @@ class LayerUse(Use):
         self.module = weakref.ref(module)
         self.phi = phi
         self._version = phi._version
-        super().__init__(weight)
-        self.shape = shape
+        super().__init__(weight, shape)
 
     @property
     def input(self) -> Tensor:
@@ -189,6 +198,15 @@ class ConvTransposeUse(ConvUse):
             )
         ]
 
+    @property
+    def d(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def m(self) -> int:
+        inputs, _, *kernel = self.weight.shape
+        return inputs // self.groups * math.prod(kernel)
+
     def matrix(self) -> Tensor:
         weight = at_least_float32(self.weight)
         # (groups, in/groups, d/groups, *kernel)
@@ -217,7 +235,7 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     Raises:
         TypeError: if the module is not known to be linear in a weight matrix of its own.
     """
-    if getattr(module, "_distribute_module_applied", False):  # parallelize_module's mark
+    if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(_tensor_parallel(module))
     for bases, kind in (
         ((nn.Linear,), LinearUse),

@@ -15,6 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -165,29 +167,28 @@ class _VarianceByMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
         squares = torch.linalg.vector_norm(w, dim=1).square_()  # without a copy of w
-        tops, rests, deltas, cs = [], [], [], []
+        results = []
         for part in _parts(log_p):
-            q, top = _without_top(log_p[part])
+            top = log_p[part].max(1).indices  # half the time of argmax on the CPU
+            q = log_p[part].exp().scatter_(1, top[:, None], 0.0)
             rest = q.sum(1, keepdim=True)
             w_top = w[top]
-            delta = torch.addcmul(q @ w, rest, w_top, value=-1)
+            delta = (q @ w).addcmul_(rest, w_top, value=-1)
             around_top = torch.addcmul(q @ squares, rest[:, 0], squares[top], value=-1)
-            tops.append(top)
-            rests.append(rest)
-            deltas.append(delta)
-            cs.append(around_top - (delta * (2 * w_top + delta)).sum(1))
-        top, rest, delta, c = (torch.cat(parts) for parts in (tops, rests, deltas, cs))
-        ctx.save_for_backward(log_p, rest, top, w, delta, squares, by_row, c)
+            shift = 2 * w_top.mul_(delta).sum(1)  # 2 <w_t, delta>
+            c = around_top - shift - torch.linalg.vector_norm(delta, dim=1).square_()
+            results.append((top, rest, delta, squares[top] + shift, c))
+        top, rest, delta, beside, c = (_joined(parts) for parts in zip(*results, strict=True))
+        ctx.save_for_backward(log_p, rest, top, w, delta, squares, beside, by_row, c)
         return c.dot(by_row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        log_p, rest, top, w, delta, squares, by_row, c = ctx.saved_tensors
+        log_p, rest, top, w, delta, squares, beside, by_row, c = ctx.saved_tensors
         in_log_p, in_w, in_by_row = ctx.needs_input_grad
         weight = (scale * by_row)[:, None]
-        w_top = w[top]
-        mean = w_top + delta
+        mean = w[top].add_(delta)
         by_log_p = torch.empty_like(log_p) if in_log_p else None
         by_w = torch.empty_like(w) if in_w else None
         by_class = torch.zeros_like(squares)
@@ -198,8 +199,8 @@ class _VarianceByMean(torch.autograd.Function):
                 by_w.addmm_(weighted.T, mean[part], beta=0 if part.start == 0 else 1, alpha=-2)
             if by_log_p is not None:
                 inside = torch.addmm(squares, mean[part], w.T, alpha=-2, out=by_log_p[part])
-                # ||w_k - mean||^2 - ||delta||^2, of which the last two terms are <w_t, mean + delta>
-                inside += (w_top[part] * (mean[part] + delta[part])).sum(1, keepdim=True)
+                # ||w_k - mean||^2 - ||delta||^2, of which ||w_t||^2 + 2 <w_t, delta> does not depend on k
+                inside += beside[part, None]
                 inside *= weighted
         if by_w is not None:
             by_w.addcmul_(by_class[:, None], w, value=2)
@@ -216,6 +217,10 @@ def _parts(log_p: Tensor) -> list[slice]:
     n, d = log_p.shape
     rows = max(1, PART // d)
     return [slice(start, start + rows) for start in range(0, n, rows)]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,12 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn.utils import parametrize
 
 from fam_optim.compilation import OBSERVED, opaque
+from fam_optim.interception import unseen
 from fam_optim.layer import describe, use_type
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from fam_optim.layer import LayerUse
 
 _KEY = "fam_optim.use"
@@ -53,9 +56,9 @@ class Observation:
             self._watching = False
             self._finalizer()
 
-    def live_uses(self) -> set[LayerUse]:
+    def live_uses(self) -> Collection[LayerUse]:
         """The recorded calls whose graph is still alive."""
-        return set(_live.get(self.module, ()))
+        return _live.get(self.module, ())
 
     def __enter__(self) -> Observation:
         self.start()
@@ -113,14 +116,16 @@ def metadata(node: Node) -> dict[str, Any]:
 def release(use: LayerUse) -> None:
     """Forgets a use after the step on its loss, although the user may keep the loss and so its graph."""
     module = use.module()
-    if module is not None and module in _live:
-        _live[module].discard(use)
+    live = None if module is None else _live.get(module)
+    if live is not None:
+        live.discard(use)
     vars(use).pop("phi", None)  # two optimizers may have used it
 
 
 def parametrization(module: nn.Module) -> nn.Module | None:
     """What computes a parametrised weight; None for a plain one."""
-    if not parametrize.is_parametrized(module, "weight"):
+    # Where nn.Module keeps it: looking in vain for an attribute of a module raises and catches an error.
+    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, "weight"):
         return None
     return cast("nn.ModuleDict", module.parametrizations)["weight"]
 
@@ -186,9 +191,14 @@ def _record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor
 
 @partial(opaque, reason=OBSERVED)
 def _leave_use(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    observed: Tensor | None = unseen(_observed, module, args, kwargs, output)
+    return observed
+
+
+def _observed(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
     if torch.is_inference_mode_enabled():
         return None
-    if getattr(module, "_is_replica", False):
+    if "_is_replica" in vars(module):
         raise RuntimeError(
             f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
             "observed. Use torch.nn.parallel.DistributedDataParallel."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from fam_optim.compilation import opaque
 from fam_optim.flatness import Settings
-from fam_optim.interception import BackwardInterception
+from fam_optim.interception import BackwardInterception, unseen
 from fam_optim.penalty import Penalty, name_of, weights_of
 from fam_optim.wrapper import OptimizerWrapper
 
@@ -142,6 +143,10 @@ class FAM(OptimizerWrapper):
         self.penalty.given = True
         return regularized
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        unseen(super().zero_grad, set_to_none)  # it asks for every parameter's gradient, and sets it
+
     # The step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -220,7 +225,7 @@ class FAM(OptimizerWrapper):
                 self.regularize(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
             return result
 
-        return opaque(evaluate, "fam_optim looks into the graph that the closure builds")
+        return partial(_untraced, evaluate)
 
     def _unscale_last_kappa(self, result: Any, factors: dict[Node, Tensor]) -> None:
         """Makes `last_kappa` that of the loss which the closure returned, where it backpropagated a
@@ -259,7 +264,8 @@ class FAM(OptimizerWrapper):
     def _watched(self) -> Sequence[Tensor]:
         """The parameters whose gradients show what was backpropagated: the layers', if they are trained."""
         weights = [w for layer in self.penalty.layers for w in weights_of(layer) if w.requires_grad]
-        own = [w for w in weights if any(w is p for p in self._parameters())]
+        trained = {id(p) for p in self._parameters()}
+        own = [w for w in weights if id(w) in trained]
         return own or [p for p in self._parameters() if p.requires_grad]
 
     def _backup(self) -> tuple[list[Tensor], dict[Tensor, Any]]:
@@ -338,6 +344,11 @@ def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -
             f"{type(base).__name__} from {base_optimizer!r}."
         )
     return base
+
+
+@partial(opaque, reason="fam_optim looks into the graph that the closure builds")
+def _untraced(evaluate: Callable[[], Any]) -> Any:
+    return evaluate()
 
 
 def _factors(loss: Tensor) -> dict[Node, Tensor]:

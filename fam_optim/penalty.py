@@ -6,6 +6,7 @@ import math
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from fam_optim.flatness import Settings, check_mode, tails_flatness
@@ -55,6 +56,8 @@ class Penalty:
         for one in self.layers:
             check_mode(one, settings.mode)
         self.last_kappa: Tensor | None = None
+        self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
+        self.touched: set[int] = set()
         self.forget()
 
     def start(self) -> None:
@@ -99,11 +102,10 @@ class Penalty:
 
     def forget(self) -> None:
         """After a step: drops what was recorded of its forwards, although the user may keep their losses."""
-        for use in list(getattr(self, "_used", ())):
+        for use in list(self._used):
             release(use)
-        self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
-        self.touched: set[int] = set()
-        self.missed = None
+        self._used.clear()
+        self.begin()
         self.given = False
 
     def _tails(self, loss: Tensor) -> dict[int, Tail]:
@@ -131,7 +133,7 @@ class Penalty:
             self._used.update(use for use in tail.uses if isinstance(use, LayerUse))
         kappa = tails_flatness(list(tails.values()), self.settings)
         self.last_kappa = kappa.detach()
-        regularized = loss + self.lam * kappa
+        regularized = torch.add(loss, kappa, alpha=self.lam)
         assert regularized.grad_fn is not None
         metadata(regularized.grad_fn)[_MARK] = _Mark(plain, by | {id(self)})
         return regularized
@@ -145,8 +147,10 @@ class Penalty:
             RuntimeError: if the loss was changed since, and so cannot be told from the penalty.
         """
         marks = list(_marks(loss))
+        if not marks:
+            return _Mark(loss, frozenset())
         by = frozenset[int]().union(*(mark.by for _, mark in marks))
-        if not marks or id(self) in by:
+        if id(self) in by:
             return _Mark(loss, by)
         node, mark = marks[0]
         if node is loss.grad_fn:
@@ -162,6 +166,8 @@ class Penalty:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._used = weakref.WeakSet()
+        self.touched = set()
         self.forget()
 
 

@@ -18,7 +18,7 @@ from fam_optim.layer import Use, describe, parameter_use
 from fam_optim.observation import Observation, recorded_use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from fam_optim.layer import LayerUse
 
@@ -139,7 +139,7 @@ def _above(ends: Iterable[Node], parents: dict[Node, list[Node]]) -> list[Node]:
     return list(seen)
 
 
-def _observed(node: Node, live: set[LayerUse]) -> tuple[Use, GradientEdge] | None:
+def _observed(node: Node, live: Collection[LayerUse]) -> tuple[Use, GradientEdge] | None:
     match = recorded_use(node)
     return match if match is not None and match[0] in live else None
 

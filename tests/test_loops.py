@@ -780,6 +780,43 @@ def test_function_modes_around_the_step_and_in_the_closure(style: Style, where: 
     assert (Tensor.backward in inside.seen) == (where in ("inside", "both") and style is calls_backward)
 
 
+def test_zero_grad_and_the_observed_layer_are_shown_to_the_users_modes() -> None:
+    """FAM spares its own interception what calls no backward, but not whoever else looks."""
+    model = Net()
+    fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
+    x, y = batch(0)
+    outside, inside = Records(), Records()
+
+    def closure() -> Tensor:
+        with inside:
+            fam.zero_grad()
+        fam.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with outside:
+        fam.step(closure)
+    get_gradient = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+    assert get_gradient in inside.seen and get_gradient in outside.seen
+    assert fam.last_kappa is not None, "the backward after it was not seen"
+
+
+def test_a_hook_on_the_loss_scales_kappa_with_the_loss() -> None:
+    model, plain = Net(), Net()
+    fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
+    x, y = batch(0)
+    loss = F.cross_entropy(model(x), y)
+    loss.register_hook(lambda gradient: 2 * gradient)
+    fam.regularize(loss)
+
+    def expected() -> Tensor:
+        return 2 * F.cross_entropy(plain(x), y)
+
+    assert fam.last_kappa is not None
+    torch.testing.assert_close(fam.last_kappa, penalty(expected, plain.head).detach())
+
+
 def test_no_mode_is_left_behind() -> None:
     model = Net()
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)

@@ -14,7 +14,7 @@ goes the general way.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge
@@ -100,15 +100,36 @@ def softmax_curvature(
         # log p as the graph keeps it, attached: the penalty's gradient joins the loss's at this node.
         log_p = head.node._saved_result  # type: ignore[attr-defined]
         trained = differentiable and not head.constant
-        (slope,) = torch.autograd.grad(tail.loss, log_p, create_graph=trained, retain_graph=True)
+        descent = _descent(tail.loss, head, log_p, differentiable=trained)
         dim = saved_dim(head.node)
         norms = (head.use if differentiable else head.use.detached()).squared_norms()
         if not _keeps_order(head):
             norms = _to_softmaxes(head, norms, log_p, dim)
-        a = at_least_float32(slope).sum(dim).neg()
-        rows = at_least_float32(log_p if differentiable else log_p.detach()).movedim(dim, -1)
-        values.append(factor.variance(rows.reshape(-1, head.use.d), (a * norms.reshape(a.shape)).flatten()))
+        a = at_least_float32(descent).sum(dim)
+        rows = _as_rows(log_p if differentiable else log_p.detach(), dim)
+        values.append(factor.variance(at_least_float32(rows), a.flatten() * norms.flatten()))
     return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def _descent(loss: Tensor, head: SoftmaxHead, log_p: Tensor, *, differentiable: bool) -> Tensor:
+    """-dL/dlog p."""
+    node: Any = loss.grad_fn
+    minus = torch.full_like(loss, -1)
+    direct = _kind(node).startswith("NllLoss") and node.next_functions[0][0] is head.node
+    if direct and not differentiable and not loss._backward_hooks:
+        # The plain cross-entropy, most losses: its node gives the derivative as it does to the engine, whose
+        # start takes as long as a dozen operations on a small head.
+        with torch.no_grad():
+            descent: Tensor = node(minus)
+        return descent
+    (descent,) = torch.autograd.grad(loss, log_p, minus, create_graph=differentiable, retain_graph=True)
+    return descent
+
+
+def _as_rows(log_p: Tensor, dim: int) -> Tensor:
+    """log p ``(n, d)``; the tensor itself where it is that already, since a view is a node of the graph."""
+    rows = log_p if dim == log_p.dim() - 1 else log_p.movedim(dim, -1)
+    return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
 
 
 def _descend_linear(tail: Tail, path: set[Node], ends: set[Node]) -> tuple[list[Node], bool] | None:
