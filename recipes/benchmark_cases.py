@@ -25,6 +25,17 @@ class Task:
     targets: Tensor
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
+    def loss(self) -> Tensor:
+        """The loss of the batch, ``()``."""
+        return self.loss_fn(self.model(self.inputs), self.targets)
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight."""
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
 
 class Head(nn.Module):
     """A linear classifier whose input is trained too, as if a body stood below."""

@@ -1,57 +1,59 @@
-"""The spread of Hutchinson's estimator: standard deviation of single probes, for kappa and its gradient.
+"""The spread of Hutchinson's estimator: the error of kappa and of its gradient, and what it costs.
 
-    python -m recipes.estimator_spread              # table and JSON in runs/estimator_spread
+    python -m recipes.estimator_spread                       # into runs/estimator_spread
     python -m recipes.estimator_spread --smoke
+    python -m recipes.estimator_spread --plot results.json   # redraw
 
-Compared, all unbiased and at one Hessian-vector product per probe:
+kappa is a trace, of one large matrix in weight space or of a sum of small ones, one per row of z, all of
+which share a Hessian-vector product (recipes.estimators_extra). Compared, with equal numbers of products:
 
-    weight   V = F Z with signs Z (k, m), in weight space; what a bare parameter or a convolution gets
-    row      ||phi_a|| F s_a with signs of its own for every row a, in output space; what a Linear
-             layer gets where its rows do not interact
+    library   mode="hutchinson" as it is, its check that rows do not interact included: of the observed
+              layer ("row") and of the bare parameter ("weight", what a convolution gets)
+    signs     independent signs: the same two, without the check
+    orthogonal, split, structured, singular    see recipes.estimators_extra
 
-The standard deviation of the value is relative to kappa, that of the gradient (in all parameters) is the
-root mean square distance from the exact gradient, relative to its norm. Both before training and after.
+All are unbiased, shown by the mean of the values, and of the gradients along the exact one, in standard
+errors. The standard deviation of the value is relative to kappa; that of the gradient (in all parameters)
+is the root mean square distance from the exact gradient, relative to its norm. The time is that of the
+estimate and its gradient, without the forward that they share with the loss. The figure of merit is the
+standard deviation at one millisecond, ``deviation * sqrt(milliseconds)``: means of independent estimates
+stay on one such line. Before training and after.
 """
 
 import argparse
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files, needs no display
+
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fam_optim import Observation, observe, relative_flatness
+from fam_optim import observe, relative_flatness
 from recipes.datasets import fashion_mnist
-from recipes.results import environment, save
+from recipes.estimators_extra import ESTIMATORS, Forward
+from recipes.results import load, record, save
 
 WIDTH = 64
 BATCH = 128
 """The network: Linear(784, 64), Tanh, Linear(64, 64), Tanh, Linear(64, 10)."""
 LAYERS = {"hidden 64x64": 2, "head 10x64": 4}
-Estimate = Callable[[Tensor, Observation, nn.Linear, torch.Generator], Tensor]
-
-
-def row(loss: Tensor, layer: Observation, module: nn.Linear, generator: torch.Generator) -> Tensor:
-    """The library's probe of an observed layer."""
-    return relative_flatness(loss, layer, mode="hutchinson", generator=generator)
-
-
-def weight(loss: Tensor, layer: Observation, module: nn.Linear, generator: torch.Generator) -> Tensor:
-    """The library's probe of a bare parameter."""
-    parameter = module.weight
-    assert isinstance(parameter, nn.Parameter)
-    return relative_flatness(loss, parameter, mode="hutchinson", generator=generator)
-
-
-ESTIMATORS: dict[str, Estimate] = {"weight": weight, "row": row}
+PRODUCTS = (1, 4, 12)
+Call = Callable[[], Tensor]
 
 
 def network() -> nn.Sequential:
@@ -70,50 +72,151 @@ def gradient(value: Tensor, model: nn.Module) -> Tensor:
     )
 
 
-def spread(model: nn.Sequential, index: int, x: Tensor, y: Tensor, probes: int, seed: int) -> dict[str, Any]:
-    """Relative standard deviations of single probes, and the time of one with its gradient."""
+def spread(
+    model: nn.Sequential, index: int, x: Tensor, y: Tensor, draws: int, products: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One row per estimator and number of products, of one layer; the first is the exact mode."""
     module = model[index]
     assert isinstance(module, nn.Linear)
+    parameter = module.weight
+    assert isinstance(parameter, nn.Parameter)
     with observe(module) as layer:
+        kept: list[Tensor] = []
+        handle = module.register_forward_hook(lambda module, inputs, output: kept.extend((*inputs, output)))
         loss = cross_entropy(model(x), y)
-    exact = relative_flatness(loss, layer)
+        handle.remove()
+    forward = Forward(loss, kept[0], kept[1], parameter)
+
+    calls: dict[tuple[str, int], Call] = {("exact", 0): partial(relative_flatness, loss, layer)}
+    for n in products:
+        for name, of in (("library, row", layer), ("library, weight", parameter)):
+            calls[name, n] = partial(relative_flatness, loss, of, mode="hutchinson", n_samples=n)
+        for name, estimator in ESTIMATORS.items():
+            if estimator.possible(forward, n):
+                calls[name, n] = partial(estimator.run, forward, n)
+    return [
+        {"estimator": name, "products": n, **figures}
+        for (name, n), figures in alternate(calls, model, draws).items()
+    ]
+
+
+def alternate(
+    calls: Mapping[tuple[str, int], Call], model: nn.Module, draws: int
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Values, gradients and times of all estimators in alternation, beside the first one, which is exact."""
+    first = next(iter(calls))
+    exact = calls[first]()
     exact_gradient = gradient(exact, model)
-    measured: dict[str, Any] = {"kappa": exact.item()}
-    for name, estimate in ESTIMATORS.items():
-        generator = torch.Generator().manual_seed(seed)
-        values, distances, seconds = [], [], []
-        for _ in range(probes):
+    kappa, norm = exact.item(), exact_gradient.norm().item()
+    drawn: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {key: [] for key in calls}
+    order = list(calls)
+    for _ in range(draws):
+        random.shuffle(order)  # a call may leave the caches cold for the next one
+        for key in order:
             begin = time.perf_counter()
-            value = estimate(loss, layer, module, generator)
+            value = calls[key]()
             by_parameters = gradient(value, model)
-            seconds.append(time.perf_counter() - begin)
-            values.append(value.item())
-            distances.append((by_parameters - exact_gradient).square().sum().item())
-        scale = abs(exact.item())
-        measured[name] = {
-            "value": statistics.stdev(values) / scale,
-            "bias_in_standard_errors": (statistics.fmean(values) - exact.item())
-            / (statistics.stdev(values) / math.sqrt(probes)),
-            "gradient": math.sqrt(statistics.fmean(distances)) / exact_gradient.norm().item(),
-            "milliseconds": 1000 * statistics.median(seconds),
+            seconds = time.perf_counter() - begin
+            along = (by_parameters @ exact_gradient).item() / norm**2
+            distance = (by_parameters - exact_gradient).norm().item() / norm
+            drawn[key].append((value.item() / kappa, along, distance, 1000 * seconds))
+    figures = {}
+    for key, samples in drawn.items():
+        values, alongs, distances, milliseconds = zip(*samples, strict=True)
+        took = statistics.median(milliseconds)
+        deviation = statistics.stdev(values)
+        error = math.sqrt(statistics.fmean(distance**2 for distance in distances))
+        figures[key] = {
+            "kappa": kappa,
+            "value": deviation,
+            "gradient": error,
+            "milliseconds": took,
+            "value_at_one_millisecond": deviation * math.sqrt(took),
+            "gradient_at_one_millisecond": error * math.sqrt(took),
+            "bias_in_standard_errors": bias(values),
+            "gradient_bias_in_standard_errors": bias(alongs),
         }
-    return measured
+    return figures
+
+
+def bias(ratios: Sequence[float]) -> float:
+    """How far the mean is from one, in its standard errors."""
+    error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return (statistics.fmean(ratios) - 1) / error if error > 1e-6 else 0.0
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per network stage, layer, estimator and number of products."""
+    columns = ("network", "layer", "estimator", "products", "kappa", "gradient", "ms")
+    result = Table(*columns, "kappa at 1 ms", "gradient at 1 ms", "bias", "gradient's bias", box=box.MARKDOWN)
+    names = ("value", "gradient", "milliseconds", "value_at_one_millisecond", "gradient_at_one_millisecond")
+    biases = ("bias_in_standard_errors", "gradient_bias_in_standard_errors")
+    for run in runs:
+        result.add_row(
+            *(run["stage"], run["layer"], run["estimator"], str(run["products"])),
+            *(f"{run[name]:.3f}" for name in names),
+            *(f"{run[name]:+.1f}" for name in biases),
+        )
+    return result
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draw errors by milliseconds, a column per network, values above and gradients below."""
+    runs = [run for run in load(source)["runs"] if run["estimator"] != "exact"]
+    networks = list(dict.fromkeys((run["stage"], run["layer"]) for run in runs))
+    names = list(dict.fromkeys(run["estimator"] for run in runs))
+    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    figure, axes = plt.subplots(2, len(networks), figsize=(3.2 * len(networks), 6.4), squeeze=False)
+    for column, (stage, layer) in zip(axes.T, networks, strict=True):
+        for axis, quantity in zip(column, ("value", "gradient"), strict=True):
+            for name in names:
+                key = (stage, layer, name)
+                chosen = [run for run in runs if (run["stage"], run["layer"], run["estimator"]) == key]
+                axis.plot(
+                    [run["milliseconds"] for run in chosen],
+                    [run[quantity] for run in chosen],
+                    "s-" if "weight" in name else "o-",
+                    color=colours[name],
+                    markersize=3.5,
+                    linewidth=1,
+                    label=name,
+                )
+            axis.set(xscale="log", yscale="log", xlabel="milliseconds")
+            what = "deviation of kappa" if quantity == "value" else "error of the gradient"
+            axis.set_title(f"{what}\n{layer}, {stage}", loc="left", fontsize=9)
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.grid(alpha=0.25, which="both")
+            axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, save."""
+    """Measure, print, save, draw."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.estimator_spread", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--probes", type=int, default=1000)
+    parser.add_argument("--draws", type=int, default=300, help="of every estimator")
     parser.add_argument("--steps", type=int, default=300, help="of training, for the trained network")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/estimator_spread"))
-    parser.add_argument("--smoke", action="store_true", help="few probes and steps: a test, no result")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="redraw the picture of these results only")
+    parser.add_argument("--smoke", action="store_true", help="few draws and steps: a test, no result")
     options = parser.parse_args(arguments)
+    if options.plot:
+        plot(options.plot, options.plot.with_suffix(".png"))
+        return
+    products: Sequence[int] = PRODUCTS
     if options.smoke:
-        options.probes, options.steps = 10, 3
+        options.draws, options.steps, products = 4, 3, (1, 4)
     torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    begin = time.perf_counter()
     images, labels = fashion_mnist("train")
     order = torch.randperm(len(labels))
     batches = [(images[part].flatten(1), labels[part]) for part in torch.split(order, BATCH)]
@@ -127,34 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         for name, index in LAYERS.items():
-            measured = spread(model, index, *batches[0], options.probes, options.seed)
-            runs.append({"stage": stage, "layer": name, **measured})
-    save(
-        options.out / "estimator_spread.json",
-        {"probes": options.probes, "environment": environment(torch.device("cpu")), "runs": runs},
-    )
-    show(runs, Console())
-
-
-def show(runs: Sequence[dict[str, Any]], console: Console) -> None:
-    """One line per network stage, layer and estimator."""
-    table = Table(title="relative standard deviation of one probe", box=box.SIMPLE)
-    for column in ("network", "layer", "probe"):
-        table.add_column(column)
-    for column in ("kappa", "gradient", "ms per probe"):
-        table.add_column(column, justify="right")
-    for run in runs:
-        for name in ESTIMATORS:
-            m = run[name]
-            table.add_row(
-                run["stage"],
-                run["layer"],
-                name,
-                f"{m['value']:.3f}",
-                f"{m['gradient']:.3f}",
-                f"{m['milliseconds']:.2f}",
-            )
-    console.print(table)
+            rows = spread(model, index, *batches[0], options.draws, products)
+            runs += [{"stage": stage, "layer": name, **row} for row in rows]
+    path = options.out / "estimator_spread.json"
+    configuration = {key: value for key, value in vars(options).items() if key not in ("out", "plot")}
+    save(path, record("estimator_spread", configuration, time.perf_counter() - begin, runs))
+    Console(width=180).print(table(runs))
+    plot(path, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fam_optim import dataset_relative_flatness
 from recipes.loading import cast, first, ordered
 from recipes.plot_report import colours
-from recipes.results import environment, load, save
+from recipes.results import load, record, save
 from recipes.runs import RunFolder
 from recipes.task import Batch, Source, Task
 from recipes.tasks import load_task
@@ -148,14 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         source = Source(options.data, smoke=folder.read("config.json")["smoke"])
         runs.append(extra_loss(folder, source, options.draws))
     path = options.out / "flatness_picture.json"
-    results = {
-        "recipe": "flatness_picture",
-        "configuration": {"strengths": STRENGTHS, "draws": options.draws},
-        "environment": environment(torch.device("cpu")),
-        "seconds": time.perf_counter() - begin,
-        "runs": runs,
-    }
-    save(path, results)
+    configuration = {"strengths": STRENGTHS, "draws": options.draws}
+    save(path, record("flatness_picture", configuration, time.perf_counter() - begin, runs))
     plot(path, path.with_suffix(".png"))
     print(f"{path} and {path.with_suffix('.png')} written")
 

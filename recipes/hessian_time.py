@@ -16,18 +16,18 @@ Compared, on the networks of recipes.layer_timing, forward included:
 Before a size is timed (float32), kappa of each Hessian is compared with relative_flatness in float64.
 """
 
-import time
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fam_optim import observe, relative_flatness
-from recipes.layer_timing import Method, Problem, draw, parse, plain_step, results, sweep, table
-from recipes.results import load, save
+from recipes.layer_timing import Method, Problem, draw, plain_step, run, sweep
+from recipes.results import load
 
 COLOURS = {
     "autograd loop": "#0072b2",
@@ -89,6 +89,11 @@ METHODS = {
 }
 
 
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per layer and method."""
+    return [row for _, row in sweep(METHODS, Problem.flatness, options)]
+
+
 def plot(source: Path, target: Path) -> None:
     """Draw one panel per family: seconds by number of weights, a line per method."""
     runs = load(source)["runs"]
@@ -103,18 +108,7 @@ def plot(source: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, save, print the table, draw the picture."""
-    options = parse("hessian_time", __doc__ or "", arguments)
-    if options.plot:
-        plot(options.plot, options.plot.with_suffix(".png"))
-        return
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.threads)
-    begin = time.perf_counter()
-    runs = [row for _, row in sweep(METHODS, Problem.flatness, options)]
-    path = options.out / "hessian_time.json"
-    save(path, results("hessian_time", options, time.perf_counter() - begin, runs))
-    Console(width=160).print("milliseconds", table(load(path)["runs"]), sep="\n")
-    plot(path, path.with_suffix(".png"))
+    run("hessian_time", __doc__ or "", measure, plot, arguments)
 
 
 if __name__ == "__main__":

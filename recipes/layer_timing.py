@@ -26,13 +26,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
-from recipes.results import environment
+from recipes.results import load, record, save
 
 BATCH = 64
 CLASSES = 10
@@ -182,6 +183,30 @@ def timed(method: Method, problem: Problem) -> float:
     return time.perf_counter() - begin
 
 
+def run(
+    name: str,
+    description: str,
+    measure: Callable[[argparse.Namespace], list[dict[str, Any]]],
+    plot: Callable[[Path, Path], None],
+    arguments: Sequence[str] | None,
+) -> None:
+    """The command of either recipe: measure, save, print the table, draw the picture."""
+    options = parse(name, description, arguments)
+    if options.plot:
+        plot(options.plot, options.plot.with_suffix(".png"))
+        return
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    begin = time.perf_counter()
+    runs = measure(options)
+    path = options.out / f"{name}.json"
+    chosen = {key: value for key, value in vars(options).items() if key not in ("out", "plot")}
+    configuration = {"batch": BATCH, "tolerance": TOLERANCE, **chosen}
+    save(path, record(name, configuration, time.perf_counter() - begin, runs))
+    Console(width=160).print("milliseconds", table(load(path)["runs"]), sep="\n")
+    plot(path, path.with_suffix(".png"))
+
+
 def parse(name: str, description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line of either recipe."""
     parser = argparse.ArgumentParser(prog=f"python -m recipes.{name}", description=description.split("\n")[0])
@@ -198,23 +223,6 @@ def parse(name: str, description: str, arguments: Sequence[str] | None) -> argpa
     if options.smoke:
         options.rounds = 3
     return options
-
-
-def results(
-    name: str, options: argparse.Namespace, seconds: float, runs: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What is saved."""
-    return {
-        "recipe": name,
-        "configuration": {
-            "batch": BATCH,
-            "tolerance": TOLERANCE,
-            **{key: value for key, value in vars(options).items() if key not in ("out", "plot")},
-        },
-        "environment": environment(torch.device("cpu")),
-        "seconds": seconds,
-        "runs": runs,
-    }
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:

@@ -21,23 +21,23 @@ COLOURS = {
     "FAM exact": "#e69f00",
     "FAM exact, detached": "#d1495b",
     "FAM hutchinson": "#7b5ea7",
+    "FAM hutchinson, detached": "#b8a3d9",
+    "FAM full": "#6b4f1d",
     "SAM": "#0072b2",
     "ASAM": "#56b4e9",
     "vectorised Hessian": "#555555",
     "autograd-loop Hessian": "#999999",
+    "curvlinops trace (value only)": "#009e73",
+    "PyHessian trace (value only)": "#8fd3b6",
 }
-TICKS = (0.5, 1, 2, 4, 8, 16, 32, 64)
+TICKS = [2.0**k for k in range(-2, 14)]
 
 
 def plot(source: Path, target: Path) -> None:
     """Draw a line per task: left the ratios of the time with their quartiles, right those of the memory."""
     rows = load(source)["runs"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.42 * len(rows)), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.3 + 0.5 * len(rows)), sharey=True)
     draw(left, rows, "ratio")
-    left.set_xscale("log", base=2)
-    low, high = left.get_xlim()
-    shown = [tick for tick in TICKS if low <= tick <= high]
-    left.set_xticks(shown, [f"{tick:g}" for tick in shown])
     draw(right, rows, "memory")
     left.set_yticks(range(len(rows)), [row["task"] for row in rows], fontsize=8)
     left.invert_yaxis()
@@ -46,7 +46,7 @@ def plot(source: Path, target: Path) -> None:
     handles, labels = left.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique, loc="upper center", ncols=4, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.8 / figure.get_figheight()))
     figure.savefig(target, dpi=120)
     plt.close(figure)
 
@@ -58,11 +58,15 @@ def draw(axis: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> None:
             found = row["candidates"].get(label, {})
             if quantity not in found:
                 continue
-            y = line + 0.08 * (number - len(COLOURS) / 2)
+            y = line + 0.06 * (number - len(COLOURS) / 2)
             axis.plot(found[quantity], y, "o", color=colour, markersize=4, label=label)
             if quantity == "ratio":
                 axis.plot(found["quartiles"], (y, y), color=colour, linewidth=1.2)
     axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    low, high = axis.get_xlim()
+    shown = [tick for tick in TICKS if low <= tick <= high]
+    axis.set_xticks(shown, [f"{tick:g}" for tick in shown], fontsize=8)
     axis.grid(alpha=0.25, axis="x")
     axis.spines[["top", "right"]].set_visible(False)
 

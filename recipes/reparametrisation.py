@@ -39,7 +39,7 @@ from torch.nn.functional import cross_entropy
 
 from fam_optim import dataset_relative_flatness
 from recipes.datasets import fashion_mnist
-from recipes.results import environment, load, save
+from recipes.results import load, record, save
 
 WIDTH = 64
 """The network: Linear(784, 64), ReLU, Linear(64, 10)."""
@@ -189,19 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     runs = with_changes(sweep(options))
     path = options.out / "reparametrisation.json"
-    results = {
-        "recipe": "reparametrisation",
-        "configuration": {
-            "width": WIDTH,
-            "lr": LR,
-            "batch_size": BATCH_SIZE,
-            **{key: value for key, value in vars(options).items() if key not in ("out", "plot")},
-        },
-        "environment": environment(torch.device("cpu")),
-        "seconds": time.perf_counter() - begin,
-        "runs": runs,
-    }
-    save(path, results)
+    chosen = {key: value for key, value in vars(options).items() if key not in ("out", "plot")}
+    configuration = {"width": WIDTH, "lr": LR, "batch_size": BATCH_SIZE, **chosen}
+    save(path, record("reparametrisation", configuration, time.perf_counter() - begin, runs))
     console = Console(width=110)
     console.print(table(runs))
     largest = max(abs(run["kappa_change"]) for run in runs)

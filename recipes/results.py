@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware behind a measurement."""
@@ -25,6 +27,23 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+    }
+
+
+def record(
+    recipe: str,
+    configuration: dict[str, Any],
+    seconds: float,
+    runs: list[dict[str, Any]],
+    device: torch.device = CPU,
+) -> dict[str, Any]:
+    """What a recipe saves: what was measured, how, where, and how long that took."""
+    return {
+        "recipe": recipe,
+        "configuration": configuration,
+        "environment": environment(device),
+        "seconds": seconds,
+        "runs": runs,
     }
 
 

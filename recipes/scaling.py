@@ -5,12 +5,16 @@
     python -m recipes.scaling --plot results.json   # redraw
 
 One of the three sizes grows, the others stay. Timed is the gradient of ``loss + kappa`` in the layer's
-weights and inputs, forward included, in alternation with the gradient of the loss alone; the exponent is
-fitted to the largest sizes, and stands beside the one that the operations predict:
+weights and inputs, forward included, in alternation with the gradient of the loss alone; memory is the peak.
+The exponents are fitted to the largest sizes, and stand beside those that the operations predict:
 
-    exact         N m d at most     closed form of the softmax, by pairs of classes where they are few
-    hutchinson    N m d             a probe is a product of the layer's own size
-    full          (d m)^2           forms the Hessian
+                  time                memory
+    exact         N m d               N m + d m + N d    closed form of the softmax; by pairs of classes, in
+                                                         d d (N + m), where they are few
+    hutchinson    N m d               N m + d m + N d    a probe is a product of the layer's own size
+    full          d m  times  N m d   d m (d m + N d)    forms the Hessian by d m products, whose graphs stay
+
+An exponent below the prediction is a size at which other terms, or the calls themselves, still count.
 """
 
 import argparse
@@ -35,17 +39,18 @@ from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
 from recipes.memory import alive_bytes, peak_bytes
-from recipes.results import environment, load, save
+from recipes.results import CPU, load, record, save
 
-CPU = torch.device("cpu")
 FITTED = 3  # the largest sizes, to which an exponent is fitted
 HEAD = {"d": (4096, 512, 256), "m": (512, 4096, 256), "N": (512, 512, 4096)}
-TINY = {"d": (64, 16, 16), "m": (16, 64, 16), "N": (8, 8, 1024)}
-# mode -> the largest (d, m, N) of each sweep, whose own size halves from there so many times; exponents
+TINY = {"d": (64, 16, 1024), "m": (4, 256, 2048), "N": (8, 8, 16384)}
+# mode -> the largest (d, m, N) of each sweep, whose own size halves from there so many times; the exponents
+# of time and memory
+LINEAR = {"d": (1, 1), "m": (1, 1), "N": (1, 1)}
 SWEEPS = {
-    "exact": (HEAD, 5, {"d": 1, "m": 1, "N": 1}),
-    "hutchinson": (HEAD, 5, {"d": 1, "m": 1, "N": 1}),
-    "full": (TINY, 4, {"d": 2, "m": 2, "N": 1}),
+    "exact": (HEAD, 5, LINEAR),
+    "hutchinson": (HEAD, 5, LINEAR),
+    "full": (TINY, 4, {"d": (2, 2), "m": (2, 1), "N": (1, 1)}),
 }
 COLOURS = {"exact": "#e69f00", "hutchinson": "#7b5ea7", "full": "#0072b2", "plain": "#555555"}
 
@@ -71,7 +76,7 @@ def sweep(mode: str, letter: str, options: argparse.Namespace) -> list[dict[str,
     """One row per size of the letter, the smallest first."""
     largest, count, _ = SWEEPS[mode]
     rows = []
-    for halvings in range(2 if options.smoke else count, -1, -1):
+    for halvings in range(1 if options.smoke else count, -1, -1):
         shift = halvings + (4 if options.smoke else 0)
         sizes = [
             max(2, size >> (shift if name == letter else 0))
@@ -117,16 +122,18 @@ def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Fitted exponents beside the predicted one, and the ratio to the plain gradient at the largest size."""
-    columns = ("mode", "grows", "predicted", "time", "plain time", "memory", "time / plain", "memory / plain")
-    result = Table(*columns, box=box.MARKDOWN)
+    columns = ("mode", "grows", "time", "predicted", "plain time", "memory", "predicted", "plain memory")
+    result = Table(*columns, "time / plain", "memory / plain", box=box.MARKDOWN)
     for (mode, letter), rows in groups(runs).items():
         last = rows[-1]
-        fitted = (exponent(rows, quantity) for quantity in ("seconds", "plain_seconds", "bytes"))
+        seconds, plain_seconds, peak, plain_peak = (
+            f"{exponent(rows, quantity):.2f}"
+            for quantity in ("seconds", "plain_seconds", "bytes", "plain_bytes")
+        )
+        in_time, in_memory = map(str, SWEEPS[mode][2][letter])
         result.add_row(
-            mode,
-            f"{letter} to {last[letter]}",
-            f"{SWEEPS[mode][2][letter]:g}",
-            *(f"{value:.2f}" for value in fitted),
+            *(mode, f"{letter} to {last[letter]}"),
+            *(seconds, in_time, plain_seconds, peak, in_memory, plain_peak),
             f"{last['seconds'] / last['plain_seconds']:.2f}",
             f"{last['bytes'] / last['plain_bytes']:.2f}",
         )
@@ -164,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.scaling", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--plot", type=Path, metavar="JSON", help="redraw the picture of these results only")
@@ -180,15 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     letters = "d" if options.smoke else "dmN"
     runs = [row for mode in SWEEPS for letter in letters for row in sweep(mode, letter, options)]
     path = options.out / "scaling.json"
-    results = {
-        "recipe": "scaling",
-        "configuration": {"rounds": options.rounds, "threads": options.threads, "smoke": options.smoke},
-        "environment": environment(CPU),
-        "seconds": time.perf_counter() - begin,
-        "runs": runs,
-    }
-    save(path, results)
-    Console(width=120).print(table(runs))
+    configuration = {"rounds": options.rounds, "threads": options.threads, "smoke": options.smoke}
+    save(path, record("scaling", configuration, time.perf_counter() - begin, runs))
+    Console(width=140).print(table(runs))
     plot(path, path.with_suffix(".png"))
 
 

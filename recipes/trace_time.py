@@ -20,7 +20,6 @@ The hidden layer's trace can be near zero by chance, since its curvatures have b
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from rich.console import Console
 from torch import Tensor
 
-from recipes.layer_timing import Method, Problem, draw, parse, plain_step, results, sweep, table, tidy
-from recipes.results import load, save
+from recipes.layer_timing import Method, Problem, draw, plain_step, run, sweep, tidy
+from recipes.results import load
 
 REPEATS = 20  # draws behind the error of an estimator
 CHUNK = 256  # basis vectors in one vmap, so that no Hessian is formed
@@ -76,11 +74,11 @@ def exact(problem: Problem) -> Tensor:
 def hutchinson(probes: int) -> Callable[[Problem], Tensor]:
     """The same, estimated."""
 
-    def run(problem: Problem) -> Tensor:
+    def trace(problem: Problem) -> Tensor:
         kappa_hat = problem.flatness(measure="layerwise", mode="hutchinson", n_samples=probes)
         return kappa_hat / problem.layer.weight.detach().square().sum()
 
-    return run
+    return trace
 
 
 ESTIMATORS = {f"hutchinson, {probes}": Method(hutchinson(probes), answer=None) for probes in (1, 10, 100)}
@@ -148,18 +146,7 @@ def plot(source: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, save, print the table, draw the picture."""
-    options = parse("trace_time", __doc__ or "", arguments)
-    if options.plot:
-        plot(options.plot, options.plot.with_suffix(".png"))
-        return
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.threads)
-    begin = time.perf_counter()
-    runs = measure(options)
-    path = options.out / "trace_time.json"
-    save(path, results("trace_time", options, time.perf_counter() - begin, runs))
-    Console(width=160).print("milliseconds", table(load(path)["runs"]), sep="\n")
-    plot(path, path.with_suffix(".png"))
+    run("trace_time", __doc__ or "", measure, plot, arguments)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import urllib.error
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ import scipy.io
 import torch
 import torchvision
 
+from fam_optim import observe, relative_flatness
 from recipes import (
     benchmark,
+    benchmark_counts,
     estimator_spread,
     flatness_picture,
     hessian_time,
@@ -27,6 +31,11 @@ from recipes import (
     train,
     training,
 )
+from recipes.benchmark_candidates import CANDIDATES, chosen
+from recipes.benchmark_cases import TASKS as BENCHMARK
+from recipes.benchmark_cases import Head
+from recipes.benchmark_cases import Task as BenchmarkTask
+from recipes.estimators_extra import ESTIMATORS, Forward
 from recipes.optimizers import OPTIMIZERS
 from recipes.runs import RunFolder
 from recipes.task import Source
@@ -35,7 +44,8 @@ from recipes.tasks import TASKS, load_task
 RECIPES: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
     "quickstart": (quickstart.main, ["quickstart.json", "quickstart.md", "quickstart-curves.png", "runs"]),
     "benchmark": (benchmark.main, ["benchmark.json", "benchmark.png"]),
-    "estimator_spread": (estimator_spread.main, ["estimator_spread.json"]),
+    "benchmark_counts": (benchmark_counts.main, ["benchmark_counts.json"]),
+    "estimator_spread": (estimator_spread.main, ["estimator_spread.json", "estimator_spread.png"]),
     "hessian_time": (hessian_time.main, ["hessian_time.json", "hessian_time.png"]),
     "scaling": (scaling.main, ["scaling.json", "scaling.png"]),
     "trace_time": (trace_time.main, ["trace_time.json", "trace_time.png"]),
@@ -50,6 +60,87 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)
     results = json.loads((tmp_path / files[0]).read_text())
     assert results["runs"] and results["environment"]["torch"]
+
+
+def head(classes: int, features: int, rows: int) -> BenchmarkTask:
+    model = Head(classes, features, rows)
+    return BenchmarkTask(model, model.head, torch.zeros(()), torch.randint(0, classes, (rows,)))
+
+
+def test_a_wrong_number_ends_the_benchmark() -> None:
+    task = BENCHMARK["tiny 16x16"]()
+    candidates = chosen(["FAM exact", "FAM full", "vectorised Hessian"], "tiny 16x16")
+    checked = benchmark.check(task, candidates, 8)
+    assert isinstance(checked, dict) and checked["FAM full"]["mean"] == pytest.approx(checked["kappa"], 1e-4)
+    wrong = dataclasses.replace(CANDIDATES["FAM exact"], draws=lambda task, probes: [1.01 * checked["kappa"]])
+    with pytest.raises(AssertionError, match="SAM: expected"):
+        benchmark.check(task, {"SAM": wrong}, 8)
+
+
+def test_a_check_leaves_the_model_as_it_was() -> None:
+    task = BENCHMARK["tiny 16x16"]()
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    benchmark.check(task, chosen(list(CANDIDATES), "tiny 16x16"), 2)
+    assert same(before, dict(task.model.state_dict()))
+    assert task.model.training and all(p.requires_grad and p.grad is None for p in task.model.parameters())
+
+
+def test_counts_of_a_head() -> None:
+    """Many classes: the head takes three products, SAM six, FAM three more, a probe two more."""
+    task = head(classes=40, features=16, rows=8)
+    labels = ("plain", "SAM", "FAM exact", "FAM exact, detached", "FAM hutchinson")
+    counts = {label: benchmark_counts.step_flops(task, label) for label in labels}
+    product = 2 * 40 * 16 * 8
+    assert counts == dict(zip(labels, (n * product for n in (3, 6, 6, 5, 5)), strict=True))
+    units = benchmark_counts.units(task)
+    assert units["layer product"] == product and units["tail pass"] == 0
+    assert units["bare product"] == 3 * product  # u, and its derivative in phi and in W
+
+
+def test_counts_of_a_tail() -> None:
+    """Two linear layers behind the layer: a pass is three products each, two where only z is asked for."""
+    widths = (6, 5, 7, 3)
+    layers = [torch.nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
+    model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
+    task = BenchmarkTask(model, layers[0], torch.randn(4, 6), torch.randint(0, 3, (4,)))
+    units = benchmark_counts.units(task)
+    tail = 2 * 4 * (5 * 7 + 7 * 3)
+    assert units["layer product"] == 2 * 4 * 6 * 5
+    assert units["tail pass"] == 3 * tail
+    detached = units["bare product, detached"]
+    assert detached is not None and detached - 2 * units["layer product"] <= 5 * tail
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_are_unbiased(name: str) -> None:
+    """Value, and gradient along the exact gradient and along random directions."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 4)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.Tanh(), layer, torch.nn.Tanh(), torch.nn.Linear(4, 3)
+    )
+    phi = model[:2](torch.randn(16, 6))
+    with observe(layer) as observed:
+        z = layer(phi)
+        loss = torch.nn.functional.cross_entropy(model[3:](z), torch.randint(0, 3, (16,)))
+    exact = relative_flatness(loss, observed)
+    exact_gradient = estimator_spread.gradient(exact, model)
+    directions = torch.cat([exact_gradient[None], torch.randn(4, len(exact_gradient))])
+    forward = Forward(loss, phi, z, layer.weight)
+    for n in (1, 4):
+        estimator = ESTIMATORS[name]
+        if not estimator.possible(forward, n):
+            continue
+        draws = []
+        for _ in range(300):
+            value = estimator.run(forward, n)
+            along = directions @ estimator_spread.gradient(value, model)
+            draws.append(torch.cat([value.detach()[None], along]))
+        samples = torch.stack(draws)
+        wanted = torch.cat([exact.detach()[None], directions @ exact_gradient])
+        error = samples.std(0) / len(samples) ** 0.5
+        assert error[0] > 0
+        assert torch.all((samples.mean(0) - wanted).abs() <= 5 * error + 1e-5 * wanted.abs()), (n, error)
 
 
 class Stopped(Exception):
