@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -43,6 +43,12 @@ class Factor(Protocol):
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., k)``; v is ``(..., d)``."""
+
+    def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
+        """``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
+
+        So ``E[c <V, H V>] = <F F^T, T>``. `draw` makes independent signs of a shape.
+        """
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         """``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
@@ -74,6 +80,12 @@ class Neuronwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return 1.0, signs @ self.matrix.T
 
+    def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
+        # W Z with Z[k,t] = s_k r_{t-k}, whose entries are uncorrelated, as a circular convolution.
+        signs, ring = draw((self.columns,)), draw((self.columns,))
+        spectrum = torch.fft.rfft(self.matrix * signs) * torch.fft.rfft(ring)
+        return 1.0, torch.fft.irfft(spectrum, n=self.columns)
+
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
@@ -101,6 +113,9 @@ class Layerwise:
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square, signs  # not ||W|| in v: the norm has no derivative at W = 0
+
+    def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
+        return self.square, draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         p, _ = _without_top(log_p)

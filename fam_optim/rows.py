@@ -13,7 +13,7 @@ import torch
 
 from fam_optim.curvature import inner, undifferentiable
 from fam_optim.layer import LayerUse, at_least_float32
-from fam_optim.verdicts import holds, signature, verdict
+from fam_optim.verdicts import due, holds, signature, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,13 +120,13 @@ def find_grouping(curvature: Curvature, smaller_than: int) -> Grouping | None:
     return None
 
 
-def find_rows(curvature: Curvature) -> Grouping | None:
-    """Every row as a group of its own, if rows do not interact."""
+def find_rows(curvature: Curvature, *, every: int) -> Grouping | None:
+    """Every row as a group of its own, if rows do not interact; seen to at every `every`-th call."""
     uses = _row_uses(curvature)
     if uses is None:
         return None
     rows = Grouping(uses, "row")
-    return rows if independent(curvature, rows) else None
+    return rows if independent(curvature, rows, every=every) else None
 
 
 def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
@@ -135,7 +135,7 @@ def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
     return None if len(uses) < len(curvature.uses) or curvature.tail.nested else uses
 
 
-def independent(curvature: Curvature, grouping: Grouping) -> bool:
+def independent(curvature: Curvature, grouping: Grouping, *, every: int = 1) -> bool:
     """Whether groups do not interact: scaling a direction group by group scales the product likewise.
 
     For a random q and scales e, different for any two groups, this holds exactly if they do not, and else
@@ -144,12 +144,14 @@ def independent(curvature: Curvature, grouping: Grouping) -> bool:
     for one kind of tail: a coupling that happens to be zero has none the less a gradient.
 
     Cost: two Hessian-vector products, not differentiated, or three for more than 64 groups; none where
-    groups are known to interact.
+    groups are known to interact, or the check is not due.
     """
     key = (signature(curvature.tail), grouping.axis, curvature.differentiable)
     known = verdict(key)
     if known is False:
         return False
+    if not due(key, every):
+        return True
     like = curvature.gradient[0]
     q = [_normal_like(g) for g in curvature.gradient]
     product = curvature.hvp(q, constant=True)

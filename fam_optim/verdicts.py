@@ -5,7 +5,8 @@ callers choose their path by it. Where it failed, the path that needs no check i
 Where it held, it is still made at every call, but only asserted on the device: on the CPU a failure is
 seen at once and the caller chooses again; an accelerator ends in a device-side assertion, as it does
 for an index out of range. So a tail that changes under an unchanged graph (a coefficient that was
-zero, an attention mask) is never answered wrongly in silence.
+zero, an attention mask) is never answered wrongly in silence. (Where a check costs as much as what it
+guards, it is made again now and then only, see `due`.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _CAPACITY = 4096
 _verdicts: dict[Hashable, bool] = {}
+_skipped: dict[Hashable, int] = {}
 
 
 def signature(tail: Tail) -> tuple[tuple[str, bool], ...]:
@@ -35,11 +37,19 @@ def verdict(key: Hashable) -> bool | None:
     return _verdicts.get(key)
 
 
+def due(key: Hashable, every: int) -> bool:
+    """Whether to make the check `key` now: at first, and then at every `every`-th call."""
+    count = _skipped.get(key, 0) if _verdicts.get(key, False) else every - 1
+    _skipped[key] = (count + 1) % every
+    return _skipped[key] == 0
+
+
 def holds(key: Hashable, check: Tensor) -> bool:
     """Whether `check`, a boolean scalar, is true; waits for the device only if it is new."""
     if not _verdicts.get(key, False):
         if len(_verdicts) >= _CAPACITY:  # graphs that differ at every step would pile up
             _verdicts.clear()
+            _skipped.clear()
         _verdicts[key] = bool(check)
         return _verdicts[key]
     try:

@@ -200,7 +200,7 @@ def test_mean_over_all_signs_of_part_one(
 def test_probes_follow_a_tail_that_changes_under_the_same_graph(
     measure: str, over_all_signs: Callable[..., list[Tensor]]
 ) -> None:
-    """Samples that begin to interact, and stop."""
+    """Samples that begin to interact, and stop: seen within `CHECKED_EVERY` evaluations."""
 
     def coupled(f: nn.Module, p: Problem) -> Tensor:
         z = f(p.x)
@@ -214,6 +214,8 @@ def test_probes_follow_a_tail_that_changes_under_the_same_graph(
         def estimate(loss: Tensor = loss, layers: list[Any] = layers) -> list[Tensor]:
             return [relative_flatness(loss, layers, measure=measure, mode="hutchinson").detach()]
 
+        for _ in range(estimator.CHECKED_EVERY):
+            estimate()
         (kappa,) = over_all_signs(estimate)
         error = relative_error(kappa, wanted, wanted)
         what = f"interaction {problem.knob.item()}, {measure}"
