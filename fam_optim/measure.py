@@ -25,7 +25,7 @@ class Factor(Protocol):
 
     Attributes:
         columns: k, its number of columns.
-        directions: how many pairs `direction` has.
+        directions: how many columns `pairs` has.
     """
 
     columns: int
@@ -34,10 +34,10 @@ class Factor(Protocol):
     def gram(self) -> Tensor:
         """``F F^T``, ``(d, d)``."""
 
-    def direction(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k-th pair ``u, v`` ``(d,)`` of ``sum_k u_k v_k^T = F F^T``.
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """``U, V`` ``(d, directions)`` with ``U V^T = F F^T``.
 
-        v is constant: u carries the gradient, so that ``sum_k <u_k, T v_k>`` is differentiated right
+        V is constant: U carries the gradient, so that ``sum_k <u_k, T v_k>`` is differentiated right
         while T is applied to constants only.
         """
 
@@ -70,12 +70,11 @@ class Neuronwise:
     def gram(self) -> Tensor:
         return self.matrix @ self.matrix.T
 
-    def direction(self, k: int) -> tuple[Tensor, Tensor]:
+    def pairs(self) -> tuple[Tensor, Tensor]:
         if self.by_unit:
-            return self.matrix @ self.matrix[k], _unit(k, self.matrix)
-        column = self.matrix[:, k]
-        constant = column.detach()
-        return 2 * column - constant, constant  # has the value of column, twice its gradient
+            return self.gram(), _identity(self.matrix)
+        constant = self.matrix.detach()
+        return 2 * self.matrix - constant, constant  # has the value of W, twice its gradient
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return 1.0, signs @ self.matrix.T
@@ -104,12 +103,10 @@ class Layerwise:
         self.square = matrix.square().sum()
 
     def gram(self) -> Tensor:
-        eye = torch.eye(self.columns, dtype=self.square.dtype, device=self.square.device)
-        return self.square * eye
+        return self.square * _identity(self.matrix)
 
-    def direction(self, k: int) -> tuple[Tensor, Tensor]:
-        unit = _unit(k, self.matrix)
-        return self.square * unit, unit
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        return self.gram(), _identity(self.matrix)
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square, signs  # not ||W|| in v: the norm has no derivative at W = 0
@@ -244,10 +241,8 @@ def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.exp().scatter(1, top[:, None], 0.0), top
 
 
-def _unit(k: int, like: Tensor) -> Tensor:
-    unit = like.new_zeros(like.shape[0])
-    unit[k] = 1
-    return unit
+def _identity(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
 
 
 MEASURES: dict[str, type[Neuronwise] | type[Layerwise]] = {

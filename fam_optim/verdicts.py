@@ -47,14 +47,18 @@ def due(key: Hashable, every: int) -> bool:
 def holds(key: Hashable, check: Tensor) -> bool:
     """Whether `check`, a boolean scalar, is true; waits for the device only if it is new."""
     if not _verdicts.get(key, False):
-        if len(_verdicts) >= _CAPACITY:  # graphs that differ at every step would pile up
-            _verdicts.clear()
-            _skipped.clear()
-        _verdicts[key] = bool(check)
-        return _verdicts[key]
+        return remember(key, bool(check))
     try:
         torch._assert_async(check, "fam_optim: what follows the layer changed under the same graph")
     except RuntimeError:
-        _verdicts[key] = False
-        return False
+        return remember(key, False)
     return True
+
+
+def remember(key: Hashable, verdict: bool) -> bool:
+    """`verdict`, from now on that of `key`."""
+    if len(_verdicts) >= _CAPACITY:  # graphs that differ at every step would pile up
+        _verdicts.clear()
+        _skipped.clear()
+    _verdicts[key] = verdict
+    return verdict

@@ -33,6 +33,7 @@ from recipes.results import record, save
 from recipes.step_time import clock
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
+ROUNDS = {"tiny 16x16": 400, "resnet50 head 1000x2048": 3}  # cheap and noisy; seconds a step
 TOLERANCE = 1e-4  # of the check, relative, in float32
 CHECK = "FAM hutchinson"  # checks the exact kappa whatever candidates were asked for
 
@@ -190,8 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     for name in options.tasks:
         with console.status(name):
-            # tiny steps are cheap and noisy
-            rounds = options.rounds if name != "tiny 16x16" or options.smoke else 400
+            rounds = options.rounds if options.smoke else ROUNDS.get(name, options.rounds)
             rows.append(measure(name, options.candidates, rounds, options.probes, options.device))
         configuration = {"rounds": options.rounds, "probes": options.probes, "smoke": options.smoke}
         save(path, record("benchmark", configuration, time.perf_counter() - begin, rows, options.device))

@@ -30,6 +30,7 @@ def _seeded() -> None:
 def forget_verdicts() -> None:
     """What one test's tail was found to be must not choose the path of another's."""
     verdicts._verdicts.clear()
+    verdicts._skipped.clear()
 
 
 @pytest.fixture

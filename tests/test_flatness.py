@@ -7,6 +7,7 @@ closed form of a softmax cross-entropy is possible.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fam_optim import FAM, observe, relative_flatness
+from fam_optim.estimators import exact as exact_mode
 from tests import reference
 from tests.cases import GRID, Case, Problem, observed
 from tests.special_cases import CHANGES, SPECIAL, Change, calls
@@ -220,6 +222,43 @@ def test_exact_follows_a_tail_that_changes_under_the_same_graph(change: Change, 
             else:
                 with pytest.raises(RuntimeError, match="detach_hessian"):
                     kappa.backward()
+
+
+class _LooksAtNumbers(torch.autograd.Function):
+    """tanh with a backward that cannot be run for several directions at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        y = z.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        assert math.isfinite(grad.sum().item())
+        return grad * (1 - y * y)
+
+
+@pytest.mark.parametrize(
+    ("tail", "batched"),
+    [(_LooksAtNumbers.apply, None), (torch.tanh, 1), (torch.tanh, 16), (torch.tanh, None)],
+)
+def test_directions_by_ones_and_several(
+    tail: Callable[[Tensor], Tensor], batched: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if batched is not None:
+        monkeypatch.setattr(exact_mode, "BATCHED", batched)
+    problem = calls(lambda f, p: tail(f(p.x)).square().mean(), nn.Linear(5, 4), rows=2).double()
+    parameters, what = problem.trained(), f"{batched} numbers at a time"
+    weights = reference.curvatures(problem, problem.layers, create_graph=True)
+    wanted = reference.sum_of_kappas(weights, "neuronwise")
+    for _ in range(2):  # where several are refused: at first, and when that is known
+        loss, layers = observed(problem)
+        kappa = relative_flatness(loss, layers)
+        check_value(kappa, wanted, VALUE, what)
+        got = gradient(kappa, loss, parameters)
+        check_gradient(got, reference.gradient(wanted, parameters), problem.names(), GRADIENT, what)
 
 
 def test_two_samples_that_begin_to_interact_are_always_noticed() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from fam_optim import FAM, relative_flatness
+from fam_optim.curvature import Curvature
 from fam_optim.estimators import hutchinson as estimator
 from tests import reference
 from tests.cases import (
@@ -220,6 +221,28 @@ def test_probes_follow_a_tail_that_changes_under_the_same_graph(
         error = relative_error(kappa, wanted, wanted)
         what = f"interaction {problem.knob.item()}, {measure}"
         assert error <= TOLERANCE, f"{what}: mean {kappa:.12g}, kappa {wanted:.12g}, error {error:.1e}"
+
+
+def test_rows_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe is one product; the look at the rows, as dear, is taken at every `CHECKED_EVERY`-th."""
+    products = 0
+    original = Curvature.hvp
+
+    def counted(self: Curvature, *args: Any, **kwargs: Any) -> list[Tensor]:
+        nonlocal products
+        products += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Curvature, "hvp", counted)
+    problem = calls(lambda f, p: torch.tanh(f(p.x)).square().mean(), nn.Linear(2, 2), rows=2).double()
+    counts = []
+    for _ in range(2 * estimator.CHECKED_EVERY + 1):
+        products = 0
+        loss, layers = observed(problem)
+        relative_flatness(loss, layers, mode="hutchinson")
+        counts.append(products)
+    looks = [number for number, count in enumerate(counts) if count > 1]
+    assert looks == [0, estimator.CHECKED_EVERY, 2 * estimator.CHECKED_EVERY]
 
 
 SAMPLED = [

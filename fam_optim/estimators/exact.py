@@ -23,8 +23,11 @@ import torch
 from fam_optim.curvature import Curvature
 from fam_optim.estimators.softmax import find_softmax_heads, softmax_curvature
 from fam_optim.rows import find_grouping
+from fam_optim.verdicts import remember, signature, verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from fam_optim.measure import Factor
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 MAX_PRODUCTS = 1024
 """More Hessian-vector products than this in one evaluation end in an error instead."""
+
+BATCHED = 1 << 18
+"""Numbers in the directions that are multiplied with the Hessian at a time: many small products are slow."""
 
 
 def exact(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor:
@@ -67,8 +73,7 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
     """``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``."""
     weight = curvature.uses[0].matrix()
     total = weight.new_zeros(())
-    for k in range(factor.directions):
-        u, v = factor.direction(k)
+    for u, v in zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True):
         for t in range(weight.shape[1]):
             matrix = torch.zeros_like(weight)
             matrix[:, t] = v
@@ -78,10 +83,25 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
 
 def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor:
     """``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups at once."""
+    u, v = factor.pairs()
     total = curvature.gradient[0].new_zeros(())
     for position, products in grouping.gram_rows():
-        for k in range(factor.directions):
-            u, v = factor.direction(k)
-            moved = curvature.hvp(grouping.place(position, v))
-            total = total + (products * (grouping.gather_outputs(moved) @ u)).sum()
+
+        def along(u_k: Tensor, v_k: Tensor, position: int = position, products: Tensor = products) -> Tensor:
+            moved = curvature.hvp(grouping.place(position, v_k))
+            return (products * (grouping.gather_outputs(moved) @ u_k)).sum()
+
+        total = total + _each(along, u, v, curvature).sum()
     return total
+
+
+def _each(along: Callable[[Tensor, Tensor], Tensor], u: Tensor, v: Tensor, curvature: Curvature) -> Tensor:
+    """`along` of every pair of columns, several at a time where all of the tail's operations can be."""
+    key = (signature(curvature.tail), "several directions at a time")
+    size = max(1, BATCHED // sum(g.numel() for g in curvature.gradient))
+    if verdict(key) is not False:
+        try:
+            return torch.vmap(along, in_dims=1, chunk_size=size)(u, v)
+        except (RuntimeError, NotImplementedError):  # some operations cannot: an autograd.Function, say
+            remember(key, False)
+    return torch.stack([along(*pair) for pair in zip(u.unbind(1), v.unbind(1), strict=True)])

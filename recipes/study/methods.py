@@ -84,11 +84,12 @@ PARTS: dict[str, Method] = {  # which part of the whole gradient does the harm
     "fam, p constant": Method(CANDIDATES["fam"].grid, loss=partly_constant("p")),
     "fam, phi constant": Method(CANDIDATES["fam detached"].grid, loss=partly_constant("phi")),
 }
-LAMBDAS = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
-WEIGHTINGS: dict[str, Method] = {  # ways to weigh kappa, all with a detached Hessian
+LAMBDAS = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
+WEIGHTINGS: dict[str, Method] = {  # ways to weigh kappa, with a detached Hessian but for the last
     "fixed": Method(LAMBDAS, (), "lam", "fam", DETACHED),
-    "fixed, warm-up": Method(LAMBDAS[3:], (), "lam", "fam", DETACHED, warm_up=0.2),
-    "share of gradient": Method((0.1, 0.2, 0.3, 0.5, 0.7), loss=share_of_gradient),
-    "share of loss": Method((0.02, 0.05, 0.1, 0.15, 0.2), loss=share_of_loss),
+    "fixed, warm-up": Method(LAMBDAS[4:], (), "lam", "fam", DETACHED, warm_up=0.2),
+    "share of gradient": Method((0.1, 0.2, 0.3, 0.5), loss=share_of_gradient),
+    "share of loss": Method((0.02, 0.05, 0.1, 0.15), loss=share_of_loss),
+    "fixed, whole gradient": Method((0.001, 0.004, 0.016, 0.064), (), "lam", "fam"),
 }
 METHODS = {**CANDIDATES, **PARTS, **WEIGHTINGS}

@@ -26,6 +26,7 @@ COLOURS = {
     "fixed, warm-up": "#e69f00",
     "share of gradient": "#0072b2",
     "share of loss": "#009e73",
+    "fixed, whole gradient": "#7b5ea7",
 }
 NAMES = {"plain": "SGD", "sam": "SAM", "fam": "FAM", "fam detached": "FAM, detach_hessian"}
 
