@@ -1,7 +1,7 @@
 """What a step costs, relative to the same step of the plain base optimizer.
 
     python -m recipes.benchmark                                       # every row
-    python -m recipes.benchmark --tasks "resnet18 head 10x512"        # one row
+    python -m recipes.benchmark --tasks "resnet18 head 10x512"        # one row; others in the results stay
     python -m recipes.benchmark --smoke                               # seconds: does everything run?
 
 The candidates (recipes.benchmark_candidates) of a row alternate in one process, in an order that rotates;
@@ -29,7 +29,7 @@ from recipes.benchmark_candidates import CANDIDATES, Build, Candidate, Step, cho
 from recipes.benchmark_cases import TASKS, Task
 from recipes.memory import alive_bytes, peak_bytes
 from recipes.plot_benchmark import plot
-from recipes.results import record, save
+from recipes.results import load, record, save
 from recipes.step_time import clock
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
@@ -187,12 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not CANDIDATES[label].available:
             console.print(f"{label}: left out, pip install {CANDIDATES[label].package}")
     path = options.out / "benchmark.json"
-    rows: list[dict[str, Any]] = []
+    measured = {row["task"]: row for row in load(path)["runs"]} if path.exists() else {}
     begin = time.perf_counter()
     for name in options.tasks:
         with console.status(name):
             rounds = options.rounds if options.smoke else ROUNDS.get(name, options.rounds)
-            rows.append(measure(name, options.candidates, rounds, options.probes, options.device))
+            measured[name] = measure(name, options.candidates, rounds, options.probes, options.device)
+        rows = [measured[task] for task in TASKS if task in measured]
         configuration = {"rounds": options.rounds, "probes": options.probes, "smoke": options.smoke}
         save(path, record("benchmark", configuration, time.perf_counter() - begin, rows, options.device))
     console.print(*tables(rows))

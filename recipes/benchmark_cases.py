@@ -55,6 +55,8 @@ class TiedLanguageModel(nn.Module):
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
+        # As GPT-2's: with torch's own scale probabilities underflow, and denormal numbers are slow.
+        nn.init.normal_(self.embedding.weight, std=0.02)
         self.block = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
