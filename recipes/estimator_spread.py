@@ -146,18 +146,28 @@ def bias(ratios: Sequence[float]) -> float:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per network stage, layer, estimator and number of products."""
-    columns = ("network", "layer", "estimator", "products", "kappa", "gradient", "ms")
-    result = Table(*columns, "kappa at 1 ms", "gradient at 1 ms", "bias", "gradient's bias", box=box.MARKDOWN)
-    names = ("value", "gradient", "milliseconds", "value_at_one_millisecond", "gradient_at_one_millisecond")
-    biases = ("bias_in_standard_errors", "gradient_bias_in_standard_errors")
+    """A row per estimator and number of products, a column per network: the gradient's error, and at 1 ms."""
+    networks = list(dict.fromkeys((run["stage"], run["layer"]) for run in runs))
+    by_key: dict[tuple[str, int], dict[tuple[str, str], Mapping[str, Any]]] = {}
     for run in runs:
-        result.add_row(
-            *(run["stage"], run["layer"], run["estimator"], str(run["products"])),
-            *(f"{run[name]:.3f}" for name in names),
-            *(f"{run[name]:+.1f}" for name in biases),
-        )
+        by_key.setdefault((run["estimator"], run["products"]), {})[run["stage"], run["layer"]] = run
+    heads = [f"{layer}, {stage}: error in ms (at 1 ms)" for stage, layer in networks]
+    result = Table("estimator", "products", *heads, box=box.MARKDOWN)
+    for (name, products), found in by_key.items():
+        cells = [
+            f"{r['gradient']:.2f} in {r['milliseconds']:.1f} ({r['gradient_at_one_millisecond']:.2f})"
+            if (r := found.get(network))
+            else ""
+            for network in networks
+        ]
+        result.add_row(name, str(products) if products else "", *cells)
     return result
+
+
+def largest_bias(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Of all values and gradients, in standard errors."""
+    names = ("bias_in_standard_errors", "gradient_bias_in_standard_errors")
+    return max(abs(run[name]) for run in runs for name in names)
 
 
 def plot(source: Path, target: Path) -> None:
@@ -235,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.out / "estimator_spread.json"
     configuration = {key: value for key, value in vars(options).items() if key not in ("out", "plot")}
     save(path, record("estimator_spread", configuration, time.perf_counter() - begin, runs))
-    Console(width=180).print(table(runs))
+    Console(width=240).print(table(runs))
+    print(f"largest bias: {largest_bias(runs):.1f} standard errors, of {2 * len(runs)}")
     plot(path, path.with_suffix(".png"))
 
 

@@ -5,10 +5,13 @@ import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 CPU = torch.device("cpu")
 
@@ -53,6 +56,16 @@ def cpu_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def markdown(*tables: Table) -> str:
+    """Tables as Markdown, without their titles."""
+    text = StringIO()
+    for table in tables:
+        table.title = None
+        Console(file=text, width=400).print(table)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join(line for line in lines if line.startswith("|")) + "\n"
 
 
 def compact(value: Any, digits: int = 5) -> Any:

@@ -29,7 +29,6 @@ CONDITIONS: dict[str, dict[str, Any]] = {  # under which a single lam has to do;
     "batch 256": {"batch_size": 256},
     "Adam": {"base": "adam", "lr": 1e-3},
     "clean": {"noise": 0.0},
-    "20 % noise": {"noise": 0.2},
     "MNIST-1D": {"task": "mnist1d"},
     "MNIST-1D, Adam": {"task": "mnist1d", "base": "adam", "lr": 1e-3},
     "MNIST-1D, clean": {"task": "mnist1d", "noise": 0.0},
@@ -138,7 +137,7 @@ def networks(results: Results) -> Iterator[Trial]:
 
 def budgets(results: Results) -> Iterator[Trial]:
     """Accuracy against time: the shortlist trained for shorter and longer."""
-    for noise, epochs, method, seed in product((0.4, 0.0), BUDGETS, SHORTLIST, SEEDS):
+    for noise, epochs, method, seed in product((0.4, 0.0), BUDGETS, SHORTLIST, SEEDS[:3]):
         yield chosen(results, "fashion-2000", method, noise, seed, epochs=epochs)
 
 
@@ -162,8 +161,8 @@ STAGES: Mapping[str, Callable[[Results], Iterator[Trial]]] = {
     "parts": parts,
     "parts_compared": parts_compared,
     "weightings": weightings,
-    "networks": networks,
     "budgets": budgets,
     "larger": larger,
+    "networks": networks,
     "largest": largest,
 }
