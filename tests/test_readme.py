@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from recipes import benchmark, benchmark_counts, estimator_spread, scaling
+from recipes.results import load, markdown
 from recipes.tasks import TASKS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -70,15 +72,40 @@ def test_every_test_that_is_named_exists() -> None:
         assert callable(getattr(import_module(f"tests.{module}"), test))
 
 
-@pytest.mark.parametrize("readme", [README, README.parent / "recipes" / "README.md"], ids=["", "recipes"])
+RECIPES = README.parent / "recipes"
+PAGES = [README, *(RECIPES / name for name in ("README.md", "BENCHMARK.md", "STUDY.md"))]
+
+
+@pytest.mark.parametrize("readme", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
 def test_every_recipe_and_link_that_is_named_exists(readme: Path) -> None:
     text = readme.read_text()
     for name in re.findall(r"python -m recipes\.(\w+)", text):
-        assert callable(import_module(f"recipes.{name}").main)
+        module = import_module(f"recipes.{name}")
+        assert callable(
+            (import_module(f"recipes.{name}.__main__") if hasattr(module, "__path__") else module).main
+        )
     for task in re.findall(r"recipes\.train ([\w-]+)", text) + re.findall(r"`train ([\w-]+)", text):
         assert task in TASKS
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (readme.parent / link).exists(), link
+
+
+def saved(name: str) -> Any:
+    return load(RECIPES / "results" / f"{name}.json")["runs"]
+
+
+def test_the_benchmarks_tables_are_those_of_the_saved_results() -> None:
+    measured = saved("benchmark")
+    tables = [
+        *benchmark.tables(measured),
+        *benchmark_counts.tables(saved("benchmark_counts"), measured),
+        scaling.table(saved("scaling")),
+        estimator_spread.table(saved("estimator_spread")),
+    ]
+    lines = markdown(*tables).splitlines()
+    assert len(lines) > 60
+    page = (RECIPES / "BENCHMARK.md").read_text().splitlines()
+    assert [line for line in lines if line not in page] == []
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
