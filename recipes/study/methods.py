@@ -87,9 +87,9 @@ PARTS: dict[str, Method] = {  # which part of the whole gradient does the harm
 LAMBDAS = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 WEIGHTINGS: dict[str, Method] = {  # ways to weigh kappa, with a detached Hessian but for the last
     "fixed": Method(LAMBDAS, (), "lam", "fam", DETACHED),
-    "fixed, warm-up": Method(LAMBDAS[4:], (), "lam", "fam", DETACHED, warm_up=0.2),
+    "fixed, warm-up": Method(LAMBDAS[5:], (), "lam", "fam", DETACHED, warm_up=0.2),
     "share of gradient": Method((0.1, 0.2, 0.3, 0.5), loss=share_of_gradient),
-    "share of loss": Method((0.02, 0.05, 0.1, 0.15), loss=share_of_loss),
+    "share of loss": Method((0.02, 0.05, 0.1), loss=share_of_loss),
     "fixed, whole gradient": Method((0.001, 0.004, 0.016, 0.064), (), "lam", "fam"),
 }
 METHODS = {**CANDIDATES, **PARTS, **WEIGHTINGS}
