@@ -167,7 +167,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> Table:
 def largest_bias(runs: Sequence[Mapping[str, Any]]) -> float:
     """Of all values and gradients, in standard errors."""
     names = ("bias_in_standard_errors", "gradient_bias_in_standard_errors")
-    return max(abs(run[name]) for run in runs for name in names)
+    return max(abs(float(run[name])) for run in runs for name in names)
 
 
 def plot(source: Path, target: Path) -> None:

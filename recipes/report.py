@@ -21,7 +21,7 @@ from rich.table import Table
 
 from recipes.optimizers import OPTIMIZERS
 from recipes.plot_report import plot_boxes, plot_curves
-from recipes.results import load, save
+from recipes.results import load, markdown, save
 from recipes.runs import RunFolder
 from recipes.task import mean
 
@@ -123,8 +123,7 @@ def summary(name: str, values: Sequence[float]) -> str:
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:
     """Print the table, and write it and the pictures beside the JSON."""
     console.print(table(results["runs"]))
-    with stem.with_suffix(".md").open("w") as file:
-        Console(file=file, width=400).print(table(results["runs"]))
+    stem.with_suffix(".md").write_text(markdown(table(results["runs"])))
     plot_curves(results["runs"], stem.with_name(f"{stem.name}-curves.png"))
     plot_boxes(results["runs"], stem.with_name(f"{stem.name}-boxes.png"))
     console.print(f"{stem}.json, .md and pictures written")

@@ -54,10 +54,28 @@ def choose(
 
 def difference(ours: Results, theirs: Results, name: str) -> tuple[float, float]:
     """Mean of the differences paired by seed, and half the width of Student's 95 % interval."""
+    return with_interval(list(differences(ours, theirs, name).values()))
+
+
+def differences(ours: Results, theirs: Results, name: str) -> dict[int, float]:
+    """Of each seed."""
     pairs = {r["seed"]: r[name] for r in theirs}
-    differences = [r[name] - pairs[r["seed"]] for r in ours if r["seed"] in pairs]
-    interval = ttest_1samp(differences, 0).confidence_interval()
-    return statistics.fmean(differences), (interval.high - interval.low) / 2
+    return {r["seed"]: r[name] - pairs[r["seed"]] for r in ours if r["seed"] in pairs}
+
+
+def mean_difference(
+    ours: Results, theirs: Results, name: str, settings: Sequence[Mapping[str, Any]]
+) -> tuple[float, float]:
+    """The same, of the mean over several settings: one number per seed."""
+    columns = [differences(where(ours, **fields), where(theirs, **fields), name) for fields in settings]
+    seeds = sorted(set.intersection(*(set(column) for column in columns)))
+    return with_interval([statistics.fmean(column[seed] for column in columns) for seed in seeds])
+
+
+def with_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of Student's 95 % interval."""
+    interval = ttest_1samp(values, 0).confidence_interval()
+    return statistics.fmean(values), (interval.high - interval.low) / 2
 
 
 def best_default(

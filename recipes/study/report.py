@@ -2,13 +2,12 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from recipes.results import markdown
 from recipes.study.analysis import (
     GAPS,
     MEASURES,
@@ -16,6 +15,7 @@ from recipes.study.analysis import (
     best_default,
     difference,
     mean_by_value,
+    mean_difference,
     rank_correlation,
     values_of,
     where,
@@ -38,18 +38,15 @@ MEASURED = {  # heading -> field, of the tables of the comparison
 
 def write(stages: Mapping[str, Results], target: Path) -> None:
     """Write every table whose stage was run."""
-    text = StringIO()
-    console = Console(file=text, width=400)
-    for heading, table in tables(stages):
-        text.write(f"\n## {heading}\n\n")
-        console.print(table)
-    target.write_text("# Tables of the study\n" + text.getvalue())
+    text = [f"\n## {heading}\n\n{markdown(table)}" for heading, table in tables(stages)]
+    target.write_text("# Tables of the study\n" + "".join(text))
 
 
 def tables(stages: Mapping[str, Results]) -> Iterator[tuple[str, Table]]:
     """Headings and tables."""
     compared = stages["comparison"]
     if compared:
+        yield "Difference to plain SGD in test accuracy, mean over tasks, paired by seed", summary(compared)
         yield "Test accuracy after the last epoch, mean over five seeds", overview(compared)
         yield "Difference to SAM, paired by seed, with 95 % intervals", overview(compared, "sam")
     for task in TUNED:
@@ -75,6 +72,22 @@ def tables(stages: Mapping[str, Results]) -> Iterator[tuple[str, Table]]:
         yield "Ways to weigh kappa: the best value of each, by condition", optima(stages["weightings"])
     if stages["networks"]:
         yield "Kendall's tau with the generalisation gap", correlations(stages["networks"])
+
+
+def summary(compared: Results) -> Table:
+    """A row per method, a column per noise and one for all: what it gains over the plain optimizer."""
+    noises = sorted(NOISES)
+    table = Table("method", *(f"{noise:.0%} wrong labels" for noise in noises), "all", box=box.MARKDOWN)
+    plain = where(compared, method="plain")
+    for method in CANDIDATES:
+        own = where(compared, method=method)
+        cells = []
+        for chosen in (*([noise] for noise in noises), noises):
+            settings = [{"task": task, "noise": noise} for task in TUNED for noise in chosen]
+            cells.append(interval(*mean_difference(own, plain, "test_accuracy", settings)))
+        if method != "plain":
+            table.add_row(method, *cells)
+    return table
 
 
 def overview(compared: Results, reference: str = "") -> Table:
@@ -205,5 +218,10 @@ def signed(own: Results, reference: Results) -> str:
     """The paired difference in test accuracy with its interval."""
     if len(own) < 2 or len(reference) < 2:
         return ""
-    mean, half = difference(own, reference, "test_accuracy")
-    return f"{mean:+.1f} ± {half:.1f}"
+    return interval(*difference(own, reference, "test_accuracy"))
+
+
+def interval(mean: float, half: float) -> str:
+    """A difference with its 95 % interval; bold where that leaves out zero."""
+    text = f"{mean:+.1f} ± {half:.1f}"
+    return f"**{text}**" if abs(mean) > half else text
