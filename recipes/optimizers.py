@@ -22,7 +22,7 @@ BASES: dict[str, dict[str, Any]] = {  # with the learning rates that are usual f
 WRAPPERS: dict[str, dict[str, Any]] = {
     "sam": {"rho": 0.05},
     "asam": {"rho": 0.5, "adaptive": True},
-    "fam": {"lam": 3e-3},
+    "fam": {"lam": 8e-3},
 }
 OPTIMIZERS = (*BASES, *WRAPPERS)
 FAM_OPTIONS = ("lam", "measure", "mode", "normalize", "detach_hessian", "n_samples")

@@ -95,7 +95,7 @@ def test_lam_is_checked_when_set() -> None:
     optimizer = build(net())
     with pytest.raises(ValueError, match=r"`lam`.*got -0.1"):
         optimizer.lam = -0.1
-    assert optimizer.lam == 3e-3
+    assert optimizer.lam == 8e-3
 
 
 @pytest.mark.parametrize("of", [lambda m: m[2], lambda m: m[2].weight], ids=["module", "parameter"])
