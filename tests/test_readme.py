@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from recipes import benchmark, benchmark_counts, estimator_spread, scaling
 from recipes.results import load, markdown
+from recipes.study import __main__ as study
 from recipes.tasks import TASKS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -106,6 +108,18 @@ def test_the_benchmarks_tables_are_those_of_the_saved_results() -> None:
     assert len(lines) > 60
     page = (RECIPES / "BENCHMARK.md").read_text().splitlines()
     assert [line for line in lines if line not in page] == []
+
+
+def test_the_studys_tables_are_those_of_the_saved_results(tmp_path: Path) -> None:
+    results = RECIPES / "results" / "study"
+    for path in results.glob("*.json*"):
+        shutil.copy(path, tmp_path)
+    study.main(["--report", str(tmp_path)])
+    tables = (results / "tables.md").read_text()
+    assert (tmp_path / "tables.md").read_text() == tables
+    page = [line for line in (RECIPES / "STUDY.md").read_text().splitlines() if line.startswith("|")]
+    assert len(page) > 60
+    assert [line for line in page if line not in tables.splitlines()] == []
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

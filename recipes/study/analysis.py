@@ -13,7 +13,7 @@ MEASURES: dict[str, Quantity] = {  # of flatness and size -> how it follows from
     "kappa": lambda r: r["kappa"],
     "layerwise kappa": lambda r: r["kappa_layerwise"],
     "Tr(H)": lambda r: r["trace"],
-    "||W||^2": lambda r: r["weight_norm"] ** 2,
+    "squared norm of W": lambda r: r["weight_norm"] ** 2,
 }
 GAPS: dict[str, Quantity] = {
     "accuracy": lambda r: r["train_accuracy"] - r["test_accuracy"],

@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # draws to files, needs no display
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from recipes.study.analysis import GAPS, Results, mean_by_value, values_of, where
 from recipes.study.methods import WEIGHTINGS
@@ -110,6 +111,7 @@ def gap_by_kappa(results: Results, target: Path) -> None:
                 values_of(found, "kappa"), gaps, s=14, color=colour, label=f"{noise:.0%} wrong labels"
             )
         axis.set(xscale="log", xlabel="kappa", ylabel="training minus test accuracy, %")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(task, loc="left", fontsize=9)
         tidy(axis)
     axes[0, 0].legend(frameon=False, fontsize=8)
