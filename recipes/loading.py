@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
@@ -16,6 +17,12 @@ def shuffled(samples: Samples, batch_size: int, seed: int, workers: int = 0) -> 
     sampler = RandomSampler(samples, generator=generator)  # type: ignore[arg-type]
     drop_last = len(sampler) > batch_size
     return _loader(samples, BatchSampler(sampler, batch_size, drop_last), generator, workers)
+
+
+def of_epoch(samples: Samples, batch_size: int, seed: int, epoch: int, workers: int = 0) -> DataLoader[Batch]:
+    """In the order of a run's epoch, the same for every optimizer with the run's seed."""
+    order = int(np.random.SeedSequence((seed, epoch, 1)).generate_state(1)[0])
+    return shuffled(samples, batch_size, order, workers)
 
 
 def ordered(samples: Samples, batch_size: int, workers: int = 0) -> DataLoader[Batch]:

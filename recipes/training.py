@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from fam_optim import dataset_relative_flatness
-from recipes.loading import first, move, ordered, shuffled
+from recipes.loading import first, move, of_epoch, ordered
 from recipes.optimizers import Settings, build, take_step
 from recipes.results import environment
 from recipes.runs import RunFolder
@@ -144,8 +144,7 @@ def seed_everything(*seeds: int) -> None:
 
 def epoch_batches(data: Data, conditions: Conditions, epoch: int) -> DataLoader[Batch]:
     """The training samples in the order of an epoch."""
-    seed = int(np.random.SeedSequence((conditions.seed, epoch, 1)).generate_state(1)[0])
-    return shuffled(data.train, conditions.batch_size, seed, conditions.workers)
+    return of_epoch(data.train, conditions.batch_size, conditions.seed, epoch, conditions.workers)
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

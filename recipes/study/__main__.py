@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from recipes.results import compact, environment
+from recipes.results import CPU, compact, environment
 from recipes.study.analysis import Results
-from recipes.study.cost import CPU, relative_costs
+from recipes.study.cost import relative_costs
 from recipes.study.pictures import draw
 from recipes.study.protocol import STAGES
 from recipes.study.report import write

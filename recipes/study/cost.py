@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
+from recipes.results import CPU
 from recipes.step_time import clock
 from recipes.study.methods import METHODS
 from recipes.study.protocol import LR, SHORTLIST, trial
 from recipes.study.samples import samples
 from recipes.study.trial import Stepper, epoch_batches
-
-CPU = torch.device("cpu")
 
 
 def relative_costs(task: str, folder: Path, rounds: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from recipes.study.analysis import (
 )
 from recipes.study.methods import CANDIDATES, WEIGHTINGS
 from recipes.study.protocol import CONDITIONS, EPOCHS, NOISES, SHORTLIST, TUNED, condition
-from recipes.study.trial import Trial
 
 MEASURED = {  # heading -> field, of the tables of the comparison
     "test accuracy": "test_accuracy",
@@ -79,8 +78,10 @@ def summary(compared: Results) -> Table:
     noises = sorted({r["noise"] for r in compared})
     table = Table("method", *(f"{noise:.0%} wrong labels" for noise in noises), "all", box=box.MARKDOWN)
     plain = where(compared, method="plain")
-    for method in (name for name in CANDIDATES if where(compared, method=name)):
+    for method in CANDIDATES:
         own = where(compared, method=method)
+        if method == "plain" or not own:
+            continue
         cells = []
         for chosen in (*([noise] for noise in noises), noises):
             settings = [
@@ -90,8 +91,7 @@ def summary(compared: Results) -> Table:
                 if where(compared, task=task, noise=noise)
             ]
             cells.append(interval(*mean_difference(own, plain, "test_accuracy", settings)))
-        if method != "plain":
-            table.add_row(method, *cells)
+        table.add_row(method, *cells)
     return table
 
 
@@ -143,10 +143,9 @@ def curves(results: Results, quantity: str) -> dict[str, list[dict[float, float]
     for name in CONDITIONS:
         fields = condition(name)
         found = where(results, **fields)
-        m = fields.get("width", Trial.width)
         for way in WEIGHTINGS:
             ways.setdefault(way, []).append(mean_by_value(where(found, method=way), quantity))
-        by_value = {m * value: accuracy for value, accuracy in ways["fixed"][-1].items()}
+        by_value = {fields["width"] * value: accuracy for value, accuracy in ways["fixed"][-1].items()}
         ways.setdefault("fixed, of kappa / m", []).append(by_value)
     return ways
 

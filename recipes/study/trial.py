@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fam_optim import FAM, dataset_relative_flatness
-from recipes.loading import first, ordered, shuffled
+from recipes.loading import first, of_epoch, ordered
 from recipes.models import MultilayerPerceptron, SmallConvNet
 from recipes.optimizers import BASES, build, take_step
 from recipes.schedules import cosine
@@ -143,8 +142,7 @@ def make_optimizer(trial: Trial, method: Method, model: nn.Module) -> torch.opti
 
 def epoch_batches(trial: Trial, train: Samples, epoch: int) -> DataLoader[Batch]:
     """The training samples in the order of an epoch, the same for every method."""
-    seed = int(np.random.SeedSequence((trial.seed, epoch, 1)).generate_state(1)[0])
-    return shuffled(train, trial.batch_size, seed)
+    return of_epoch(train, trial.batch_size, trial.seed, epoch)
 
 
 @torch.no_grad()
