@@ -1,4 +1,4 @@
-"""torch.compile: what it must not trace, and what it leaves on the graph."""
+"""torch.compile: what it must not trace."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch.autograd.graph import Node
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 _KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
@@ -30,8 +28,3 @@ def opaque(function: _Function, reason: str) -> _Function:
     disable: Any = torch.compiler.disable  # untyped
     untraced: _Function = disable(function, **({"reason": reason} if _KNOWS_REASON else {}))
     return untraced
-
-
-def is_compiled(node: Node) -> bool:
-    """Whether `node` is a region that AOTAutograd compiled: every back end of torch.compile but "eager"."""
-    return node.name().startswith("CompiledFunction")

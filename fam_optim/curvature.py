@@ -10,38 +10,21 @@ phi itself moves with V and the second derivative of that move along the gradien
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fam_optim.compilation import is_compiled
-from fam_optim.layer import LOW_PRECISION, at_least_float32
-from fam_optim.parallel import communicates
+from fam_optim import failures, nodes
+from fam_optim.corrections import exact_backwards
+from fam_optim.use import at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch.autograd.graph import Node
 
     from fam_optim.tail import Tail
-
-_MATH_ATTENTION = (
-    "Fused attention has no second derivative: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-)
-_REMEDIES = {  # by a part of torch's message
-    "scaled_dot_product": _MATH_ATTENTION,
-    "_efficient_attention": _MATH_ATTENTION,
-    "_flash_attention": _MATH_ATTENTION,
-    "rnn": "Fused recurrent kernels have no second derivative: run the forward under "
-    "torch.backends.cudnn.flags(enabled=False).",
-    "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
-    "the layer with use_reentrant=False.",
-    "second time": "The loss has been backpropagated already: compute kappa before backward(), or call "
-    "backward(retain_graph=True).",
-}
 
 
 class Curvature:
@@ -62,19 +45,18 @@ class Curvature:
         self.differentiable = differentiable
         self.uses = tail.uses
         self.half = any(
-            made.dtype == torch.float16
-            for node in (*tail.path, *tail.ends)
-            for made in node._input_metadata  # what the node's gradient is to look like
+            made.dtype == torch.float16 for node in (*tail.path, *tail.ends) for made in nodes.results(node)
         )
         self._scale = torch.ones_like(tail.loss)
         if self.half:
             self._fit_into_float16()
         self.gradient = self._scaled_gradient()
+        _check_functions(tail.path, self.gradient)
         if not differentiable and not tail.nested:
             self.uses = tuple(use.detached() for use in self.uses)
 
     def _scaled_gradient(self) -> list[Tensor]:
-        with _exact_backwards(self.tail.path):
+        with exact_backwards(self.tail.path):
             gradient = _grad([self.tail.loss], self.tail, [self._scale], create_graph=True)
         return [at_least_float32(g).reshape(use.shape) for g, use in zip(gradient, self.uses, strict=True)]
 
@@ -141,8 +123,9 @@ class Curvature:
         attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
         if not attached:
             return [torch.zeros_like(g) for g in self.gradient]
-        # Exact once more in float16, where torch's own overflow: they square what they are given.
-        with _exact_backwards(self.tail.path if self.half else ()):
+        # Exact once more in float16, where torch's own overflow: they square what they are given; and where
+        # one call feeds another, when a first derivative is differentiated further.
+        with exact_backwards(self.tail.path if self.half or self.tail.nested else ()):
             pulled = _grad(
                 [o for o, _ in attached],
                 self.tail,
@@ -166,7 +149,7 @@ def _check_twice_differentiable(path: Sequence[Node]) -> None:
     for node in path:
         # torch refuses only where the region's backward depends on what requires gradients, and takes
         # second derivatives for zero elsewhere: in a compiled cross-entropy, say.
-        if is_compiled(node):
+        if nodes.is_compiled(node):
             raise RuntimeError(
                 "kappa needs second derivatives of what follows the layer, and a region compiled by "
                 "torch.compile has none. Compile what comes before the layer and leave what follows it and "
@@ -175,7 +158,7 @@ def _check_twice_differentiable(path: Sequence[Node]) -> None:
                 "output needs none: only the loss must be outside.)"
             )
         # Backwards of DTensor's conversions lose their own graph; collectives would mix processes.
-        if communicates(node):
+        if nodes.communicates(node):
             raise RuntimeError(
                 f"kappa needs second derivatives of what follows the layer, and {node.name()} there "
                 "communicates with other processes (tensor parallelism, SyncBatchNorm, a loss over gathered "
@@ -184,15 +167,48 @@ def _check_twice_differentiable(path: Sequence[Node]) -> None:
             )
 
 
+def _check_functions(path: Sequence[Node], gradient: Sequence[Tensor]) -> None:
+    """Raises RuntimeError for an autograd.Function whose backward is marked with once_differentiable.
+
+    torch's own error for it stands on the graph where a derivative with respect to the layer's outputs does
+    not pass, so their second derivative comes out without what goes through the function.
+    """
+    if not any(nodes.is_function(node) for node in path):
+        return
+    stack = [g.grad_fn for g in gradient]
+    seen: set[Node | None] = {None}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if nodes.is_error(node):
+            functions = ", ".join(sorted({nodes.kind(n) for n in path if nodes.is_function(n)}))
+            raise RuntimeError(
+                "kappa needs second derivatives of what follows the layer, and an autograd.Function there "
+                f"({functions}) has none: its backward is marked with once_differentiable, or calls one that "
+                "is. Write what it computes out in elementary operations, or regularise a layer behind it."
+            )
+        seen.add(node)
+        stack.extend(below for below, _ in node.next_functions)
+
+
 def undifferentiable(tail: Tail) -> str | None:
     """Why kappa has no gradient through this tail, if it has none."""
     for node in tail.path:
-        if "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
+        if nodes.normalises_over_batch(node):
+            # InstanceNorm and weight standardisation call batch_norm with all samples or filters in one.
+            one = nodes.shape(node, 0)[0] == 1
+            remedy = (
+                "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the same, and "
+                "write weight standardisation out (w - w.mean()) / w.std()"
+                if one
+                else "put the BatchNorm layers behind the regularised layer in eval mode"
+            )
             return (
                 "the whole gradient of kappa needs the third derivative of what follows the layer, and "
-                "torch has none of BatchNorm in train mode (batch_norm does not support 3rd+ order "
-                "derivatives). kappa's value is exact. Use FAM(..., detach_hessian=True), put the BatchNorm "
-                "layers behind the regularised layer in eval mode, or regularise a layer behind them."
+                f"torch has none of {'InstanceNorm' if one else 'BatchNorm in train mode'} (batch_norm does "
+                "not support 3rd+ order derivatives). kappa's value is exact. Use FAM(..., "
+                f"detach_hessian=True), {remedy}, or regularise a layer behind them."
             )
     return None
 
@@ -230,81 +246,7 @@ def _grad(
             allow_unused=True,
         )
     except RuntimeError as error:
-        remedy = next((text for part, text in _REMEDIES.items() if part in str(error)), None)
+        remedy = failures.remedy(error)
         if remedy is None:
             raise
         raise RuntimeError(f"kappa needs second derivatives of what follows the layer. {remedy}") from error
-
-
-@contextmanager
-def _exact_backwards(path: Sequence[Node]) -> Iterator[None]:
-    """Makes a differentiable backward right to all orders, where torch's own is not.
-
-    Within this context the results of the nodes concerned are replaced by the same gradient, written
-    out, see the functions below.
-    """
-    handles = []
-    for node in path:
-        exact = _exact_backward(node)
-        if exact is not None:
-            handles.append(node.register_hook(exact))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _exact_backward(node: Any) -> Callable[[Any, Any], Any] | None:
-    name = node.name().rstrip("0123456789")  # in full: their backwards' own nodes go by longer names
-    if name == "NativeLayerNormBackward":
-        return _layer_norm_backward(node)
-    if name == "LogSoftmaxBackward" and node._input_metadata[0].dtype in LOW_PRECISION:
-        return _log_softmax_backward(node)
-    return None
-
-
-def _layer_norm_backward(node: Any) -> Callable[[Any, Any], Any]:
-    """torch's double backward of layer_norm takes the saved mean and deviation for constants when it is
-    itself differentiated, so third derivatives are wrong, silently (pytorch/pytorch#175754)."""
-
-    def backward(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
-        x, weight, grad = at_least_float32(node._saved_input), node._saved_weight, grad_outputs[0]
-        axes = tuple(range(-len(node._saved_normalized_shape), 0))
-        centred = x - x.mean(axes, keepdim=True)
-        variance = centred.square().mean(axes, keepdim=True)
-        eps = (at_least_float32(node._saved_result2).pow(-2) - variance).detach()  # the node does not keep it
-        scale = (variance + eps).rsqrt()
-        normal = centred * scale
-        g = grad if weight is None else grad * weight
-        by_x = scale * (g - g.mean(axes, keepdim=True) - normal * (g * normal).mean(axes, keepdim=True))
-        lead = tuple(range(x.dim() - len(axes)))
-        exact = (by_x, (grad * normal).sum(lead), grad.sum(lead))
-        return tuple(
-            e.to(old.dtype) if old is not None else None for e, old in zip(exact, grad_inputs, strict=True)
-        )
-
-    return backward
-
-
-def _log_softmax_backward(node: Any) -> Callable[[Any, Any], Any]:
-    """In half precision a probability near one rounds to one, and with ``1 - p`` the curvature is gone.
-    log p still tells them apart, so p is made from it again, in float32 (log_softmax is idempotent)."""
-
-    def backward(grad_inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Any:
-        dim = saved_dim(node)
-        p = at_least_float32(node._saved_result).softmax(dim)
-        grad = at_least_float32(grad_outputs[0])
-        exact = grad - p * grad.sum(dim, keepdim=True)
-        return (exact.to(grad_inputs[0].dtype),)
-
-    return backward
-
-
-def saved_dim(node: Any) -> int:
-    """The axis that a softmax or log_softmax was taken over."""
-    dim: int = node._saved_dim
-    if dim >= 2**63:  # a negative dimension comes back as unsigned
-        dim -= 2**64
-    result: Tensor = node._saved_result
-    return dim % result.dim()

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fam_optim import verdicts
 from fam_optim.curvature import Curvature, undifferentiable, without_gradient
 from fam_optim.estimators.exact import exact
 from fam_optim.estimators.full import full
 from fam_optim.estimators.hutchinson import hutchinson
-from fam_optim.layer import describe
+from fam_optim.estimators.softmax import find_softmax_heads, softmax_curvature
 from fam_optim.measure import MEASURES
 from fam_optim.observation import Observation
 from fam_optim.parallel import lasting, local_derivatives
 from fam_optim.tail import Tail, find_tail
-from fam_optim.verdicts import holds, signature
+from fam_optim.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,14 +111,14 @@ def relative_flatness(
     Source: Petzka et al. 2021, definition 3 (kappa); Adilova et al. 2023, sections 1 and 3.2.
     """
     settings = Settings(measure, mode, normalize, n_samples, generator)
-    layers = as_layers(layer)
+    layers = _observed_layers(layer)
     for one in layers:
         check_mode(one, mode)
     return layers_flatness(loss, layers, settings)
 
 
-def as_layers(layer: Layers) -> tuple[Layer, ...]:
-    """`layer` as a tuple.
+def _observed_layers(layer: Layers) -> tuple[Layer, ...]:
+    """What was passed to `relative_flatness`, as a tuple.
 
     Raises:
         TypeError: if it is neither an observation nor a parameter, nor a sequence of these.
@@ -140,14 +141,23 @@ def as_layers(layer: Layers) -> tuple[Layer, ...]:
 
 def layers_flatness(loss: Tensor, layers: Sequence[Layer], settings: Settings) -> Tensor:
     """The sum of the layers' kappas."""
-    return tails_flatness([find_tail(loss, layer) for layer in layers], settings)
+    return tails_flatness([find_tail(loss, layer) for layer in layers], settings).kappa
 
 
-def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
+class Flatness(NamedTuple):
+    """kappa, and whether its derivatives are finite wherever those of the loss are."""
+
+    kappa: Tensor
+    bounded: bool
+
+
+def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Flatness:
     """The sum of the kappas of the layers at whose outputs the tails end."""
     with torch.enable_grad(), _without_autocast(tails[0].loss.device.type), local_derivatives(tails):
-        kappas = [_flatness(tail, settings) for tail in tails]
-        return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
+        found = [_flatness(tail, settings) for tail in tails]
+        if len(found) == 1:
+            return found[0]
+        return Flatness(torch.stack([f.kappa for f in found]).sum(), all(f.bounded for f in found))
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -164,20 +174,24 @@ def check_mode(layer: object, mode: str) -> None:
         )
 
 
-def _flatness(tail: Tail, settings: Settings) -> Tensor:
+def _flatness(tail: Tail, settings: Settings) -> Flatness:
     differentiable = not settings.detach_hessian
     factor = MEASURES[settings.measure](_matrix(tail))
-    if settings.mode == "exact":
-        kappa = exact(tail, factor, differentiable=differentiable)
-    elif settings.mode == "full":
-        kappa = full(Curvature(tail, differentiable=differentiable), factor)
+    heads = find_softmax_heads(tail) if settings.mode == "exact" else None
+    if heads is not None:
+        kappa = softmax_curvature(tail, heads, factor, differentiable=differentiable)
     else:
         curvature = Curvature(tail, differentiable=differentiable)
-        kappa = hutchinson(curvature, factor, settings.n_samples, settings.generator)
+        if settings.mode == "exact":
+            kappa = exact(curvature, factor)
+        elif settings.mode == "full":
+            kappa = full(curvature, factor)
+        else:
+            kappa = hutchinson(curvature, factor, settings.n_samples, settings.generator)
     if settings.normalize:
         kappa = kappa / tail.uses[0].m
     why = undifferentiable(tail) if differentiable else None
-    return kappa if why is None else without_gradient(kappa, why)
+    return Flatness(kappa if why is None else without_gradient(kappa, why), heads is not None)
 
 
 def _matrix(tail: Tail) -> Tensor:
@@ -186,7 +200,9 @@ def _matrix(tail: Tail) -> Tensor:
     computed = [use.weight for use in tail.uses if use.weight is not first.weight]
     if computed:  # afresh at every call: by weight_norm, pruning, functional_call, ...
         same = torch.stack([(weight == first.weight).all() for weight in computed]).all()
-        if not holds((signature(tail), "one weight"), same):
+        finite = first.weight.isfinite().all()
+        key = verdicts.signature(tail, "one weight")
+        if not verdicts.of(tail.layer).holds(key, lambda new: verdicts.outcome(same, finite), insist=True):
             raise RuntimeError(
                 "the calls of the layer that the loss depends on were made with different weights "
                 "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "

@@ -9,6 +9,7 @@ not in it. The module itself carries one stateless hook, so that it can be copie
 
 from __future__ import annotations
 
+import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -18,19 +19,29 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.utils import parametrize
 
+from fam_optim import nodes, verdicts
 from fam_optim.compilation import OBSERVED, opaque
 from fam_optim.interception import unseen
-from fam_optim.layer import describe, use_type
+from fam_optim.use import base_type, describe, overridden, use_type
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fam_optim.layer import LayerUse
+    from fam_optim.use import LayerUse
 
 _KEY = "fam_optim.use"
 _watchers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _live: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[LayerUse]] = weakref.WeakKeyDictionary()
-_computed: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+
+
+class _Computed(threading.local):
+    """Parametrised weights on their way from the parametrization's hook to the module's, in one thread."""
+
+    def __init__(self) -> None:
+        self.weights: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+
+
+_computed = _Computed()
 
 
 class Observation:
@@ -104,13 +115,8 @@ def observe(module: nn.Module) -> Observation:
 
 def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
     """The use whose output is computed by `node`, with the edge at which L's derivative in z is taken."""
-    record = metadata(node).get(_KEY)
+    record = nodes.metadata(node).get(_KEY)
     return None if record is None else (record[0], GradientEdge(node, record[1]))
-
-
-def metadata(node: Node) -> dict[str, Any]:
-    """What Python may attach to a graph node: it lives as long as the node."""
-    return node.metadata  # type: ignore[return-value]  # a property that torch declares as a method
 
 
 def release(use: LayerUse) -> None:
@@ -169,7 +175,7 @@ def _keep_computed(parametrization: nn.Module, args: Any, weight: Tensor) -> Non
 
 @partial(opaque, reason=OBSERVED)
 def _keep(parametrization: nn.Module, weight: Tensor) -> None:
-    _computed[parametrization] = weight
+    _computed.weights[parametrization] = weight
 
 
 def _weight_in_use(module: nn.Module) -> Tensor:
@@ -179,7 +185,7 @@ def _weight_in_use(module: nn.Module) -> Tensor:
             f"`layer` {describe(module)} was parametrised after it was observed. Register parametrizations "
             "(weight_norm, spectral_norm, LoRA) before building FAM or entering observe()."
         )
-    computed = None if source is None else _computed.pop(source, None)
+    computed = None if source is None else _computed.weights.pop(source, None)
     return module.weight if computed is None else computed  # type: ignore[return-value]
 
 
@@ -219,9 +225,50 @@ def _observed(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tens
     base = output._base if output._is_view() else None
     source = output if base is None or base.numel() != output.numel() else base
     node = source.grad_fn
-    if node is None or _KEY in metadata(node):
+    if node is None or _KEY in nodes.metadata(node):
         return replaced
     use = use_type(module)(module, phi, _weight_in_use(module), output.shape)
-    metadata(node)[_KEY] = (use, source.output_nr)
+    if overridden(module) is not None:
+        _check_output(module, use, output)
+    nodes.metadata(node)[_KEY] = (use, source.output_nr)
     _live.setdefault(module, weakref.WeakSet()).add(use)
     return replaced
+
+
+def _check_output(module: nn.Module, use: LayerUse, output: Tensor) -> None:
+    """Raises TypeError unless a class that overrides torch's forward computes the same: by the same
+    operations on the same tensors, to the same numbers, here and now. (Fake quantisation does not.)"""
+    again = use.again(cast("Tensor | None", module.bias))
+    same_graph = _same_graph(output.grad_fn, again.grad_fn) or not (
+        again.requires_grad and output.requires_grad
+    )
+    outputs = output.detach(), again.detach()
+
+    def same(new: bool) -> Tensor:
+        if outputs[0].shape != outputs[1].shape:
+            return verdicts.outcome(torch.zeros((), dtype=torch.bool))
+        return verdicts.outcome((outputs[0] == outputs[1]).all(), outputs[1].isfinite().all())
+
+    if not (same_graph and verdicts.of(module).holds(b"computes what its base does", same, insist=True)):
+        base, name = base_type(module), overridden(module)
+        assert base is not None
+        raise TypeError(
+            f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, overrides "
+            f"{base.__name__}.{name} and computes something else than {base.__name__} does with this weight "
+            "and input, so its output need not be linear in its weight (quantisation-aware layers are not). "
+            f"Pass a plain nn.{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
+        )
+
+
+def _same_graph(left: Node | None, right: Node | None) -> bool:
+    """Whether two graphs are of the same operations, down to nodes that they share."""
+    if left is right:
+        return True
+    if left is None or right is None or left.name() != right.name():
+        return False
+    below = list(zip(left.next_functions, right.next_functions, strict=False))
+    return (
+        len(left.next_functions) == len(right.next_functions) > 0
+        and nodes.settings(left) == nodes.settings(right)
+        and all(a[1] == b[1] and _same_graph(a[0], b[0]) for a, b in below)
+    )

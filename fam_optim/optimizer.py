@@ -5,27 +5,25 @@ Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2
 
 from __future__ import annotations
 
-import copy
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.optim import LBFGS, Optimizer
 
-from fam_optim.compilation import opaque
+from fam_optim.backup import Backup
+from fam_optim.closure import RegularizedClosure
 from fam_optim.flatness import Settings
-from fam_optim.interception import BackwardInterception, unseen
-from fam_optim.penalty import Penalty, name_of, weights_of
+from fam_optim.gradients import FiniteGuard, check_complete, mark_stepped_on
+from fam_optim.interception import unseen
+from fam_optim.layers import name_of, weights_of
+from fam_optim.penalty import Penalty
 from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import nn
-    from torch.autograd.graph import Node
+    import torch
+    from torch import Tensor, nn
 
 _CHECKPOINT_KEY = "fam"
 
@@ -107,7 +105,8 @@ class FAM(OptimizerWrapper):
         """What a new, copied or unpickled FAM needs beside its attributes."""
         self._wrap(base_optimizer)
         self.penalty.start()
-        self._reevaluates = isinstance(base_optimizer, LBFGS)
+        self._guard = FiniteGuard()
+        self._evaluations = 0  # of a closure, at most in one step
 
     # The penalty
 
@@ -172,115 +171,44 @@ class FAM(OptimizerWrapper):
                     "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
                     "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
                 )
+            self._guard.check(self.penalty, self._parameters())
             result = self._base_step()
             self._finish()
             return result
-        backup = self._backup() if self._reevaluates else None
+        regularized = self._regularized(closure)
+        backup = Backup(self) if self._may_reevaluate() else None
         try:
-            result = self._base_step(self._regularized(closure))
+            result = self._base_step(regularized)
         except BaseException:
             if backup is not None:
-                self._restore(backup)
+                backup.restore()
             self.penalty.forget()
             raise
+        finally:
+            self._evaluations = max(self._evaluations, regularized.evaluations)
         self._finish()
-        return result
+        return regularized.returned if regularized.evaluations else result
 
-    def _regularized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure for the base optimizer: backpropagates ``loss + lam * kappa``, returns the loss."""
-        evaluations = 0
-        accumulates = self.penalty.given or not self.lam  # what gradients there are, are in order
-        checked = accumulates
-        factors: dict[Node, Tensor] = {}
-
-        def transform(loss: Tensor) -> Tensor:
-            nonlocal checked
-            if not checked:  # the closure's first backward, whatever of: the others add to it rightly
-                self._check_gradients()
-                checked = True
-            before = self.last_kappa
-            regularized = self.penalty.add_where_touched(loss) if self.lam else loss
-            if self.last_kappa is not before:
-                factors.update(_factors(loss))
-            return regularized
-
-        def evaluate() -> Any:
-            nonlocal evaluations, checked
-            evaluations += 1
-            checked = accumulates
-            self._reevaluates = self._reevaluates or evaluations > 1
-            self.penalty.begin()
-            factors.clear()
-            with torch.enable_grad(), BackwardInterception(transform) as backward:
-                result = closure()
-            if backward.seen:
-                if self.lam:
-                    self.penalty.check_all_touched()
-                self._unscale_last_kappa(result, factors)
-            elif not (accumulates and result is None):  # None: Lightning's manual optimisation just steps
-                if evaluations > 1:  # the base tries again, from gradients that are still the last try's
-                    self.zero_grad()
-                _check_returned(result)
-                if not accumulates:
-                    self._check_gradients()
-                self.regularize(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
-            return result
-
-        return partial(_untraced, evaluate)
-
-    def _unscale_last_kappa(self, result: Any, factors: dict[Node, Tensor]) -> None:
-        """Makes `last_kappa` that of the loss which the closure returned, where it backpropagated a
-        multiple of it (a GradScaler's): whoever logs the two sees them in one unit."""
-        if isinstance(result, Tensor) and result.grad_fn in factors and self.last_kappa is not None:
-            self.penalty.last_kappa = self.last_kappa / factors[result.grad_fn]
-
-    def _check_gradients(self) -> None:
-        """Before the first backward of a closure: refuses to add to gradients that lack their kappa.
-
-        So do loops that accumulate with plain backwards and close with a closure (Lightning with
-        accumulate_grad_batches), or that call backward before the step as well (SAM). Gradients that are
-        still those of FAM's last step are in order: whoever does not zero them, accumulates.
-        """
-        for p in self._watched():
-            if p.grad is None or getattr(p.grad, "_of_fam_step", None) == p.grad._version:
-                continue
-            if not bool(p.grad.any()):  # only zero_grad(set_to_none=False) makes this look at numbers
-                continue
-            names = ", ".join(name_of(layer) for layer in self.penalty.layers)
-            raise RuntimeError(
-                f"the closure would add to gradients that are there already (`layer` {names}), of a backward "
-                "that FAM did not see: the sum would lack part of lam * kappa. To accumulate gradients, call "
-                "optimizer.regularize(loss) on every micro-batch's loss (in Lightning: `return "
-                "self.optimizers().regularize(loss)` in training_step). If they are left from training "
-                "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
-                "backward before the step, or call optimizer.zero_grad() in the closure."
-            )
+    def _regularized(self, closure: Callable[[], Any]) -> RegularizedClosure:
+        return RegularizedClosure(
+            closure,
+            self.penalty,
+            before=lambda: check_complete(self.penalty, self._parameters()),
+            after=lambda: self._guard.check(self.penalty, self._parameters()),
+            zero_grad=self.zero_grad,
+        )
 
     def _finish(self) -> None:
         self.penalty.forget()
-        for p in self._watched():
-            if p.grad is not None:
-                p.grad._of_fam_step = p.grad._version  # type: ignore[attr-defined]
+        mark_stepped_on(self.penalty, self._parameters())
 
-    def _watched(self) -> Sequence[Tensor]:
-        """The parameters whose gradients show what was backpropagated: the layers', if they are trained."""
-        weights = [w for layer in self.penalty.layers for w in weights_of(layer) if w.requires_grad]
-        trained = {id(p) for p in self._parameters()}
-        own = [w for w in weights if id(w) in trained]
-        return own or [p for p in self._parameters() if p.requires_grad]
-
-    def _backup(self) -> tuple[list[Tensor], dict[Tensor, Any]]:
-        """Copies of weights and state, for a base that moves the weights between evaluations (LBFGS)."""
-        weights = [p.detach().clone() for p in self._parameters()]
-        return weights, {p: copy.deepcopy(state) for p, state in self.state.items()}
-
-    def _restore(self, backup: tuple[list[Tensor], dict[Tensor, Any]]) -> None:
-        weights, state = backup
-        with torch.no_grad():
-            for parameter, weight in zip(self._parameters(), weights, strict=True):
-                parameter.copy_(weight)
-        self.state.clear()
-        self.state.update(state)
+    def _may_reevaluate(self) -> bool:
+        """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS
+        does, and as any base may that is not torch's own, until a step of it has shown otherwise."""
+        own = type(self.base_optimizer).__module__.startswith("torch.optim.")
+        return (
+            isinstance(self.base_optimizer, LBFGS) or self._evaluations > 1 or not (own or self._evaluations)
+        )
 
     def _trains(self) -> bool:
         """Whether a step moves anything: torch.distributed.checkpoint creates the state with one at lr 0."""
@@ -310,9 +238,8 @@ class FAM(OptimizerWrapper):
         self._start(state["base_optimizer"])
 
     def __repr__(self) -> str:
-        layers = ", ".join(name_of(layer) for layer in self.penalty.layers)
         mode = self.penalty.settings.mode
-        return f"FAM(lam={self.lam}, mode={mode!r}, layer={layers}, base={self.base_optimizer})"
+        return f"FAM(lam={self.lam}, mode={mode!r}, layer={self.penalty.names}, base={self.base_optimizer})"
 
     def _warn_untrained(self) -> None:
         trained = {id(p) for p in self._parameters()}
@@ -345,32 +272,3 @@ def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -
             f"{type(base).__name__} from {base_optimizer!r}."
         )
     return base
-
-
-@partial(opaque, reason="fam_optim looks into the graph that the closure builds")
-def _untraced(evaluate: Callable[[], Any]) -> Any:
-    return evaluate()
-
-
-def _factors(loss: Tensor) -> dict[Node, Tensor]:
-    """The scalars that `loss` is a multiple of, by their nodes, and the factors."""
-    factors: dict[Node, Tensor] = {}
-    node = loss.grad_fn
-    while node is not None and node.name().startswith(("MulBackward", "DivBackward")):
-        below = [(n, output) for n, output in node.next_functions if n is not None]
-        if len(below) != 1:
-            break
-        edge = GradientEdge(*below[0])
-        node = edge.node
-        (factor,) = torch.autograd.grad(loss, edge, retain_graph=True)
-        factors[node] = factor.reshape(())
-    return factors
-
-
-def _check_returned(result: Any) -> None:
-    if not isinstance(result, Tensor) or result.grad_fn is None:
-        raise RuntimeError(
-            "expected the closure to return the loss as a tensor with its graph, or to call "
-            f"loss.backward() itself; it called no backward and returned {result!r}. (In Lightning's manual "
-            "optimisation, call self.manual_backward(optimizer.regularize(loss)) before optimizer.step().)"
-        )

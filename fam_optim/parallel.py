@@ -4,7 +4,7 @@ kappa takes derivatives of the loss before the step's one backward. They are loc
 averaged over processes is the gradient of ``loss + lam * kappa``, by the wrapper and once. But a wrapper's
 hooks on the graph take any derivative that passes them for the step's backward, and must be told.
 
-The attributes used here are torch's own and not public; tests/test_distributed.py guards each of them.
+The attributes used here are torch's own and not public; tests/test_torch_names.py guards each of them.
 """
 
 from __future__ import annotations
@@ -16,40 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from fam_optim import nodes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
-    from torch.autograd.graph import Node
 
     from fam_optim.tail import Tail
-
-DDP_SINK = "_DDPSink"
-"""The name, without "Backward", of a node that passes on what a model wrapped in DDP returns."""
-
-
-def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
-    """What the node computes its `output` from: for the sink, which has many, one of its inputs."""
-    if node.name() != f"{DDP_SINK}Backward":
-        return node.next_functions
-    # The model may return other things than tensors: they count among outputs, not among next_functions.
-    attached: Any = node
-    rank = sum(attached.needs_input_grad[1 : 1 + output])
-    return [edge for edge in node.next_functions if edge[0] is not None][rank : rank + 1]
-
-
-def communicates(node: Node) -> bool:
-    """Whether a derivative through `node` talks to other processes, beyond averaging gradients: tensor
-    parallelism, collectives in the model or the loss, SyncBatchNorm."""
-    if "c10d" in node.name():
-        return True
-    function = getattr(type(node), "_forward_cls", None)  # the autograd.Function that made it
-    if function is None:
-        return False
-    home = function.__module__
-    averages = home.startswith("torch.distributed.fsdp.")
-    return (home.startswith("torch.distributed.") and not averages) or function.__name__ == "SyncBatchNorm"
 
 
 def local_derivatives(tails: Sequence[Tail]) -> AbstractContextManager[None]:
@@ -71,7 +46,7 @@ def _local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
 def _unsunk(tails: Sequence[Tail]) -> Iterator[None]:
     """DDP with static_graph reduces all gradients when the first backward through its sink ends, and so
     would reduce, once and for all, those of a derivative inside kappa."""
-    sinks: list[Any] = [node for tail in tails for node in tail.path if node.name() == f"{DDP_SINK}Backward"]
+    sinks: list[Any] = [n for tail in tails for n in tail.path if nodes.kind(n) == nodes.DDP_SINK]
     static = [ddp for ddp in {node.ddp_weakref() for node in sinks} if ddp.static_graph]
     before = [ddp._static_graph_delay_allreduce_enqueued for ddp in static]
     for ddp in static:
@@ -91,32 +66,63 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
     runs before that of the forward, whose hooks would gather them. The layer's weight is the gathered leaf
     that its forward used, so its gradient joins the loss's there and is averaged with it, once.
     """
-    group_type = _fsdp_group_type()
-    if group_type is None:
-        yield
-        return
-    post_backward = group_type.post_backward
-    group_type.post_backward = lambda group: None
+    groups = _fsdp_groups(tails)
+    for group in groups:
+        group.post_backward = lambda *unused: None  # hides the method of the class, for this group alone
     try:
-        for tail in tails:
+        for tail in tails if groups else ():
             if any(_is_freed(use.weight) for use in tail.uses):
                 torch.autograd.grad(tail.loss, tail.edges, retain_graph=True, allow_unused=True)
         yield
     finally:
-        group_type.post_backward = post_backward
+        for group in groups:
+            del group.post_backward
 
 
 def lasting(weight: Tensor) -> Tensor:
     """`weight`, and with FSDP2 a copy: another forward's backward may free it before kappa's is done."""
-    return weight if _fsdp_group_type() is None else weight.clone()
+    return weight.clone() if _fsdp_states() else weight
 
 
-def _fsdp_group_type() -> Any:
-    """What holds FSDP2's gathered weights; None where FSDP2 cannot be in use."""
+def _fsdp_groups(tails: Sequence[Tail]) -> list[Any]:
+    """The groups of sharded weights of the models that the tails belong to: those whose modules contain the
+    layer, and those that a derivative in the tail enters."""
+    entered = [
+        node.param_group  # type: ignore[attr-defined]
+        for tail in tails
+        for node in tail.path
+        if nodes.is_function(node) and nodes.kind(node) == f"function {nodes.FSDP_POST_BACKWARD}"
+    ]
+    models: dict[int, Any] = {}
+    for module, state in _fsdp_states():
+        if id(state._state_ctx) in models:
+            continue
+        parts = (*module.modules(), *module.parameters())
+        inside = any(part is tail.layer for tail in tails for part in parts)
+        if inside or any(group is e for group in _groups_of(state) for e in entered):
+            models[id(state._state_ctx)] = state._state_ctx
+    return [group for model in models.values() for state in model.all_states for group in _groups_of(state)]
+
+
+def _fsdp_states() -> list[tuple[Any, Any]]:
+    """The modules that FSDP2 shards, and what it keeps of each; none where FSDP2 cannot be in use.
+
+    Raises:
+        AttributeError: if torch keeps them elsewhere, which a version later than we know may do.
+    """
     if not _in_process_group():  # imported it may be all the same, by a framework
-        return None
-    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    return getattr(module, "FSDPParamGroup", None)
+        return []
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    composable: Any = sys.modules["torch.distributed._composable_state"]
+    found = [(m, composable._get_module_state(m)) for m in list(composable._module_state_mapping)]
+    return [(module, state) for module, state in found if isinstance(module, fsdp.FSDPModule)]
+
+
+def _groups_of(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.11
+    return list(several) if several is not None else [g for g in [state._fsdp_param_group] if g is not None]
 
 
 def _is_freed(weight: Tensor) -> bool:

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from fam_optim import nodes
 from fam_optim.flatness import Settings, check_mode, tails_flatness
-from fam_optim.layer import LayerUse, describe, parameter_use
-from fam_optim.observation import Observation, metadata, parametrization, release
+from fam_optim.layers import as_layers, name_of
+from fam_optim.observation import Observation, release
 from fam_optim.tail import LayerNotUsedError, find_tail
+from fam_optim.use import LayerUse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch.autograd.graph import Node
 
-    from fam_optim.flatness import Layer
     from fam_optim.tail import Tail
 
 _MARK = "fam_optim.regularized"
+_serial_numbers = itertools.count()
 
 
 class _Mark(NamedTuple):
-    """On the node of a regularised loss: the loss without penalties, and the penalties added to it."""
+    """On the node of a regularised loss: the loss without penalties, and the penalties added to it, as
+    ``lam, kappa`` by the serial number of who added them."""
 
     plain: Tensor
-    by: frozenset[int]
+    penalties: Mapping[int, tuple[float, Tensor]]
+
+    def total(self) -> Tensor:
+        """All penalties, detached."""
+        return torch.stack([lam * kappa for lam, kappa in self.penalties.values()]).sum()
 
 
 class Penalty:
@@ -43,6 +52,8 @@ class Penalty:
         layers: observations and parameters.
         last_kappa: kappa of the loss as it last entered the penalty, detached; None before.
         given: whether a regularised loss was handed out since the last step.
+        losses: the losses regularised since the last step, detached, if `risky`.
+        risky: whether a penalty added since then could have an infinite gradient where its loss has none.
         touched: which layers, by number, a regularised loss depended on in this closure.
         missed: why a loss was passed on without a penalty, if one was.
     """
@@ -56,6 +67,12 @@ class Penalty:
         for one in self.layers:
             check_mode(one, settings.mode)
         self.last_kappa: Tensor | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a new, copied or unpickled penalty needs beside its arguments."""
+        # Not the identity, which a later object may have again while this one's marks are still about.
+        self._serial = next(_serial_numbers)
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
         self.touched: set[int] = set()
         self.forget()
@@ -76,6 +93,11 @@ class Penalty:
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"expected `lam` to be finite and at least 0, got {value!r}.")
         self._lam = float(value)
+
+    @property
+    def names(self) -> str:
+        """The layers, for messages."""
+        return ", ".join(name_of(layer) for layer in self.layers)
 
     def add(self, loss: Tensor) -> Tensor:
         """``loss + lam * kappa``; the loss itself if this penalty is in it already."""
@@ -107,6 +129,8 @@ class Penalty:
         self._used.clear()
         self.begin()
         self.given = False
+        self.losses: list[Tensor] = []
+        self.risky = False
 
     def _tails(self, loss: Tensor) -> dict[int, Tail]:
         return {number: find_tail(loss, layer) for number, layer in enumerate(self.layers)}
@@ -121,24 +145,28 @@ class Penalty:
         return tails
 
     def _add(self, loss: Tensor, tails_of: Callable[[Tensor], dict[int, Tail]]) -> Tensor:
-        plain, by = self._without_penalties(loss)
-        if id(self) in by:
+        mark = self._mark_to_extend(loss)
+        if self._serial in mark.penalties:
             self.touched.update(range(len(self.layers)))
             return loss
-        tails = tails_of(plain)
+        tails = tails_of(mark.plain)
         if not tails:
             return loss
         self.touched.update(tails)
         for tail in tails.values():
             self._used.update(use for use in tail.uses if isinstance(use, LayerUse))
-        kappa = tails_flatness(list(tails.values()), self.settings)
+        kappa, bounded = tails_flatness(list(tails.values()), self.settings)
         self.last_kappa = kappa.detach()
+        if not bounded:
+            self.risky = True
+            self.losses.append(mark.plain.detach())
         regularized = torch.add(loss, kappa, alpha=self.lam)
         assert regularized.grad_fn is not None
-        metadata(regularized.grad_fn)[_MARK] = _Mark(plain, by | {id(self)})
+        penalties = {**mark.penalties, self._serial: (self.lam, self.last_kappa)}
+        nodes.metadata(regularized.grad_fn)[_MARK] = _Mark(mark.plain, penalties)
         return regularized
 
-    def _without_penalties(self, loss: Tensor) -> _Mark:
+    def _mark_to_extend(self, loss: Tensor) -> _Mark:
         """The loss that kappa is to be computed of, and the penalties that are in it.
 
         Another optimizer's penalty is no part of the loss: kappa is that of the loss which it was given.
@@ -148,10 +176,10 @@ class Penalty:
         """
         marks = list(_marks(loss))
         if not marks:
-            return _Mark(loss, frozenset())
-        by = frozenset[int]().union(*(mark.by for _, mark in marks))
-        if id(self) in by:
-            return _Mark(loss, by)
+            return _Mark(loss, {})
+        for _, mark in marks:
+            if self._serial in mark.penalties:
+                return mark
         node, mark = marks[0]
         if node is loss.grad_fn:
             return mark
@@ -166,62 +194,59 @@ class Penalty:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._used = weakref.WeakSet()
-        self.touched = set()
-        self.forget()
+        self._prepare()
 
 
-def as_layers(layer: Any) -> tuple[Layer, ...]:
-    """What the user named as `layer`: modules to be observed, and parameters.
+def penalties_in(loss: Any) -> Tensor | None:
+    """The penalties in a regularised loss, whatever it was scaled by and added to since; None if it has none.
 
     Raises:
-        TypeError, ValueError: for anything else, nothing, or the same layer twice.
+        RuntimeError: if that cannot be told, since the graph has been freed by a backward.
     """
-    several = layer if isinstance(layer, (list, tuple)) else (layer,)
-    if not several:
-        raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
-    for one in several:
-        if not isinstance(one, (nn.Module, nn.Parameter)):
-            raise TypeError(
-                f"expected `layer` to be an nn.Module or an nn.Parameter, got {type(one).__name__}: {one!r}."
-            )
-        if isinstance(one, nn.Parameter):
-            parameter_use(one)
-    if len({id(one) for one in several}) < len(several):
-        raise ValueError("expected `layer` to name different layers, got the same one twice.")
-    return tuple(Observation(one) if isinstance(one, nn.Module) else one for one in several)
+    marks = list(_marks(loss))
+    if not marks:
+        return None
+    if marks[0][0] is loss.grad_fn:
+        return marks[0][1].total()
+    edges = [GradientEdge(node, 0) for node, _ in marks]
+    try:
+        factors = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the closure returned a loss that contains lam * kappa and was backpropagated already, so the "
+            "two cannot be told apart. Expected it to return the plain loss."
+        ) from error
+    return torch.stack([f * mark.total() for f, (_, mark) in zip(factors, marks, strict=True)]).sum()
 
 
-def weights_of(layer: Layer) -> list[Tensor]:
-    """The parameters behind a layer's weight: the weight itself, or what it is parametrised by."""
-    if isinstance(layer, Tensor):
-        return [layer]
-    source = parametrization(layer.module)
-    if source is not None:
-        return list(source.parameters())
-    own = layer.module._parameters
-    if own.get("weight") is not None:
-        return [cast("Tensor", own["weight"])]
-    # Pruning and the older weight_norm and spectral_norm compute `weight` in a pre-hook, from weight_*.
-    return [p for name, p in own.items() if p is not None and name.startswith("weight_")]
+def without_penalties(loss: Tensor, penalties: Tensor) -> Tensor:
+    """A regularised loss as it was before, `penalties` being those in it."""
+    marked = next(_marks(loss), None)
+    if marked is not None and marked[0] is loss.grad_fn:
+        return marked[1].plain
+    return loss.detach() - penalties
 
 
-def name_of(layer: Layer) -> str:
-    """The layer as the user knows it, for messages."""
-    return describe(layer.module if isinstance(layer, Observation) else layer)
-
-
-def _marks(loss: Any) -> Iterator[tuple[Node, _Mark]]:
-    """The regularised losses that `loss` was made of by arithmetic on scalars: ``loss / 4``, ``a + b``."""
+def scalars_below(loss: Any) -> Iterator[Node]:
+    """The nodes of single numbers that `loss` was made of by arithmetic on such, its own first; nothing below
+    a loss that was regularised."""
     stack = [loss.grad_fn] if isinstance(loss, Tensor) else []
     seen = set(stack)
     while stack:
         node = stack.pop()
-        if node is None or any(math.prod(made.shape) != 1 for made in node._input_metadata):
+        if node is None or not nodes.is_scalar(node):
             continue
-        if _MARK in metadata(node):
-            yield node, metadata(node)[_MARK]
+        yield node
+        if _MARK in nodes.metadata(node):
             continue
         below = {n for n, _ in node.next_functions} - seen
         seen |= below
         stack.extend(below)
+
+
+def _marks(loss: Any) -> Iterator[tuple[Node, _Mark]]:
+    """The regularised losses that `loss` was made of, with their marks."""
+    for node in scalars_below(loss):
+        mark = nodes.metadata(node).get(_MARK)
+        if mark is not None:
+            yield node, mark

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fam_optim import independence, verdicts
 from fam_optim.curvature import inner, undifferentiable
-from fam_optim.layer import LayerUse, at_least_float32
-from fam_optim.verdicts import due, holds, signature, verdict
+from fam_optim.failures import has_no_derivative
+from fam_optim.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,10 +101,13 @@ class Grouping:
         return rows.movedim(-1, use.channel)
 
 
-def find_grouping(curvature: Curvature, smaller_than: int) -> Grouping | None:
+def find_grouping(curvature: Curvature, smaller_than: int, *, insist: bool = False) -> Grouping | None:
     """The finest grouping, in groups smaller than `smaller_than`, whose groups do not interact.
 
-    Cost: two Hessian-vector products, not differentiated, per grouping tried.
+    With `insist`, groups that were found to interact before are looked at again.
+
+    Cost: nothing where the graph shows it; else two or three Hessian-vector products, not differentiated,
+    per grouping tried.
     """
     uses = _row_uses(curvature)
     if uses is None:
@@ -115,18 +119,22 @@ def find_grouping(curvature: Curvature, smaller_than: int) -> Grouping | None:
             axes.insert(1, axis)
     groupings = sorted((Grouping(uses, axis) for axis in axes), key=lambda grouping: grouping.size)
     for grouping in groupings:
-        if grouping.size < smaller_than and (grouping.groups == 1 or independent(curvature, grouping)):
+        if grouping.size < smaller_than and (
+            grouping.groups == 1
+            or shown_independent(curvature, grouping)
+            or _tested_independent(curvature, grouping, insist=insist)
+        ):
             return grouping
     return None
 
 
-def find_rows(curvature: Curvature, *, every: int) -> Grouping | None:
-    """Every row as a group of its own, if rows do not interact; seen to at every `every`-th call."""
+def shown_rows(curvature: Curvature) -> Grouping | None:
+    """Every row as a group of its own, if the graph shows that rows do not interact."""
     uses = _row_uses(curvature)
     if uses is None:
         return None
     rows = Grouping(uses, "row")
-    return rows if independent(curvature, rows, every=every) else None
+    return rows if shown_independent(curvature, rows) else None
 
 
 def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
@@ -135,40 +143,58 @@ def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
     return None if len(uses) < len(curvature.uses) or curvature.tail.nested else uses
 
 
-def independent(curvature: Curvature, grouping: Grouping, *, every: int = 1) -> bool:
-    """Whether groups do not interact: scaling a direction group by group scales the product likewise.
+def shown_independent(curvature: Curvature, grouping: Grouping) -> bool:
+    """Whether the graph shows that groups do not interact."""
+    if grouping.axis == "row":  # one run of numbers per row: channels last
+        in_order = len(grouping.uses) == 1 and grouping.uses[0].channel % len(grouping.uses[0].shape) == len(
+            grouping.uses[0].lead
+        )
+    else:
+        in_order = grouping.axis == 0
+    return in_order and independence.independent(curvature.tail, grouping.groups)
+
+
+def _tested_independent(curvature: Curvature, grouping: Grouping, *, insist: bool) -> bool:
+    """Whether groups do not interact, by numbers: scaling a direction group by group scales the product
+    likewise.
 
     For a random q and scales e, different for any two groups, this holds exactly if they do not, and else
     only by accident. The scales are powers of two, with which floating-point arithmetic commutes, so the
-    two sides are compared to rounding. That the derivatives of the two sides agree as well is seen to once
-    for one kind of tail: a coupling that happens to be zero has none the less a gradient.
+    two sides are compared to rounding. A new verdict also takes that the derivatives of the two sides agree
+    (a coupling that happens to be zero has none the less a gradient), and what a kernel that never gives the
+    same number twice is off by.
 
     Cost: two Hessian-vector products, not differentiated, or three for more than 64 groups; none where
-    groups are known to interact, or the check is not due.
+    groups are known to interact.
     """
-    key = (signature(curvature.tail), grouping.axis, curvature.differentiable)
-    known = verdict(key)
-    if known is False:
-        return False
-    if not due(key, every):
-        return True
-    like = curvature.gradient[0]
-    q = [_normal_like(g) for g in curvature.gradient]
-    product = curvature.hvp(q, constant=True)
-    size = torch.stack([h.abs().max() for h in product]).max()
-    # float16 ends early, and below its normal range scaling rounds.
-    exponents, precision = (8, torch.float16) if curvature.half else (64, like.dtype)
-    tolerance = 8 * torch.finfo(precision).eps * size
-    same = torch.ones_like(size, dtype=torch.bool)
-    for scales in _scales(grouping, like, exponents):
-        scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)], constant=True)
-        for e, s, h in zip(scales, scaled, product, strict=True):
-            same = same & ((s / e - h).abs().max() <= tolerance)
-    # Not in float16, whose third derivatives are too coarse to compare.
-    checks = curvature.differentiable and not curvature.half and undifferentiable(curvature.tail) is None
-    if known is None and checks:
-        same = same & _same_derivatives(curvature, grouping, q)
-    return holds(key, same | ~torch.isfinite(size))  # a batch that ends in NaN says nothing
+    tail = curvature.tail
+    key = verdicts.signature(tail, "groups", grouping.axis, curvature.differentiable)
+
+    def check(new: bool) -> Tensor:
+        q = [_normal_like(g) for g in curvature.gradient]
+        product = curvature.hvp(q, constant=True)
+        size = _largest(product)
+        # float16 ends early, and below its normal range scaling rounds.
+        exponents, precision = (8, torch.float16) if curvature.half else (64, q[0].dtype)
+        tolerance = 8 * torch.finfo(precision).eps * size
+        if new:
+            again = curvature.hvp(q, constant=True)
+            tolerance = tolerance + 8 * _largest([a - b for a, b in zip(again, product, strict=True)])
+        same = torch.ones_like(size, dtype=torch.bool)
+        for scales in _scales(grouping, q[0], exponents):
+            scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)], constant=True)
+            for e, s, h in zip(scales, scaled, product, strict=True):
+                same = same & ((s / e - h).abs().max() <= tolerance)
+        # Not in float16, whose third derivatives are too coarse to compare.
+        if new and curvature.differentiable and not curvature.half and undifferentiable(tail) is None:
+            same = same & _same_derivatives(curvature, grouping, q)
+        return verdicts.outcome(same, torch.isfinite(size))
+
+    return verdicts.of(tail.layer).holds(key, check, insist=insist)
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.abs().max() for t in tensors]).max()
 
 
 def _scales(grouping: Grouping, like: Tensor, exponents: int) -> Iterator[list[Tensor]]:
@@ -183,22 +209,24 @@ def _scales(grouping: Grouping, like: Tensor, exponents: int) -> Iterator[list[T
 
 
 def _same_derivatives(curvature: Curvature, grouping: Grouping, q: list[Tensor]) -> Tensor:
-    """Whether `independent`'s two sides have the same derivatives in all that enters the tail."""
+    """Whether the test's two sides have the same derivatives in all that enters the tail, if finite ones."""
     like = curvature.gradient[0]
     weights = [_normal_like(g) for g in curvature.gradient]
     same = torch.ones((), dtype=torch.bool, device=like.device)
     try:
         expected = _derivatives(curvature, inner(weights, curvature.hvp(q)))
-        size = torch.stack([g.abs().max() for g in expected]).max()
+        size = _largest(expected)
         for scales in _scales(grouping, like, 16):
             scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)])
             back = [s / e for s, e in zip(scaled, scales, strict=True)]
             actual = _derivatives(curvature, inner(weights, back))
             for a, b in zip(actual, expected, strict=True):
                 same = same & ((a - b).abs().max() <= 64 * torch.finfo(like.dtype).eps * size)
-    except (RuntimeError, NotImplementedError):
+        return same | ~torch.isfinite(size)
+    except RuntimeError as error:
+        if not has_no_derivative(error):
+            raise
         return same  # torch has no third derivative here: the penalty's backward will say so
-    return same
 
 
 def _derivatives(curvature: Curvature, value: Tensor) -> list[Tensor]:

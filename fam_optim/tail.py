@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from fam_optim.compilation import is_compiled
-from fam_optim.layer import Use, describe, parameter_use
+from fam_optim import nodes
 from fam_optim.observation import Observation, recorded_use
+from fam_optim.use import Use, describe, parameter_use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from fam_optim.layer import LayerUse
+    from torch import nn
+
+    from fam_optim.use import LayerUse
 
 
 _COMPILED = (
@@ -39,6 +41,7 @@ class Tail:
     """What lies between a loss and the outputs z of one layer.
 
     Attributes:
+        layer: the module, or the parameter.
         loss: the scalar.
         uses: the layer's uses that the loss depends on.
         edges: where to differentiate with respect to their outputs, in the same order.
@@ -46,6 +49,7 @@ class Tail:
         nested: whether an output of the layer feeds another call of it.
     """
 
+    layer: nn.Module | Tensor
     loss: Tensor
     uses: tuple[Use, ...]
     edges: tuple[GradientEdge, ...]
@@ -87,6 +91,7 @@ def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
         use.check()
     ends = [edge.node for _, edge in found]
     tail = Tail(
+        layer=layer.module if isinstance(layer, Observation) else layer,
         loss=loss,
         uses=tuple(use for use, _ in found),
         edges=tuple(edge for _, edge in found),
@@ -145,7 +150,7 @@ def _observed(node: Node, live: Collection[LayerUse]) -> tuple[Use, GradientEdge
 
 
 def _accumulator(node: Node, parameter: Tensor, use: Use) -> tuple[Use, GradientEdge] | None:
-    if getattr(node, "variable", None) is parameter:
+    if nodes.leaf(node) is parameter:
         return use, GradientEdge(node, 0)
     return None
 
@@ -171,7 +176,7 @@ def _contains_derivatives(tail: Tail) -> bool:
     Raises:
         RuntimeError: if these are derivatives of LayerNorm.
     """
-    backwards = [node.name() for node in tail.path if node.name().count("Backward") > 1]
+    backwards = [node.name() for node in tail.path if nodes.is_derivative(node)]
     if any(name.startswith("NativeLayerNormBackwardBackward") for name in backwards):
         raise RuntimeError(
             "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
@@ -205,11 +210,11 @@ def _weight_tail(tail: Tail, layer: Observation) -> Tail | None:
             "which kappa does not support for transposed convolutions."
         )
     parents, _ = _walk(tail.loss, lambda node: (use, edge) if node is edge.node else None, stop=True)
-    return Tail(tail.loss, (use,), (edge,), tuple(_above([edge.node], parents)), nested=False)
+    return Tail(layer.module, tail.loss, (use,), (edge,), tuple(_above([edge.node], parents)), nested=False)
 
 
-def _not_used(layer: Observation | Tensor, nodes: Iterable[Node]) -> str:
-    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+def _not_used(layer: Observation | Tensor, graph: Collection[Node]) -> str:
+    if any(map(nodes.is_reentrant_checkpoint, graph)):
         of = layer.module if isinstance(layer, Observation) else layer
         return (
             f"`loss` does not depend on `layer` {describe(of)} outside reentrant activation checkpoints, and "
@@ -217,12 +222,19 @@ def _not_used(layer: Observation | Tensor, nodes: Iterable[Node]) -> str:
             "layer out of the checkpoint."
         )
     if isinstance(layer, Observation):
+        weight = layer.module._parameters.get("weight")
+        used = weight is not None and any(nodes.leaf(node) is weight for node in graph)
+        otherwise = (
+            ", although on its weight. If its owner uses the weight itself (nn.MultiheadAttention its "
+            "out_proj.weight, SwinV2 its qkv.weight), pass that weight, an nn.Parameter, as `layer` with "
+            "mode='hutchinson'. Otherwise expected"
+        )
         return (
-            f"`loss` does not depend on an observed call of `layer` {describe(layer.module)}. Expected the "
-            "layer to be called, as a module, in the forward that made the loss, after FAM was built or "
-            "inside `with observe(layer)`, and the loss not to have been backpropagated and stepped "
-            "already. (nn.MultiheadAttention never calls its out_proj: pass out_proj.weight, an "
-            "nn.Parameter, with mode='hutchinson'.)" + (_COMPILED if any(map(is_compiled, nodes)) else "")
+            f"`loss` does not depend on an observed call of `layer` {describe(layer.module)}"
+            f"{otherwise if used else '. Expected'} the layer to be called, as a module, in the forward that "
+            "made the loss, after FAM was built or inside `with observe(layer)`, and the loss not to have "
+            "been backpropagated and stepped already."
+            + (_COMPILED if any(map(nodes.is_compiled, graph)) else "")
         )
     frozen = "" if layer.requires_grad else " It does not require gradients: call requires_grad_() first."
     return f"`loss` does not depend on `layer`, a {describe(layer)}.{frozen}"

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fam_optim import verdicts
-
 torch.set_num_threads(1)
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -24,13 +22,6 @@ def device(request: pytest.FixtureRequest) -> str:
 def _seeded() -> None:
     """Every test finds the same random numbers, in whatever order they run."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def forget_verdicts() -> None:
-    """What one test's tail was found to be must not choose the path of another's."""
-    verdicts._verdicts.clear()
-    verdicts._skipped.clear()
 
 
 @pytest.fixture

@@ -91,6 +91,12 @@ Style = Callable[..., Any]
 
 def brute_force(model: Net, x: Tensor, y: Tensor, **settings: Any) -> tuple[Tensor, list[Tensor]]:
     """The loss and the gradient of loss + lam * kappa, kappa written out as its definition."""
+    loss, objective = loss_and_objective(model, x, y, **settings)
+    return loss, list(torch.autograd.grad(objective, list(model.parameters())))
+
+
+def loss_and_objective(model: Net, x: Tensor, y: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """The loss, and loss + lam * kappa."""
     w = model.head.weight
 
     def loss_of(weight: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ def brute_force(model: Net, x: Tensor, y: Tensor, **settings: Any) -> tuple[Tens
     if settings.get("detach_hessian"):
         traces = traces.detach()
     kappa = (w @ w.T * traces).sum()
-    return loss, list(torch.autograd.grad(loss + LAM * kappa, list(model.parameters())))
+    return loss, loss + LAM * kappa
 
 
 def state_of(model: nn.Module) -> list[Tensor]:
@@ -150,10 +156,10 @@ def test_lbfgs_minimises_the_regularised_loss(style: Style) -> None:
     x, y = batch(0)
 
     def closure() -> Tensor:
-        loss, gradients = brute_force(reference, x, y)
-        for p, g in zip(reference.parameters(), gradients, strict=True):
-            p.grad = g
-        return loss
+        plain.zero_grad()
+        _, objective = loss_and_objective(reference, x, y)
+        objective.backward()
+        return objective  # whose gradient it is: strong Wolfe compares the two
 
     for _ in range(3):
         style(model, fam, x, y)

@@ -201,7 +201,7 @@ def test_mean_over_all_signs_of_part_one(
 def test_probes_follow_a_tail_that_changes_under_the_same_graph(
     measure: str, over_all_signs: Callable[..., list[Tensor]]
 ) -> None:
-    """Samples that begin to interact, and stop: seen within `CHECKED_EVERY` evaluations."""
+    """Samples that begin to interact, and stop: right from the first evaluation on."""
 
     def coupled(f: nn.Module, p: Problem) -> Tensor:
         z = f(p.x)
@@ -215,16 +215,15 @@ def test_probes_follow_a_tail_that_changes_under_the_same_graph(
         def estimate(loss: Tensor = loss, layers: list[Any] = layers) -> list[Tensor]:
             return [relative_flatness(loss, layers, measure=measure, mode="hutchinson").detach()]
 
-        for _ in range(estimator.CHECKED_EVERY):
-            estimate()
         (kappa,) = over_all_signs(estimate)
         error = relative_error(kappa, wanted, wanted)
         what = f"interaction {problem.knob.item()}, {measure}"
         assert error <= TOLERANCE, f"{what}: mean {kappa:.12g}, kappa {wanted:.12g}, error {error:.1e}"
 
 
-def test_rows_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe is one product; the look at the rows, as dear, is taken at every `CHECKED_EVERY`-th."""
+@pytest.mark.parametrize("probes", [1, 3])
+def test_a_probe_is_one_product(probes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether rows interact is read off the graph, at no product."""
     products = 0
     original = Curvature.hvp
 
@@ -235,14 +234,10 @@ def test_rows_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Curvature, "hvp", counted)
     problem = calls(lambda f, p: torch.tanh(f(p.x)).square().mean(), nn.Linear(2, 2), rows=2).double()
-    counts = []
-    for _ in range(2 * estimator.CHECKED_EVERY + 1):
-        products = 0
+    for _ in range(3):
         loss, layers = observed(problem)
-        relative_flatness(loss, layers, mode="hutchinson")
-        counts.append(products)
-    looks = [number for number, count in enumerate(counts) if count > 1]
-    assert looks == [0, estimator.CHECKED_EVERY, 2 * estimator.CHECKED_EVERY]
+        relative_flatness(loss, layers, mode="hutchinson", n_samples=probes)
+    assert products == 3 * probes
 
 
 SAMPLED = [

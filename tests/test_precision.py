@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fam_optim import FAM, observe, relative_flatness
+from fam_optim import FAM, flags, observe, relative_flatness
 from tests import reference
 
 LOW = [torch.bfloat16, torch.float16]
@@ -190,7 +190,7 @@ def test_many_classes_keep_their_digits(
     dtype: torch.dtype, surplus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The closed form has two ways; the other tests are small, and take that for few classes."""
-    monkeypatch.setattr("fam_optim.measure.few_classes", lambda n, d, m: False)
+    monkeypatch.setattr("fam_optim.variance.few_classes", lambda n, d, m: False)
     setting = trained("mlp", surplus)
     check(setting, setting.layers[-1], dtype, "exact", F.cross_entropy, parameters_too=False)
 
@@ -535,8 +535,9 @@ def test_the_guard_sees_a_reading() -> None:
     ("layer", "mode"), [(4, "exact"), (2, "exact"), (0, "exact"), (2, "hutchinson"), (2, "full")]
 )
 def test_a_step_reads_nothing_on_the_host_once_its_tail_is_known(
-    layer: int, mode: str, dtype: torch.dtype
+    layer: int, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(flags, "reading_waits", lambda tensor: True)  # as on an accelerator
     net = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 4))
     fam = FAM(net.parameters(), torch.optim.SGD, net[layer], LAM, mode, lr=0.1)
     x, y = batch(0, torch.float32)

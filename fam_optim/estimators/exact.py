@@ -4,32 +4,33 @@ With phi_a the input that row a of z sees, and F's columns f,
 
     <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>                      (DESIGN, 3)
 
-Three ways to the same number, the cheapest that provably applies is taken:
+Where the layer feeds a softmax cross-entropy there is a closed form (`softmax`). Else two ways to the same
+number, the cheaper that provably applies is taken:
 
-    softmax   the layer feeds a softmax cross-entropy: closed form, no Hessian-vector product
     rows      rows fall into groups that do not interact behind the layer (samples; the tokens of a
               sentence): all groups share one product, (rows per group) * min(d, m) products in all
     weight    directions in weight space: m * min(d, m) products, whatever interacts
 
-Whether rows interact is tested, see `independent`.
+Whether rows interact is read off the graph (`independence`) or tested (`rows`).
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
-from fam_optim.curvature import Curvature
-from fam_optim.estimators.softmax import find_softmax_heads, softmax_curvature
+from fam_optim import failures, verdicts
 from fam_optim.rows import find_grouping
-from fam_optim.verdicts import remember, signature, verdict
+from fam_optim.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from fam_optim.curvature import Curvature
     from fam_optim.measure import Factor
     from fam_optim.rows import Grouping
     from fam_optim.tail import Tail
@@ -37,26 +38,29 @@ if TYPE_CHECKING:
 MAX_PRODUCTS = 1024
 """More Hessian-vector products than this in one evaluation end in an error instead."""
 
+MANY_PRODUCTS = 50
+"""More than this are worth a word: of the ways to regularise this layer exact is the slowest."""
+
 BATCHED = 1 << 18
 """Numbers in the directions that are multiplied with the Hessian at a time: many small products are slow."""
 
 
-def exact(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor:
+def exact(curvature: Curvature, factor: Factor) -> Tensor:
     """``<F F^T, T>`` without forming H.
 
-    Cost: that of the layer itself where it feeds a softmax cross-entropy; otherwise ``min(d, m)``
-    Hessian-vector products through the tail where the rows of z do not interact, more where they do.
+    Cost: ``min(d, m)`` Hessian-vector products through the tail where the rows of z do not interact, more
+    where they do.
 
     Raises:
         RuntimeError: if that would take more than `MAX_PRODUCTS` products.
     """
-    heads = find_softmax_heads(tail)
-    if heads is not None:
-        return softmax_curvature(tail, heads, factor, differentiable=differentiable)
-    curvature = Curvature(tail, differentiable=differentiable)
+    tail = curvature.tail
     m = tail.uses[0].m
     grouping = find_grouping(curvature, smaller_than=m)
     products = (m if grouping is None else grouping.size) * factor.directions
+    if products > MAX_PRODUCTS:  # not on the word of an older test
+        grouping = find_grouping(curvature, smaller_than=m, insist=True)
+        products = (m if grouping is None else grouping.size) * factor.directions
     if products > MAX_PRODUCTS:
         raise RuntimeError(
             f"exact kappa of this layer (weight matrix {tail.uses[0].d} x {m}) takes {products} "
@@ -64,6 +68,8 @@ def exact(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor:
             "which is unbiased with one product per probe, or regularise a layer nearer to the loss. (To "
             "measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
         )
+    if products > MANY_PRODUCTS:
+        _say_many(tail, products)
     if grouping is None:
         return _by_weight(curvature, factor)
     return _by_rows(curvature, factor, grouping)
@@ -97,11 +103,27 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
 
 def _each(along: Callable[[Tensor, Tensor], Tensor], u: Tensor, v: Tensor, curvature: Curvature) -> Tensor:
     """`along` of every pair of columns, several at a time where all of the tail's operations can be."""
-    key = (signature(curvature.tail), "several directions at a time")
+    memory, key = verdicts.of(curvature.tail.layer), verdicts.signature(curvature.tail, "batched")
     size = max(1, BATCHED // sum(g.numel() for g in curvature.gradient))
-    if verdict(key) is not False:
+    if memory.known(key) is not False:
         try:
             return torch.vmap(along, in_dims=1, chunk_size=size)(u, v)
-        except (RuntimeError, NotImplementedError):  # some operations cannot: an autograd.Function, say
-            remember(key, False)
-    return torch.stack([along(*pair) for pair in zip(u.unbind(1), v.unbind(1), strict=True)])
+        except RuntimeError as error:  # some operations cannot: an autograd.Function, say
+            if failures.is_out_of_memory(error):
+                raise
+    result = torch.stack([along(*pair) for pair in zip(u.unbind(1), v.unbind(1), strict=True)])
+    memory.remember(key, False)  # one at a time it went
+    return result
+
+
+def _say_many(tail: Tail, products: int) -> None:
+    """Warns, once for a layer, that exact is dear here."""
+    memory = verdicts.of(tail.layer)
+    if memory.known(b"said that exact is dear") is None:
+        memory.remember(b"said that exact is dear", True)
+        warnings.warn(
+            f"exact kappa of `layer` {describe(tail.layer)} takes {products} Hessian-vector products through "
+            "what follows it, at every evaluation: it does not feed a softmax cross-entropy directly. "
+            "mode='hutchinson' is unbiased with one product.",
+            stacklevel=2,
+        )

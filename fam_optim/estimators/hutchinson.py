@@ -7,9 +7,10 @@ In weight space the signs of Z need only be uncorrelated in pairs, so for F = W,
 (a circulant matrix of signs r, its rows times signs s) makes V a circular convolution, ``d m log m``
 operations instead of ``d m^2`` and no (m, m) tensor.
 
-Where the rows of z do not interact, T is a sum over rows of ``||phi_a||^2 Hess_{z_a}``, and every row
-gets signs of its own, ``sum_a ||phi_a||^2 <F s_a, Hess_{z_a} F s_a>``: the same product, the trace over m
-exact, and about half the standard deviation.
+Where the graph shows that the rows of z do not interact, T is a sum over rows of ``||phi_a||^2 Hess_{z_a}``,
+and every row gets signs of its own, ``sum_a ||phi_a||^2 <F s_a, Hess_{z_a} F s_a>``: the same product, the
+trace over m exact, and about half the standard deviation. (A numerical test would cost more than a probe, and
+a look at it now and then would be wrong in between.)
 """
 
 from __future__ import annotations
@@ -19,17 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fam_optim.rows import Grouping, find_rows
+from fam_optim.rows import Grouping, shown_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fam_optim.curvature import Curvature
     from fam_optim.measure import Factor
-
-
-CHECKED_EVERY = 16
-"""Evaluations between two looks at whether rows still do not interact, which costs as much as a probe."""
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -44,10 +41,9 @@ def hutchinson(
 ) -> Tensor:
     """The mean of `n_samples` probes.
 
-    Cost: one Hessian-vector product through the tail per probe, and at every `CHECKED_EVERY`-th
-    evaluation two or three, not differentiated, to see whether rows interact.
+    Cost: one Hessian-vector product through the tail per probe.
     """
-    rows = find_rows(curvature, every=CHECKED_EVERY)
+    rows = shown_rows(curvature)
     values = [
         _probe_weight(curvature, factor, generator)
         if rows is None

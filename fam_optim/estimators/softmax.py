@@ -6,42 +6,84 @@ If L is linear in the log-probabilities of the layer's rows, ``L = sum_i sum_k c
     Hess_{z_i}(L) = a_i (diag p_i - p_i p_i^T)
     <F F^T, T>    = sum_i a_i ||phi_i||^2 <F F^T, diag p_i - p_i p_i^T>               (DESIGN, 3)
 
-the squared feature norm times the variance of the class vectors under p. That L is of this form is read
-off the graph: between the loss and log_softmax there are only operations linear in the latter, and
-between log_softmax and the layer's output only ones that move entries. Whatever is not recognised
-goes the general way.
+the squared feature norm times the variance of the class vectors under p. If the softmax is taken of
+``y_j = c_j z_i(j) + const`` (shifted tokens, a temperature, a prior on the classes), row j counts with
+``c_j^2 ||phi_i(j)||^2``.
+
+That L is of this form is read off the graph: between the loss and log_softmax there are only operations
+linear in the latter, and between log_softmax and the layer's output only ones that move entries, scale or
+shift them. That each softmax is of all outputs of one row, in their order, times one factor, is read off
+the graph too where entries are moved along other axes than that of the classes, and else seen to by
+numbers. Whatever is not recognised goes the general way.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.curvature import saved_dim
-from fam_optim.layer import LayerUse, at_least_float32
-from fam_optim.parallel import DDP_SINK, inputs_of
-from fam_optim.verdicts import holds, signature
+from fam_optim import nodes, verdicts
+from fam_optim.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
     from torch.autograd.graph import Node
 
     from fam_optim.measure import Factor
     from fam_optim.tail import Tail
 
-# Names of autograd nodes, without "Backward" and the number.
 _ORDER_KEEPING = {
-    *("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias", DDP_SINK)
+    *(
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Squeeze",
+        "Unsqueeze",
+        "Clone",
+        "ToCopy",
+        "Alias",
+        nodes.DDP_SINK,
+    )
 }
-_MOVING = _ORDER_KEEPING | {"Transpose", "Permute", "T", "Slice", "Select", "Index", "IndexSelect", "Narrow"}
-_LINEAR = _MOVING | {
-    *("Add", "Sub", "Neg", "Sum", "Mean", "Expand", "Gather", "MaskedFill", "MaskedSelect", "Where"),
-    *("Cat", "Stack", "Split", "SplitWithSizes", "Unbind", "NllLoss", "NllLoss2D"),
-}
+_MOVING = _ORDER_KEEPING | {"Transpose", "Permute", "Slice", "Select", "Expand", "T"}
+_MOVING |= {"Index", "IndexSelect", "Gather"}
+_SHIFTING = {"Add", "Sub"}
+_SCALING = {"Mul", "Div", "Neg"}
+_LINEAR = (
+    _MOVING
+    | _SHIFTING
+    | {
+        *(
+            "Neg",
+            "Sum",
+            "Mean",
+            "MaskedFill",
+            "MaskedSelect",
+            "Where",
+            "Cat",
+            "Stack",
+            "Split",
+            "SplitWithSizes",
+        ),
+        *("Unbind", "NllLoss", "NllLoss2D"),
+    }
+)
 _LINEAR_IN_FIRST = {"Div", "KlDiv"}
 _LINEAR_IN_EITHER = {"Mul", "Dot", "Mv", "Mm", "Bmm"}
+
+
+class Move(NamedTuple):
+    """An operation between the layer and log_softmax, and the shapes of what it moves from and to."""
+
+    kind: str
+    node: Node
+    operand: torch.Size
+    result: torch.Size
 
 
 class SoftmaxHead(NamedTuple):
@@ -50,41 +92,64 @@ class SoftmaxHead(NamedTuple):
     Attributes:
         node: the log_softmax.
         use, edge: the layer's use that it belongs to.
-        moves: the operations between the two.
+        moves: the operations between the two, the layer's first.
         constant: whether the weights a do not depend on anything that is differentiated.
     """
 
     node: Node
     use: LayerUse
     edge: GradientEdge
-    moves: tuple[str, ...]
+    moves: tuple[Move, ...]
     constant: bool
 
 
 def find_softmax_heads(tail: Tail) -> list[SoftmaxHead] | None:
     """The tail as softmax heads, or None if it is anything else."""
-    if tail.nested or not all(isinstance(use, LayerUse) and use.has_rows for use in tail.uses):
+    ends = {
+        edge.node: (use, edge)
+        for use, edge in zip(tail.uses, tail.edges, strict=True)
+        if isinstance(use, LayerUse) and use.has_rows
+    }
+    if tail.nested or len(ends) < len(tail.uses):
         return None
-    ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
-    descended = _descend_linear(tail, set(tail.path) | set(ends), set(ends))
+    path = {*tail.path, *ends}
+    descended = _descend_linear(tail, path, set(ends))
     if descended is None:
         return None
-    nodes, constant = descended
+    softmaxes, constant = descended
     heads = []
-    for node in nodes:
-        moves = []
-        below, output = node.next_functions[0]
-        while below is not None and below not in ends and _kind(below) in _MOVING:
-            moves.append(_kind(below))
-            below, output = inputs_of(below, output)[0]
-        if below not in ends:
-            return None
-        use, edge = ends[below]
-        head = SoftmaxHead(node, use, edge, tuple(moves), constant)  # type: ignore[arg-type]
-        if not _over_the_outputs(head, tail):
+    for node in softmaxes:
+        head = _find_head(node, tail, path, ends, constant)
+        if head is None or not _over_the_outputs(head, tail):
             return None
         heads.append(head)
     return heads or None
+
+
+def _find_head(
+    node: Node,
+    tail: Tail,
+    path: set[Node],
+    ends: dict[Node, tuple[LayerUse, GradientEdge]],
+    constant: bool,
+) -> SoftmaxHead | None:
+    """The way down from a log_softmax to an output of the layer, if it is affine and by entries."""
+    moves: list[Move] = []
+    below, output = node.next_functions[0]
+    while below is not None and below not in ends:
+        kind, inputs = nodes.kind(below), nodes.inputs_of(below, output)
+        on_path = [position for position, (operand, _) in enumerate(inputs) if operand in path]
+        affine = kind in _MOVING | _SHIFTING | _SCALING and len(on_path) == 1
+        if not affine or (kind == "Div" and on_path != [0]):
+            return None
+        operand, its_output = inputs[on_path[0]]
+        assert operand is not None
+        moves.append(Move(kind, below, nodes.shape(operand, its_output), nodes.shape(below, output)))
+        below, output = operand, its_output
+    if below is None:
+        return None
+    use, edge = ends[below]
+    return SoftmaxHead(node, use, edge, tuple(reversed(moves)), constant)
 
 
 def softmax_curvature(
@@ -101,10 +166,14 @@ def softmax_curvature(
         log_p = head.node._saved_result  # type: ignore[attr-defined]
         trained = differentiable and not head.constant
         descent = _descent(tail.loss, head, log_p, differentiable=trained)
-        dim = saved_dim(head.node)
+        dim = nodes.softmax_axis(head.node)
         norms = (head.use if differentiable else head.use.detached()).squared_norms()
         if not _keeps_order(head):
-            norms = _to_softmaxes(head, norms, log_p, dim)
+            norms = _to_softmaxes(head, norms).select(dim, 0)
+            if _scales(head):
+                norms = norms * _to_softmaxes(head, _ones(head)).select(dim, 0)
+            if not differentiable:
+                norms = norms.detach()
         a = at_least_float32(descent).sum(dim)
         rows = _as_rows(log_p if differentiable else log_p.detach(), dim)
         values.append(factor.variance(at_least_float32(rows), a.flatten() * norms.flatten()))
@@ -115,7 +184,7 @@ def _descent(loss: Tensor, head: SoftmaxHead, log_p: Tensor, *, differentiable: 
     """-dL/dlog p."""
     node: Any = loss.grad_fn
     minus = torch.full_like(loss, -1)
-    direct = _kind(node).startswith("NllLoss") and node.next_functions[0][0] is head.node
+    direct = nodes.kind(node).startswith("NllLoss") and node.next_functions[0][0] is head.node
     if direct and not differentiable and not loss._backward_hooks:
         # The plain cross-entropy, most losses: its node gives the derivative as it does to the engine, whose
         # start takes as long as a dozen operations on a small head.
@@ -141,13 +210,13 @@ def _descend_linear(tail: Tail, path: set[Node], ends: set[Node]) -> tuple[list[
     seen = set(stack)
     while stack:
         node, output = stack.pop()
-        kind = _kind(node)
+        kind = nodes.kind(node)
         if kind == "LogSoftmax":
             heads.append(node)
             continue
         if node in ends:  # linear in z itself: no curvature
             continue
-        inputs = inputs_of(node, output)
+        inputs = nodes.inputs_of(node, output)
         on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
         if kind in _LINEAR_IN_FIRST:
             linear = on_path == [0]
@@ -169,49 +238,133 @@ def _descend_linear(tail: Tail, path: set[Node], ends: set[Node]) -> tuple[list[
 
 
 def _over_the_outputs(head: SoftmaxHead, tail: Tail) -> bool:
-    """Whether the softmax is taken over exactly the d outputs of each of the layer's rows."""
+    """Whether each softmax is taken over exactly the d outputs of one row of the layer, times one factor."""
     log_p: Tensor = head.node._saved_result  # type: ignore[attr-defined]
-    dim = saved_dim(head.node)
+    dim = nodes.softmax_axis(head.node)
     if log_p.shape[dim] != head.use.d:
         return False
-    if _keeps_order(head):
-        return dim == (head.use.channel % log_p.dim() if not head.moves else log_p.dim() - 1)
-    # Label the classes and carry the labels back to z: there each output must find its own.
-    shape = [1] * log_p.dim()
-    shape[dim] = -1
-    labels = torch.arange(head.use.d, dtype=log_p.dtype, device=log_p.device)
-    ones = torch.ones_like(log_p)
-    carried = _carry_back(head, labels.reshape(shape) * ones).movedim(head.use.channel, -1)
-    counts = _carry_back(head, ones).movedim(head.use.channel, -1)
-    key = (signature(tail), "softmax over the outputs", log_p.shape, head.use.shape, dim)
-    return holds(key, (carried == labels * counts).all() & (counts == counts[..., :1]).all())
+    shown = _classes_behind(head) == dim
+    if shown and not _scales(head):
+        return True
+
+    def check(new: bool) -> Tensor:
+        with torch.no_grad():
+            return verdicts.outcome(_one_factor(head, dim) if shown else _whole_rows(head, dim))
+
+    key = verdicts.signature(tail, "softmax over the outputs", log_p.shape, dim)
+    return verdicts.of(tail.layer).holds(key, check)
+
+
+def _scales(head: SoftmaxHead) -> bool:
+    return any(move.kind in _SCALING for move in head.moves)
 
 
 def _keeps_order(head: SoftmaxHead) -> bool:
-    """Whether log p has the entries of z in the order of z."""
+    """Whether log p has the rows of z, in the order of z and unscaled."""
     if not head.moves:
         return True
     last = head.use.channel % len(head.use.shape) == len(head.use.shape) - 1
-    return last and set(head.moves) <= _ORDER_KEEPING
+    shifts = all(move.operand == move.result for move in head.moves if move.kind in _SHIFTING)
+    return last and shifts and {move.kind for move in head.moves} <= _ORDER_KEEPING | _SHIFTING
 
 
-def _to_softmaxes(head: SoftmaxHead, by_row: Tensor, log_p: Tensor, dim: int) -> Tensor:
-    """One number per row of z to one per softmax: the transpose of carrying back."""
-    zeros = torch.zeros_like(log_p, requires_grad=True)
-    spread = by_row.unsqueeze(head.use.channel).expand(head.use.shape)
-    (moved,) = torch.autograd.grad(_carry_back(head, zeros), zeros, spread, create_graph=True)
-    return at_least_float32(moved).select(dim, 0)
+def _classes_behind(head: SoftmaxHead) -> int | None:
+    """The axis that the classes lie along in front of the softmax; None if the graph does not show it."""
+    shape = nodes.shape(head.edge.node, head.edge.output_nr)
+    axis = _viewed(head.use.channel % len(head.use.shape), head.use.shape, shape)
+    for move in head.moves:
+        if axis is None:
+            return None
+        dimensions = len(move.operand)
+        if move.kind in _ORDER_KEEPING:
+            axis = _viewed(axis, move.operand, move.result)
+        elif move.kind == "Permute":
+            axis = nodes.order(move.node, dimensions).index(axis)
+        elif move.kind in ("T", "Transpose"):
+            ends = (
+                {0, 1}
+                if move.kind == "T"
+                else {nodes.axis(move.node, name, dimensions) for name in ("dim0", "dim1")}
+            )
+            axis = next(iter(ends - {axis}), axis) if axis in ends else axis
+        elif move.kind in ("Slice", "Select"):
+            along = nodes.axis(move.node, "dim", dimensions)
+            axis = None if along == axis else axis - (move.kind == "Select" and along < axis)
+        elif (
+            move.kind in {"Expand"} | _SHIFTING | _SCALING
+        ):  # broadcast to more axes in front, or to longer ones
+            ahead = len(move.result) - dimensions  # new axes come first
+            axis = axis + ahead if move.result[axis + ahead] == move.operand[axis] else None
+        else:
+            return None
+    return axis
 
 
-def _carry_back(head: SoftmaxHead, t: Tensor) -> Tensor:
-    """`t`, laid out as the log_softmax, to the layout of z, through the operations that move entries."""
-    below, output = head.node.next_functions[0]
-    assert below is not None
-    (moved,) = torch.autograd.grad(
-        GradientEdge(below, output), head.edge, t, create_graph=True, retain_graph=True
-    )
-    return at_least_float32(moved).reshape(head.use.shape)
+def _viewed(axis: int, old: torch.Size, new: torch.Size) -> int | None:
+    """Where `axis` is in a view with other axes, if it is there as it was."""
+    before, sizes = math.prod(old[:axis]), [math.prod(new[:i]) for i in range(len(new))]
+    found = [i for i, length in enumerate(new) if sizes[i] == before and length == old[axis]]
+    return found[0] if found else None
 
 
-def _kind(node: Node) -> str:
-    return node.name().rstrip("0123456789").removesuffix("Backward")
+def _one_factor(head: SoftmaxHead, dim: int) -> Tensor:
+    """Whether the classes of a softmax are scaled alike."""
+    factor = _to_softmaxes(head, _ones(head))
+    return (factor == factor.narrow(dim, 0, 1)).all()
+
+
+def _whole_rows(head: SoftmaxHead, dim: int) -> Tensor:
+    """Whether each softmax is of one row's outputs, in their order and scaled alike.
+
+    The rows and the classes of z are numbered and the numbers followed to the softmaxes, digit by digit, as
+    low precisions hold small numbers only.
+    """
+    factor = _to_softmaxes(head, _ones(head))
+    same = _one_factor(head, dim) & (factor != 0).all()
+    rows = torch.arange(math.prod(head.use.lead), device=factor.device).reshape(head.use.lead)
+    for digit in _digits(rows):
+        found = _to_softmaxes(head, digit) / factor
+        same = same & ((found - found.narrow(dim, 0, 1)).abs() < 0.25).all()
+    for digit in _digits(torch.arange(head.use.d, device=factor.device)):
+        at_z = _along(digit, head.use.channel, len(head.use.shape)).expand(head.use.shape)
+        found = _forward(head, at_z) / factor
+        same = same & ((found - _along(digit, dim, factor.dim())).abs() < 0.25).all()
+    return same
+
+
+def _digits(numbers: Tensor, base: int = 16) -> Iterator[Tensor]:
+    """The digits of whole numbers, the last first, as floating-point numbers."""
+    for place in range(len(f"{numbers.numel():x}")):
+        yield (numbers // base**place % base).float()
+
+
+def _along(vector: Tensor, axis: int, dimensions: int) -> Tensor:
+    """A vector along one of so many axes."""
+    shape = [1] * dimensions
+    shape[axis] = -1
+    return vector.reshape(shape)
+
+
+def _ones(head: SoftmaxHead) -> Tensor:
+    return torch.ones(head.use.lead, device=head.use.phi.device)
+
+
+def _to_softmaxes(head: SoftmaxHead, by_row: Tensor) -> Tensor:
+    """One number per row of z, to where its entries are in front of the softmax, times their factors."""
+    return _forward(head, by_row.unsqueeze(head.use.channel).expand(head.use.shape))
+
+
+def _forward(head: SoftmaxHead, at_z: Tensor) -> Tensor:
+    """Numbers laid out as z, through the operations in front of the softmax but for shifts: the transpose of
+    their derivative."""
+    log_p: Tensor = head.node._saved_result  # type: ignore[attr-defined]
+    with torch.enable_grad():
+        zeros = torch.zeros_like(log_p, requires_grad=True)
+        below, output = head.node.next_functions[0]
+        assert below is not None
+        (back,) = torch.autograd.grad(
+            GradientEdge(below, output), head.edge, zeros, create_graph=True, retain_graph=True
+        )
+        back = at_least_float32(back).reshape(head.use.shape)
+        (moved,) = torch.autograd.grad(back, zeros, at_z.to(back.dtype), create_graph=True)
+    return at_least_float32(moved)

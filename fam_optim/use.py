@@ -15,6 +15,7 @@ import copy
 import math
 import sys
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -117,6 +118,10 @@ class LayerUse(Use):
         """``||phi_row||^2`` for every row of z: ``lead``."""
         raise NotImplementedError
 
+    def again(self, bias: Tensor | None) -> Tensor:
+        """z as the layer's class computes it from phi, the weight and `bias`."""
+        raise NotImplementedError
+
     def detached(self) -> LayerUse:
         use = copy.copy(self)
         use.phi = self.phi.detach()
@@ -139,6 +144,9 @@ class LinearUse(LayerUse):
     def lift(self, matrix: Tensor) -> Tensor:
         return F.linear(self.input, matrix)
 
+    def again(self, bias: Tensor | None) -> Tensor:
+        return F.linear(self.phi, self.weight, bias)
+
     def rows(self) -> Tensor:
         return self.input
 
@@ -151,14 +159,20 @@ class ConvUse(LayerUse):
 
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
         super().__init__(module, phi, weight, shape)
-        self.convolve = cast(nn.Conv2d, module)._conv_forward  # padding modes included
+        # Of the class, padding modes included: a subclass may compute something else.
+        convolve = cast(type[nn.Conv2d], base_type(module))._conv_forward
+        self.convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = partial(
+            convolve, cast(nn.Conv2d, module)
+        )
         self.channel = len(shape) - weight.dim() + 1
         self.has_rows = bool(module.groups == 1)
 
     def lift(self, matrix: Tensor) -> Tensor:
         kernel = matrix.reshape(-1, *self.weight.shape[1:])
-        z: Tensor = self.convolve(self.input, kernel, None)
-        return z
+        return self.convolve(self.input, kernel, None)
+
+    def again(self, bias: Tensor | None) -> Tensor:
+        return self.convolve(self.phi, self.weight, bias)
 
     def rows(self) -> Tensor:
         # A filter bank of one-hot filters reads the patches off, whatever stride, padding, dilation.
@@ -216,16 +230,14 @@ class ConvTransposeUse(ConvUse):
     def lift(self, matrix: Tensor) -> Tensor:
         inputs, _, *kernel = self.weight.shape
         by_group = matrix.reshape(self.groups, -1, inputs // self.groups, *kernel)
-        weight = by_group.transpose(1, 2).flatten(0, 1)
-        return _CONV_TRANSPOSE[len(kernel)](
-            self.input,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            self.groups,
-            self.dilation,
+        return self._transposed(self.input, by_group.transpose(1, 2).flatten(0, 1), None)
+
+    def again(self, bias: Tensor | None) -> Tensor:
+        return self._transposed(self.phi, self.weight, bias)
+
+    def _transposed(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _CONV_TRANSPOSE[weight.dim() - 2](
+            phi, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
 
@@ -237,15 +249,9 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     """
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(_tensor_parallel(module))
-    for bases, kind in (
-        ((nn.Linear,), LinearUse),
-        (_CONVOLUTIONS, ConvUse),
-        (_TRANSPOSED, ConvTransposeUse),
-    ):
-        for base in bases:
-            if isinstance(module, base):
-                _check_forward(module, base)
-                return kind
+    base = base_type(module)
+    if base is not None:
+        return _KINDS[base]
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         raise TypeError(
             f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
@@ -260,16 +266,25 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     )
 
 
-def _check_forward(module: nn.Module, base: type[nn.Module]) -> None:
-    """A subclass that computes something else (fake quantisation, say) must not be taken for its base."""
+_KINDS: dict[type[nn.Module], type[LayerUse]] = {
+    nn.Linear: LinearUse,
+    **dict.fromkeys(_CONVOLUTIONS, ConvUse),
+    **dict.fromkeys(_TRANSPOSED, ConvTransposeUse),
+}
+
+
+def base_type(module: nn.Module) -> type[nn.Module] | None:
+    """torch's class that `module` is of, or is derived from, among those with a weight matrix."""
+    return next((base for base in _KINDS if isinstance(module, base)), None)
+
+
+def overridden(module: nn.Module) -> str | None:
+    """Which method of its base's a subclass computes its output with instead, if it does."""
+    base = base_type(module)
     for name in ("forward", "_conv_forward"):
         if getattr(type(module), name, None) is not getattr(base, name, None):
-            raise TypeError(
-                f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, "
-                f"overrides {base.__name__}.{name}, so its output need not be linear in its weight as that "
-                f"of {base.__name__} is (quantisation-aware layers are not). "
-                f"Pass a plain nn.{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
-            )
+            return name
+    return None
 
 
 def parameter_use(parameter: Tensor) -> Use:
