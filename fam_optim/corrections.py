@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def exact_backwards(path: Sequence[Node]) -> Iterator[None]:
+def exact_backwards(path: Sequence[Node], *, first: bool) -> Iterator[None]:
     """Makes a differentiable backward right to all orders, where torch's own is not.
 
     Within this context the results of the nodes concerned are replaced by the same gradient, written
-    out, see the functions below.
+    out, see the functions below. With `first` that is of a backward to be differentiated twice more, else of
+    one to be differentiated once.
     """
     handles = []
     for node in path:
-        exact = _exact_backward(node)
+        exact = _exact_backward(node, first)
         if exact is not None:
             handles.append(node.register_hook(exact))
     try:
@@ -34,15 +35,15 @@ def exact_backwards(path: Sequence[Node]) -> Iterator[None]:
             handle.remove()
 
 
-def _exact_backward(node: Any) -> Callable[[Any, Any], Any] | None:
+def _exact_backward(node: Any, first: bool) -> Callable[[Any, Any], Any] | None:
     kind = nodes.kind(node)
-    if kind == "NativeLayerNorm":
+    if kind == "NativeLayerNorm" and first:
         return _layer_norm_backward(node)
     if kind == "WeightNormInterface":
         return _weight_norm_backward(node)
     if kind == "Hardsigmoid":
         return _hardsigmoid_backward(node)
-    if kind == "LogSoftmax" and nodes.results(node)[0].dtype in LOW_PRECISION:
+    if kind == "LogSoftmax" and first and nodes.results(node)[0].dtype in LOW_PRECISION:
         return _log_softmax_backward(node)
     return None
 

@@ -56,7 +56,7 @@ class Curvature:
             self.uses = tuple(use.detached() for use in self.uses)
 
     def _scaled_gradient(self) -> list[Tensor]:
-        with exact_backwards(self.tail.path):
+        with exact_backwards(self.tail.path, first=True):
             gradient = _grad([self.tail.loss], self.tail, [self._scale], create_graph=True)
         return [at_least_float32(g).reshape(use.shape) for g, use in zip(gradient, self.uses, strict=True)]
 
@@ -123,9 +123,9 @@ class Curvature:
         attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
         if not attached:
             return [torch.zeros_like(g) for g in self.gradient]
-        # Exact once more in float16, where torch's own overflow: they square what they are given; and where
-        # one call feeds another, when a first derivative is differentiated further.
-        with exact_backwards(self.tail.path if self.half or self.tail.nested else ()):
+        # As the first in float16, where torch's own overflow, since they square what they are given; and where
+        # one call feeds another, when what is pulled back is a direction that depends on z itself.
+        with exact_backwards(self.tail.path, first=self.half or self.tail.nested):
             pulled = _grad(
                 [o for o, _ in attached],
                 self.tail,

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fam_optim import FAM, verdicts
+from fam_optim import FAM
 from tests import reference
 from tests.test_fam import Style, assert_close
 
@@ -120,8 +120,6 @@ def forget() -> None:
     """No check finds what another has left."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    verdicts._verdicts.clear()
-    verdicts._skipped.clear()
 
 
 def stack(folder: str, rank: int) -> Path:

