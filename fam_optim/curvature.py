@@ -123,8 +123,8 @@ class Curvature:
         attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
         if not attached:
             return [torch.zeros_like(g) for g in self.gradient]
-        # As the first in float16, where torch's own overflow, since they square what they are given; and where
-        # one call feeds another, when what is pulled back is a direction that depends on z itself.
+        # As the first in float16, where torch's own overflow, since they square what they are given; and
+        # where one call feeds another, when what is pulled back is a direction that depends on z itself.
         with exact_backwards(self.tail.path, first=self.half or self.tail.nested):
             pulled = _grad(
                 [o for o, _ in attached],

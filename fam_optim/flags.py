@@ -32,5 +32,4 @@ class AsyncFlag:
         """Its value; None if it has not arrived yet."""
         if self._arrived is not None and not self._arrived.query():
             return None
-        value: bool = self._host.tolist()
-        return value
+        return bool(self._host.tolist())  # of memory of the host: nothing is dispatched

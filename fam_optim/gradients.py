@@ -78,12 +78,12 @@ class FiniteGuard:
             raise RuntimeError(
                 _not_finite(penalty) + " An earlier step was made on gradients of zero instead."
             )
-        gradients = [g for g in (_local(p.grad) for p in trained) if g is not None]
-        if not penalty.risky or not gradients:
+        if not penalty.risky:
             return
-        finite = _all_finite(gradients)
-        sound = finite | ~_all_finite(penalty.losses)
-        if any(is_sharded(p.grad) for p in trained if p.grad is not None):  # all processes refuse, or none
+        whole = [p.grad for p in trained if p.grad is not None]
+        gradients = [g for g in map(_local, whole) if g.numel()]
+        sound = ~_all_finite(penalty.losses) | _all_finite(gradients or penalty.losses)
+        if any(map(is_sharded, whole)):  # all processes refuse, or none
             everywhere = sound.to(torch.float32)
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             sound = everywhere.bool()
@@ -106,10 +106,8 @@ def _not_finite(penalty: Penalty) -> str:
     )
 
 
-def _local(gradient: Tensor | None) -> Tensor | None:
+def _local(gradient: Tensor) -> Tensor:
     """The numbers of a gradient that this process has."""
-    if gradient is None:
-        return None
     if is_sharded(gradient):
         gradient = gradient.to_local()  # type: ignore[attr-defined]
     return gradient._values() if gradient.is_sparse else gradient

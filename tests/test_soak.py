@@ -182,7 +182,7 @@ def inventory(run: Run) -> dict[str, int]:
         "step hooks": len(run.fam._optimizer_step_pre_hooks) + len(run.fam._optimizer_step_post_hooks),
         "recorded calls": len(observation._live.get(run.net[run.layer], ())),
         "observed modules": len(observation._watchers),
-        "remembered tails": len(verdicts._verdicts),
+        "remembered tails": sum(len(memory._entries) for memory in verdicts._memories.values()),
         "state": sum(t.numel() for s in run.fam.state.values() for t in s.values()),
     }
 
