@@ -488,6 +488,16 @@ def data_for(rows: int, classes: int) -> dict[str, Tensor]:
     }
 
 
+def gathered(z: Tensor, rows: Tensor) -> Tensor:
+    return z.gather(0, rows[:, None].expand(-1, z.shape[1]))
+
+
+def mixed_rows(z: Tensor) -> Tensor:
+    """Every class in its place, but from another row than the class before."""
+    index = torch.arange(z.shape[0])[:, None] + torch.arange(z.shape[1])
+    return z[index % z.shape[0], torch.arange(z.shape[1])]
+
+
 def per_row(z: Tensor, p: Problem) -> Tensor:
     return CE(z, p.y, reduction="none")
 
@@ -624,6 +634,19 @@ LOSSES = [
     Loss("ce_centred_over_the_batch", lambda z, p: CE(z - 0.5 * z.mean(0), p.y), SEVERAL),
     Loss("ce_temperature", lambda z, p: CE(z / p.temperature, p.y)),
     Loss("ce_temperature_learned", lambda z, p: CE(z / p.temperature, p.y), learned=("temperature",)),
+    Loss("ce_temperature_of_each_row", lambda z, p: CE(z * p.row_weight[:, None], p.y)),
+    Loss("ce_temperature_of_each_row_learned",
+         lambda z, p: CE(z * p.row_weight[:, None], p.y), learned=("row_weight",)),
+    Loss("ce_temperature_of_each_class", lambda z, p: CE(z * p.class_weight, p.y)),
+    Loss("ce_negated", lambda z, p: CE(p.prior - z, p.y)),
+    Loss("ce_gathered_and_scaled", lambda z, p: CE(gathered(z, p.repeated) * 0.3, p.y[p.repeated])),
+    Loss("ce_averaged_with_another_head", lambda z, p: CE((z + p.target) / 2, p.y)),
+    Loss("ce_two_priors", lambda z, p: CE((z + torch.stack([p.prior, -p.prior])[:, None]).flatten(0, 1),
+                                          p.y.repeat(2))),
+    Loss("ce_of_mixed_rows", lambda z, p: CE(mixed_rows(z), p.y), SEVERAL),
+    Loss("ce_of_mixed_rows_scaled", lambda z, p: CE(mixed_rows(z) / 7, p.y), SEVERAL),
+    Loss("ce_difference_of_rows", lambda z, p: CE(z - z.roll(1, 0), p.y), SEVERAL),
+    Loss("ce_mean_of_rows", lambda z, p: CE(z.mean(0, keepdim=True), p.y[:1]), SEVERAL),
     Loss("ce_temperature_still_one", lambda z, p: CE(z / p.one, p.y), learned=("one",)),
     # Functions of log-probabilities, but not linear ones.
     Loss("ce_power_still_one", lambda z, p: (per_row(z, p).log() * p.one).exp().mean(), learned=("one",)),

@@ -82,6 +82,10 @@ def call_left_unused(f: nn.Module, p: Problem) -> Tensor:
     return head(f, p)
 
 
+def tanh_of_norm(z: Tensor) -> Tensor:
+    return torch.tanh(F.layer_norm(z, z.shape[-1:]))
+
+
 def nested_three_times(f: nn.Module, p: Problem) -> Tensor:
     h = features(p)
     for _ in range(3):
@@ -227,6 +231,8 @@ NESTED: dict[str, Callable[[nn.Module, Problem], Tensor]] = {
     "nested_ce_on_both": lambda f, p: CE(f(torch.tanh(once(f, p))), p.y) + CE(once(f, p), p.y2),
     "nested_linear": lambda f, p: (f(f(features(p))) * p.target).sum(),
     "nested_three_times": nested_three_times,
+    "nested_layer_norm": lambda f, p: F.mse_loss(tanh_of_norm(f(tanh_of_norm(f(features(p))))), p.target),
+    "nested_layer_norm_ce": lambda f, p: CE(f(tanh_of_norm(f(tanh_of_norm(once(f, p))))), p.y),
     "recurrent": recurrent,
 }
 DEGENERATE: dict[str, Callable[[Tensor], Tensor]] = {
