@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import observe
+from tests.support import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -110,13 +111,11 @@ class Case:
     modes: tuple[str, ...] = ("full", "exact")
 
     def problem(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Problem:
-        return seeded(self.name, self.build).to(device=device, dtype=dtype)
+        return seeded_by(self.name, self.build).to(device=device, dtype=dtype)
 
 
-def seeded(name: str, build: Callable[[], Problem]) -> Problem:
-    with torch.random.fork_rng():
-        torch.manual_seed(zlib.crc32(name.encode()))
-        return build()
+def seeded_by(name: str, build: Callable[[], Problem]) -> Problem:
+    return seeded(build, zlib.crc32(name.encode()))
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -693,7 +692,7 @@ LOSSES = [
 # --------------------------------------------------------------------------------------------- grid
 
 
-class Net(nn.Module):
+class StemLayerTail(nn.Module):
     """stem -> layer -> tail. The stem mixes the last axis, so that kappa has a gradient below the layer."""
 
     def __init__(self, layer: Layer, tail: Tail) -> None:
@@ -710,7 +709,7 @@ class Net(nn.Module):
 
 
 def build(layer: Layer, tail: Tail, loss: Loss) -> Problem:
-    net, kind, x = Net(layer, tail), tail.to or layer.kind, torch.randn(layer.shape)
+    net, kind, x = StemLayerTail(layer, tail), tail.to or layer.kind, torch.randn(layer.shape)
     with torch.no_grad():
         data = data_for(*as_rows(net(x), kind).shape)
     data |= {name: nn.Parameter(data[name]) for name in loss.learned}
@@ -732,7 +731,7 @@ def predictions(layer: Layer, tail: Tail) -> tuple[str, int, int] | None:
     with torch.random.fork_rng():
         if not tail.fits(layer.make()(phi), phi):
             return None
-        rows, classes = as_rows(Net(layer, tail)(phi), kind).shape
+        rows, classes = as_rows(StemLayerTail(layer, tail)(phi), kind).shape
     return kind, rows, classes
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.cases import CE, Case, Problem, attend, contrastive, data_for, focal, per_row, seeded
+from tests.cases import CE, Case, Problem, attend, contrastive, data_for, focal, per_row, seeded_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -415,7 +415,7 @@ class Change:
     undifferentiable: tuple[bool, ...] = (False,) * 4
 
     def problem(self) -> Problem:
-        return seeded(self.name, lambda: calls(self.run, nn.Linear(4, 4))).double()
+        return seeded_by(self.name, lambda: calls(self.run, nn.Linear(4, 4))).double()
 
 
 def scalars(*values: float) -> tuple[Tensor, ...]:

@@ -21,28 +21,34 @@ from torch.nn.utils import parametrizations
 
 from fam_optim import FAM, dataset_relative_flatness, observation, observe, relative_flatness
 from tests import reference
-from tests.test_fam import LAM, STYLES, Style, assert_close, batch
+from tests.support import (
+    LAM,
+    LR,
+    Style,
+    assert_close,
+    batch,
+    by_style,
+    calls_backward,
+    penalised,
+    regularizes,
+)
 
-LR = 0.1
 COMPILING = ["aot_eager", "inductor"]
 BACKENDS = ["eager", *COMPILING]
 
 
 @pytest.fixture(autouse=True)
-def fresh(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def fresh(float64: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Float64, nothing compiled before, and nothing may be compiled twice."""
     caplog.set_level(logging.WARNING, "torch.__trace")  # thousands of lines beside a failure
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
     torch.compiler.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
     torch.compiler.reset()
-    torch.set_default_dtype(default)
 
 
-class Net(nn.Module):
+class MiddleAndHead(nn.Module):
     """A layer to regularise in the middle and one at the end."""
 
     def __init__(self) -> None:
@@ -57,7 +63,7 @@ class Net(nn.Module):
         return self.head(self.after(self.middle(self.body(x))))
 
 
-class Normed(Net):
+class Normed(MiddleAndHead):
     """A parametrised layer, whose weight is computed in the forward."""
 
     def __init__(self) -> None:
@@ -110,14 +116,6 @@ def of_tokens(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.flatten(0, 1), y[:, None].expand(z.shape[:2]).flatten())
 
 
-def regularizes(
-    model: Any, optimizer: FAM, x: Tensor, y: Tensor, loss_fn: Callable[..., Tensor] = F.cross_entropy
-) -> None:
-    optimizer.zero_grad()
-    optimizer.regularize(loss_fn(model(x), y)).backward()
-    optimizer.step()
-
-
 def build(model: Any, layer: Any, **settings: Any) -> FAM:
     return FAM(model.parameters(), torch.optim.SGD, layer, LAM, lr=LR, **settings)
 
@@ -141,8 +139,7 @@ def check_training(
         def loss(x: Tensor = x, y: Tensor = y) -> Tensor:
             return loss_fn(twin(x), y)
 
-        curvatures = reference.curvatures(loss, [twin.get_submodule(name) for name in layers], True)
-        value = loss() + LAM * reference.sum_of_kappas(curvatures, "neuronwise")
+        value = penalised(loss, *(twin.get_submodule(name) for name in layers))
         gradients = reference.gradient(value, parameters)
         with torch.no_grad():
             for p, g in zip(parameters, gradients, strict=True):
@@ -156,56 +153,56 @@ def check_training(
 # What works
 
 
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@by_style
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_model_with_the_loss_outside(backend: str, style: Style) -> None:
-    model = Net()
+    model = MiddleAndHead()
     optimizer = build(model, model.head)
     compiled = torch.compile(model, backend=backend)
-    check_training(compiled, model, optimizer, Net(), ["head"], style=style)
+    check_training(compiled, model, optimizer, MiddleAndHead(), ["head"], style=style)
     assert counters["stats"]["unique_graphs"] == 2  # the graph breaks at the layer and nowhere else
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_before_fam_is_built(backend: str) -> None:
-    model = Net()
+    model = MiddleAndHead()
     compiled: Any = torch.compile(model, backend=backend)
-    check_training(compiled, model, build(compiled, compiled.head), Net(), ["head"])
+    check_training(compiled, model, build(compiled, compiled.head), MiddleAndHead(), ["head"])
 
 
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@by_style
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backbone_with_fullgraph(backend: str, style: Style) -> None:
-    model = Net()
+    model = MiddleAndHead()
     model.body.compile(backend=backend, fullgraph=True)
     optimizer = build(model, [model.middle, model.head])
-    check_training(model, model, optimizer, Net(), ["middle", "head"], style=style)
+    check_training(model, model, optimizer, MiddleAndHead(), ["middle", "head"], style=style)
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_model_compiled_in_place(backend: str) -> None:
-    model = Net()
+    model = MiddleAndHead()
     model.compile(backend=backend)
-    check_training(model, model, build(model, model.head), Net(), ["head"])
+    check_training(model, model, build(model, model.head), MiddleAndHead(), ["head"])
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 @pytest.mark.parametrize("backend", COMPILING)
 def test_layer_compiled_by_itself(backend: str, how: str) -> None:
-    model = Net()
+    model = MiddleAndHead()
     if how == "in place":
         model.head.compile(backend=backend)
     else:
         model.head = torch.compile(model.head, backend=backend)  # type: ignore[assignment]
     optimizer = build(model, model.head)
-    check_training(model, model, optimizer, Net(), ["head"], squares)
+    check_training(model, model, optimizer, MiddleAndHead(), ["head"], squares)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("make", "loss_fn"),
-    [(Net, squares), (Normed, F.cross_entropy), (Auxiliary, of_heads), (Tokens, of_tokens)],
+    [(MiddleAndHead, squares), (Normed, F.cross_entropy), (Auxiliary, of_heads), (Tokens, of_tokens)],
     ids=["another loss", "weight norm", "auxiliary head", "tied tokens"],
 )
 def test_models_and_losses(make: Callable[[], Any], loss_fn: Callable[..., Tensor], backend: str) -> None:
@@ -216,21 +213,23 @@ def test_models_and_losses(make: Callable[[], Any], loss_fn: Callable[..., Tenso
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layer_in_the_middle_with_what_follows_left_out(backend: str) -> None:
-    model = Net()
+    model = MiddleAndHead()
     optimizer = build(model, model.middle)
     for module in (model.after, model.head):
         module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    check_training(torch.compile(model, backend=backend), model, optimizer, Net(), ["middle"])
+    check_training(torch.compile(model, backend=backend), model, optimizer, MiddleAndHead(), ["middle"])
 
 
 def test_back_end_without_aot_autograd_can_have_the_layer_anywhere() -> None:
-    model = Net()
+    model = MiddleAndHead()
     optimizer = build(model, model.middle)
-    check_training(torch.compile(model, backend="eager"), model, optimizer, Net(), ["middle"], squares)
+    check_training(
+        torch.compile(model, backend="eager"), model, optimizer, MiddleAndHead(), ["middle"], squares
+    )
 
 
 def test_evaluation_between_epochs_compiles_once() -> None:
-    model = Net()
+    model = MiddleAndHead()
     optimizer = build(model, model.head)
     compiled: Any = torch.compile(model, backend="aot_eager")
     graphs = []
@@ -251,8 +250,8 @@ def test_evaluation_between_epochs_compiles_once() -> None:
     assert graphs[0] == graphs[1] == graphs[2], graphs
 
 
-@pytest.mark.parametrize("make", [Net, Normed])
-def test_evaluation_with_fullgraph(make: type[Net]) -> None:
+@pytest.mark.parametrize("make", [MiddleAndHead, Normed], ids=["Net", "Normed"])
+def test_evaluation_with_fullgraph(make: type[MiddleAndHead]) -> None:
     model = make()
     optimizer = build(model, model.head)
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -265,7 +264,7 @@ def test_evaluation_with_fullgraph(make: type[Net]) -> None:
 @pytest.mark.parametrize("what", ["step", "step with a closure"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_step(backend: str, what: str) -> None:
-    model = Net()
+    model = MiddleAndHead()
     optimizer = build(model, model.head)
 
     def plain_step(run: Any, optimizer: FAM, x: Tensor, y: Tensor) -> None:
@@ -277,18 +276,18 @@ def test_compiled_step(backend: str, what: str) -> None:
         optimizer.step()
 
     def closure_step(run: Any, optimizer: FAM, x: Tensor, y: Tensor) -> None:
-        STYLES["calls backward"](run, optimizer, x, y)
+        calls_backward(run, optimizer, x, y)
 
     if what == "step":
         step = torch.compile(step, backend=backend)
         style: Any = plain_step
     else:
         style = torch.compile(closure_step, backend=backend)
-    check_training(model, model, optimizer, Net(), ["head"], style=style)
+    check_training(model, model, optimizer, MiddleAndHead(), ["head"], style=style)
 
 
 def test_forwards_that_are_never_regularized_do_not_pile_up() -> None:
-    model = Net()
+    model = MiddleAndHead()
     build_alive = build(model, model.head)
     compiled: Any = torch.compile(model, backend="aot_eager")
 
@@ -311,28 +310,28 @@ def test_forwards_that_are_never_regularized_do_not_pile_up() -> None:
 COMPILED_TAIL = r"region compiled by torch.compile has none.*model\.body\.compile\(\)"
 
 
-def layer_in_the_middle(model: Net, backend: str, **settings: Any) -> None:
+def layer_in_the_middle(model: MiddleAndHead, backend: str, **settings: Any) -> None:
     optimizer = build(model, model.middle, **settings)
     regularizes(torch.compile(model, backend=backend), optimizer, *batch(0))
 
 
-def parameter(model: Net, backend: str) -> None:
+def parameter(model: MiddleAndHead, backend: str) -> None:
     optimizer = build(model, model.head.weight, mode="hutchinson")
     regularizes(torch.compile(model, backend=backend), optimizer, *batch(0))
 
 
-def operation_behind_the_layer(model: Net, backend: str) -> None:
+def operation_behind_the_layer(model: MiddleAndHead, backend: str) -> None:
     optimizer = build(model, model.head)
     compiled: Any = torch.compile(lambda x: model(x) / 2, backend=backend)
     regularizes(compiled, optimizer, *batch(0))
 
 
-def compiled_loss(model: Net, backend: str) -> None:
+def compiled_loss(model: MiddleAndHead, backend: str) -> None:
     optimizer = build(model, model.head)
     regularizes(model, optimizer, *batch(0), loss_fn=torch.compile(F.cross_entropy, backend=backend))
 
 
-def loss_in_the_model(model: Net, backend: str) -> None:
+def loss_in_the_model(model: MiddleAndHead, backend: str) -> None:
     optimizer = build(model, model.head)
     x, y = batch(0)
     forward = torch.compile(lambda x, y: F.cross_entropy(model(x), y), backend=backend)
@@ -340,7 +339,7 @@ def loss_in_the_model(model: Net, backend: str) -> None:
     optimizer.step()
 
 
-def training_step(model: Net, backend: str) -> None:
+def training_step(model: MiddleAndHead, backend: str) -> None:
     optimizer = build(model, model.head)
     torch.compile(partial(regularizes, model, optimizer), backend=backend)(*batch(0))
 
@@ -363,8 +362,8 @@ REFUSED = {
     [pytest.param(attempt, "aot_eager", id=name) for name, attempt in REFUSED.items()]
     + [pytest.param(REFUSED[name], "inductor", id=f"{name}, inductor") for name in list(REFUSED)[::3]],
 )
-def test_compiled_tail_names_the_remedy(attempt: Callable[[Net, str], None], backend: str) -> None:
-    model = Net()
+def test_compiled_tail_names_the_remedy(attempt: Callable[[MiddleAndHead, str], None], backend: str) -> None:
+    model = MiddleAndHead()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=COMPILED_TAIL):
         attempt(model, backend)
@@ -373,7 +372,7 @@ def test_compiled_tail_names_the_remedy(attempt: Callable[[Net, str], None], bac
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_model_with_fullgraph_names_the_remedy(backend: str) -> None:
-    model = Net()
+    model = MiddleAndHead()
     optimizer = build(model, model.head)
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
     with pytest.raises(RuntimeError, match=r"fam_optim observes.*model\.body\.compile\(fullgraph=True\)"):
@@ -382,7 +381,7 @@ def test_whole_model_with_fullgraph_names_the_remedy(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", COMPILING)
 def test_model_that_ran_compiled_before_names_the_remedy(backend: str) -> None:
-    model = Net()
+    model = MiddleAndHead()
     compiled: Any = torch.compile(model, backend=backend)
     x, y = batch(0)
     compiled(x)
@@ -393,15 +392,15 @@ def test_model_that_ran_compiled_before_names_the_remedy(backend: str) -> None:
         loss = F.cross_entropy(compiled._orig_mod(x), y)
     assert relative_flatness(loss, layer) > 0
     torch.compiler.reset()  # the second
-    check_training(compiled, model, optimizer, Net(), ["head"])
+    check_training(compiled, model, optimizer, MiddleAndHead(), ["head"])
 
 
 def test_model_that_ran_compiled_in_a_closure_before_names_the_remedy() -> None:
-    model = Net()
+    model = MiddleAndHead()
     compiled: Any = torch.compile(model, backend="aot_eager")
     earlier = FAM(model.parameters(), torch.optim.SGD, model.middle, 0.0, lr=LR)
-    STYLES["calls backward"](compiled, earlier, *batch(0))
+    calls_backward(compiled, earlier, *batch(0))
     optimizer = build(model, model.head)
     with pytest.raises(RuntimeError, match=r"no loss.*depends on `layer`") as raised:
-        STYLES["calls backward"](compiled, optimizer, *batch(0))
+        calls_backward(compiled, optimizer, *batch(0))
     assert "torch.compiler.reset()" in str(raised.value.__cause__)

@@ -16,9 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fam_optim import FAM, observe, relative_flatness
+from fam_optim import FAM, observation, observe, relative_flatness
+from tests.support import (
+    LAM,
+    STYLES,
+    Net,
+    Style,
+    assert_close,
+    assert_same,
+    batch,
+    by_style,
+    calls_backward,
+    regularizes,
+    returns_loss,
+)
 
-LAM = 0.05
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
@@ -32,61 +44,6 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-class Net(nn.Module):
-    """Two layers with BatchNorm before the regularised head, as most classifiers have."""
-
-    def __init__(self, seed: int = 0, norm: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        # No bias before BatchNorm: its gradient is zero but for rounding, which Adam would blow up.
-        first = [nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6)] if norm else [nn.Linear(5, 6)]
-        self.body = nn.Sequential(*first, nn.ReLU(inplace=True))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def batch(step: int, n: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    return torch.randn(n, 5, generator=generator), torch.randint(0, 3, (n,), generator=generator)
-
-
-def returns_loss(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Any:
-    """The closure leaves backward to FAM."""
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        return F.cross_entropy(model(x), y)
-
-    return optimizer.step(closure)
-
-
-def calls_backward(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Any:
-    """The closure calls backward itself."""
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    return optimizer.step(closure)
-
-
-def regularizes(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Any:
-    """No closure."""
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    optimizer.regularize(loss).backward()
-    optimizer.step()
-    return loss
-
-
-STYLES = {"returns loss": returns_loss, "calls backward": calls_backward, "regularize": regularizes}
-Style = Callable[..., Any]
 
 
 def brute_force(model: Net, x: Tensor, y: Tensor, **settings: Any) -> tuple[Tensor, list[Tensor]]:
@@ -116,23 +73,12 @@ def state_of(model: nn.Module) -> list[Tensor]:
     return [t.clone() for t in model.state_dict().values()]
 
 
-def assert_same(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e), f"{what}: differs by {(a - e).abs().max():.1e}"
-
-
-def assert_close(actual: list[Tensor], expected: list[Tensor], what: str, tolerance: float = 1e-10) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        error = (a - e).norm() / e.norm().clamp_min(1e-300)
-        assert error <= tolerance, f"{what}: relative error {error:.1e}"
-
-
 @pytest.mark.parametrize("detach", [False, True], ids=["whole", "detached"])
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@by_style
 @pytest.mark.parametrize("base", [b for b in BASES if b != "LBFGS"])
 def test_update_is_the_bases_on_the_brute_force_gradient(base: str, style: Style, detach: bool) -> None:
     make, kwargs = BASES[base]
-    model = Net()
+    model = Net("batch norm")
     reference = copy.deepcopy(model)
     fam = FAM(model.parameters(), make, model.head, LAM, detach_hessian=detach, **kwargs)
     plain = make(reference.parameters(), **kwargs)
@@ -150,7 +96,7 @@ def test_update_is_the_bases_on_the_brute_force_gradient(base: str, style: Style
 @pytest.mark.parametrize("style", [returns_loss, calls_backward], ids=["returns loss", "calls backward"])
 def test_lbfgs_minimises_the_regularised_loss(style: Style) -> None:
     make, kwargs = BASES["LBFGS"]
-    model, reference = Net(norm=False), Net(norm=False)
+    model, reference = Net("relu"), Net("relu")
     fam = FAM(model.parameters(), make, model.head, LAM, **kwargs)
     plain = make(reference.parameters(), **kwargs)
     x, y = batch(0)
@@ -178,7 +124,7 @@ def test_lbfgs_minimises_the_regularised_loss(style: Style) -> None:
 )
 def test_lam_zero_is_the_base_bit_for_bit(base: str, style: Style) -> None:
     make, kwargs = BASES[base]
-    model, reference = Net(), Net()
+    model, reference = Net("batch norm"), Net("batch norm")
     fam = FAM(model.parameters(), make, model.head, 0.0, **kwargs)
     plain = make(reference.parameters(), **kwargs)
     torch.manual_seed(1)
@@ -200,7 +146,7 @@ def test_lam_zero_is_the_base_bit_for_bit(base: str, style: Style) -> None:
 
 
 def test_lam_zero_builds_no_second_order_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, 0.0, lr=0.1)
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("autograd.grad was called"))
     for style in STYLES.values():
@@ -208,7 +154,7 @@ def test_lam_zero_builds_no_second_order_graph(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_last_kappa_is_what_entered_the_penalty() -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, normalize=True, lr=0.1)
     x, y = batch(0)
     with observe(model.head) as layer:
@@ -220,9 +166,9 @@ def test_last_kappa_is_what_entered_the_penalty() -> None:
     assert_close([regularized.detach()], [(loss + LAM * expected).detach()], "loss + lam * kappa")
 
 
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@by_style
 def test_one_forward_one_closure_call_per_step(style: Style) -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.Adam, model.head, LAM, lr=0.01)
     calls = 0
     forward = model.forward
@@ -240,7 +186,7 @@ def test_one_forward_one_closure_call_per_step(style: Style) -> None:
 
 
 def test_several_layers_add_up() -> None:
-    model = Net(norm=False)
+    model = Net("relu")
     x, y = batch(0)
     both = [model.body[0], model.head]
     fam = FAM(model.parameters(), torch.optim.SGD, both, LAM, lr=0.1)
@@ -255,7 +201,7 @@ def test_several_layers_add_up() -> None:
 
 
 def test_parameter_as_layer() -> None:
-    model = Net(norm=False)
+    model = Net("relu")
     x, y = batch(0)
     fam = FAM(model.parameters(), torch.optim.SGD, model.head.weight, LAM, mode="full", lr=0.1)
     reference = copy.deepcopy(model)
@@ -266,7 +212,7 @@ def test_parameter_as_layer() -> None:
 
 
 def test_accumulation_equals_the_full_batch() -> None:
-    model = Net(norm=False)
+    model = Net("relu")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
     x, y = batch(0)
 
@@ -291,7 +237,7 @@ def test_accumulation_equals_the_full_batch() -> None:
 
 
 def test_regularized_loss_is_not_regularized_twice() -> None:
-    model, reference = Net(), Net()
+    model, reference = Net("batch norm"), Net("batch norm")
     make = {"lr": 0.1}
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, **make)
     other = FAM(reference.parameters(), torch.optim.SGD, reference.head, LAM, **make)
@@ -308,7 +254,7 @@ def test_regularized_loss_is_not_regularized_twice() -> None:
 
 
 def test_losses_elsewhere_pass_through_untouched() -> None:
-    model, critic = Net(), nn.Linear(5, 1)
+    model, critic = Net("batch norm"), nn.Linear(5, 1)
     fam = FAM([*model.parameters(), *critic.parameters()], torch.optim.SGD, model.head, LAM, lr=0.1)
     x, y = batch(0)
 
@@ -322,7 +268,7 @@ def test_losses_elsewhere_pass_through_untouched() -> None:
 
 
 def test_gradient_argument_of_backward_is_kept() -> None:
-    model = Net(norm=False)
+    model = Net("relu")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
     x, y = batch(0)
     _, expected = brute_force(model, x, y)
@@ -344,7 +290,7 @@ def test_resume_is_bit_for_bit(base: str, mode: str) -> None:
     make, kwargs = BASES[base]
 
     def build(seed: int) -> tuple[Net, FAM]:
-        model = Net(seed)
+        model = Net("batch norm", seed)
         generator = torch.Generator().manual_seed(seed)
         return model, FAM(
             model.parameters(), make, model.head, LAM, mode, n_samples=2, generator=generator, **kwargs
@@ -369,7 +315,7 @@ def test_resume_is_bit_for_bit(base: str, mode: str) -> None:
 
 
 def test_checkpoints_pass_between_fam_and_its_base() -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.Adam, model.head, LAM, lr=0.01)
     returns_loss(model, fam, *batch(0))
     plain = torch.optim.Adam(model.parameters(), lr=0.5)
@@ -389,7 +335,7 @@ def test_checkpoints_pass_between_fam_and_its_base() -> None:
     "copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
 )
 def test_copies_are_independent_and_work(copier: Callable[[Any], Any]) -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1, momentum=0.9)
     returns_loss(model, fam, *batch(0))
     twin, optimizer = copier((model, fam))
@@ -402,7 +348,7 @@ def test_copies_are_independent_and_work(copier: Callable[[Any], Any]) -> None:
 
 
 def test_model_can_be_saved_and_copied_without_growing_hooks() -> None:
-    model = Net()
+    model = Net("batch norm")
     for _ in range(4):
         fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
         returns_loss(model, fam, *batch(0))
@@ -420,7 +366,7 @@ def test_model_can_be_saved_and_copied_without_growing_hooks() -> None:
 
 
 def test_state_groups_and_defaults_are_the_bases_own() -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
     assert isinstance(fam, torch.optim.Optimizer)
     for name in ("state", "param_groups", "defaults"):
@@ -439,7 +385,7 @@ def test_state_groups_and_defaults_are_the_bases_own() -> None:
 
 
 def test_scheduler_drives_the_base_without_warning() -> None:
-    model = Net()
+    model = Net("batch norm")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1, momentum=0.9)
@@ -451,7 +397,7 @@ def test_scheduler_drives_the_base_without_warning() -> None:
 
 
 def test_hooks_fire_once_and_see_fam() -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
     seen: list[tuple[str, Any]] = []
     handles = [
@@ -481,7 +427,7 @@ def test_hooks_fire_once_and_see_fam() -> None:
 @pytest.mark.parametrize(("base", "fail_at"), [("momentum", 1), ("Adam", 1), ("LBFGS", 1), ("LBFGS", 3)])
 def test_failing_closure_leaves_everything_as_it_was(base: str, fail_at: int) -> None:
     make, kwargs = BASES[base]
-    model, reference = Net(norm=False), Net(norm=False)
+    model, reference = Net("relu"), Net("relu")
     fam = FAM(model.parameters(), make, model.head, LAM, **kwargs)
     clean = FAM(reference.parameters(), make, reference.head, LAM, **kwargs)
     returns_loss(model, fam, *batch(0))
@@ -517,9 +463,9 @@ def live_floats() -> int:
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["losses dropped", "losses kept"])
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@by_style
 def test_memory_is_flat(style: Style, kept: bool) -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.01)
     losses: list[Any] = []
     counts = []
@@ -534,9 +480,7 @@ def test_memory_is_flat(style: Style, kept: bool) -> None:
 
 
 def test_forwards_that_are_never_regularized_do_not_pile_up() -> None:
-    from fam_optim import observation
-
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.01)
     x, y = batch(0)
     for _ in range(50):
@@ -550,7 +494,7 @@ def test_forwards_that_are_never_regularized_do_not_pile_up() -> None:
 
 
 def test_hook_goes_with_the_optimizer() -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.01)
     second = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.01)
     assert len(model.head._forward_hooks) == 1
@@ -565,7 +509,7 @@ def test_hook_goes_with_the_optimizer() -> None:
 
 @pytest.mark.parametrize("mode", ["exact", "full"])
 def test_no_random_numbers_are_drawn(mode: str) -> None:
-    model = Net(norm=False)
+    model = Net("relu")
     fam = FAM(model.parameters(), torch.optim.SGD, [model.body[0], model.head], LAM, mode, lr=0.1)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -574,7 +518,7 @@ def test_no_random_numbers_are_drawn(mode: str) -> None:
 
 
 def test_schedulers_built_on_the_base_work_too() -> None:
-    model = Net()
+    model = Net("batch norm")
     fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -40,7 +40,7 @@ measures = pytest.mark.parametrize("measure", MEASURES)
 modes = pytest.mark.parametrize("mode", MODES)
 
 
-def batch(network: Callable[[], nn.Sequential]) -> tuple[Tensor, Tensor]:
+def batch_for(network: Callable[[], nn.Sequential]) -> tuple[Tensor, Tensor]:
     shape = INPUTS[network]
     return torch.randn(shape, dtype=torch.float64), torch.randint(3, shape[:1])
 
@@ -90,7 +90,7 @@ def rescaled(net: nn.Sequential, below: int, at: int, c: float) -> nn.Sequential
 def test_rescaling_a_layer_against_the_one_below(
     network: Callable[[], nn.Sequential], c: float, measure: str, mode: str
 ) -> None:
-    net, data = network(), batch(network)
+    net, data = network(), batch_for(network)
     changed = rescaled(net, 0, 2, c)
     check_function(net, changed, data)
     for layer in (0, 2):
@@ -106,7 +106,7 @@ def test_rescaling_a_layer_against_the_one_below(
 def test_rescaling_neurons_one_by_one(network: Callable[[], nn.Sequential], mode: str) -> None:
     """Each of the layer's neurons by its own factor, undone behind its ReLU: neuronwise kappa is blind to
     it (whence the name), layerwise is not."""
-    net, data = network(), batch(network)
+    net, data = network(), batch_for(network)
     changed = copy.deepcopy(net)
     at, behind = changed[2], changed[-1]
     factors = 0.3 + 3 * torch.rand(at.weight.shape[0], dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_rescaling_neurons_one_by_one(network: Callable[[], nn.Sequential], mode
 @measures
 @networks
 def test_permuting_hidden_neurons(network: Callable[[], nn.Sequential], measure: str, mode: str) -> None:
-    net, data = network(), batch(network)
+    net, data = network(), batch_for(network)
     changed = copy.deepcopy(net)
     below, at, behind = changed[0], changed[2], changed[-1]
     inputs, outputs = torch.randperm(below.weight.shape[0]), torch.randperm(at.weight.shape[0]).roll(1)
@@ -179,7 +179,7 @@ def test_gradient_accumulation_adds_up_to_the_full_batch(
     network: Callable[[], nn.Sequential], measure: str, mode: str
 ) -> None:
     """Values, and what the penalty leaves in .grad."""
-    net, (x, y) = network(), batch(network)
+    net, (x, y) = network(), batch_for(network)
     parts = x.tensor_split([len(x) // 3 or 1]), y.tensor_split([len(x) // 3 or 1])
 
     def accumulated(batches: list[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
@@ -205,7 +205,7 @@ def test_gradient_accumulation_adds_up_to_the_full_batch(
 @measures
 @pytest.mark.parametrize("scale", [2.0**16, -0.5])
 def test_scaling_the_loss_scales_kappa(scale: float, measure: str, mode: str) -> None:
-    net, (x, y) = perceptron(), batch(perceptron)
+    net, (x, y) = perceptron(), batch_for(perceptron)
     with observe(net[2]) as layer:
         loss = F.cross_entropy(net(x), y)
     once, scaled = (
@@ -217,7 +217,7 @@ def test_scaling_the_loss_scales_kappa(scale: float, measure: str, mode: str) ->
 @modes
 @measures
 def test_kappa_of_a_sum_of_losses_is_the_sum_of_kappas(measure: str, mode: str) -> None:
-    net, (x, y) = perceptron(), batch(perceptron)
+    net, (x, y) = perceptron(), batch_for(perceptron)
     with observe(net[2]) as layer:
         z = net(x)
         one, other = F.cross_entropy(z, y), z.square().prod(1).tanh().sum()
@@ -240,7 +240,7 @@ def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("size", [1, 4, 5, 6])
 def test_kappa_of_a_data_set_is_that_of_its_full_batch(size: int, measure: str, mode: str) -> None:
     """Uneven last batches included: batches count by their sizes."""
-    net, (x, y) = perceptron(), batch(perceptron)
+    net, (x, y) = perceptron(), batch_for(perceptron)
     loader = batches(x, y, size)
     value = dataset_relative_flatness(net, net[2], F.cross_entropy, loader, measure=measure, mode=mode)
     assert not value.requires_grad
@@ -254,7 +254,7 @@ def test_kappa_of_a_data_set_is_that_of_the_evaluated_model(mode: str) -> None:
     """No dropout and no batch statistics; every module's mode is left as found, also where they differ."""
     norm, dropout = nn.BatchNorm1d(4), nn.Dropout(0.5)
     net = nn.Sequential(nn.Linear(5, 4), norm, nn.Tanh(), dropout, nn.Linear(4, 3)).double()
-    x, y = batch(perceptron)
+    x, y = batch_for(perceptron)
     net(x)  # running statistics of their own
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     wanted = kappa_at(net.eval(), 0, (x, y), "neuronwise", mode)
@@ -280,7 +280,7 @@ class OfTokens(nn.Module):
 
 
 def test_kappa_of_a_data_set_with_dicts_of_inputs() -> None:
-    net, (x, y) = perceptron(), batch(perceptron)
+    net, (x, y) = perceptron(), batch_for(perceptron)
     loader = [({"features": x[part], "mask": torch.ones(5)}, y[part]) for part in (slice(4), slice(4, None))]
     value = dataset_relative_flatness(OfTokens(net), net[2], F.cross_entropy, loader)
     check_equal(value.item(), kappa_at(net, 2, (x, y), "neuronwise", "exact"), "dicts")
@@ -291,7 +291,7 @@ def test_kappa_of_a_data_set_with_dicts_of_inputs() -> None:
 @measures
 def test_kappa_of_a_data_set_by_probes(measure: str) -> None:
     """Reproducible, and right on average."""
-    net, (x, y) = perceptron(), batch(perceptron)
+    net, (x, y) = perceptron(), batch_for(perceptron)
     loader = batches(x, y, 4)
 
     def estimate(seed: int) -> float:
@@ -316,7 +316,7 @@ def test_kappa_of_a_classifiers_last_layer_is_not_negative(measure: str, mode: s
     for seed in range(20):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-        value = kappa_at(net, 2, batch(perceptron), measure, mode)
+        value = kappa_at(net, 2, batch_for(perceptron), measure, mode)
         assert value > 0, f"seed {seed}: {value:.6g}"
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fam_optim import FAM, flags, observe, relative_flatness
 from tests import reference
+from tests.support import Batch, assert_same, samples, seeded
 
 LOW = [torch.bfloat16, torch.float16]
 TOLERANCE = 1e-2
@@ -73,9 +74,7 @@ NETWORKS = {"mlp": mlp, "layer norm": normalised, "conv": convolutional}
 @cache
 def trained(network: str, surplus: float) -> Setting:
     """Trained until ``1 - p`` of the right class is `surplus` for most samples."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        setting = NETWORKS[network]()
+    setting = seeded(NETWORKS[network])
     optimizer = torch.optim.Adam(setting.net.parameters(), lr=1e-2)
     for _ in range(5000):
         z = setting.net(setting.x)
@@ -270,19 +269,13 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def build(base: str, dtype: torch.dtype = torch.float64, layer: int = 2) -> tuple[nn.Sequential, FAM]:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 4)).to(dtype)
+    net = seeded(lambda: nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 4)).to(dtype), 1)
     make, kwargs = BASES[base]
     return net, FAM(net.parameters(), make, net[layer], LAM, **kwargs)
 
 
-def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return (
-        torch.randn(16, 5, generator=generator, dtype=dtype),
-        torch.randint(4, (16,), generator=generator),
-    )
+def four_classes(step: int, dtype: torch.dtype = torch.float64) -> Batch:
+    return samples(step, 16, classes=4, dtype=dtype)
 
 
 def scaled_step(
@@ -302,20 +295,15 @@ def last_kappa(fam: FAM) -> Tensor:
     return fam.last_kappa
 
 
-def assert_same(net: nn.Module, other: nn.Module, what: str) -> None:
-    for (key, a), b in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b), f"{what}: {key} differs by {(a - b).abs().max():.1e}"
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_scaler_scales_and_unscales_exactly_once(base: str) -> None:
     net, fam = build(base)
     plain, reference_fam = build(base)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=2)
     for step in range(5):
-        scaled_step(net, fam, scaler, *batch(step))
+        scaled_step(net, fam, scaler, *four_classes(step))
         reference_fam.zero_grad()
-        x, y = batch(step)
+        x, y = four_classes(step)
         reference_fam.regularize(F.cross_entropy(plain(x), y)).backward()
         reference_fam.step()
         assert_same(net, plain, f"after step {step} at scale {scaler.get_scale():g}")
@@ -329,7 +317,7 @@ def test_unscaling_before_clipping(base: str) -> None:
     plain, reference_fam = build(base)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for step in range(3):
-        x, y = batch(step)
+        x, y = four_classes(step)
         fam.zero_grad()
         scaler.scale(fam.regularize(F.cross_entropy(net(x), y))).backward()
         scaler.unscale_(fam)
@@ -353,7 +341,7 @@ def test_an_overflow_skips_the_step_and_the_next_one_works(base: str, layer: int
     kappas, skipped = [], 0
     while True:
         before = scaler.get_scale()
-        scaled_step(net, fam, scaler, *batch(0, torch.float32), half=True)
+        scaled_step(net, fam, scaler, *four_classes(0, torch.float32), half=True)
         kappas.append(last_kappa(fam))
         if scaler.get_scale() == before:
             break
@@ -366,11 +354,11 @@ def test_an_overflow_skips_the_step_and_the_next_one_works(base: str, layer: int
     # From here on as if nothing had happened.
     clean, clean_fam = build(base, torch.float32, layer)
     clean_scaler = torch.amp.GradScaler("cpu", init_scale=scaler.get_scale())
-    scaled_step(clean, clean_fam, clean_scaler, *batch(0, torch.float32), half=True)
+    scaled_step(clean, clean_fam, clean_scaler, *four_classes(0, torch.float32), half=True)
     assert_same(net, clean, "the first step that was taken")
     assert not torch.equal(net[0].weight, start[0].weight)
-    scaled_step(net, fam, scaler, *batch(1, torch.float32), half=True)
-    scaled_step(clean, clean_fam, clean_scaler, *batch(1, torch.float32), half=True)
+    scaled_step(net, fam, scaler, *four_classes(1, torch.float32), half=True)
+    scaled_step(clean, clean_fam, clean_scaler, *four_classes(1, torch.float32), half=True)
     assert_same(net, clean, "the step after it")
 
 
@@ -379,7 +367,7 @@ def test_a_batch_with_an_inf_is_skipped() -> None:
     clean, clean_fam = build("Adam")
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for step in range(4):
-        x, y = batch(step)
+        x, y = four_classes(step)
         if step == 1:
             x = x.clone()
             x[3, 2] = math.inf
@@ -403,7 +391,7 @@ def test_two_optimizers_under_one_scaler() -> None:
     plain, plain_body, plain_head = build_two()
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for step in range(4):
-        x, y = batch(step)
+        x, y = four_classes(step)
         if step == 2:
             x = x.clone()
             x[0] = math.inf
@@ -428,7 +416,7 @@ def test_a_closure_that_scales_the_loss_itself(parts: int) -> None:
     plain, reference_fam = build("SGD")
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for step in range(3):
-        x, y = batch(step)
+        x, y = four_classes(step)
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
             fam.zero_grad()
@@ -457,7 +445,7 @@ def test_a_closure_that_scales_the_loss_itself(parts: int) -> None:
 )
 def test_last_kappa_belongs_to_the_loss_that_is_returned(multiple: Callable[[Tensor], Tensor]) -> None:
     """Whatever multiple of it was backpropagated: whoever logs the two sees them in one unit."""
-    x, y = batch(0)
+    x, y = four_classes(0)
     net, fam = build("SGD")
     fam.regularize(F.cross_entropy(net(x), y))
     expected = last_kappa(fam)
@@ -479,7 +467,7 @@ def test_last_kappa_belongs_to_the_loss_that_is_returned(multiple: Callable[[Ten
 @pytest.mark.parametrize("layer", [0, 2], ids=["general path", "softmax head"])
 def test_styles_agree_under_autocast(layer: int, dtype: torch.dtype) -> None:
     """Bit for bit where autocast spans the forward, as torch recommends; closely where it spans the step."""
-    x, y = batch(0, torch.float32)
+    x, y = four_classes(0, torch.float32)
     updates = {}
     for style in ("regularize", "returns loss", "calls backward", "autocast around step"):
         net, _ = build("SGD", torch.float32)
@@ -540,7 +528,7 @@ def test_a_step_reads_nothing_on_the_host_once_its_tail_is_known(
     monkeypatch.setattr(flags, "reading_waits", lambda tensor: True)  # as on an accelerator
     net = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 4))
     fam = FAM(net.parameters(), torch.optim.SGD, net[layer], LAM, mode, lr=0.1)
-    x, y = batch(0, torch.float32)
+    x, y = four_classes(0, torch.float32)
 
     def closure() -> Tensor:
         fam.zero_grad()

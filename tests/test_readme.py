@@ -22,7 +22,7 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
-class Net(nn.Module):
+class ReadersNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
@@ -36,7 +36,7 @@ def readers_names() -> dict[str, Any]:
     """What a reader has at hand: a model with a head, a criterion, a batch and a loader."""
     torch.manual_seed(0)
     x, y = torch.randn(12, 6), torch.randint(0, 3, (12,))
-    model = Net()
+    model = ReadersNet()
     return {
         "model": model,
         "criterion": nn.CrossEntropyLoss(),

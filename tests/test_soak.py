@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_optim import FAM, observation, verdicts
+from tests.support import assert_same, seeded
 
 STEPS = 2000
 WARM = 400
@@ -33,14 +34,16 @@ class Fault(Exception):
 
 
 def build(layer: int, seed: int = 0) -> tuple[nn.Sequential, FAM]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        width = 64 if layer == 3 else 6  # the general path takes as many products as the layer is wide
-        net = nn.Sequential(nn.Linear(5, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 3)).double()
+    width = 64 if layer == 3 else 6  # the general path takes as many products as the layer is wide
+
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(5, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 3))
+
+    net = seeded(network, seed).double()
     return net, FAM(net.parameters(), torch.optim.Adam, net[layer], 1e-3, lr=1e-3)
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
+def learnable_batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(16, 5, generator=generator, dtype=torch.float64)
     return x, (x[:, :3] + torch.randn(16, 3, generator=generator, dtype=torch.float64)).argmax(1)
@@ -117,7 +120,7 @@ class Run:
 
 def strike(run: Run, kind: str, step: int) -> None:
     """One fault on a batch that the clean run does not see."""
-    x, y = batch(10_000 + step)
+    x, y = learnable_batch(10_000 + step)
     if kind in ("nan", "inf"):
         x[3, 2] = float(kind)
         if run.style == "scaler":
@@ -145,11 +148,6 @@ def strike(run: Run, kind: str, step: int) -> None:
 
         with pytest.raises(Fault, match=kind):
             run.step(x, y, fault)
-
-
-def assert_same(net: nn.Module, clean: nn.Module, when: str) -> None:
-    for (name, a), b in zip(net.state_dict().items(), clean.state_dict().values(), strict=True):
-        assert torch.equal(a, b), f"{when}: {name} differs by {(a - b).abs().max():.1e}"
 
 
 EVERYWHERE = ["nan", "inf", "reload", "evaluation", "unused forward", "copy", "before the forward"]
@@ -201,8 +199,8 @@ def test_soak(style: str, layer: int) -> None:
             kind = chance.choice(FAULTS[style])
             strike(run, kind, step)
             struck[kind] += 1
-        run.step(*batch(step))
-        clean.step(*batch(step))
+        run.step(*learnable_batch(step))
+        clean.step(*learnable_batch(step))
         if step % 20 == 19:
             run.kept.clear()
             clean.kept.clear()
@@ -217,7 +215,7 @@ def test_soak(style: str, layer: int) -> None:
     assert not grown, f"grown since step {WARM}: {grown}"
     # One graph held per step would be 16 x 64 numbers several times over, 40 MB in all.
     assert resident() - memory < 8 * 2**20, f"{(resident() - memory) / 2**20:.1f} MB more after {steps} steps"
-    x, y = batch(0)
+    x, y = learnable_batch(0)
     assert F.cross_entropy(clean.net(x), y) < F.cross_entropy(build(layer)[0](x), y), "nothing was learnt"
 
 
@@ -225,7 +223,7 @@ def test_a_finished_run_leaves_nothing() -> None:
     """Not a hook on the model, not the optimizer, not a call."""
     run = Run("returns loss", 3)
     for step in range(20):
-        run.step(*batch(step))
+        run.step(*learnable_batch(step))
     net, optimizer = run.net, weakref.ref(run.fam)
     del run
     gc.collect()

@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fam_optim import FAM
+from tests.support import LAM, samples, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it is, on purpose
 
-LAM = 0.05
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -64,9 +64,10 @@ def process_group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[No
 
 
 def build_net(seed: int) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+    return seeded(network, seed).double()
 
 
 def groups(net: nn.Sequential) -> list[dict[str, Any]]:
@@ -90,25 +91,23 @@ def build_plain(base: str, seed: int = 0) -> tuple[nn.Sequential, torch.optim.Op
 
 def train(net: nn.Module, optimizer: Any, steps: range) -> None:
     for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
-        y = torch.randint(3, (8,), generator=generator)
+        x, y = samples(step, 8, dtype=torch.float64)
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         (optimizer.regularize(loss) if isinstance(optimizer, FAM) else loss).backward()
         optimizer.step()
 
 
-def assert_same(actual: Any, expected: Any, where: str) -> None:
+def assert_same_throughout(actual: Any, expected: Any, where: str) -> None:
     """Equal to the last bit, all the way down."""
     if isinstance(expected, dict):
         assert list(map(str, actual)) == list(map(str, expected)), f"{where}: other keys"
         for key in expected:
-            assert_same(actual[key], expected[key], f"{where}.{key}")
+            assert_same_throughout(actual[key], expected[key], f"{where}.{key}")
     elif isinstance(expected, list | tuple):  # torch makes lists of Adam's betas
         assert len(actual) == len(expected), f"{where}: other length"
         for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-            assert_same(a, e, f"{where}[{i}]")
+            assert_same_throughout(a, e, f"{where}[{i}]")
     elif isinstance(expected, Tensor):
         assert torch.equal(actual, expected), f"{where}: differs by {(actual - expected).abs().max():.1e}"
     else:
@@ -130,10 +129,10 @@ def test_state_before_the_first_step_is_the_bases(base: str, options: dict[str, 
     plain, optimizer = build_plain(base)
     start = copy.deepcopy(net.state_dict())
     state = get_optimizer_state_dict(net, fam, options=StateDictOptions(**options))
-    assert_same(
+    assert_same_throughout(
         state, get_optimizer_state_dict(plain, optimizer, options=StateDictOptions(**options)), "state"
     )
-    assert_same(net.state_dict(), start, "model")
+    assert_same_throughout(net.state_dict(), start, "model")
     assert [g["lr"] for g in fam.param_groups] == [BASES[base][1]["lr"]] * 2
     assert all(p.grad is None for p in net.parameters())
     # The protection against steps without kappa is as it was.
@@ -163,8 +162,8 @@ def test_resume_is_bit_for_bit(base: str, options: dict[str, Any], tmp_path: Pat
     assert other.param_groups[1]["lr"] == 0.03
     train(net, fam, range(3, 6))
     train(resumed, other, range(3, 6))
-    assert_same(resumed.state_dict(), net.state_dict(), "model")
-    assert_same(other.state_dict(), fam.state_dict(), "optimizer")
+    assert_same_throughout(resumed.state_dict(), net.state_dict(), "model")
+    assert_same_throughout(other.state_dict(), fam.state_dict(), "optimizer")
 
 
 @by_base
@@ -177,7 +176,7 @@ def test_model_and_optimizer_in_one_call(base: str) -> None:
     set_state_dict(resumed, other, model_state_dict=model_state, optim_state_dict=optimizer_state)
     train(net, fam, range(2, 4))
     train(resumed, other, range(2, 4))
-    assert_same(resumed.state_dict(), net.state_dict(), "model")
+    assert_same_throughout(resumed.state_dict(), net.state_dict(), "model")
 
 
 @by_base_and_options
@@ -197,7 +196,7 @@ def test_checkpoints_pass_between_fam_and_its_base(base: str, options: dict[str,
         trained.lam = 0.0
     train(net, trained, range(3, 6))
     train(other_net, other, range(3, 6))
-    assert_same(other_net.state_dict(), net.state_dict(), "model")
+    assert_same_throughout(other_net.state_dict(), net.state_dict(), "model")
     if isinstance(other, FAM):
         other.lam = LAM
         before = copy.deepcopy(other_net.state_dict())
@@ -237,7 +236,7 @@ def test_lam_and_generator_are_saved_beside_it(tmp_path: Path) -> None:
     assert other.lam == 0.7
     train(net, fam, range(3, 6))
     train(resumed, other, range(3, 6))
-    assert_same(resumed.state_dict(), net.state_dict(), "model")
+    assert_same_throughout(resumed.state_dict(), net.state_dict(), "model")
 
 
 @pytest.mark.usefixtures("process_group")
@@ -254,7 +253,7 @@ def test_a_frozen_body() -> None:
     set_optimizer_state_dict(resumed, other, saved)
     train(net, fam, range(2, 4))
     train(resumed, other, range(2, 4))
-    assert_same(resumed.state_dict(), net.state_dict(), "model")
+    assert_same_throughout(resumed.state_dict(), net.state_dict(), "model")
 
 
 def test_two_optimizers_on_one_model() -> None:

@@ -22,14 +22,14 @@ DATA = Path("data")
 
 
 @pytest.fixture
-def batch() -> tuple[nn.Linear, Tensor, Tensor]:
+def head_and_batch() -> tuple[nn.Linear, Tensor, Tensor]:
     torch.manual_seed(0)
     phi = torch.randn(9, 7, dtype=torch.float64, requires_grad=True)
     return nn.Linear(7, 5, dtype=torch.float64), phi, torch.randint(0, 5, (9,))
 
 
-def test_kappa_of_a_head_is_the_librarys(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = batch
+def test_kappa_of_a_head_is_the_librarys(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
+    head, phi, targets = head_and_batch
     with observe(head) as layer:
         logits = head(phi)
         loss = cross_entropy(logits, targets)
@@ -40,8 +40,8 @@ def test_kappa_of_a_head_is_the_librarys(batch: tuple[nn.Linear, Tensor, Tensor]
     torch.testing.assert_close(torch.autograd.grad(ours, inputs), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_both_parts_constant_is_a_detached_hessian(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = batch
+def test_both_parts_constant_is_a_detached_hessian(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
+    head, phi, targets = head_and_batch
     fam = FAM(head.parameters(), torch.optim.SGD, head, lam=0.3, detach_hessian=True, lr=0.1)
     fam.regularize(cross_entropy(head(phi), targets)).backward()
     expected = [p.grad for p in (head.weight, head.bias, phi)]
@@ -52,8 +52,10 @@ def test_both_parts_constant_is_a_detached_hessian(batch: tuple[nn.Linear, Tenso
 
 
 @pytest.mark.parametrize("part", ["p", "phi"])
-def test_a_constant_part_passes_no_gradient(batch: tuple[nn.Linear, Tensor, Tensor], part: str) -> None:
-    head, phi, _ = batch
+def test_a_constant_part_passes_no_gradient(
+    head_and_batch: tuple[nn.Linear, Tensor, Tensor], part: str
+) -> None:
+    head, phi, _ = head_and_batch
     logits = head(phi).detach().requires_grad_()
     kappa = kappa_of_head(head.weight, phi, logits, (part,))
     by_logits, by_phi = torch.autograd.grad(kappa, [logits, phi], allow_unused=True)
@@ -61,8 +63,8 @@ def test_a_constant_part_passes_no_gradient(batch: tuple[nn.Linear, Tensor, Tens
     assert (by_phi is None) == (part == "phi")
 
 
-def test_shares_are_what_they_say(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = batch
+def test_shares_are_what_they_say(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
+    head, phi, targets = head_and_batch
     loss = cross_entropy(head(phi), targets)
     (by_loss,) = torch.autograd.grad(loss, head.weight)
     of_gradient = share_of_gradient(0.3, head, phi, head(phi), targets)
@@ -71,8 +73,8 @@ def test_shares_are_what_they_say(batch: tuple[nn.Linear, Tensor, Tensor]) -> No
     torch.testing.assert_close(share_of_loss(0.2, head, phi, head(phi), targets), 1.2 * loss)
 
 
-def test_shares_of_nothing_are_finite(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = batch
+def test_shares_of_nothing_are_finite(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
+    head, phi, targets = head_and_batch
     with torch.no_grad():
         head.weight.zero_()  # kappa and its gradient are 0
     for form in (share_of_gradient, share_of_loss):
