@@ -638,6 +638,8 @@ LOSSES = [
          lambda z, p: CE(z * p.row_weight[:, None], p.y), learned=("row_weight",)),
     Loss("ce_temperature_of_each_class", lambda z, p: CE(z * p.class_weight, p.y)),
     Loss("ce_negated", lambda z, p: CE(p.prior - z, p.y)),
+    Loss("ce_added_twice_over", lambda z, p: CE(torch.add(p.prior, z, alpha=2), p.y)),
+    Loss("ce_of_a_part_of_the_prior", lambda z, p: CE(torch.sub(z, p.prior, alpha=0.5), p.y)),
     Loss("ce_gathered_and_scaled", lambda z, p: CE(gathered(z, p.repeated) * 0.3, p.y[p.repeated])),
     Loss("ce_averaged_with_another_head", lambda z, p: CE((z + p.target) / 2, p.y)),
     Loss("ce_two_priors", lambda z, p: CE((z + torch.stack([p.prior, -p.prior])[:, None]).flatten(0, 1),

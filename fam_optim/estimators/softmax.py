@@ -37,44 +37,15 @@ if TYPE_CHECKING:
     from fam_optim.measure import Factor
     from fam_optim.tail import Tail
 
-_ORDER_KEEPING = {
-    *(
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "Squeeze",
-        "Unsqueeze",
-        "Clone",
-        "ToCopy",
-        "Alias",
-        nodes.DDP_SINK,
-    )
-}
-_MOVING = _ORDER_KEEPING | {"Transpose", "Permute", "Slice", "Select", "Expand", "T"}
+_ORDER_KEEPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias"}
+_ORDER_KEEPING |= {nodes.DDP_SINK}
+_MOVING = _ORDER_KEEPING | {"Transpose", "Permute", "T", "Slice", "Select", "Expand"}
 _MOVING |= {"Index", "IndexSelect", "Gather"}
-_SHIFTING = {"Add", "Sub"}
-_SCALING = {"Mul", "Div", "Neg"}
-_LINEAR = (
-    _MOVING
-    | _SHIFTING
-    | {
-        *(
-            "Neg",
-            "Sum",
-            "Mean",
-            "MaskedFill",
-            "MaskedSelect",
-            "Where",
-            "Cat",
-            "Stack",
-            "Split",
-            "SplitWithSizes",
-        ),
-        *("Unbind", "NllLoss", "NllLoss2D"),
-    }
-)
+_LINEAR = _MOVING | {"Add", "Sub", "Neg", "Sum", "Mean", "NllLoss", "NllLoss2D", "Cat", "Stack", "Unbind"}
+_LINEAR |= {"MaskedFill", "MaskedSelect", "Where", "Split", "SplitWithSizes"}
 _LINEAR_IN_FIRST = {"Div", "KlDiv"}
 _LINEAR_IN_EITHER = {"Mul", "Dot", "Mv", "Mm", "Bmm"}
+_SHIFT, _SCALE = "a shift", "a factor"
 
 
 class Move(NamedTuple):
@@ -137,10 +108,10 @@ def _find_head(
     moves: list[Move] = []
     below, output = node.next_functions[0]
     while below is not None and below not in ends:
-        kind, inputs = nodes.kind(below), nodes.inputs_of(below, output)
+        inputs = nodes.inputs_of(below, output)
         on_path = [position for position, (operand, _) in enumerate(inputs) if operand in path]
-        affine = kind in _MOVING | _SHIFTING | _SCALING and len(on_path) == 1
-        if not affine or (kind == "Div" and on_path != [0]):
+        kind = _affine(nodes.kind(below), on_path)
+        if kind is None:
             return None
         operand, its_output = inputs[on_path[0]]
         assert operand is not None
@@ -150,6 +121,15 @@ def _find_head(
         return None
     use, edge = ends[below]
     return SoftmaxHead(node, use, edge, tuple(reversed(moves)), constant)
+
+
+def _affine(kind: str, on_path: list[int]) -> str | None:
+    """What an operation does to its operands on the path, if it is affine in one of them, entry by entry."""
+    if kind in ("Add", "Sub"):  # the second operand comes with a factor, alpha
+        return _SHIFT if on_path == [0] else _SCALE if on_path == [1] else None
+    if kind in ("Mul", "Neg") or (kind == "Div" and on_path == [0]):
+        return _SCALE if len(on_path) == 1 else None
+    return kind if kind in _MOVING and len(on_path) == 1 else None
 
 
 def softmax_curvature(
@@ -256,7 +236,7 @@ def _over_the_outputs(head: SoftmaxHead, tail: Tail) -> bool:
 
 
 def _scales(head: SoftmaxHead) -> bool:
-    return any(move.kind in _SCALING for move in head.moves)
+    return any(move.kind == _SCALE for move in head.moves)
 
 
 def _keeps_order(head: SoftmaxHead) -> bool:
@@ -264,8 +244,8 @@ def _keeps_order(head: SoftmaxHead) -> bool:
     if not head.moves:
         return True
     last = head.use.channel % len(head.use.shape) == len(head.use.shape) - 1
-    shifts = all(move.operand == move.result for move in head.moves if move.kind in _SHIFTING)
-    return last and shifts and {move.kind for move in head.moves} <= _ORDER_KEEPING | _SHIFTING
+    shifts = all(move.operand == move.result for move in head.moves if move.kind == _SHIFT)
+    return last and shifts and {move.kind for move in head.moves} <= _ORDER_KEEPING | {_SHIFT}
 
 
 def _classes_behind(head: SoftmaxHead) -> int | None:
@@ -273,31 +253,29 @@ def _classes_behind(head: SoftmaxHead) -> int | None:
     shape = nodes.shape(head.edge.node, head.edge.output_nr)
     axis = _viewed(head.use.channel % len(head.use.shape), head.use.shape, shape)
     for move in head.moves:
-        if axis is None:
-            return None
-        dimensions = len(move.operand)
-        if move.kind in _ORDER_KEEPING:
-            axis = _viewed(axis, move.operand, move.result)
-        elif move.kind == "Permute":
-            axis = nodes.order(move.node, dimensions).index(axis)
-        elif move.kind in ("T", "Transpose"):
-            ends = (
-                {0, 1}
-                if move.kind == "T"
-                else {nodes.axis(move.node, name, dimensions) for name in ("dim0", "dim1")}
-            )
-            axis = next(iter(ends - {axis}), axis) if axis in ends else axis
-        elif move.kind in ("Slice", "Select"):
-            along = nodes.axis(move.node, "dim", dimensions)
-            axis = None if along == axis else axis - (move.kind == "Select" and along < axis)
-        elif (
-            move.kind in {"Expand"} | _SHIFTING | _SCALING
-        ):  # broadcast to more axes in front, or to longer ones
-            ahead = len(move.result) - dimensions  # new axes come first
-            axis = axis + ahead if move.result[axis + ahead] == move.operand[axis] else None
-        else:
-            return None
+        axis = None if axis is None else _moved(axis, move)
     return axis
+
+
+def _moved(axis: int, move: Move) -> int | None:
+    """Where a move takes an axis, which stays as it is; None if it does not, or may not."""
+    dimensions = len(move.operand)
+    if move.kind in _ORDER_KEEPING:
+        return _viewed(axis, move.operand, move.result)
+    if move.kind == "Permute":
+        return nodes.order(move.node, dimensions).index(axis)
+    if move.kind == "T":
+        return 1 - axis
+    if move.kind == "Transpose":
+        swapped = [nodes.axis(move.node, name, dimensions) for name in ("dim0", "dim1")]
+        return swapped[1 - swapped.index(axis)] if axis in swapped else axis
+    if move.kind in ("Slice", "Select"):
+        along = nodes.axis(move.node, "dim", dimensions)
+        return None if along == axis else axis - (move.kind == "Select" and along < axis)
+    if move.kind in ("Expand", _SHIFT, _SCALE):
+        ahead = len(move.result) - dimensions  # new axes come first
+        return axis + ahead if move.result[axis + ahead] == move.operand[axis] else None
+    return None
 
 
 def _viewed(axis: int, old: torch.Size, new: torch.Size) -> int | None:
