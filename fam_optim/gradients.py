@@ -76,7 +76,7 @@ class FiniteGuard:
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
             raise RuntimeError(
-                _not_finite(penalty) + " An earlier step was made on gradients of zero instead."
+                _not_finite(penalty) + " An earlier step was made on zero gradients instead."
             )
         if not penalty.risky:
             return
