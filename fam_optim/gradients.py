@@ -75,9 +75,7 @@ class FiniteGuard:
         """Raises RuntimeError if a gradient is not finite, although the losses that were regularised are."""
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
-            raise RuntimeError(
-                _not_finite(penalty) + " An earlier step was made on zero gradients instead."
-            )
+            raise RuntimeError(_not_finite(penalty) + " An earlier step was made on zero gradients instead.")
         if not penalty.risky:
             return
         whole = [p.grad for p in trained if p.grad is not None]

@@ -38,8 +38,24 @@ def _in_process_group() -> bool:
 
 @contextmanager
 def _local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
+    known("torch.nn.parallel.distributed", nodes.DDP_SINK)
     with _unsunk(tails), _gathered(tails):
         yield
+
+
+def known(owner: Any, name: str) -> Any:
+    """An attribute that torch does not promise: of a module, by its name, or of an object.
+
+    Raises:
+        RuntimeError: if it is not there. What is done with it would then not be done, without a word.
+    """
+    found = getattr(sys.modules.get(owner) if isinstance(owner, str) else owner, name, None)
+    if found is None:
+        raise RuntimeError(
+            f"this version of torch ({torch.__version__}) has no {name} where fam_optim looks for it, so "
+            "gradients over several processes could be wrong. fam_optim knows torch 2.6 to 2.15: use one of these."
+        )
+    return found
 
 
 @contextmanager
@@ -68,6 +84,7 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
     """
     groups = _fsdp_groups(tails)
     for group in groups:
+        known(type(group), "post_backward")
         group.post_backward = lambda *unused: None  # hides the method of the class, for this group alone
     try:
         for tail in tails if groups else ():
@@ -105,19 +122,16 @@ def _fsdp_groups(tails: Sequence[Tail]) -> list[Any]:
 
 
 def _fsdp_states() -> list[tuple[Any, Any]]:
-    """The modules that FSDP2 shards, and what it keeps of each; none where FSDP2 cannot be in use.
-
-    Raises:
-        AttributeError: if torch keeps them elsewhere, which a version later than we know may do.
-    """
+    """The modules that FSDP2 shards, and what it keeps of each; none where FSDP2 cannot be in use."""
     if not _in_process_group():  # imported it may be all the same, by a framework
         return []
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return []
-    composable: Any = sys.modules["torch.distributed._composable_state"]
-    found = [(m, composable._get_module_state(m)) for m in list(composable._module_state_mapping)]
-    return [(module, state) for module, state in found if isinstance(module, fsdp.FSDPModule)]
+    known("torch.distributed.fsdp._fully_shard._fsdp_param_group", nodes.FSDP_POST_BACKWARD)
+    modules = list(known("torch.distributed._composable_state", "_module_state_mapping"))
+    state_of = known("torch.distributed._composable_state", "_get_module_state")
+    return [(module, state_of(module)) for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 def _groups_of(state: Any) -> list[Any]:

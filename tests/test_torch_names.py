@@ -1,0 +1,213 @@
+"""The names that torch does not promise: one row each, with what it is needed for.
+
+A name that is gone fails here, by that name, before anything else goes wrong without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fam_optim import nodes, parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Z = torch.randn(2, 3, 4, 4, requires_grad=True)
+ROW = torch.randn(4, 4, requires_grad=True)
+
+# Nodes that are looked for, whatever they are called in Python: wrong results if they go by another name.
+NODES: dict[str, tuple[str, Callable[[], Tensor]]] = {
+    "NativeLayerNorm": ("its third derivative is wrong", lambda: F.layer_norm(ROW, (4,))),
+    "WeightNormInterface": ("its second derivative is wrong", lambda: torch._weight_norm(ROW, ROW[:, :1], 0)),
+    "Hardsigmoid": ("has no second derivative", lambda: F.hardsigmoid(ROW)),
+    "NativeBatchNorm": ("has no third derivative", lambda: F.batch_norm(ROW, None, None, training=True)),
+    "LogSoftmax": ("softmax heads", lambda: ROW.log_softmax(1)),
+    "NllLoss": ("softmax heads", lambda: F.nll_loss(ROW, torch.zeros(4, dtype=torch.long))),
+    "Mul": ("factors, independence", lambda: ROW * 2),
+    "Div": ("factors, independence", lambda: ROW / 2),
+    "Add": ("shifts, independence", lambda: ROW + 2),
+    "Sub": ("shifts, independence", lambda: ROW - 2),
+    "Sum": ("independence", lambda: ROW.sum()),
+    "Mean": ("independence", lambda: ROW.mean(1)),
+    "Tanh": ("independence", lambda: ROW.tanh()),
+    "Gelu": ("independence", lambda: F.gelu(ROW)),
+    "Relu": ("independence", lambda: F.relu(ROW)),
+    "Addmm": ("independence", lambda: F.linear(ROW, ROW, ROW[0])),
+    "Mm": ("independence", lambda: ROW @ ROW),
+    "Bmm": ("independence", lambda: torch.bmm(Z[0], Z[0])),
+    "Convolution": ("independence", lambda: F.conv2d(Z, torch.ones(1, 3, 1, 1))),
+    "View": ("softmax heads, independence", lambda: Z.view(2, -1)),
+    "UnsafeView": ("softmax heads, independence", lambda: Z @ ROW),
+    "Slice": ("softmax heads, independence", lambda: ROW[:2]),
+    "Select": ("softmax heads, independence", lambda: ROW[0]),
+    "Transpose": ("softmax heads, independence", lambda: Z.transpose(1, 2)),
+    "Permute": ("softmax heads, independence", lambda: Z.permute(0, 2, 3, 1)),
+    "Expand": ("softmax heads, independence", lambda: ROW[None].expand(2, 4, 4)),
+    "Gather": ("softmax heads", lambda: ROW.gather(0, torch.zeros(1, 4, dtype=torch.long))),
+    "Index": ("softmax heads", lambda: ROW[torch.tensor([0, 1])]),
+    "Unsqueeze": ("softmax heads, independence", lambda: ROW[:, None]),
+    "MseLoss": ("independence", lambda: F.mse_loss(ROW, torch.zeros(4, 4))),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_nodes(name: str) -> None:
+    what, make = NODES[name]
+    node = make().grad_fn
+    assert node is not None and nodes.kind(node) == name, what
+
+
+SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
+    "_saved_dim": ("axes of softmax, sums, ...", lambda: ROW.log_softmax(-1), None),
+    "_saved_dims": ("permutations", lambda: Z.permute(0, 2, 3, 1), (0, 2, 3, 1)),
+    "_saved_dim0": ("transpositions", lambda: Z.transpose(1, 2), 1),
+    "_saved_dim1": ("transpositions", lambda: Z.transpose(1, 2), 2),
+    "_saved_normalized_shape": ("LayerNorm written out", lambda: F.layer_norm(ROW, (4,)), (4,)),
+    "_saved_input": ("LayerNorm written out", lambda: F.layer_norm(ROW, (4,)), None),
+    "_saved_weight": ("LayerNorm written out", lambda: F.layer_norm(ROW, (4,), ROW[0]), None),
+    "_saved_result2": ("LayerNorm written out: its eps", lambda: F.layer_norm(ROW, (4,)), None),
+    "_saved_training": ("BatchNorm", lambda: F.batch_norm(ROW, None, None, training=True), True),
+    "_saved_result": ("log p", lambda: ROW.log_softmax(1), None),
+    "_raw_saved_result": ("what is a tensor, unseen", lambda: ROW.log_softmax(1), None),
+    "_saved_self": ("hardsigmoid written out", lambda: F.hardsigmoid(ROW), None),
+    "_saved_v": ("weight_norm written out", lambda: torch._weight_norm(ROW, ROW[:, :1], 0), None),
+    "_saved_g": ("weight_norm written out", lambda: torch._weight_norm(ROW, ROW[:, :1], 0), None),
+    "_input_metadata": ("shapes of results", lambda: ROW * 2, None),
+    "metadata": ("where records live", lambda: ROW * 2, None),
+    "next_functions": ("the walk", lambda: ROW * 2, None),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_attributes_of_nodes(name: str) -> None:
+    what, make, value = SAVED[name]
+    node = make().grad_fn
+    assert hasattr(node, name), what
+    assert value is None or getattr(node, name) == value, what
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_functions_of_python() -> None:
+    """A user's may have any name, and may forbid to be differentiated twice."""
+    z = Function.apply(ROW.sin())
+    node = z.grad_fn
+    assert nodes.is_function(node) and nodes.kind(node) == "function Function"
+    assert not nodes.is_function(node.next_functions[0][0])
+    (grad,) = torch.autograd.grad(z.square().sum(), ROW, create_graph=True)
+    assert any(nodes.is_error(below) for below in everything_below(grad))
+
+
+def everything_below(t: Tensor) -> set[Any]:
+    seen: set[Any] = set()
+    stack = [t.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(below for below, _ in node.next_functions)
+    return seen
+
+
+def test_leaves_and_checkpoints() -> None:
+    assert any(nodes.leaf(node) is ROW for node in everything_below(ROW * 2))
+    assert nodes.is_reentrant_checkpoint(checkpoint(torch.sin, ROW, use_reentrant=True).grad_fn)
+    (grad,) = torch.autograd.grad(ROW.tanh().sum(), ROW, create_graph=True)
+    assert nodes.is_derivative(grad.grad_fn)
+
+
+def test_compiled_regions() -> None:
+    compiled = torch.compile(lambda x: x.sin() * 2, backend="aot_eager")
+    assert nodes.is_compiled(compiled(ROW).grad_fn)
+
+
+ATTRIBUTES: dict[str, tuple[Any, str]] = {
+    "torch.Tensor._backward_hooks": (ROW, "a hook on the loss bars the shortcut past the engine"),
+    "torch.Tensor._version": (ROW, "in-place changes of the input"),
+    "torch.Tensor._base": (ROW, "views"),
+    "torch.Tensor._is_view": (ROW, "views"),
+    "torch.nn.Module._forward_hooks": (nn.Linear(2, 2), "removing our hook"),
+    "torch.nn.Module._forward_hooks_with_kwargs": (nn.Linear(2, 2), "removing our hook"),
+    "torch.nn.Conv2d._conv_forward": (nn.Conv2d(1, 1, 1), "padding modes"),
+    "torch._C._are_functorch_transforms_active": (torch._C, "torch.func"),
+    "torch._foreach_norm": (torch, "gradients that are not finite"),
+    "torch.overrides._get_current_function_mode": (torch.overrides, "the interception of backward"),
+    "torch.overrides._pop_mode_temporarily": (torch.overrides, "the interception of backward"),
+    "torch.optim.Optimizer._patch_step_function": (torch.optim.Optimizer, "step hooks"),
+    "torch.nn.parallel.distributed._DDPSink": (torch.nn.parallel.distributed, "DDP, static graph"),
+    "torch.distributed._composable_state._module_state_mapping": (
+        sys.modules["torch.distributed._composable_state"], "FSDP2: which modules are sharded"),
+    "torch.distributed._composable_state._get_module_state": (
+        sys.modules["torch.distributed._composable_state"], "FSDP2: its state"),
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.RegisterPostBackwardFunction": (
+        sys.modules["torch.distributed.fsdp._fully_shard._fsdp_param_group"], "FSDP2: groups in the tail"),
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup.post_backward": (
+        sys.modules["torch.distributed.fsdp._fully_shard._fsdp_param_group"].FSDPParamGroup, "FSDP2: frees"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes(name: str) -> None:
+    owner, what = ATTRIBUTES[name]
+    assert hasattr(owner, name.rpartition(".")[2]), what
+
+
+def test_marks_of_wrappers() -> None:
+    assert hasattr(torch.compile(nn.Linear(2, 2)), "_orig_mod"), "a compiled layer is its module"
+    assert hasattr(torch.optim.SGD.step, "__wrapped__"), "the base's step below its hooks"
+    optimizer = torch.optim.SGD([ROW], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert hasattr(optimizer.step, "_wrapped_by_lr_sched"), "the base's step below a scheduler's"
+    ddp = nn.parallel.DistributedDataParallel
+    source = ddp.__init__.__code__.co_names + ddp._post_forward.__code__.co_names
+    assert "static_graph" in source
+    assert "_static_graph_delay_allreduce_enqueued" in source
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("torch.nn.parallel.distributed", "_DDPSink"),
+        ("torch.distributed._composable_state", "_module_state_mapping"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction"),
+    ],
+)
+def test_a_missing_name_is_an_error_where_several_processes_are_at_work(
+    owner: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fam_optim import FAM
+
+    layer = nn.Linear(4, 3)
+    fam = FAM(layer.parameters(), torch.optim.SGD, layer, lr=0.1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fam.regularize(layer(ROW).square().sum())
+        monkeypatch.delattr(sys.modules[owner], name)
+        with pytest.raises(RuntimeError, match=f"has no {name} where fam_optim looks for it"):
+            fam.regularize(layer(ROW).square().sum())
+    finally:
+        dist.destroy_process_group()
+    assert fam.regularize(layer(ROW).square().sum()).requires_grad, "alone nothing is asked for"
+
+
+def test_known_names_the_version() -> None:
+    with pytest.raises(RuntimeError, match=r"this version of torch \(.*has no nothing"):
+        parallel.known(torch, "nothing")
