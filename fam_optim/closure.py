@@ -9,7 +9,7 @@ gets, the user the plain loss.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -90,12 +90,10 @@ class RegularizedClosure:
     def _with_penalty(self, loss: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.penalty.lam:
             return loss
-        before = self.penalty.last_kappa
         regularized = add(loss)
-        added = penalties_in(regularized)
-        if added is not None:
-            new = self.penalty.last_kappa is not before
-            self._backwards.append(_Backward(loss.grad_fn, _factors(loss) if new else {}, added, new))
+        backward = _Backward(loss, regularized)
+        if backward.penalised:
+            self._backwards.append(backward)
         return regularized
 
     def _backpropagate(self, result: Any) -> None:
@@ -125,37 +123,53 @@ class RegularizedClosure:
     def _contained(self, result: Any) -> Tensor | None:
         """The penalties in what the closure returned, if it returned a regularised loss."""
         for backward in self._backwards:  # whose graph is gone
-            if isinstance(result, Tensor) and backward.node is result.grad_fn:
-                return None if backward.new else backward.added
+            if not backward.new and isinstance(result, Tensor) and backward.node is result.grad_fn:
+                return backward.added
         return penalties_in(result)
 
     def _objective(self, result: Any, contained: Tensor | None) -> Any:
-        """`result` and the penalties of the losses that it was made of, in its unit; of all that were
+        """`result` with the penalties of the losses that it was made of, in its unit; with all that were
         backpropagated if it was made of none (a number, detached)."""
-        if not isinstance(result, (Tensor, float)):
-            return result
-        value = result.detach() if isinstance(result, Tensor) else result
-        if contained is not None or not self._backwards:
-            return value
+        if not self._backwards or not isinstance(result, (Tensor, float)):
+            return result.detach() if isinstance(result, Tensor) else result
+        (first, *others) = self._backwards
+        if not others and isinstance(result, Tensor) and result.grad_fn is first.node:
+            return first.objective  # the loss itself, as almost always
         shares = [share for b in self._backwards if (share := b.share_of(result)) is not None]
-        total: Any = sum(shares or [b.added for b in self._backwards])
-        return value + (total if isinstance(value, Tensor) else float(total))
+        penalties: Any = sum(shares or [b.added for b in self._backwards])
+        if isinstance(result, float):
+            return result + float(penalties)
+        return result.detach() + penalties - (0 if contained is None else contained)
 
 
-class _Backward(NamedTuple):
+class _Backward:
     """One backward of a closure's.
 
+    Args:
+        loss: what the closure backpropagated.
+        regularized: what was backpropagated in its place.
+
     Attributes:
-        node: of the loss that the closure backpropagated.
-        factors: the scalars that this loss was a multiple of, by their nodes, and the factors.
-        added: the penalties in what was backpropagated.
-        new: whether FAM added its own, which the loss did not have.
+        node: of the loss.
+        factors: the scalars that the loss was a multiple of, by their nodes, and the factors.
+        objective: the value of what was backpropagated.
+        new: whether it has a penalty that the loss did not have.
+        penalised: whether it has any.
     """
 
-    node: Node | None
-    factors: dict[Node, Tensor]
-    added: Tensor
-    new: bool
+    def __init__(self, loss: Tensor, regularized: Tensor) -> None:
+        self.node = loss.grad_fn
+        self.new = regularized is not loss
+        self.factors = _factors(loss)
+        self.objective = regularized.detach()
+        self._regularized = regularized
+        self._added = None if self.new else penalties_in(loss)  # while there is a graph to ask
+        self.penalised = self.new or self._added is not None
+
+    @property
+    def added(self) -> Tensor:
+        """All penalties in what was backpropagated."""
+        return cast("Tensor", penalties_in(self._regularized) if self.new else self._added)
 
     def share_of(self, result: Any) -> Tensor | None:
         """`added`, as it belongs to the part that this loss has in `result`; None if it has none."""

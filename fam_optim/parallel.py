@@ -53,7 +53,7 @@ def known(owner: Any, name: str) -> Any:
     if found is None:
         raise RuntimeError(
             f"this version of torch ({torch.__version__}) has no {name} where fam_optim looks for it, so "
-            "gradients over several processes could be wrong. fam_optim knows torch 2.6 to 2.15: use one of these."
+            "gradients over several processes could be wrong. Use a version from 2.6 to 2.15."
         )
     return found
 

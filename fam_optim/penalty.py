@@ -38,7 +38,8 @@ class _Mark(NamedTuple):
 
     def total(self) -> Tensor:
         """All penalties, detached."""
-        return torch.stack([lam * kappa for lam, kappa in self.penalties.values()]).sum()
+        first, *others = (lam * kappa for lam, kappa in self.penalties.values())
+        return sum(others, first)
 
 
 class Penalty:
