@@ -19,10 +19,11 @@ from fam_optim.curvature import Curvature, undifferentiable, without_gradient
 from fam_optim.estimators.exact import exact
 from fam_optim.estimators.full import full
 from fam_optim.estimators.hutchinson import hutchinson
-from fam_optim.estimators.softmax import find_softmax_heads, softmax_curvature
+from fam_optim.estimators.softmax import softmax_curvature
 from fam_optim.measure import MEASURES
 from fam_optim.observation import Observation
 from fam_optim.parallel import lasting, local_derivatives
+from fam_optim.softmax_heads import find_softmax_heads
 from fam_optim.tail import Tail, find_tail
 from fam_optim.use import describe
 

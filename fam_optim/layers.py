@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from fam_optim.kinds import parameter_use
 from fam_optim.observation import Observation, parametrization
-from fam_optim.use import describe, parameter_use
+from fam_optim.use import describe
 
 if TYPE_CHECKING:
     from fam_optim.flatness import Layer

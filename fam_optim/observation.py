@@ -22,7 +22,8 @@ from torch.nn.utils import parametrize
 from fam_optim import nodes, verdicts
 from fam_optim.compilation import OBSERVED, opaque
 from fam_optim.interception import unseen
-from fam_optim.use import base_type, describe, overridden, use_type
+from fam_optim.kinds import base_type, overridden, use_type
+from fam_optim.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Collection

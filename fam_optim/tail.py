@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fam_optim import nodes
+from fam_optim.kinds import parameter_use
 from fam_optim.observation import Observation, recorded_use
-from fam_optim.use import Use, describe, parameter_use
+from fam_optim.use import Use, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable

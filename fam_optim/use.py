@@ -25,8 +25,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -87,7 +87,7 @@ class LayerUse(Use):
 
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
         if is_sharded(weight):  # FSDP2 has gathered its weights here, within the forward
-            raise TypeError(_tensor_parallel(module))
+            raise TypeError(tensor_parallel(module))
         if getattr(weight._base, "_is_flat_param", False):
             raise TypeError(
                 f"`layer` {describe(module)} is wrapped in FullyShardedDataParallel (FSDP1), which frees "
@@ -160,9 +160,9 @@ class ConvUse(LayerUse):
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
         super().__init__(module, phi, weight, shape)
         # Of the class, padding modes included: a subclass may compute something else.
-        convolve = cast(type[nn.Conv2d], base_type(module))._conv_forward
+        kind = cast(type[nn.Conv2d], next(kind for kind in CONVOLUTIONS if isinstance(module, kind)))
         self.convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = partial(
-            convolve, cast(nn.Conv2d, module)
+            kind._conv_forward, cast(nn.Conv2d, module)
         )
         self.channel = len(shape) - weight.dim() + 1
         self.has_rows = bool(module.groups == 1)
@@ -241,78 +241,14 @@ class ConvTransposeUse(ConvUse):
         )
 
 
-def use_type(module: nn.Module) -> type[LayerUse]:
-    """The kind of `Use` that describes `module`'s forward.
-
-    Raises:
-        TypeError: if the module is not known to be linear in a weight matrix of its own.
-    """
-    if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
-        raise TypeError(_tensor_parallel(module))
-    base = base_type(module)
-    if base is not None:
-        return _KINDS[base]
-    if isinstance(getattr(module, "base_layer", None), nn.Module):
-        raise TypeError(
-            f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
-            "adapter's output to that of its base_layer and never forms the sum of their weights. Pass "
-            "layer.base_layer to regularise the flatness in the base weight alone, or write the adapter as a "
-            "parametrization of nn.Linear (torch.nn.utils.parametrize), whose sum is the weight then."
-        )
-    raise TypeError(
-        "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or an nn.Parameter with "
-        f"at least two dimensions, got {describe(module)}, which is not known to be linear in a weight "
-        "matrix. Pass its weight, an nn.Parameter, with mode='hutchinson' instead."
-    )
-
-
-_KINDS: dict[type[nn.Module], type[LayerUse]] = {
-    nn.Linear: LinearUse,
-    **dict.fromkeys(_CONVOLUTIONS, ConvUse),
-    **dict.fromkeys(_TRANSPOSED, ConvTransposeUse),
-}
-
-
-def base_type(module: nn.Module) -> type[nn.Module] | None:
-    """torch's class that `module` is of, or is derived from, among those with a weight matrix."""
-    return next((base for base in _KINDS if isinstance(module, base)), None)
-
-
-def overridden(module: nn.Module) -> str | None:
-    """Which method of its base's a subclass computes its output with instead, if it does."""
-    base = base_type(module)
-    for name in ("forward", "_conv_forward"):
-        if getattr(type(module), name, None) is not getattr(base, name, None):
-            return name
-    return None
-
-
-def parameter_use(parameter: Tensor) -> Use:
-    """The bare parameter as a weight matrix: rows along its first axis.
-
-    Raises:
-        TypeError: if it has fewer than two dimensions.
-    """
-    if parameter.dim() < 2:
-        raise TypeError(
-            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
-            f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
-        )
-    if is_sharded(parameter):
-        raise TypeError(
-            f"expected `layer` to be a whole weight, got a sharded one, a {describe(parameter)}. With FSDP2 "
-            "(fully_shard) pass the module that owns it, in any mode. Tensor parallelism is not supported."
-        )
-    return Use(parameter)
-
-
 def is_sharded(weight: Tensor) -> bool:
     """Whether `weight` is a DTensor; without importing what the user has not."""
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(weight, tensor.DTensor)
 
 
-def _tensor_parallel(module: nn.Module) -> str:
+def tensor_parallel(module: nn.Module) -> str:
+    """Why a layer that is tensor parallel is refused."""
     return (
         f"`layer` {describe(module)} is tensor parallel: no process has its whole weight, input and output, "
         "which kappa needs. Leave the layer out of the plan of parallelize_module; what comes before it may "
