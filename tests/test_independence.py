@@ -1,0 +1,168 @@
+"""What the graph proves is true: groups of rows that are said not to interact have no mixed derivatives."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fam_optim import independence, observe
+from fam_optim.curvature import Curvature
+from fam_optim.rows import Grouping, shown_independent
+from fam_optim.tail import find_tail
+from tests.cases import GRID, Case, observed
+from tests.special_cases import SPECIAL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def mixed(loss: Tensor, z: Tensor, groups: int) -> float:
+    """The largest second derivative of the loss in z between entries of different groups."""
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True, materialize_grads=True)
+    rows = []
+    for entry in gradient.flatten():
+        if not entry.requires_grad:
+            return 0.0
+        (row,) = torch.autograd.grad(entry, z, retain_graph=True, allow_unused=True, materialize_grads=True)
+        rows.append(row.flatten())
+    hessian = torch.stack(rows).reshape(groups, z.numel() // groups, groups, -1)
+    between = hessian.abs().amax((1, 3))
+    return between.fill_diagonal_(0).max().item()
+
+
+ELEMENTWISE: list[Callable[[Tensor], Tensor]] = [
+    torch.tanh, F.gelu, F.softplus, torch.square, lambda z: z * 0.3, lambda z: z + z.sin(),
+    lambda z: z * z.cos(), lambda z: z + torch.arange(z.shape[-1]), lambda z: F.dropout(z, 0.3),
+]  # fmt: skip
+OVER_AN_AXIS: list[Callable[[Tensor, int], Tensor]] = [
+    lambda z, a: z.softmax(a), lambda z, a: z.log_softmax(a), lambda z, a: z.cumsum(a),
+    lambda z, a: z - z.mean(a, keepdim=True), lambda z, a: z * z.sum(a, keepdim=True).sin(),
+    lambda z, a: F.normalize(z, dim=a), lambda z, a: z.logsumexp(a, keepdim=True) + z,
+    lambda z, a: torch.cat([z, z.tanh()], a), lambda z, a: z.narrow(a, 0, max(1, z.shape[a] // 2)),
+    lambda z, a: z * z.std(a, keepdim=True), lambda z, a: z + z.amax(a, keepdim=True).tanh(),
+    lambda z, a: z.sin() + z.select(a, 0).unsqueeze(a).expand_as(z).tanh(), lambda z, a: z.mean(a),
+    lambda z, a: z + z.roll(1, a).tanh(),
+]  # fmt: skip
+SHAPES: list[Callable[[Tensor], Tensor]] = [
+    lambda z: z.reshape(z.shape[0], -1), lambda z: z.reshape(-1, z.shape[-1]), lambda z: z.transpose(0, -1),
+    lambda z: z.transpose(-1, -2) if z.dim() > 1 else z, lambda z: z[None], lambda z: z.flatten(),
+    lambda z: z.reshape(2, -1) if z.numel() % 2 == 0 else z, lambda z: z.movedim(0, 1) if z.dim() > 1 else z,
+    lambda z: z.unsqueeze(-1), lambda z: z.squeeze(), lambda z: z.reshape(-1, 2) if z.numel() % 2 == 0 else z,
+]  # fmt: skip
+PRODUCTS: list[Callable[[Tensor], Tensor]] = [
+    lambda z: F.linear(z, torch.randn(3, z.shape[-1]), torch.randn(3)),
+    lambda z: z @ torch.randn(z.shape[-1], 2),
+    lambda z: F.layer_norm(z, z.shape[-1:]), lambda z: z @ z.transpose(-1, -2) if z.dim() > 2 else z,
+    lambda z: z.tanh() + z.sum(-1) if z.shape[-1:] == z.shape[:1] and z.dim() == 2 else z,
+    lambda z: torch.einsum("...i,...i->...", z, z.tanh()) if z.dim() > 1 else z,
+    lambda z: F.conv1d(z[:, None], torch.randn(2, 1, 2)) if z.dim() == 2 and z.shape[1] > 1 else z,
+]  # fmt: skip
+LOSSES: list[Callable[[Tensor], Tensor]] = [
+    lambda z: z.square().mean(), lambda z: z.tanh().sum(), lambda z: z.sin().sum() / 3 + z.square().mean(),
+    lambda z: F.mse_loss(z, torch.randn(z.shape)), lambda z: F.huber_loss(z, torch.randn(z.shape)),
+    lambda z: z.square().sum().sqrt(),
+    lambda z: F.mse_loss(z, z.detach().flip(0).sin(), reduction="none").mean(0).sum(),
+    lambda z: F.mse_loss(z, z.flatten()[: z.shape[-1]] if z.dim() else z * 2),
+    lambda z: F.binary_cross_entropy_with_logits(z, torch.rand(z.shape)),
+    lambda z: F.cross_entropy(z, torch.zeros(len(z)).long()) if z.dim() == 2 else z.square().sum(),
+    lambda z: F.nll_loss(z.tanh(), torch.zeros(len(z)).long(), reduction="none").square().sum()
+    if z.dim() == 2 else z.square().sum(),
+    lambda z: z.square().logsumexp(tuple(range(z.dim()))) if z.dim() else z.square(),
+]  # fmt: skip
+
+
+def random_tail(seed: int) -> tuple[Tensor, nn.Linear, Callable[[Tensor], Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    lead = [(2,), (4,), (2, 2), (4, 2), (3,)][draw(5)]
+    d = [2, 3, 4][draw(3)]  # sizes that coincide, so that a wrong axis is not seen by its length
+    steps = [(draw(4), draw(100), draw(3)) for _ in range(1 + draw(4))]
+    loss = LOSSES[draw(len(LOSSES))]
+
+    def tail(z: Tensor) -> Tensor:
+        for kind, which, axis in steps:
+            if kind == 0:
+                z = ELEMENTWISE[which % len(ELEMENTWISE)](z)
+            elif kind == 1 and z.dim():
+                z = OVER_AN_AXIS[which % len(OVER_AN_AXIS)](z, axis % z.dim() if axis < 2 else -1)
+            elif kind == 2 and z.dim():
+                z = SHAPES[which % len(SHAPES)](z)
+            elif kind == 3 and z.dim():
+                z = PRODUCTS[which % len(PRODUCTS)](z)
+        return loss(z)
+
+    torch.manual_seed(seed)
+    return torch.randn(*lead, 3), nn.Linear(3, d), tail
+
+
+def test_random_tails() -> None:
+    """Whatever is proven of 2,000 compositions of operations holds."""
+    proven = 0
+    for seed in range(2000):
+        x, linear, tail_of = random_tail(seed)
+        with observe(linear) as layer:
+            z = linear(x)
+            loss = tail_of(z)
+        if not loss.requires_grad or loss.numel() != 1:
+            continue
+        tail = find_tail(loss, layer)
+        for groups in {math.prod(x.shape[:-1]), x.shape[0]} - {1}:
+            if independence.independent(tail, groups):
+                proven += 1
+                assert mixed(loss, z, groups) == 0, (
+                    f"seed {seed}, {groups} groups: {[n.name() for n in tail.path]}"
+                )
+    assert proven > 500
+
+
+@pytest.mark.parametrize("case", [*GRID[::3], *SPECIAL], ids=lambda case: case.name)
+def test_cases(case: Case) -> None:
+    """And of every case: scaling directions by group scales the product likewise."""
+    loss, (layer, *_) = observed(case.problem())
+    curvature = Curvature(find_tail(loss, layer), differentiable=False)
+    uses = curvature.uses
+    if curvature.tail.nested or not all(getattr(use, "has_rows", False) for use in uses):
+        return
+    for axis in ("row", 0):
+        if (axis == 0 and len({use.lead[0] if use.lead else 0 for use in uses}) > 1) or not uses[0].lead:
+            continue
+        grouping = Grouping(uses, axis)
+        if grouping.groups > 1 and shown_independent(curvature, grouping):
+            scales = grouping.scatter(torch.rand(grouping.groups, 1, 1).expand(-1, grouping.size, 1))
+            q = [torch.randn_like(g) for g in curvature.gradient]
+            scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)])
+            for e, s, h in zip(scales, scaled, curvature.hvp(q), strict=True):
+                torch.testing.assert_close(s, e * h, rtol=1e-9, atol=1e-13)
+
+
+SHOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "perceptron": lambda z: F.cross_entropy(F.linear(F.gelu(z), torch.randn(3, 4)), torch.zeros(6).long()),
+    "norms": lambda z: F.mse_loss(F.layer_norm(F.group_norm(z, 2), (4,)), torch.zeros(6, 4)),
+    "batch norm in eval mode": lambda z: F.batch_norm(z, torch.zeros(4), torch.ones(4)).sin().sum(),
+    "convolutions": lambda z: (
+        F.avg_pool2d(F.conv2d(z.view(6, 1, 2, 2), torch.ones(2, 1, 1, 1)), 2).sin().sum()
+    ),
+    "attention of each sample": lambda z: (
+        (z.view(6, 2, 2) @ z.view(6, 2, 2).mT).softmax(-1) @ z.view(6, 2, 2)
+    ).square().mean(),
+    "weights of rows": lambda z: (torch.rand(6) * z.tanh().square().sum(1)).sum() / 7,
+    "normalised": lambda z: F.normalize(z, dim=-1).sin().sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tail_of", SHOWN.values(), ids=SHOWN)
+def test_common_tails_are_shown(tail_of: Callable[[Tensor], Tensor]) -> None:
+    linear = nn.Linear(3, 4)
+    with observe(linear) as layer:
+        loss = tail_of(linear(torch.randn(6, 3)))
+    assert independence.independent(find_tail(loss, layer), 6)
