@@ -120,9 +120,7 @@ def find_grouping(curvature: Curvature, smaller_than: int, *, insist: bool = Fal
     groupings = sorted((Grouping(uses, axis) for axis in axes), key=lambda grouping: grouping.size)
     for grouping in groupings:
         if grouping.size < smaller_than and (
-            grouping.groups == 1
-            or shown_independent(curvature, grouping)
-            or _tested_independent(curvature, grouping, insist=insist)
+            shown_independent(curvature, grouping) or _tested_independent(curvature, grouping, insist=insist)
         ):
             return grouping
     return None
@@ -144,14 +142,14 @@ def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
 
 
 def shown_independent(curvature: Curvature, grouping: Grouping) -> bool:
-    """Whether the graph shows that groups do not interact."""
-    if grouping.axis == "row":  # one run of numbers per row: channels last
-        in_order = len(grouping.uses) == 1 and grouping.uses[0].channel % len(grouping.uses[0].shape) == len(
-            grouping.uses[0].lead
-        )
-    else:
-        in_order = grouping.axis == 0
-    return in_order and independence.independent(curvature.tail, grouping.groups)
+    """Whether the graph shows that groups do not interact; one group has nothing to interact with."""
+    if grouping.groups == 1:
+        return True
+    channels = [use.channel % len(use.shape) for use in grouping.uses]
+    last = [len(use.shape) - 1 for use in grouping.uses]
+    # Groups must be runs of z: of one use its rows, if the channels come last, or what its first axis counts.
+    runs = (channels == last and len(last) == 1) if grouping.axis == "row" else grouping.axis == 0
+    return runs and 0 not in channels and independence.independent(curvature.tail, grouping.groups)
 
 
 def _tested_independent(curvature: Curvature, grouping: Grouping, *, insist: bool) -> bool:

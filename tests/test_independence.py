@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import independence, observe
+from fam_optim import independence, observe, relative_flatness
 from fam_optim.curvature import Curvature
 from fam_optim.rows import Grouping, shown_independent
 from fam_optim.tail import find_tail
@@ -166,3 +166,18 @@ def test_common_tails_are_shown(tail_of: Callable[[Tensor], Tensor]) -> None:
     with observe(linear) as layer:
         loss = tail_of(linear(torch.randn(6, 3)))
     assert independence.independent(find_tail(loss, layer), 6)
+
+
+def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
+    """z (d, L) with d a multiple of L: its runs are channels, whatever the length of the axis."""
+    convolution = nn.Conv1d(2, 4, 1)
+    with observe(convolution) as layer:
+        loss = convolution(torch.randn(2, 4)).softmax(1).square().sum()
+    tail = find_tail(loss, layer)
+    assert independence.independent(tail, 4), "of channels it is true"
+    curvature = Curvature(tail, differentiable=False)
+    for axis in ("row", 0):
+        assert not shown_independent(curvature, Grouping(curvature.uses, axis))
+    torch.testing.assert_close(
+        relative_flatness(loss, layer), relative_flatness(loss, layer, mode="full"), rtol=1e-9, atol=0
+    )
