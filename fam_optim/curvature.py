@@ -40,7 +40,7 @@ class Curvature:
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
-        _check_twice_differentiable(tail.path)
+        check_differentiable(tail.path)
         self.tail = tail
         self.differentiable = differentiable
         self.uses = tail.uses
@@ -144,7 +144,7 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
-def _check_twice_differentiable(path: Sequence[Node]) -> None:
+def check_differentiable(path: Sequence[Node]) -> None:
     """Raises RuntimeError for nodes whose second derivatives torch gives wrong without a word."""
     for node in path:
         # torch refuses only where the region's backward depends on what requires gradients, and takes

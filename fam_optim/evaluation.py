@@ -22,6 +22,7 @@ def dataset_relative_flatness(
     *,
     measure: str = "neuronwise",
     mode: str = "exact",
+    curvature: str = "hessian",
     normalize: bool = False,
     n_samples: int = 1,
     generator: torch.Generator | None = None,
@@ -37,7 +38,7 @@ def dataset_relative_flatness(
         layer: a module of the model, or a parameter (modes full and hutchinson).
         loss_fn: ``loss_fn(model(inputs), targets)``, the *mean* over the batch.
         loader: yields ``(inputs, targets)``; tensors, also in dicts, are moved to the layer's device.
-        measure, mode, normalize, n_samples, generator: as in `relative_flatness`.
+        measure, mode, curvature, normalize, n_samples, generator: as in `relative_flatness`.
 
     Raises:
         ValueError: if the loader is empty.
@@ -46,8 +47,10 @@ def dataset_relative_flatness(
     Cost: one forward per batch and the value's part of `relative_flatness`.
     """
     # The value alone: a constant Hessian spares the graph of its derivative.
-    settings = Settings(measure, mode, normalize, n_samples, generator, detach_hessian=True)
-    check_mode(layer, mode)
+    settings = Settings(
+        measure, mode, normalize, n_samples, generator, detach_hessian=True, curvature=curvature
+    )
+    check_mode(layer, settings)
     observed = layer if isinstance(layer, nn.Parameter) else observe(layer)
     weight = layer if isinstance(layer, nn.Parameter) else next(layer.parameters())
     device = weight.device

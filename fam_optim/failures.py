@@ -21,6 +21,11 @@ _REMEDIES = (  # by what torch's message contains
         "the layer with use_reentrant=False.",
     ),
     (
+        r"donated buffers",
+        "A compiled region gives its buffers away after one backward: set "
+        "torch._functorch.config.donated_buffer = False before it is compiled.",
+    ),
+    (
         r"second time",
         "The loss has been backpropagated already: compute kappa before backward(), or call "
         "backward(retain_graph=True).",

@@ -18,6 +18,7 @@ from fam_optim import verdicts
 from fam_optim.curvature import Curvature, undifferentiable, without_gradient
 from fam_optim.estimators.exact import exact
 from fam_optim.estimators.full import full
+from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.estimators.softmax import softmax_curvature
 from fam_optim.measure import MEASURES
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Layers = Layer | Sequence[Layer]
 
 MODES = ("exact", "full", "hutchinson")
+CURVATURES = ("hessian", "gauss_newton")
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,15 @@ class Settings:
     n_samples: int = 1
     generator: torch.Generator | None = None
     detach_hessian: bool = False
+    curvature: str = "hessian"
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ValueError(f"expected `measure` to be one of {sorted(MEASURES)}, got {self.measure!r}.")
         if self.mode not in MODES:
             raise ValueError(f"expected `mode` to be one of {list(MODES)}, got {self.mode!r}.")
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"expected `curvature` to be one of {list(CURVATURES)}, got {self.curvature!r}.")
         if not isinstance(self.n_samples, int) or self.n_samples < 1:
             raise ValueError(f"expected `n_samples` to be a positive integer, got {self.n_samples!r}.")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
@@ -67,6 +72,7 @@ def relative_flatness(
     *,
     measure: str = "neuronwise",
     mode: str = "exact",
+    curvature: str = "hessian",
     normalize: bool = False,
     n_samples: int = 1,
     generator: torch.Generator | None = None,
@@ -84,7 +90,9 @@ def relative_flatness(
     >>> (loss + 0.03 * relative_flatness(loss, layer)).backward()
 
     On the last layer of a classifier kappa is never negative. On layers below it can be: there the loss
-    need not be convex in the weights.
+    need not be convex in the weights. ``curvature="gauss_newton"`` takes the part of H that is never negative
+    on any layer, ``G = sum_i J_i^T B_i J_i``, J the Jacobian of the network's outputs and B the Hessian of
+    the loss in them; on last layers, and where only piecewise linear functions follow, it is the same number.
 
     Args:
         loss: the scalar, before its backward. kappa is linear in it and has its unit: a sum over
@@ -93,6 +101,8 @@ def relative_flatness(
             hutchinson only), or a sequence of these, whose kappas are added.
         measure: "neuronwise" or "layerwise".
         mode: "exact", "full" (forms H, for tiny layers and tests) or "hutchinson" (random probes).
+        curvature: "hessian", or "gauss_newton" for softmax cross-entropy, binary cross-entropy with logits,
+            squared error and sums of these.
         normalize: divide by m, as the authors' code does: the lambdas of the paper apply then.
         n_samples: probes per evaluation (hutchinson).
         generator: of the probes; by default torch's global one (hutchinson).
@@ -107,14 +117,16 @@ def relative_flatness(
             what follows the layer (BatchNorm in train mode).
 
     Cost, in tail backwards (the backward from the loss to the layer's output alone): exact on a softmax
-    cross-entropy head about one; exact elsewhere about ``4 min(d, m)``; hutchinson about 4 per probe.
+    cross-entropy head about one; exact elsewhere about ``4 min(d, m)``; hutchinson about 4 per probe. With
+    Gauss-Newton curvature one product serves all layers: hutchinson 1 per probe and 2 more for its gradient,
+    exact as many times that as the network has outputs.
 
     Source: Petzka et al. 2021, definition 3 (kappa); Adilova et al. 2023, sections 1 and 3.2.
     """
-    settings = Settings(measure, mode, normalize, n_samples, generator)
+    settings = Settings(measure, mode, normalize, n_samples, generator, curvature=curvature)
     layers = _observed_layers(layer)
     for one in layers:
-        check_mode(one, mode)
+        check_mode(one, settings)
     return layers_flatness(loss, layers, settings)
 
 
@@ -155,6 +167,8 @@ class Flatness(NamedTuple):
 def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Flatness:
     """The sum of the kappas of the layers at whose outputs the tails end."""
     with torch.enable_grad(), _without_autocast(tails[0].loss.device.type), local_derivatives(tails):
+        if settings.curvature == "gauss_newton":
+            return _gauss_newton(tails, settings)
         found = [_flatness(tail, settings) for tail in tails]
         if len(found) == 1:
             return found[0]
@@ -166,9 +180,9 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def check_mode(layer: object, mode: str) -> None:
+def check_mode(layer: object, settings: Settings) -> None:
     """Raises ValueError if the mode needs more of the layer than a bare parameter has."""
-    if mode == "exact" and isinstance(layer, Tensor):
+    if settings.mode == "exact" and settings.curvature == "hessian" and isinstance(layer, Tensor):
         raise ValueError(
             f"mode='exact' needs the layer's inputs and outputs, which a bare {describe(layer)} does not "
             "have. Pass the module that owns it as `layer`, or use mode='hutchinson'."
@@ -193,6 +207,21 @@ def _flatness(tail: Tail, settings: Settings) -> Flatness:
         kappa = kappa / tail.uses[0].m
     why = undifferentiable(tail) if differentiable else None
     return Flatness(kappa if why is None else without_gradient(kappa, why), heads is not None)
+
+
+def _gauss_newton(tails: Sequence[Tail], settings: Settings) -> Flatness:
+    values = gauss_newton(
+        tails,
+        [MEASURES[settings.measure](_matrix(tail)) for tail in tails],
+        settings.mode,
+        differentiable=not settings.detach_hessian,
+        n_samples=settings.n_samples,
+        generator=settings.generator,
+    )
+    if settings.normalize:
+        values = [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
+    # Of first derivatives alone, which are finite with the loss's own, if the Jacobian is held constant.
+    return Flatness(values[0] if len(values) == 1 else torch.stack(values).sum(), settings.detach_hessian)
 
 
 def _matrix(tail: Tail) -> Tensor:

@@ -45,6 +45,12 @@ class Factor(Protocol):
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., k)``; v is ``(..., d)``."""
 
+    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
+        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``; y is ``(..., k)``."""
+
+    def square(self, g: Tensor) -> Tensor:
+        """``||F^T g||_F^2``, ``()``, of g ``(d, m)``; through the smaller Gram matrix, and never negative."""
+
     def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
         """``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
 
@@ -80,6 +86,14 @@ class Neuronwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return 1.0, signs @ self.matrix.T
 
+    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
+        return 1.0, rows @ self.matrix
+
+    def square(self, g: Tensor) -> Tensor:
+        if self.by_unit:
+            return (self.gram() * (g @ g.mT)).sum().clamp_min(0)
+        return (self.matrix.mT @ g).square().sum()
+
     def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
         # W Z with Z[k,t] = s_k r_{t-k}, whose entries are uncorrelated, as a circular convolution.
         signs, ring = draw((self.columns,)), draw((self.columns,))
@@ -98,22 +112,28 @@ class Layerwise:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.columns = self.directions = matrix.shape[0]
-        self.square = matrix.square().sum()
+        self.square_norm = matrix.square().sum()
 
     def gram(self) -> Tensor:
-        return self.square * _identity(self.matrix)
+        return self.square_norm * _identity(self.matrix)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.gram(), _identity(self.matrix)
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        return self.square, signs  # not ||W|| in v: the norm has no derivative at W = 0
+        return self.square_norm, signs  # not ||W|| in v: the norm has no derivative at W = 0
+
+    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
+        return self.square_norm, rows
+
+    def square(self, g: Tensor) -> Tensor:
+        return self.square_norm * g.square().sum()
 
     def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
-        return self.square, draw(tuple(self.matrix.shape))
+        return self.square_norm, draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
-        return self.square * variance_of_indicator(log_p, by_row)
+        return self.square_norm * variance_of_indicator(log_p, by_row)
 
 
 def _identity(matrix: Tensor) -> Tensor:

@@ -60,6 +60,9 @@ class FAM(OptimizerWrapper):
             with detach_hessian, is the one that lost least against tuning it (recipes/STUDY.md).
         mode: "exact", "full" (forms the Hessian; tiny layers) or "hutchinson" (random probes).
         measure: "neuronwise" (paper, section 1) or "layerwise" (section 3.2).
+        curvature: "hessian" (the paper's) or "gauss_newton": its part that is never negative, on any layer,
+            for all layers at the price of one backward (mode "hutchinson"); behind BatchNorm too. For
+            softmax cross-entropy, binary cross-entropy with logits, squared error and sums of these.
         normalize: divide kappa by m, as the authors' code does; the paper's lambdas apply then.
         detach_hessian: keep only the part of the gradient that goes through ``<w_s, w_u>``, (I) of the
             paper's Lemma 1, ``2 T W``.
@@ -90,13 +93,14 @@ class FAM(OptimizerWrapper):
         mode: str = "exact",
         *,
         measure: str = "neuronwise",
+        curvature: str = "hessian",
         normalize: bool = False,
         detach_hessian: bool = False,
         n_samples: int = 1,
         generator: torch.Generator | None = None,
         **base_kwargs: Any,
     ) -> None:
-        settings = Settings(measure, mode, normalize, n_samples, generator, detach_hessian)
+        settings = Settings(measure, mode, normalize, n_samples, generator, detach_hessian, curvature)
         self.penalty = Penalty(layer, lam, settings)
         self._start(_build_base(base_optimizer, params, base_kwargs))
         self._warn_untrained()

@@ -66,7 +66,7 @@ class Penalty:
         self.lam = lam
         self.layers = as_layers(layer)
         for one in self.layers:
-            check_mode(one, settings.mode)
+            check_mode(one, settings)
         self.last_kappa: Tensor | None = None
         self._prepare()
 

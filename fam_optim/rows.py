@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fam_optim.curvature import Curvature
+    from fam_optim.tail import Tail
+    from fam_optim.use import Use
 
 _generators: dict[torch.device, torch.Generator] = {}
 
@@ -109,7 +111,7 @@ def find_grouping(curvature: Curvature, smaller_than: int, *, insist: bool = Fal
     Cost: nothing where the graph shows it; else two or three Hessian-vector products, not differentiated,
     per grouping tried.
     """
-    uses = _row_uses(curvature)
+    uses = row_uses(curvature.tail, curvature.uses)
     if uses is None:
         return None
     axes: list[int | str | None] = ["row", None]
@@ -128,28 +130,34 @@ def find_grouping(curvature: Curvature, smaller_than: int, *, insist: bool = Fal
 
 def shown_rows(curvature: Curvature) -> Grouping | None:
     """Every row as a group of its own, if the graph shows that rows do not interact."""
-    uses = _row_uses(curvature)
+    uses = row_uses(curvature.tail, curvature.uses)
     if uses is None:
         return None
     rows = Grouping(uses, "row")
     return rows if shown_independent(curvature, rows) else None
 
 
-def _row_uses(curvature: Curvature) -> list[LayerUse] | None:
-    """The uses, if each output vector belongs to one input vector."""
-    uses = [use for use in curvature.uses if isinstance(use, LayerUse) and use.has_rows]
-    return None if len(uses) < len(curvature.uses) or curvature.tail.nested else uses
+def row_uses(tail: Tail, uses: Sequence[Use]) -> list[LayerUse] | None:
+    """The uses of the tail's layer, if each output vector belongs to one input vector."""
+    of_rows = [use for use in uses if isinstance(use, LayerUse) and use.has_rows]
+    return None if len(of_rows) < len(uses) or tail.nested else of_rows
+
+
+def in_order(uses: Sequence[LayerUse], axis: int | str | None) -> bool:
+    """Whether the groups along `axis` are runs of z: of one use its rows, if the channels come last, or what
+    the first axis counts."""
+    channels = [use.channel % len(use.shape) for use in uses]
+    if axis == "row":
+        return len(uses) == 1 and channels[0] == len(uses[0].shape) - 1
+    return axis == 0 and 0 not in channels
 
 
 def shown_independent(curvature: Curvature, grouping: Grouping) -> bool:
     """Whether the graph shows that groups do not interact; one group has nothing to interact with."""
     if grouping.groups == 1:
         return True
-    channels = [use.channel % len(use.shape) for use in grouping.uses]
-    last = [len(use.shape) - 1 for use in grouping.uses]
-    # Groups must be runs of z: of one use its rows, if the channels come last, or what its first axis counts.
-    runs = (channels == last and len(last) == 1) if grouping.axis == "row" else grouping.axis == 0
-    return runs and 0 not in channels and independence.independent(curvature.tail, grouping.groups)
+    runs = in_order(grouping.uses, grouping.axis)
+    return runs and independence.independent(curvature.tail, grouping.groups)
 
 
 def _tested_independent(curvature: Curvature, grouping: Grouping, *, insist: bool) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from fam_optim import nodes, verdicts
+from fam_optim.linear import descend
 from fam_optim.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
@@ -30,10 +31,6 @@ _ORDER_KEEPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", 
 _ORDER_KEEPING |= {nodes.DDP_SINK}
 _MOVING = _ORDER_KEEPING | {"Transpose", "Permute", "T", "Slice", "Select", "Expand"}
 _MOVING |= {"Index", "IndexSelect", "Gather"}
-_LINEAR = _MOVING | {"Add", "Sub", "Neg", "Sum", "Mean", "NllLoss", "NllLoss2D", "Cat", "Stack", "Unbind"}
-_LINEAR |= {"MaskedFill", "MaskedSelect", "Where", "Split", "SplitWithSizes"}
-_LINEAR_IN_FIRST = {"Div", "KlDiv"}
-_LINEAR_IN_EITHER = {"Mul", "Dot", "Mv", "Mm", "Bmm"}
 _SHIFT, _SCALE = "a shift", "a factor"
 
 
@@ -73,10 +70,10 @@ def find_softmax_heads(tail: Tail) -> list[SoftmaxHead] | None:
     if tail.nested or len(ends) < len(tail.uses):
         return None
     path = {*tail.path, *ends}
-    descended = _descend_linear(tail, path, set(ends))
+    descended = descend(tail.loss, path, set(ends), {"LogSoftmax"})
     if descended is None:
         return None
-    softmaxes, constant = descended
+    softmaxes, constant = descended.leaves, descended.constant
     heads = []
     for node in softmaxes:
         head = _find_head(node, tail, path, ends, constant)
@@ -119,42 +116,6 @@ def _affine(kind: str, on_path: list[int]) -> str | None:
     if kind in ("Mul", "Neg") or (kind == "Div" and on_path == [0]):
         return _SCALE if len(on_path) == 1 else None
     return kind if kind in _MOVING and len(on_path) == 1 else None
-
-
-def _descend_linear(tail: Tail, path: set[Node], ends: set[Node]) -> tuple[list[Node], bool] | None:
-    """The log_softmax nodes that the loss is linear in, and whether its coefficients are constants."""
-    heads, constant = [], True
-    root = tail.loss.grad_fn
-    assert root is not None
-    stack = [(root, tail.loss.output_nr)]
-    seen = set(stack)
-    while stack:
-        node, output = stack.pop()
-        kind = nodes.kind(node)
-        if kind == "LogSoftmax":
-            heads.append(node)
-            continue
-        if node in ends:  # linear in z itself: no curvature
-            continue
-        inputs = nodes.inputs_of(node, output)
-        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
-        if kind in _LINEAR_IN_FIRST:
-            linear = on_path == [0]
-        elif kind in _LINEAR_IN_EITHER:
-            linear = len(on_path) == 1
-        else:
-            linear = kind in _LINEAR
-        if not linear:
-            return None
-        for below, its_output in inputs:
-            if below is None:
-                continue
-            if below not in path:
-                constant = False
-            elif (below, its_output) not in seen:
-                seen.add((below, its_output))
-                stack.append((below, its_output))
-    return heads, constant
 
 
 def _over_the_outputs(head: SoftmaxHead, tail: Tail) -> bool:

@@ -72,6 +72,10 @@ class Use:
         """``lin(phi; matrix)``: where a step of W along `matrix` ``(d, m)`` moves z."""
         return matrix.reshape(self.shape)
 
+    def pull(self, delta: Tensor) -> Tensor:
+        """``sum_a delta_a phi_a^T`` ``(d, m)``, the transpose of `lift`: a derivative in z as one in W."""
+        return delta.flatten(1)
+
     def detached(self) -> Use:
         """This use with a constant input."""
         return self
@@ -122,6 +126,14 @@ class LayerUse(Use):
         """z as the layer's class computes it from phi, the weight and `bias`."""
         raise NotImplementedError
 
+    def pull(self, delta: Tensor) -> Tensor:
+        with torch.enable_grad():
+            zeros = delta.new_zeros(self.d, self.m, requires_grad=True)
+            lifted = self.lift(zeros)
+            attached = delta.requires_grad or self.input.requires_grad
+            (pulled,) = torch.autograd.grad(lifted, zeros, delta, create_graph=attached)
+        return pulled
+
     def detached(self) -> LayerUse:
         use = copy.copy(self)
         use.phi = self.phi.detach()
@@ -143,6 +155,9 @@ class LinearUse(LayerUse):
 
     def lift(self, matrix: Tensor) -> Tensor:
         return F.linear(self.input, matrix)
+
+    def pull(self, delta: Tensor) -> Tensor:
+        return delta.reshape(-1, self.d).mT @ self.input.reshape(-1, self.m).to(delta.dtype)
 
     def again(self, bias: Tensor | None) -> Tensor:
         return F.linear(self.phi, self.weight, bias)

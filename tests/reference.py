@@ -243,3 +243,32 @@ def primitive_layer_norm() -> Iterator[None]:
 
     with patch.object(F, "layer_norm", layer_norm):
         yield
+
+
+def gauss_newton_traces(outputs: Tensor, loss: Tensor, weight: Tensor, measure: str) -> Tensor:
+    """``<F F^T, T>``, T[s,u] = Tr(G_{s,u}), G = J^T B J, by loops over the definition, differentiable.
+
+    J is the derivative of every output in every weight, B that of every entry of dL/do in every output.
+    """
+    w = weight.flatten(1)
+    d, m = w.shape
+    rows = [
+        torch.autograd.grad(o, weight, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+        for o in outputs.flatten()
+    ]
+    jacobian = torch.stack([row.reshape(d, m) for row in rows])
+    (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
+    curvature = torch.stack(
+        [
+            torch.autograd.grad(s, outputs, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+            for s in slope.flatten()
+        ]
+    ).flatten(1)
+    gauss_newton = torch.einsum("ast,ab,buv->stuv", jacobian, curvature, jacobian)
+    value = weight.new_zeros(())
+    for s in range(d):
+        for u in range(d):
+            trace = sum(gauss_newton[s, t, u, t] for t in range(m))
+            factor = w[s] @ w[u] if measure == "neuronwise" else (s == u) * w.square().sum()
+            value = value + factor * trace
+    return value

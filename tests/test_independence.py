@@ -60,7 +60,11 @@ PRODUCTS: list[Callable[[Tensor], Tensor]] = [
     lambda z: F.linear(z, torch.randn(3, z.shape[-1]), torch.randn(3)),
     lambda z: z @ torch.randn(z.shape[-1], 2),
     lambda z: F.layer_norm(z, z.shape[-1:]), lambda z: z @ z.transpose(-1, -2) if z.dim() > 2 else z,
+    lambda z: z.tanh() + z.sum(-1)[None] if z.shape[-1:] == z.shape[:1] and z.dim() == 2 else z,
+    lambda z: z.sum(-1)[None].expand_as(z).sin() if z.shape[-1:] == z.shape[:1] and z.dim() == 2 else z,
     lambda z: z.tanh() + z.sum(-1) if z.shape[-1:] == z.shape[:1] and z.dim() == 2 else z,
+    lambda z: torch.addmm(torch.zeros(z.shape[1]), torch.randn(len(z), len(z)), z) if z.dim() == 2 else z,
+    lambda z: torch.randn(len(z), len(z)) @ z if z.dim() == 2 else z,
     lambda z: torch.einsum("...i,...i->...", z, z.tanh()) if z.dim() > 1 else z,
     lambda z: F.conv1d(z[:, None], torch.randn(2, 1, 2)) if z.dim() == 2 and z.shape[1] > 1 else z,
 ]  # fmt: skip

@@ -1,0 +1,233 @@
+"""Gauss-Newton curvature: the part of the Hessian that is never negative, for several layers at once.
+
+    G             = sum_i J_i^T S_i S_i^T J_i,    J_i = d o_i / d W
+    <F F^T, T_G>  = sum_c ||F^T g_c||^2,          g_c = d<S e_c, o>/dW  (d, m), over the columns c of S
+
+One vector-Jacobian product with a column gives its g for all layers. Where samples do not interact, the
+columns of all samples share a product, and the sum of ``||F^T g_ic||^2`` is over samples too.
+
+exact        all columns
+hutchinson   random signs r for the columns: ``E ||F^T g_r||^2``, one backward, whatever interacts
+full         T_G from every column by itself: for tests
+
+``g`` is ``sum_a delta_a phi_a^T`` over the rows a of z, ``delta = d<S r, o>/dz``. Of a row by itself
+``||F^T g||^2 = ||phi||^2 ||F^T delta||^2`` takes no (d, m) tensor, and the sum of these has less variance
+than the square of the sum: it is taken where the graph shows that rows do not interact.
+
+Source: DESIGN, 7; for cross-entropy the expected squared gradient over labels drawn from the model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fam_optim import failures, independence, nodes, verdicts
+from fam_optim.corrections import exact_backwards
+from fam_optim.curvature import check_differentiable
+from fam_optim.estimators.hutchinson import rademacher
+from fam_optim.outputs import find_outputs
+from fam_optim.rows import Grouping, in_order, row_uses
+from fam_optim.use import at_least_float32, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from fam_optim.measure import Factor
+    from fam_optim.outputs import Output
+    from fam_optim.tail import Tail
+    from fam_optim.use import Use
+
+MAX_PRODUCTS = 1024
+"""More vector-Jacobian products than this in one evaluation end in an error instead."""
+
+
+class Jacobian:
+    """Vector-Jacobian products from the outputs under a loss to the outputs z of several layers.
+
+    Cost of a product: one backward from the loss to the lowest layer; with its derivative two more.
+    """
+
+    def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
+        self.tails, self.differentiable = tails, differentiable
+        self.path = tuple(dict.fromkeys(node for tail in tails for node in tail.path))
+        if differentiable:
+            check_differentiable(self.path)
+        self.outputs = find_outputs(tails, differentiable=differentiable)
+        _check_weights(tails[0], self.outputs)
+        self.sizes = [math.prod(output.shape) for output in self.outputs]
+        self.uses = [
+            tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
+        ]
+
+    def pull(self, r: Sequence[Tensor]) -> list[list[Tensor]]:
+        """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
+        edges, vectors = [], []
+        for output, signs in zip(self.outputs, r, strict=True):
+            edges += output.edges
+            vectors += output.root(signs)
+        inputs = [edge for tail in self.tails for edge in tail.edges]
+        found = iter(self._backward(edges, inputs, vectors))
+        return [[self._at(use, next(found)) for use in uses] for uses in self.uses]
+
+    def _at(self, use: Use, gradient: Tensor | None) -> Tensor:
+        if gradient is None:
+            return use.matrix().detach().new_zeros(use.shape)
+        return at_least_float32(gradient).reshape(use.shape)
+
+    def _backward(self, edges: Any, inputs: Any, vectors: Sequence[Tensor]) -> Any:
+        if not edges:
+            return [None] * len(inputs)
+        vectors = [
+            v.to(nodes.results(e.node)[e.output_nr].dtype) for e, v in zip(edges, vectors, strict=True)
+        ]
+        try:
+            with exact_backwards(self.path if self.differentiable else (), first=False):
+                return torch.autograd.grad(
+                    edges,
+                    inputs,
+                    vectors,
+                    create_graph=self.differentiable,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+        except RuntimeError as error:
+            remedy = failures.remedy(error)
+            if remedy is None:
+                raise
+            raise RuntimeError(f"kappa needs derivatives of what follows the layer. {remedy}") from error
+
+
+def gauss_newton(
+    tails: Sequence[Tail],
+    factors: Sequence[Factor],
+    mode: str,
+    *,
+    differentiable: bool,
+    n_samples: int,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    """``<F F^T, T_G>`` of every layer, never negative.
+
+    Cost: for all layers together one vector-Jacobian product per probe (hutchinson), or per output of a
+    sample where samples do not interact, else per output of the batch (exact).
+
+    Raises:
+        RuntimeError: if the loss is not known to be convex in the outputs; in mode exact, if it would take
+            more than `MAX_PRODUCTS` products.
+    """
+    jacobian = Jacobian(tails, differentiable=differentiable)
+    if mode == "full":
+        return _from_traces(jacobian, factors)
+    groups = _common_groups(jacobian)
+    if mode == "exact":
+        columns = sum(jacobian.sizes) // groups
+        if columns > MAX_PRODUCTS:
+            raise RuntimeError(
+                f"exact Gauss-Newton kappa of `layer` {describe(tails[0].layer)} takes {columns} "
+                f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
+                "mode='hutchinson', which is unbiased with one."
+            )
+        values = [_squares(jacobian, factors, groups, r) for r in _columns(jacobian, groups)]
+        return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
+    like = jacobian.uses[0][0].matrix()
+    samples = []
+    for _ in range(n_samples):
+        r = [rademacher(tuple(output.shape), like, generator) for output in jacobian.outputs]
+        samples.append(_squares(jacobian, factors, groups, r))
+    return [torch.stack(of_layer).mean() for of_layer in zip(*samples, strict=True)]
+
+
+def _squares(jacobian: Jacobian, factors: Sequence[Factor], groups: int, r: Sequence[Tensor]) -> list[Tensor]:
+    """``sum over groups of ||F^T g||^2`` of every layer, for one r."""
+    deltas = jacobian.pull(r)
+    return [
+        _square(tail, uses, delta, factor, groups)
+        for tail, uses, delta, factor in zip(jacobian.tails, jacobian.uses, deltas, factors, strict=True)
+    ]
+
+
+def _square(tail: Tail, uses: Sequence[Use], deltas: Sequence[Tensor], factor: Factor, groups: int) -> Tensor:
+    grouping = _grouping(tail, uses, groups)
+    if grouping is None or groups == 1:
+        g = sum(use.pull(delta) for use, delta in zip(uses, deltas, strict=True))
+        return factor.square(g)  # type: ignore[arg-type]
+    delta = grouping.gather_outputs(deltas)
+    scale, pulled = factor.pulled(delta)
+    if grouping.size == 1:
+        return scale * (grouping.squared_norms()[:, 0] * pulled[:, 0].square().sum(1)).sum()
+    phi = grouping.gather([use.rows() for use in grouping.uses])
+    gram = (phi @ phi.mT) * (pulled @ pulled.mT)
+    return scale * gram.sum().clamp_min(0)
+
+
+def _columns(jacobian: Jacobian, groups: int) -> Iterator[list[Tensor]]:
+    """One-hot vectors, the same for every group: all columns of S, that of one output after the other."""
+    like = jacobian.uses[0][0].matrix()
+    for index, size in enumerate(jacobian.sizes):
+        for column in range(size // groups):
+            r = [like.new_zeros(other.shape) for other in jacobian.outputs]
+            r[index].view(groups, -1)[:, column] = 1
+            yield r
+
+
+def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
+    """``<F F^T, T>`` with T from every column of S by itself."""
+    traces: list[Any] = [0.0] * len(factors)
+    for r in _columns(jacobian, 1):
+        for index, (uses, delta) in enumerate(zip(jacobian.uses, jacobian.pull(r), strict=True)):
+            g = sum(use.pull(d) for use, d in zip(uses, delta, strict=True))
+            traces[index] = traces[index] + g @ g.T  # type: ignore[operator, union-attr]
+    return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
+
+
+def _common_groups(jacobian: Jacobian) -> int:
+    """Into how many runs, which do not interact, all layers' outputs and the network's fall."""
+    counts = []
+    for tail, uses in zip(jacobian.tails, jacobian.uses, strict=True):
+        of_rows = row_uses(tail, uses)
+        if of_rows is None:
+            return 1
+        counts.append({Grouping(of_rows, axis).groups for axis in _axes(of_rows)})
+    for groups in sorted(set.intersection(*counts), reverse=True):
+        if all(size % groups == 0 for size in jacobian.sizes) and all(
+            independence.independent(tail, groups) for tail in jacobian.tails
+        ):
+            return groups
+    return 1
+
+
+def _grouping(tail: Tail, uses: Sequence[Use], groups: int) -> Grouping | None:
+    of_rows = row_uses(tail, uses)
+    if of_rows is None:
+        return None
+    return next((g for axis in _axes(of_rows) if (g := Grouping(of_rows, axis)).groups == groups), None)
+
+
+def _axes(uses: Sequence[Any]) -> list[int | str]:
+    """What groups may lie along, the finest first: rows, or samples."""
+    axes: list[int | str] = ["row", 0] if all(use.lead for use in uses) else ["row"]
+    same = len({use.lead[:1] for use in uses}) == 1
+    return [a for a in axes if in_order(uses, a) and (a == "row" or same)]
+
+
+def _check_weights(tail: Tail, outputs: Sequence[Output]) -> None:
+    """Raises RuntimeError if a sample counts less than nothing: the loss is not convex then."""
+    if not outputs:
+        return
+
+    def check(new: bool) -> Tensor:
+        weights = torch.cat([output.weights().detach().flatten().float() for output in outputs])
+        rounding = torch.finfo(torch.float16).eps * weights.abs().max()  # of gradients that cancel
+        return verdicts.outcome((weights >= -rounding).all(), weights.isfinite().all())
+
+    key = verdicts.signature(tail, "weights of samples")
+    if not verdicts.of(tail.layer).holds(key, check, insist=True):
+        raise RuntimeError(
+            "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some sample "
+            "or class counts with a negative weight. Use curvature='hessian' for it."
+        )
