@@ -2,8 +2,9 @@
 
 from fam_optim.evaluation import dataset_relative_flatness
 from fam_optim.flatness import relative_flatness
+from fam_optim.layers import weight_layers
 from fam_optim.observation import Observation, observe
 from fam_optim.optimizer import FAM
 
 __version__ = "0.1.0"
-__all__ = ["FAM", "Observation", "dataset_relative_flatness", "observe", "relative_flatness"]
+__all__ = ["FAM", "Observation", "dataset_relative_flatness", "observe", "relative_flatness", "weight_layers"]

@@ -6,12 +6,26 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from fam_optim.kinds import parameter_use
+from fam_optim.kinds import base_type, parameter_use
 from fam_optim.observation import Observation, parametrization
 from fam_optim.use import describe
 
 if TYPE_CHECKING:
     from fam_optim.flatness import Layer
+
+
+def weight_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that FAM can regularise, each once, in the order in which the model has them.
+
+    So "all" is ``weight_layers(model)``, "all but the last" ``weight_layers(model)[:-1]``, "the last two"
+    ``weight_layers(model)[-2:]``, if the model names its layers in the order in which it calls them. Left
+    out is what no forward calls as a module: the projections inside nn.MultiheadAttention.
+
+    >>> hidden = weight_layers(model)[:-1]
+    >>> FAM(model.parameters(), torch.optim.SGD, hidden, mode="hutchinson", curvature="gauss_newton", lr=0.1)
+    """
+    inside = {m for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    return [m for m in model.modules() if base_type(m) is not None and m not in inside]
 
 
 def as_layers(layer: Any) -> tuple[Layer, ...]:

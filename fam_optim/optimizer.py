@@ -52,9 +52,10 @@ class FAM(OptimizerWrapper):
         params: parameters or parameter groups, for the base optimizer.
         base_optimizer: a class or callable ``(params, **base_kwargs) -> torch.optim.Optimizer``.
         layer: what is kept flat: an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, usually the
-            last or last but one; an nn.Parameter (modes full and hutchinson); or a sequence of these,
-            whose kappas are added. On a last layer with a convex loss kappa is never negative; on
-            layers below it can be, as the loss need not be convex in their weights.
+            last or last but one; an nn.Parameter (modes full and hutchinson); or a sequence of these
+            (`weight_layers` lists a model's), whose kappas are added. On a last layer with a convex loss
+            kappa is never negative; on layers below it can be, as the loss need not be convex in their
+            weights (unless curvature is "gauss_newton").
         lam: weight of kappa, at least 0; may be changed at any time. At 0 the step is the base's, bit
             for bit. On plain kappa one value does for many widths, learning rates and optimizers: 0.008,
             with detach_hessian, is the one that lost least against tuning it (recipes/STUDY.md).

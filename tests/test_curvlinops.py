@@ -1,4 +1,4 @@
-"""kappa against a Hessian that others wrote: curvlinops' HessianLinearOperator (forward over reverse).
+"""kappa against curvatures that others wrote: curvlinops' Hessian (forward over reverse) and GGN operators.
 
 https://github.com/f-dangel/curvlinops, a requirement of the tests only.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from curvlinops import HessianLinearOperator
+from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import Tensor, nn
 
 from fam_optim import dataset_relative_flatness, observe, relative_flatness
@@ -99,10 +99,12 @@ ORACLES = [
 
 oracles = pytest.mark.parametrize("oracle", ORACLES, ids=str)
 measures = pytest.mark.parametrize("measure", reference.MEASURES)
+curvatures = pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+OPERATORS = {"hessian": HessianLinearOperator, "gauss_newton": GGNLinearOperator}
 MODES = ("exact", "full")
 
 
-def kappa_of(operator: HessianLinearOperator, weight: Tensor, measure: str) -> float:
+def kappa_of(operator: HessianLinearOperator | GGNLinearOperator, weight: Tensor, measure: str) -> float:
     """<F F^T, T> from the operator's dense matrix."""
     d, m = weight.flatten(1).shape
     dense = operator @ torch.eye(d * m, dtype=torch.float64)
@@ -119,27 +121,31 @@ def check(got: Tensor, wanted: float, what: str) -> None:
     )
 
 
+@curvatures
 @measures
 @oracles
-def test_batch(oracle: Oracle, measure: str) -> None:
+def test_batch(oracle: Oracle, measure: str, curvature: str) -> None:
     net, (x, y) = oracle.network(), oracle.batch(4)
     weight = net[oracle.at].weight
-    wanted = kappa_of(HessianLinearOperator(net, oracle.loss, [weight], [(x, y)]), weight, measure)
+    wanted = kappa_of(OPERATORS[curvature](net, oracle.loss, [weight], [(x, y)]), weight, measure)
     with observe(net[oracle.at]) as layer:
         loss = oracle.loss(net(x), y)
     for mode in MODES:
-        value = relative_flatness(loss, layer, measure=measure, mode=mode)
-        check(value, wanted, f"{oracle}, {measure}, {mode}")
+        value = relative_flatness(loss, layer, measure=measure, mode=mode, curvature=curvature)
+        check(value, wanted, f"{oracle}, {measure}, {mode}, {curvature}")
 
 
+@curvatures
 @measures
 @pytest.mark.parametrize("oracle", [o for o in ORACLES if o.loss.reduction == "mean"], ids=str)
-def test_data_set(oracle: Oracle, measure: str) -> None:
+def test_data_set(oracle: Oracle, measure: str, curvature: str) -> None:
     """Three batches, the last one smaller."""
     net, loader = oracle.network(), [oracle.batch(n) for n in (3, 3, 2)]
     layer = net[oracle.at]
-    operator = HessianLinearOperator(net, oracle.loss, [layer.weight], loader)
+    operator = OPERATORS[curvature](net, oracle.loss, [layer.weight], loader)
     wanted = kappa_of(operator, layer.weight, measure)
     for mode in MODES:
-        value = dataset_relative_flatness(net, layer, oracle.loss, loader, measure=measure, mode=mode)
-        check(value, wanted, f"{oracle}, {measure}, {mode}")
+        value = dataset_relative_flatness(
+            net, layer, oracle.loss, loader, measure=measure, mode=mode, curvature=curvature
+        )
+        check(value, wanted, f"{oracle}, {measure}, {mode}, {curvature}")

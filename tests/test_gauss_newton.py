@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fam_optim import FAM, dataset_relative_flatness, flags, observe, relative_flatness
+from fam_optim import FAM, dataset_relative_flatness, flags, observe, relative_flatness, weight_layers
 from fam_optim.estimators import gauss_newton as module
 from tests import reference
 
@@ -542,3 +542,60 @@ def test_data_set_and_generator() -> None:
 def test_unknown_curvature() -> None:
     with pytest.raises(ValueError, match=r"`curvature` to be one of.*'hessian', 'gauss_newton'.*'fisher'"):
         FAM(nn.Linear(2, 2).parameters(), torch.optim.SGD, nn.Linear(2, 2), curvature="fisher", lr=0.1)
+
+
+def test_weight_layers() -> None:
+    """In the order of the model, each once, and only what a forward calls as a module."""
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.Sequential(shared, nn.GELU(), shared), nn.Embedding(3, 4),
+        nn.MultiheadAttention(4, 2), nn.ConvTranspose2d(1, 1, 1), nn.Linear(4, 3, bias=False),
+    )  # fmt: skip
+    assert weight_layers(model) == [model[0], shared, model[5], model[6]]
+    block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
+    fam = FAM(block.parameters(), torch.optim.SGD, weight_layers(block), mode="hutchinson",
+              curvature="gauss_newton", detach_hessian=True, lr=0.1)  # fmt: skip
+    fam.step(lambda: F.mse_loss(block(torch.randn(2, 3, 4)), torch.zeros(2, 3, 4)))
+    assert fam.last_kappa is not None and fam.last_kappa > 0
+
+
+@pytest.mark.parametrize("mode", ["exact", "hutchinson"])
+def test_loops_people_have(mode: str) -> None:
+    """Accumulation and a GradScaler: the step of the full batch, in plain arithmetic."""
+    results = {}
+    for loop in ("plain", "micro-batches", "scaled", "closure of micro-batches"):
+        net, x = problem("perceptron")
+        hidden = weight_layers(net)[:-1]
+        generator = torch.Generator().manual_seed(1)
+        fam = FAM(net.parameters(), torch.optim.SGD, hidden, 0.3, mode, curvature="gauss_newton",
+                  generator=generator, lr=0.1)  # fmt: skip
+        halves = [(x[:2], Y[:2]), (x[2:], Y[2:])]
+        fam.zero_grad()
+        if loop == "plain":
+            fam.regularize(F.cross_entropy(net(x), Y)).backward()
+            fam.step()
+        elif loop == "micro-batches":
+            for a, b in halves:
+                (fam.regularize(F.cross_entropy(net(a), b)) / 2).backward()
+            fam.step()
+        elif loop == "scaled":
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            scaler.scale(fam.regularize(F.cross_entropy(net(x), Y))).backward()
+            scaler.step(fam)
+        else:
+
+            def closure(net: nn.Module = net, fam: FAM = fam, halves: Any = halves) -> Tensor:
+                total = torch.zeros(())
+                for a, b in halves:
+                    loss = F.cross_entropy(net(a), b) / 2
+                    loss.backward()
+                    total += loss.detach()
+                return total
+
+            fam.step(closure)
+        results[loop] = [p.detach() for p in net.parameters()]
+    for loop, parameters in results.items():
+        for p, q in zip(parameters, results["plain"], strict=True):
+            torch.testing.assert_close(
+                p, q, rtol=1e-9, atol=1e-12, msg=lambda text, loop=loop: f"{loop}: {text}"
+            )
