@@ -297,3 +297,17 @@ def check_training(
         style(run, optimizer, *share(step))
         twin = descended(step + 1, tuple(layers), loss_fn, settings.get("detach_hessian", False))
         assert_weights(model, twin, f"weights after step {step}")
+
+
+def check_gauss_newton(wrap: Callable[[Net], Any], **settings: Any) -> None:
+    """Three steps with Gauss-Newton curvature at two layers, against one process on the whole batches."""
+    model, twin = Net(), Net()
+    run, layers = wrap(model), ("middle", "head")
+    optimizer, alone = (build(m, layers, curvature="gauss_newton", **settings) for m in (model, twin))
+    for step in range(3):
+        regularizes(run, optimizer, *share(step))
+        x, y = batch(step)
+        alone.zero_grad()
+        alone.regularize(F.cross_entropy(twin(x), y)).backward()
+        alone.step()
+        assert_weights(model, twin, f"weights after step {step}")

@@ -26,6 +26,7 @@ from tests.distributed import (
     assert_weights,
     batch,
     build,
+    check_gauss_newton,
     check_training,
     descend,
     descended,
@@ -38,7 +39,7 @@ from tests.distributed import (
     shares,
     squares,
 )
-from tests.test_fam import STYLES, Style, assert_close
+from tests.support import STYLES, Style, assert_close
 
 WRAPPERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -81,6 +82,13 @@ def test_settings(
     wrapper: str, layers: list[str], loss_fn: Callable[..., Tensor], settings: dict[str, Any]
 ) -> None:
     check_training(ddp(wrapper), layers, None, loss_fn, **settings)
+
+
+@processes(2)
+@pytest.mark.parametrize("detach", [False, True])
+@every_wrapper
+def test_gauss_newton(wrapper: str, detach: bool) -> None:
+    check_gauss_newton(ddp(wrapper), detach_hessian=detach)
 
 
 @processes(2)

@@ -23,6 +23,7 @@ from tests.distributed import (
     assert_weights,
     batch,
     build,
+    check_gauss_newton,
     check_training,
     descend,
     descended,
@@ -34,7 +35,7 @@ from tests.distributed import (
     shares,
     squares,
 )
-from tests.test_fam import STYLES, Style, assert_close
+from tests.support import STYLES, Style, assert_close
 
 
 def everyone() -> Any:
@@ -85,6 +86,13 @@ every_loss = pytest.mark.parametrize("loss_fn", [F.cross_entropy, squares])
 @every_plan
 def test_training(shard: Shard, layers: list[str], loss_fn: Callable[..., Tensor]) -> None:
     check_training(shard, layers, None, loss_fn)
+
+
+@processes(2)
+@pytest.mark.parametrize("detach", [False, True])
+@every_plan
+def test_gauss_newton(shard: Shard, detach: bool) -> None:
+    check_gauss_newton(shard, detach_hessian=detach)
 
 
 @processes(4)
