@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fam_optim import flags, nodes
 from fam_optim.use import describe
@@ -35,14 +35,12 @@ RETRIED_EVERY = 64
 CAPACITY = 256
 """Kinds of tails remembered for one layer; the oldest makes room."""
 
-_memories: weakref.WeakKeyDictionary[nn.Module, Verdicts] = weakref.WeakKeyDictionary()
+_memories: Any = WeakIdKeyDictionary()  # by identity: tensors compare entry by entry
 
 
 def of(layer: nn.Module | Tensor) -> Verdicts:
-    """What is remembered of the tails of `layer`; of a bare parameter's nothing."""
-    if isinstance(layer, torch.Tensor):  # is not hashed by identity, and has no rows to be asked about
-        return Verdicts(describe(layer))
-    memory = _memories.get(layer)
+    """What is remembered of the tails of `layer`."""
+    memory: Verdicts | None = _memories.get(layer)
     if memory is None:
         memory = _memories[layer] = Verdicts(describe(layer))
     return memory

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.nn.functional as F
+import torch.utils.weak
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -140,6 +141,7 @@ def test_compiled_regions() -> None:
 
 
 ATTRIBUTES: dict[str, tuple[Any, str]] = {
+    "torch.utils.weak.WeakIdKeyDictionary": (torch.utils.weak, "verdicts of parameters"),
     "torch.Tensor._backward_hooks": (ROW, "a hook on the loss bars the shortcut past the engine"),
     "torch.Tensor._version": (ROW, "in-place changes of the input"),
     "torch.Tensor._base": (ROW, "views"),
