@@ -9,9 +9,10 @@ space, a random probe, or the covariance under a softmax. All of them carry grad
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fam_optim.variance import trace_of_covariance, variance_of_indicator
 
@@ -45,8 +46,11 @@ class Factor(Protocol):
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., k)``; v is ``(..., d)``."""
 
-    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
-        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``; y is ``(..., k)``."""
+    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
+        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``; y is ``(..., k)``.
+
+        `product` is ``x W``, if somebody has formed it.
+        """
 
     def square(self, g: Tensor) -> Tensor:
         """``||F^T g||_F^2``, ``()``, of g ``(d, m)``; through the smaller Gram matrix, and never negative."""
@@ -86,8 +90,13 @@ class Neuronwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return 1.0, signs @ self.matrix.T
 
-    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
-        return 1.0, rows @ self.matrix
+    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
+        if product is None:
+            return 1.0, rows @ self.matrix
+        if product.requires_grad:
+            return 1.0, product
+        known: Tensor = _KnownProduct.apply(rows, self.matrix, product)
+        return 1.0, known
 
     def square(self, g: Tensor) -> Tensor:
         if self.by_unit:
@@ -104,6 +113,21 @@ class Neuronwise:
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
         return trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
+
+
+class _KnownProduct(torch.autograd.Function):
+    """``x W`` of a constant x, as somebody has formed it, with its gradient in W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, product: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return product.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return None, x.flatten(0, -2).mT @ grad.flatten(0, -2), None
 
 
 class Layerwise:
@@ -123,7 +147,7 @@ class Layerwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, signs  # not ||W|| in v: the norm has no derivative at W = 0
 
-    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
+    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, rows
 
     def square(self, g: Tensor) -> Tensor:

@@ -466,9 +466,10 @@ def test_parameters_shared_and_nested_layers(mode: str) -> None:
 
 @pytest.mark.parametrize("style", ["returns loss", "calls backward", "regularize"])
 @pytest.mark.parametrize("detach", [False, True])
-def test_a_step_is_that_of_the_objective(style: str, detach: bool) -> None:
-    net, x = problem("batch norm")
-    other, _ = problem("batch norm")
+@pytest.mark.parametrize("name", ["perceptron", "batch norm"])
+def test_a_step_is_that_of_the_objective(name: str, style: str, detach: bool) -> None:
+    net, x = problem(name)
+    other, _ = problem(name)
     layers = weighted(net)[:-1]
     fam = FAM(
         net.parameters(),

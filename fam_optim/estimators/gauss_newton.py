@@ -20,9 +20,12 @@ Source: DESIGN, 7; for cross-entropy the expected squared gradient over labels d
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fam_optim import failures, independence, nodes, verdicts
 from fam_optim.corrections import exact_backwards
@@ -30,12 +33,10 @@ from fam_optim.curvature import check_differentiable
 from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.outputs import find_outputs
 from fam_optim.rows import Grouping, in_order, row_uses
-from fam_optim.use import at_least_float32, describe
+from fam_optim.use import LOW_PRECISION, LinearUse, at_least_float32, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
 
     from fam_optim.measure import Factor
     from fam_optim.outputs import Output
@@ -63,31 +64,41 @@ class Jacobian:
         self.uses = [
             tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
         ]
+        self._below = self._edges_below()
 
-    def pull(self, r: Sequence[Tensor]) -> list[list[Tensor]]:
+    def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
         """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
         edges, vectors = [], []
         for output, signs in zip(self.outputs, r, strict=True):
             edges += output.edges
             vectors += output.root(signs)
-        inputs = [edge for tail in self.tails for edge in tail.edges]
-        found = iter(self._backward(edges, inputs, vectors))
-        return [[self._at(use, next(found)) for use in uses] for uses in self.uses]
+        at_z = [edge for tail in self.tails for edge in tail.edges]
+        at_phi = [edge for edge in self._below.values() if edge is not None]
+        found = self._backward(edges, at_z + at_phi, vectors)
+        deltas = iter(found[: len(at_z)])
+        through = iter(found[len(at_z) :])
+        return [[self._pulled(use, next(deltas), through) for use in uses] for uses in self.uses]
 
-    def _at(self, use: Use, gradient: Tensor | None) -> Tensor:
+    def _pulled(self, use: Use, gradient: Tensor | None, through: Iterator[Tensor | None]) -> Pulled:
+        below = next(through) if self._below[use] is not None else None
         if gradient is None:
-            return use.matrix().detach().new_zeros(use.shape)
-        return at_least_float32(gradient).reshape(use.shape)
+            return Pulled(use.matrix().detach().new_zeros(use.shape), None)
+        delta = at_least_float32(gradient).reshape(use.shape)
+        return Pulled(delta, None if below is None else at_least_float32(below))
 
-    def _backward(self, edges: Any, inputs: Any, vectors: Sequence[Tensor]) -> Any:
+    def _backward(self, edges: Any, inputs: Any, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if not edges:
             return [None] * len(inputs)
-        vectors = [
-            v.to(nodes.results(e.node)[e.output_nr].dtype) for e, v in zip(edges, vectors, strict=True)
-        ]
+        dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
+        scale = None
+        if torch.float16 in dtypes:  # as much room below as there is above
+            largest = torch.stack([v.detach().abs().max() for v in vectors]).max()
+            scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
+            vectors = [scale * v for v in vectors]
+        vectors = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
         try:
             with exact_backwards(self.path if self.differentiable else (), first=False):
-                return torch.autograd.grad(
+                found: Sequence[Tensor | None] = torch.autograd.grad(
                     edges,
                     inputs,
                     vectors,
@@ -100,6 +111,38 @@ class Jacobian:
             if remedy is None:
                 raise
             raise RuntimeError(f"kappa needs derivatives of what follows the layer. {remedy}") from error
+        if scale is None:
+            return found
+        return [None if g is None else at_least_float32(g) / scale for g in found]
+
+    def _edges_below(self) -> dict[Use, GradientEdge | None]:
+        """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
+        vectors, if nothing else reads it, in full precision."""
+        ends = {node for tail in self.tails for node in tail.ends}
+        readers = Counter(edge for node in {*self.path, *ends} for edge in node.next_functions)
+        below: dict[Use, GradientEdge | None] = {}
+        for tail, uses in zip(self.tails, self.uses, strict=True):
+            for use, edge in zip(uses, tail.edges, strict=True):
+                below[use] = None
+                position = _PRODUCTS.get(nodes.kind(edge.node))
+                if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
+                    continue
+                node, output = edge.node.next_functions[position]
+                if node in self.path and readers[node, output] == 1:
+                    assert node is not None
+                    below[use] = GradientEdge(node, output)
+        return below
+
+
+class Pulled(NamedTuple):
+    """A derivative at one use: ``delta``, in the shape of z, and ``delta W`` if that was formed anyway."""
+
+    delta: Tensor
+    through: Tensor | None
+
+
+_PRODUCTS = {"Addmm": 1, "Mm": 0}
+"""Nodes of a Linear layer on vectors, and which of their operands is phi."""
 
 
 def gauss_newton(
@@ -144,25 +187,37 @@ def gauss_newton(
 
 def _squares(jacobian: Jacobian, factors: Sequence[Factor], groups: int, r: Sequence[Tensor]) -> list[Tensor]:
     """``sum over groups of ||F^T g||^2`` of every layer, for one r."""
-    deltas = jacobian.pull(r)
     return [
-        _square(tail, uses, delta, factor, groups)
-        for tail, uses, delta, factor in zip(jacobian.tails, jacobian.uses, deltas, factors, strict=True)
+        _square(tail, uses, found, factor, groups)
+        for tail, uses, found, factor in zip(
+            jacobian.tails, jacobian.uses, jacobian.pull(r), factors, strict=True
+        )
     ]
 
 
-def _square(tail: Tail, uses: Sequence[Use], deltas: Sequence[Tensor], factor: Factor, groups: int) -> Tensor:
+def _square(tail: Tail, uses: Sequence[Use], found: Sequence[Pulled], factor: Factor, groups: int) -> Tensor:
+    """``sum over groups of ||F^T g||^2`` of one layer."""
     grouping = _grouping(tail, uses, groups)
     if grouping is None or groups == 1:
-        g = sum(use.pull(delta) for use, delta in zip(uses, deltas, strict=True))
-        return factor.square(g)  # type: ignore[arg-type]
-    delta = grouping.gather_outputs(deltas)
-    scale, pulled = factor.pulled(delta)
+        return factor.square(_in_weights(uses, found))
+    delta = grouping.gather_outputs([f.delta for f in found])
+    rows = [
+        f.through.reshape(*use.lead, -1)
+        for f, use in zip(found, grouping.uses, strict=True)
+        if f.through is not None
+    ]
+    product = grouping.gather(rows) if len(rows) == len(found) else None
+    scale, pulled = factor.pulled(delta, product)
     if grouping.size == 1:
         return scale * (grouping.squared_norms()[:, 0] * pulled[:, 0].square().sum(1)).sum()
     phi = grouping.gather([use.rows() for use in grouping.uses])
     gram = (phi @ phi.mT) * (pulled @ pulled.mT)
     return scale * gram.sum().clamp_min(0)
+
+
+def _in_weights(uses: Sequence[Use], found: Sequence[Pulled]) -> Tensor:
+    """g ``(d, m)``, through all uses of the weight."""
+    return torch.stack([use.pull(f.delta) for use, f in zip(uses, found, strict=True)]).sum(0)
 
 
 def _columns(jacobian: Jacobian, groups: int) -> Iterator[list[Tensor]]:
@@ -179,9 +234,9 @@ def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
     """``<F F^T, T>`` with T from every column of S by itself."""
     traces: list[Any] = [0.0] * len(factors)
     for r in _columns(jacobian, 1):
-        for index, (uses, delta) in enumerate(zip(jacobian.uses, jacobian.pull(r), strict=True)):
-            g = sum(use.pull(d) for use, d in zip(uses, delta, strict=True))
-            traces[index] = traces[index] + g @ g.T  # type: ignore[operator, union-attr]
+        for index, (uses, found) in enumerate(zip(jacobian.uses, jacobian.pull(r), strict=True)):
+            g = _in_weights(uses, found)
+            traces[index] = traces[index] + g @ g.T
     return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 
 
