@@ -112,6 +112,13 @@ def _local(gradient: Tensor) -> Tensor:
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    # The largest number of each: one reading, for all tensors in few operations, and nan is passed on.
-    largest = torch._foreach_norm(list(tensors), ord=torch.inf)
-    return torch.stack([n.to(tensors[0].device, torch.float32) for n in largest]).isfinite().all()
+    """Whether all numbers are, ``()``, on the device of the first tensor; in one reading of each."""
+    device = tensors[0].device
+    if flags.reading_waits(tensors[0]):  # few operations for many tensors; nan is passed on
+        largest = torch._foreach_norm(list(tensors), ord=torch.inf)
+        return torch.stack([n.to(device, torch.float32) for n in largest]).isfinite().all()
+    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).to(device) for t in tensors]
+    finite = torch.stack(sums).isfinite().all()
+    if bool(finite):
+        return finite
+    return torch.stack([t.isfinite().all() for t in tensors]).all()  # a sum of large numbers may be infinite

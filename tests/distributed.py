@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from fam_optim import FAM
 from tests import reference
-from tests.test_fam import Style, assert_close
+from tests.support import Style, assert_close
 
 LAM, LR = 0.05, 0.1
 
