@@ -9,14 +9,14 @@ from fam_optim import nodes
 from fam_optim.use import LOW_PRECISION, at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
     from torch.autograd.graph import Node
 
 
 @contextmanager
-def exact_backwards(path: Sequence[Node], *, first: bool) -> Iterator[None]:
+def exact_backwards(path: Iterable[Node], *, first: bool) -> Iterator[None]:
     """Makes a differentiable backward right to all orders, where torch's own is not.
 
     Within this context the results of the nodes concerned are replaced by the same gradient, written

@@ -20,7 +20,7 @@ from fam_optim.corrections import exact_backwards
 from fam_optim.use import at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.autograd.graph import Node
 
@@ -51,7 +51,7 @@ class Curvature:
         if self.half:
             self._fit_into_float16()
         self.gradient = self._scaled_gradient()
-        _check_functions(tail.path, self.gradient)
+        check_functions(tail.path, self.gradient)
         if not differentiable and not tail.nested:
             self.uses = tuple(use.detached() for use in self.uses)
 
@@ -144,7 +144,7 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
-def check_differentiable(path: Sequence[Node]) -> None:
+def check_differentiable(path: Iterable[Node]) -> None:
     """Raises RuntimeError for nodes whose second derivatives torch gives wrong without a word."""
     for node in path:
         # torch refuses only where the region's backward depends on what requires gradients, and takes
@@ -167,7 +167,7 @@ def check_differentiable(path: Sequence[Node]) -> None:
             )
 
 
-def _check_functions(path: Sequence[Node], gradient: Sequence[Tensor]) -> None:
+def check_functions(path: Iterable[Node], gradient: Sequence[Tensor]) -> None:
     """Raises RuntimeError for an autograd.Function whose backward is marked with once_differentiable.
 
     torch's own error for it stands on the graph where a derivative with respect to the layer's outputs does

@@ -57,16 +57,16 @@ _SAME_RUNS = {"View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Alias", 
 _SAME_RUNS |= {nodes.DDP_SINK}
 
 
-def independent(tail: Tail, groups: int) -> bool:
+def independent(tails: Sequence[Tail], groups: int) -> bool:
     """Whether the graph shows that the `groups` runs of z do not interact; False proves nothing.
 
-    For one use of a layer whose output z is, in memory order, one run of numbers after the other, or for
-    several uses of which each has as many runs.
+    z is the output of a layer, or of several uses of several layers, each of as many runs.
 
     Cost: a few microseconds per node of the tail, no arithmetic.
     """
-    path = {*tail.path, *tail.ends}
-    return all(_preserves(node, path, groups) for node in tail.path)
+    between = {node for tail in tails for node in tail.path}
+    path = between.union(*(tail.ends for tail in tails))
+    return all(_preserves(node, path, groups) for node in between)
 
 
 def _preserves(node: Node, path: set[Node], groups: int) -> bool:

@@ -157,7 +157,7 @@ def shown_independent(curvature: Curvature, grouping: Grouping) -> bool:
     if grouping.groups == 1:
         return True
     runs = in_order(grouping.uses, grouping.axis)
-    return runs and independence.independent(curvature.tail, grouping.groups)
+    return runs and independence.independent([curvature.tail], grouping.groups)
 
 
 def _tested_independent(curvature: Curvature, grouping: Grouping, *, insist: bool) -> bool:

@@ -419,6 +419,18 @@ def check_first_derivative(make: Callable[[], Any]) -> None:
     assert (part_one * layer.weight).sum().item() == pytest.approx(2 * fam.last_kappa.item(), rel=1e-9)
 
 
+def test_the_whole_gradient_needs_a_second_derivative() -> None:
+    """Which torch would leave out of a derivative with respect to chosen inputs without a word."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4)
+    head, tail = once_differentiable()
+    with observe(layer) as observed:
+        loss = F.cross_entropy(tail(layer(torch.randn(4, 5))), Y)
+    with pytest.raises(RuntimeError, match=r"\(function Once\).*once_differentiable"):
+        relative_flatness(loss, observed, mode="hutchinson", curvature="gauss_newton")
+    assert head.weight.grad is None
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     # torch's own limit: such a checkpoint has no derivative with respect to chosen inputs.
     "reentrant checkpoint": (reentrant, "use_reentrant=False"),

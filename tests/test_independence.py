@@ -121,7 +121,7 @@ def test_random_tails() -> None:
             continue
         tail = find_tail(loss, layer)
         for groups in {math.prod(x.shape[:-1]), x.shape[0]} - {1}:
-            if independence.independent(tail, groups):
+            if independence.independent([tail], groups):
                 proven += 1
                 assert mixed(loss, z, groups) == 0, (
                     f"seed {seed}, {groups} groups: {[n.name() for n in tail.path]}"
@@ -169,7 +169,7 @@ def test_common_tails_are_shown(tail_of: Callable[[Tensor], Tensor]) -> None:
     linear = nn.Linear(3, 4)
     with observe(linear) as layer:
         loss = tail_of(linear(torch.randn(6, 3)))
-    assert independence.independent(find_tail(loss, layer), 6)
+    assert independence.independent([find_tail(loss, layer)], 6)
 
 
 def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
@@ -178,7 +178,7 @@ def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
     with observe(convolution) as layer:
         loss = convolution(torch.randn(2, 4)).softmax(1).square().sum()
     tail = find_tail(loss, layer)
-    assert independence.independent(tail, 4), "of channels it is true"
+    assert independence.independent([tail], 4), "of channels it is true"
     curvature = Curvature(tail, differentiable=False)
     for axis in ("row", 0):
         assert not shown_independent(curvature, Grouping(curvature.uses, axis))

@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge
 
 from fam_optim import failures, independence, nodes, verdicts
 from fam_optim.corrections import exact_backwards
-from fam_optim.curvature import check_differentiable
+from fam_optim.curvature import check_differentiable, check_functions
 from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.outputs import find_outputs
 from fam_optim.rows import Grouping, in_order, row_uses
@@ -55,7 +55,7 @@ class Jacobian:
 
     def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
         self.tails, self.differentiable = tails, differentiable
-        self.path = tuple(dict.fromkeys(node for tail in tails for node in tail.path))
+        self.path = frozenset(node for tail in tails for node in tail.path)
         if differentiable:
             check_differentiable(self.path)
         self.outputs = find_outputs(tails, differentiable=differentiable)
@@ -111,6 +111,8 @@ class Jacobian:
             if remedy is None:
                 raise
             raise RuntimeError(f"kappa needs derivatives of what follows the layer. {remedy}") from error
+        if self.differentiable:
+            check_functions(self.path, [g for g in found if g is not None])
         if scale is None:
             return found
         return [None if g is None else at_least_float32(g) / scale for g in found]
@@ -118,8 +120,8 @@ class Jacobian:
     def _edges_below(self) -> dict[Use, GradientEdge | None]:
         """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
         vectors, if nothing else reads it, in full precision."""
-        ends = {node for tail in self.tails for node in tail.ends}
-        readers = Counter(edge for node in {*self.path, *ends} for edge in node.next_functions)
+        above = self.path.union(*(tail.ends for tail in self.tails))
+        readers = Counter(edge for node in above for edge in node.next_functions)
         below: dict[Use, GradientEdge | None] = {}
         for tail, uses in zip(self.tails, self.uses, strict=True):
             for use, edge in zip(uses, tail.edges, strict=True):
@@ -249,9 +251,8 @@ def _common_groups(jacobian: Jacobian) -> int:
             return 1
         counts.append({Grouping(of_rows, axis).groups for axis in _axes(of_rows)})
     for groups in sorted(set.intersection(*counts), reverse=True):
-        if all(size % groups == 0 for size in jacobian.sizes) and all(
-            independence.independent(tail, groups) for tail in jacobian.tails
-        ):
+        whole = all(size % groups == 0 for size in jacobian.sizes)
+        if whole and independence.independent(jacobian.tails, groups):
             return groups
     return 1
 
