@@ -132,8 +132,11 @@ class _KnownProduct(torch.autograd.Function):
 
 
 class _ProductOfGrams(torch.autograd.Function):
-    """``<W W^T, g g^T>`` of W, g ``(d, m)``: four products ``(d, d) x (d, m)`` with its gradient, where autograd
-    would take six, since both matrices are symmetric."""
+    """``<W W^T, g g^T>`` of W, g ``(d, m)``.
+
+    Cost: four products ``(d, d) x (d, m)`` with its gradient. Autograd would take six: it does not know that
+    the two matrices are symmetric.
+    """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, g: Tensor) -> Tensor:
