@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,29 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from recipes.shared.problem import Problem
 from recipes.tasks.models import WideResNet, resnet18_cifar
-
-
-@dataclass
-class Task:
-    """A training step: ``loss = loss_fn(model(inputs), targets)``, with kappa of ``layer``."""
-
-    model: nn.Module
-    layer: nn.Module
-    inputs: Tensor
-    targets: Tensor
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-
-    def loss(self) -> Tensor:
-        """The loss of the batch, ``()``."""
-        return self.loss_fn(self.model(self.inputs), self.targets)
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight."""
-        weight = self.layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
 
 
 class Head(nn.Module):
@@ -127,77 +105,77 @@ def _images(n: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, size, size), torch.randint(0, classes, (n,))
 
 
-def resnet18_head() -> Task:
+def resnet18_head() -> Problem:
     model = resnet18_cifar()
-    return Task(model, model.get_submodule("fc"), *_images(64, 32, 10))
+    return Problem(model, model.get_submodule("fc"), *_images(64, 32, 10))
 
 
-def resnet18_last_convolution() -> Task:
+def resnet18_last_convolution() -> Problem:
     model = resnet18_cifar()
-    return Task(model, model.get_submodule("layer4.1.conv2"), *_images(64, 32, 10))
+    return Problem(model, model.get_submodule("layer4.1.conv2"), *_images(64, 32, 10))
 
 
-def wide_resnet_penultimate() -> Task:
+def wide_resnet_penultimate() -> Problem:
     model = WideResNet(depth=16, widening=4)
-    return Task(model, model.penultimate, *_images(64, 32, 10))
+    return Problem(model, model.penultimate, *_images(64, 32, 10))
 
 
-def efficientnet_head() -> Task:
+def efficientnet_head() -> Problem:
     return _head(100, 256, 32)
 
 
-def imagenet_head() -> Task:
+def imagenet_head() -> Problem:
     return _head(1000, 2048, 256)
 
 
-def masked_language_model_head() -> Task:
+def masked_language_model_head() -> Problem:
     return _head(30522, 768, 512)
 
 
-def _head(classes: int, features: int, rows: int) -> Task:
+def _head(classes: int, features: int, rows: int) -> Problem:
     model = Head(classes, features, rows)
-    return Task(model, model.head, torch.zeros(()), torch.randint(0, classes, (rows,)))
+    return Problem(model, model.head, torch.zeros(()), torch.randint(0, classes, (rows,)))
 
 
-def resnet50_imagenet() -> Task:
+def resnet50_imagenet() -> Problem:
     from torchvision.models import resnet50
 
     model = resnet50()
-    return Task(model, model.get_submodule("fc"), *_images(8, 224, 1000))
+    return Problem(model, model.get_submodule("fc"), *_images(8, 224, 1000))
 
 
-def tied_language_model() -> Task:
+def tied_language_model() -> Problem:
     model = TiedLanguageModel(50257, 768)
-    return Task(model, model.head, torch.randint(0, 50257, (2, 128)), torch.randint(0, 50257, (256,)))
+    return Problem(model, model.head, torch.randint(0, 50257, (2, 128)), torch.randint(0, 50257, (256,)))
 
 
-def bert_pooler() -> Task:
+def bert_pooler() -> Problem:
     model = Encoder()
-    return Task(model, model.pooler, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
+    return Problem(model, model.pooler, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
 
 
-def bert_classifier() -> Task:
+def bert_classifier() -> Problem:
     model = Encoder()
-    return Task(model, model.classifier, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
+    return Problem(model, model.classifier, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
 
 
-def vision_transformer_mlp() -> Task:
+def vision_transformer_mlp() -> Problem:
     model = VisionBlock()
-    return Task(model, model.down, torch.randn(32, 65, 192), torch.randint(0, 10, (32,)))
+    return Problem(model, model.down, torch.randn(32, 65, 192), torch.randint(0, 10, (32,)))
 
 
-def skull_autoencoder() -> Task:
+def skull_autoencoder() -> Problem:
     model = SkullAutoencoder()
     volumes = (torch.rand(4, 1, 64, 64, 64) < 0.2).float()
-    return Task(model, model.expand, volumes, volumes, soft_dice)
+    return Problem(model, model.expand, volumes, volumes, soft_dice)
 
 
-def tiny() -> Task:
+def tiny() -> Problem:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    return Task(model, model[2], torch.randn(8, 16), torch.randint(0, 16, (8,)))
+    return Problem(model, model[2], torch.randn(8, 16), torch.randint(0, 16, (8,)))
 
 
-TASKS: dict[str, Callable[[], Task]] = {
+TASKS: dict[str, Callable[[], Problem]] = {
     "resnet18 head 10x512": resnet18_head,
     "wide resnet penultimate 64x256": wide_resnet_penultimate,
     "efficientnet head 100x256": efficientnet_head,
