@@ -63,6 +63,7 @@ def numbers(progress: Progress, task: Task) -> list[str]:
     """Loss, metrics, kappa and the cost of a step, the most important first."""
     shown = [f"loss {progress.loss:.3f}"]
     names = [name for name in progress.record if name.endswith(f"_{task.metric}")]
+    names = [name for name in names if not name.startswith("validation_")] or names
     shown += [f"{name.replace('_', ' ')} {mean(progress.record[name]):.4g}" for name in names]
     if "kappa" in progress.record:
         shown.append(f"kappa {progress.record['kappa']:.3g}")

@@ -42,15 +42,12 @@ def show(target: Console, *tables: Table) -> None:
 
 def markdown(*tables: Table) -> str:
     """Tables as Markdown, each under its title as a caption."""
-    text = StringIO()
-    plain = Console(file=text, width=WIDE)
-    for number, each in enumerate(tables):
-        caption, each.title = each.title, None
-        if number:
-            text.write("\n")
-        if caption:
-            text.write(f"{caption}:\n\n")
-        plain.print(each)
-        each.title = caption
-    lines = [line.rstrip() for line in text.getvalue().strip().splitlines()]
-    return "\n".join(lines) + "\n"
+    parts = []
+    for each in tables:
+        text = StringIO()
+        Console(file=text, width=WIDE).print(each)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        parts.append("\n".join(line for line in lines if line.startswith("|")))
+        if each.title:
+            parts[-1] = f"{each.title}:\n\n{parts[-1]}"
+    return "\n\n".join(parts) + "\n"
