@@ -1,7 +1,8 @@
-"""A network, one of its layers, a batch and a loss: what the recipes on cost and on figures compute with."""
+"""A network, some of its layers, a batch and a loss: what the recipes on cost and on figures compute with."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,20 +14,42 @@ from torch.nn.functional import cross_entropy
 from fam_optim import observe, relative_flatness
 
 
+@contextmanager
+def observed(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """The library's observation of several layers."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(observe(layer)) for layer in layers]
+
+
 @dataclass(frozen=True)
 class Problem:
-    """``loss = loss_fn(model(inputs), targets)``, with the flatness of ``layer``."""
+    """``loss = loss_fn(model(inputs), targets)``, with the flatness of one layer or several."""
 
     model: nn.Module
-    layer: nn.Module
+    regularised: nn.Module | list[nn.Module]
     inputs: Tensor
     targets: Tensor
     loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The layers whose flatness counts."""
+        return self.regularised if isinstance(self.regularised, list) else [self.regularised]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer, of a problem that has one."""
+        (layer,) = self.layers
+        return layer
+
+    @property
     def weight(self) -> nn.Parameter:
-        """The layer's weight."""
+        """The weight of the one layer."""
         return self.layer.get_parameter("weight")
+
+    def part(self, samples: int) -> "Problem":
+        """The same on the first samples of the batch."""
+        return replace(self, inputs=self.inputs[:samples], targets=self.targets[:samples])
 
     def copy(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Problem":
         """The same with parameters of its own, in another precision or on another device where asked."""
@@ -50,9 +73,9 @@ class Problem:
 
     def penalised(self, **options: Any) -> tuple[Tensor, Tensor]:
         """The loss and the library's kappa of one forward, ``()`` each."""
-        with observe(self.layer) as layer:
+        with observed(self.layers) as layers:
             loss = self.loss()
-        return loss, relative_flatness(loss, layer, **options)
+        return loss, relative_flatness(loss, layers, **options)
 
     def flatness(self, **options: Any) -> Tensor:
         """The library's kappa, forward included, ``()``."""
