@@ -36,7 +36,12 @@ from recipes.shared.tables import table as make_table
 from recipes.shared.timing import alternate, median, ratio, timed
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
-ROUNDS = {"tiny 16x16": 400, "resnet50 head 1000x2048": 3}  # cheap and noisy; seconds a step
+ROUNDS = {  # the quick are noisy, the slow are dear
+    "tiny 16x16": 400,
+    "small conv net hidden 128x1568": 150,
+    "perceptron 4x1024 all layers": 40,
+    "resnet50 head 1000x2048": 3,
+}
 TOLERANCE = 1e-4  # of the check, relative, in float32
 CHECK = "FAM hutchinson"  # checks the exact kappa whatever candidates were asked for
 
