@@ -168,9 +168,14 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
+FILES = {path.name for folder in ("fam_optim", "recipes", "tests") for path in (ROOT / folder).rglob("*.py")}
+
+
 @every_page
-def test_recipes_and_tasks_that_are_named_exist(page: Path) -> None:
+def test_files_recipes_and_tasks_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
+    for file in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / file).exists() if "/" in file else file in FILES, file
     for name in re.findall(r"`python -m (recipes\.[\w.]*\w)", text):
         assert "usage:" in options_of(name)
     for task in re.findall(r"`train ([\w-]+)", text):
