@@ -3,6 +3,7 @@
     python -m recipes.benchmark                                       # every row
     python -m recipes.benchmark --tasks "resnet18 head 10x512"        # one row; others in the results stay
     python -m recipes.benchmark --smoke                               # seconds: does everything run?
+    python -m recipes.benchmark --accelerator                         # a GPU's rows, in ten minutes
 
 The candidates (recipes.benchmark.candidates) of a row alternate in one process, in an order that rotates;
 every step is compared with the plain step of the same round, so that a busy machine slows both; the table
@@ -15,6 +16,7 @@ import argparse
 import copy
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recipes.benchmark import accelerator
 from recipes.benchmark.candidates import CANDIDATES, Build, Candidate, Step, chosen, flatness, layer_alone
 from recipes.benchmark.cases import TASKS, Task
 from recipes.benchmark.memory import alive_bytes, peak_bytes
@@ -196,7 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="the smallest task, three rounds: a test, no result"
     )
+    parser.add_argument(
+        "--accelerator", action="store_true", help="what is worth measuring on a GPU, in at most ten minutes"
+    )
     options = parser.parse_args(arguments)
+    if options.accelerator:
+        measure_accelerator(options)
+        return
     if options.smoke:
         options.tasks, options.rounds, options.probes = ["tiny 16x16"], 3, 8
         options.threads = 1  # a test may share the machine
@@ -218,6 +227,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(*tables(rows))
     plot(path, path.with_suffix(".png"))
     console.print(f"{path} and {path.with_suffix('.png')} written")
+
+
+def measure_accelerator(options: argparse.Namespace) -> None:
+    """Measure, print, save what `recipes.benchmark.accelerator` has."""
+    if options.device.type == "cpu" and not options.smoke:
+        sys.exit(
+            "benchmark: --accelerator expected a GPU, torch sees none; --smoke runs tiny networks on the CPU."
+        )
+    console, begin, rows = Console(width=320), time.perf_counter(), []
+    path = options.out / "accelerator.json"
+    for row in accelerator.measure(options.device, smoke=options.smoke):
+        rows.append(row)
+        console.print(
+            f"{time.perf_counter() - begin:4.0f} s  {row['task']}: {row.get('left out', 'measured')}"
+        )
+        seconds = time.perf_counter() - begin
+        save(path, record("accelerator", {"smoke": options.smoke}, seconds, rows, options.device))
+    console.print(*tables(rows))
+    console.print(f"{path} written")
+    if complaint := accelerator.verdict(rows):
+        sys.exit(f"benchmark: {complaint}")
 
 
 if __name__ == "__main__":
