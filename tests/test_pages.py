@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from recipes import report
 from recipes.benchmark import __main__ as benchmark
 from recipes.benchmark import counts, estimators, scaling
-from recipes.shared.results import load, markdown
+from recipes.shared.results import load
+from recipes.shared.tables import markdown
 from recipes.study import __main__ as study
 from recipes.tasks import TASKS
 
@@ -180,6 +181,10 @@ def test_files_recipes_and_tasks_that_are_named_exist(page: Path) -> None:
         assert "usage:" in options_of(name)
     for task in re.findall(r"`train ([\w-]+)", text):
         assert task in TASKS
+    for table in tables(page):
+        if "command" in table.header:  # whose cells leave out "python -m recipes."
+            cells = [cell for (cell,) in table.select(("command",)) if cell]
+            assert all("usage:" in options_of(f"recipes.{cell.strip('`').split()[0]}") for cell in cells)
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
@@ -245,16 +250,14 @@ def saved_tables() -> list[Table]:
         return load(RESULTS / f"{name}.json")["runs"]
 
     measured = runs("benchmark")
+    everything = [load(path)["runs"] for path in sorted(RESULTS.glob("*.json"))]
+    trained = [found for found in everything if "history" in found[0]]
     made = [
         *benchmark.tables(measured),
-        *counts.tables(runs("benchmark_counts"), measured),
+        counts.table(counts.beside(runs("benchmark_counts"), measured)),
         scaling.table(runs("scaling")),
         estimators.table(runs("estimator_spread")),
-        *(
-            report.table(saved["runs"])
-            for path in RESULTS.glob("*.json")
-            if "history" in (saved := load(path))["runs"][0]
-        ),
+        *(table for found in trained for table in report.tables(found)),
     ]
     return parse(
         "\n\n".join(markdown(table) for table in made) + (RESULTS / "study" / "tables.md").read_text()

@@ -3,15 +3,13 @@
     python -m recipes.benchmark --accelerator            # results in runs/benchmark/accelerator.json
     python -m recipes.benchmark --accelerator --smoke    # tiny networks, on a CPU too: does everything run?
 
-Networks that people train there, in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is compared
-with the CPU's; every step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds those
-that make the host wait for the device; then the steps take turns, and the peak memory of each is measured.
+Networks that people train there, in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is
+compared with the CPU's; every step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which
+finds those that make the host wait for the device; then the steps take turns; peak memory is measured too.
 """
 
 from __future__ import annotations
 
-import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,14 +22,16 @@ from torch import Tensor, nn
 
 from fam_optim import weight_layers
 from recipes.benchmark.candidates import GAUSS_NEWTON, Candidate, Step, fam, flatness, plain, sam
-from recipes.benchmark.cases import Task
 from recipes.benchmark.memory import alive_bytes, peak_bytes
-from recipes.engine.step_time import clock
+from recipes.shared.problem import Problem
+from recipes.shared.results import CPU
+from recipes.shared.timing import alternate, median, ratio, timed
 
 LIMIT = 570.0  # seconds for everything; a row that would take longer is left out
 RESERVE = {"float32": 40.0, "bfloat16": 40.0, "bfloat16, compiled": 120.0}  # seconds that a row may need
 TIMING = 12.0  # seconds for the rounds of a row
 ROUNDS = (5, 40)  # at least, at most
+WARM_UP = 3  # steps: the optimizer's state, what FAM finds out once, what is compiled
 TOLERANCE = 1e-3  # of kappa, relative to the CPU's, in float32 without TF32
 
 
@@ -77,26 +77,24 @@ class Autocast(nn.Module):
             return self.model(x)
 
 
-def resnet18(smoke: bool) -> Task:
+def resnet18(smoke: bool) -> Problem:
     from torchvision.models import resnet18
 
     return _images(resnet18(num_classes=10), 2 if smoke else 256, 32, 10)
 
 
-def resnet50(smoke: bool) -> Task:
+def resnet50(smoke: bool) -> Problem:
     from torchvision.models import resnet18, resnet50
 
     model = resnet18(num_classes=20) if smoke else resnet50()
     return _images(model, 2 if smoke else 64, 32 if smoke else 224, 20 if smoke else 1000)
 
 
-def _images(model: nn.Module, number: int, size: int, classes: int) -> Task:
-    return Task(
-        model, nn.Identity(), torch.randn(number, 3, size, size), torch.randint(0, classes, (number,))
-    )
+def _images(model: nn.Module, number: int, size: int, classes: int) -> Problem:
+    return Problem(model, [], torch.randn(number, 3, size, size), torch.randint(0, classes, (number,)))
 
 
-def bert(smoke: bool) -> Task:
+def bert(smoke: bool) -> Problem:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig()
@@ -104,19 +102,19 @@ def bert(smoke: bool) -> Task:
         config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     model = Logits(BertForSequenceClassification(config))
     number, length = (2, 8) if smoke else (32, 128)
-    return Task(model, nn.Identity(), torch.randint(1000, (number, length)), torch.randint(0, 2, (number,)))
+    return Problem(model, [], torch.randint(1000, (number, length)), torch.randint(0, 2, (number,)))
 
 
-def gpt2(smoke: bool) -> Task:
+def gpt2(smoke: bool) -> Problem:
     """With the next token as the target of each; its head is tied to the embedding."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50) if smoke else GPT2Config()
     tokens = torch.randint(config.vocab_size, (2, 8) if smoke else (4, 513))
-    return Task(Logits(GPT2LMHeadModel(config)), nn.Identity(), tokens[:, :-1], tokens[:, 1:])
+    return Problem(Logits(GPT2LMHeadModel(config)), [], tokens[:, :-1], tokens[:, 1:])
 
 
-NETWORKS: dict[str, Callable[[bool], Task]] = {
+NETWORKS: dict[str, Callable[[bool], Problem]] = {
     "ResNet-18": resnet18,
     "ResNet-50": resnet50,
     "BERT-base": bert,
@@ -139,9 +137,7 @@ def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, 
                 yield {**row, "left out": "the ten minutes were over"}
                 continue
             torch.manual_seed(0)
-            task = replace(build(smoke), loss_fn=cross_entropy)
-            task.model.to(device)
-            task = replace(task, inputs=task.inputs.to(device), targets=task.targets.to(device))
+            task = replace(build(smoke).copy(device=device), loss_fn=cross_entropy)
             if precision == "float32":
                 row["check"] = check(task)
             else:
@@ -149,16 +145,15 @@ def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, 
             yield {**row, **steps(task, device, compiled="compiled" in precision, smoke=smoke)}
 
 
-def check(task: Task) -> dict[str, float]:
+def check(task: Problem) -> dict[str, float]:
     """kappa of the last layer on two samples, on the device and on the CPU.
 
     Raises:
         AssertionError: if they differ by more than the tolerance.
     """
-    part = _with_layers(replace(task.part(2), model=copy.deepcopy(task.model).eval()), WAYS["FAM exact"])
-    on_cpu = copy.deepcopy(part)
-    on_cpu = replace(on_cpu, inputs=on_cpu.inputs.cpu(), targets=on_cpu.targets.cpu())
-    on_cpu.model.cpu()
+    part = _with_layers(task.part(2).copy(), WAYS["FAM exact"])
+    part.model.eval()
+    on_cpu = part.copy(device=CPU)
     exact = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -170,61 +165,45 @@ def check(task: Task) -> dict[str, float]:
     return {"device": here, "cpu": there}
 
 
-def _with_layers(task: Task, way: Way) -> Task:
-    return replace(task, layer=way.layers(task.model))
+def _with_layers(task: Problem, way: Way) -> Problem:
+    return replace(task, regularised=way.layers(task.model))
 
 
-def steps(task: Task, device: torch.device, *, compiled: bool, smoke: bool) -> dict[str, Any]:
+def steps(task: Problem, device: torch.device, *, compiled: bool, smoke: bool) -> dict[str, Any]:
     """Of every way to step: whether it waits, its time relative to the plain step, and its peak memory."""
     built: dict[str, Step] = {}
     found: dict[str, dict[str, Any]] = {}
     for label, way in WAYS.items():
         if compiled and not way.compiled:
             continue
-        others = alive_bytes(device)
-        twin = copy.deepcopy(task)
+        others = alive_bytes(device) if device.type == "cuda" else 0
+        twin = task.copy()
         step = way.candidate.build(_with_layers(twin, way))
         if compiled:
             twin.model.compile(backend="eager" if smoke else "inductor")
         try:
-            for _ in range(3):  # the optimizer's state, what FAM finds out once, what is compiled
+            for _ in range(WARM_UP):
                 step()
-            waits = what_waits(step, device)
-            peak = peak_bytes(step, device) - others
+            found[label] = {"waits": what_waits(step, device)}
         except RuntimeError as error:  # a refusal is an answer too
             found[label] = {"refused": str(error)}
-        else:
-            built[label] = step
-            found[label] = {
-                "waits": waits,
-                "peak_bytes": peak,
-                "memory": peak / found.get("plain", {"peak_bytes": peak})["peak_bytes"],
-            }
-    seconds = alternate(built, device, smoke)
+            continue
+        built[label] = step
+        if device.type == "cuda":  # the CPU's allocator keeps no peak
+            found[label]["peak_bytes"] = peak_bytes(step, device) - others
+            found[label]["memory"] = found[label]["peak_bytes"] / found["plain"]["peak_bytes"]
+    once = sum(timed(step, device)[0] for step in built.values())
+    least, most = (2, 2) if smoke else ROUNDS
+    seconds = alternate(built, max(least, min(most, int(TIMING / once))), device)
     for label, own in seconds.items():
-        ratios = sorted(a / b for a, b in zip(own, seconds["plain"], strict=True))
+        middle, quartiles = ratio(own, seconds["plain"])
         found[label] |= {
-            "ratio": statistics.median(ratios),
-            "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-            "rounds": len(ratios),
-            "seconds": statistics.median(own),
+            "ratio": middle,
+            "quartiles": quartiles,
+            "rounds": len(own),
+            "seconds": median(own)[0],
         }
     return {"candidates": found}
-
-
-def alternate(calls: dict[str, Step], device: torch.device, smoke: bool) -> dict[str, list[float]]:
-    """The seconds of each, round by round, each round beginning with another one."""
-    order, seconds = list(calls), {label: list[float]() for label in calls}
-    begin, (least, most) = clock(device), (2, 2) if smoke else ROUNDS
-    for number in range(most):
-        if number >= least and clock(device) - begin > TIMING:
-            break
-        for place in range(len(order)):
-            label = order[(number + place) % len(order)]
-            start = clock(device)
-            calls[label]()
-            seconds[label].append(clock(device) - start)
-    return seconds
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Progress:
 
     step: int  # of how many are taken
     steps: int  # in all
+    epochs: int
     loss: float  # of the last batch
     record: Mapping[str, Any]  # of the last finished epoch
     step_time: float  # relative to the plain step
@@ -70,20 +71,22 @@ def train(
         ValueError: if the folder's run was begun with another configuration.
     """
     folder, device = RunFolder(path), conditions.device
+    asked = configuration(task, settings, conditions)
+    folder.check(asked, resume)
     data = task.data(conditions.source, conditions.seed)
     seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
     model = task.model(conditions.source).to(device)
-    folder.begin(configuration(task, settings, conditions), environment(device), resume)
+    optimizer = build(settings, model, model.get_submodule(task.layer))
     state = folder.load(device)
     if state is None:
         timed = list(islice(moved(epoch_batches(data, conditions, 0), device), TIMED_STEPS))
         timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
-        folder.write("step_time.json", relative_step_time(task, settings, model, timed, device))
+        cost = relative_step_time(task, settings, model, timed, device)
+        folder.begin(asked, environment(device), cost)  # after what a wrong setting could stop
     step_time = folder.read("step_time.json")["median"]
 
     per_epoch = len(epoch_batches(data, conditions, 0))
     steps = conditions.epochs * per_epoch
-    optimizer = build(settings, model, model.get_submodule(task.layer))
     schedule = LambdaLR(optimizer, lambda step: task.schedule(step / steps))
     records: list[dict[str, Any]] = []
     if state is not None:
@@ -93,7 +96,8 @@ def train(
         records = folder.epochs()[: state["epoch"]]
 
     def show(step: int, loss: Tensor) -> None:
-        on_progress(Progress(step, steps, loss.item(), records[-1] if records else {}, step_time))
+        record = records[-1] if records else {}
+        on_progress(Progress(step, steps, conditions.epochs, loss.item(), record, step_time))
 
     for epoch in range(len(records) + 1, conditions.epochs + 1):
         seed_everything(conditions.seed, epoch)
@@ -102,7 +106,7 @@ def train(
         for inputs, targets in moved(epoch_batches(data, conditions, epoch), device):
             losses.append(take_step(optimizer, model, task.loss, inputs, targets))
             schedule.step()
-            if len(losses) in (1, per_epoch) or len(losses) % SHOWN_EVERY == 0:
+            if len(losses) == 1 or len(losses) % SHOWN_EVERY == 0:
                 show((epoch - 1) * per_epoch + len(losses), losses[-1])
         record: dict[str, Any] = {"epoch": epoch, "train_loss": torch.stack(losses).mean().item()}
         if not task.evaluated_at or epoch in (round(part * conditions.epochs) for part in task.evaluated_at):
@@ -118,6 +122,7 @@ def train(
                 "schedule": schedule.state_dict(),
             },
         )
+        show(epoch * per_epoch, losses[-1])
 
 
 def configuration(task: Task, settings: Settings, conditions: Conditions) -> dict[str, Any]:
