@@ -126,7 +126,7 @@ class Jacobian:
 
     def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
         weight = nodes.weight_of_convolution(edge.node)
-        if weight is None or use.weight.dtype in LOW_PRECISION:
+        if weight is None or nodes.results(edge.node)[0].dtype in LOW_PRECISION:  # under autocast, say
             return use.pull(delta)
         # The forward's own node, which spares the convolution that `pull` builds a graph with.
         (g,) = torch.autograd.grad(
