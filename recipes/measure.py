@@ -24,7 +24,7 @@ def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = Fa
     data = task.data(conditions.source, conditions.seed)
     model = task.model(conditions.source).to(conditions.device)
     model.load_state_dict(state["model"])
-    metrics = {name: mean(value) for name, value in evaluate(task, model, data, conditions).items()}
+    metrics = {name: mean(value) for name, value in evaluate(task.evaluate, model, data, conditions).items()}
     dtype = torch.float64 if double else torch.float32
     layer = model.to(dtype).get_submodule(task.layer)
     batches = [

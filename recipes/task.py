@@ -18,6 +18,7 @@ from recipes.schedules import cosine
 
 Batch = tuple[Any, Any]  # inputs, targets: whatever the network and the loss take
 Metrics = dict[str, float | list[float]]  # a number, or one per sample (drawn as box plots)
+Evaluation = Callable[[nn.Module, Iterable[Batch]], Metrics]
 Samples = Dataset[Any]  # of (inputs, targets); torch's default collation makes the batches
 
 
@@ -79,8 +80,9 @@ class Task:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what an --optimizer changes
     schedule: Callable[[float], float] = cosine  # factor of the learning rate by progress in [0, 1)
     loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy  # (outputs, targets) -> () mean
-    evaluate: Callable[[nn.Module, Iterable[Batch]], Metrics] = classification
+    evaluate: Evaluation = classification
     evaluated_at: tuple[float, ...] = ()  # parts of the training, such as (0.5, 1); () is after every epoch
+    watch: Evaluation | None = None  # quick, at every 20th of the training
     metric: str = "accuracy"  # the one that the progress bar shows
     kappa_samples: int = 1000  # training samples on which kappa is measured after an epoch
     differences: str = ""  # where the paper and its released code differ, and the flags of the latter

@@ -24,9 +24,10 @@ from recipes.optimizers import Settings, build, take_step
 from recipes.results import environment
 from recipes.runs import RunFolder
 from recipes.step_time import relative_step_time
-from recipes.task import Batch, Data, Source, Task
+from recipes.task import Batch, Data, Evaluation, Source, Task
 
 TIMED_STEPS = 11  # pairs of steps behind the relative step time, the first a warm-up
+WATCHED = 20  # how often a run is watched, where its task has something quick to watch
 SHOWN_EVERY = 10  # steps between two updates of the progress bar: reading the loss waits for the device
 
 
@@ -105,8 +106,10 @@ def train(
             if len(losses) in (1, per_epoch) or len(losses) % SHOWN_EVERY == 0:
                 show((epoch - 1) * per_epoch + len(losses), losses[-1])
         record: dict[str, Any] = {"epoch": epoch, "train_loss": torch.stack(losses).mean().item()}
-        if not task.evaluated_at or epoch in (round(part * conditions.epochs) for part in task.evaluated_at):
-            record |= evaluate(task, model, data, conditions)
+        if task.watch and due(epoch, conditions, [part / WATCHED for part in range(WATCHED + 1)]):
+            record |= evaluate(task.watch, model, data, conditions)
+        if not task.evaluated_at or due(epoch, conditions, task.evaluated_at):
+            record |= evaluate(task.evaluate, model, data, conditions)
         record["kappa"] = kappa(task, model, data, conditions)
         records.append(record)
         folder.save(
@@ -152,13 +155,18 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     return (move(batch, device) for batch in batches)
 
 
-def evaluate(task: Task, model: nn.Module, data: Data, conditions: Conditions) -> dict[str, Any]:
-    """The task's metrics on each of its evaluation sets, in eval mode: {"test_accuracy": ..., ...}."""
+def due(epoch: int, conditions: Conditions, parts: Iterable[float]) -> bool:
+    """Whether one of these parts of the training ends with this epoch."""
+    return epoch in (round(part * conditions.epochs) for part in parts)
+
+
+def evaluate(evaluation: Evaluation, model: nn.Module, data: Data, conditions: Conditions) -> dict[str, Any]:
+    """The metrics on each of the evaluation sets, in eval mode: {"test_accuracy": ..., ...}."""
     model.eval()
     metrics: dict[str, Any] = {}
     for name, samples in data.evaluation.items():
         batches = moved(ordered(samples, conditions.batch_size, conditions.workers), conditions.device)
-        metrics |= {f"{name}_{metric}": value for metric, value in task.evaluate(model, batches).items()}
+        metrics |= {f"{name}_{metric}": value for metric, value in evaluation(model, batches).items()}
     return metrics
 
 

@@ -17,6 +17,7 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "svhn": ("vision", "svhn", {}),
     "fashion-mnist": ("vision", "fashion_mnist", {}),
     "skulls": ("skulls", "skulls", {}),
+    "skulls-small": ("skulls", "skulls", {"small": True}),
     "rte": ("rte", "rte", {}),
 }
 
