@@ -82,7 +82,7 @@ class Task:
     loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy  # (outputs, targets) -> () mean
     evaluate: Evaluation = classification
     evaluated_at: tuple[float, ...] = ()  # parts of the training, such as (0.5, 1); () is after every epoch
-    watch: Evaluation | None = None  # quick, at every 20th of the training
+    watch: Evaluation | None = None  # at every 20th of the training
     metric: str = "accuracy"  # the one that the progress bar shows
     kappa_samples: int = 1000  # training samples on which kappa is measured after an epoch
     differences: str = ""  # where the paper and its released code differ, and the flags of the latter

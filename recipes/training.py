@@ -106,11 +106,13 @@ def train(
             if len(losses) in (1, per_epoch) or len(losses) % SHOWN_EVERY == 0:
                 show((epoch - 1) * per_epoch + len(losses), losses[-1])
         record: dict[str, Any] = {"epoch": epoch, "train_loss": torch.stack(losses).mean().item()}
-        if task.watch and due(epoch, conditions, [part / WATCHED for part in range(WATCHED + 1)]):
+        watched = task.watch is None or due(epoch, conditions, [n / WATCHED for n in range(1, WATCHED + 1)])
+        if task.watch and watched:
             record |= evaluate(task.watch, model, data, conditions)
         if not task.evaluated_at or due(epoch, conditions, task.evaluated_at):
             record |= evaluate(task.evaluate, model, data, conditions)
-        record["kappa"] = kappa(task, model, data, conditions)
+        if watched:
+            record["kappa"] = kappa(task, model, data, conditions)
         records.append(record)
         folder.save(
             records,

@@ -5,7 +5,7 @@ defect is what is cut out of it: a round patch in the upper half ("round"), or a
 in the front or at a side ("window").
 
 The shells differ so much from each other that the autoencoder of ``recipes.tasks.skulls`` overfits them
-without FAM, as the paper's overfits its skulls: the spreads below were doubled until it did, on lam = 0 alone.
+without FAM, as the paper's overfits its skulls: the spreads below were chosen for that, on lam = 0 alone.
 """
 
 from collections.abc import Mapping
