@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_optim import dataset_relative_flatness
+from recipes.layers import select
 from recipes.loading import cast, first, ordered
 from recipes.plot_report import colours
 from recipes.results import load, record, save
@@ -71,9 +72,9 @@ def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
     data = task.data(source, config["seed"])
     model = task.model(source)
     model.load_state_dict(state["model"])
-    layer = model.double().eval().get_submodule(task.layer)
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"expected the layer of {task.name} to be an nn.Linear, got {type(layer).__name__}")
+    layer, *others = select(model.double().eval(), config["layers"])
+    if others or not isinstance(layer, nn.Linear):
+        raise ValueError(f"expected {folder.path} to have one nn.Linear as its layer, got {config['layers']}")
     batches = [cast(batch, torch.float64) for batch in ordered(first(data.train, SAMPLES), SAMPLES)]
     kappa = dataset_relative_flatness(model, layer, task.loss, batches).item()
     plain = mean_loss(task, model, batches)

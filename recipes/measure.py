@@ -8,10 +8,11 @@ from rich import box
 from rich.table import Table
 
 from fam_optim import dataset_relative_flatness
+from recipes.layers import select
 from recipes.loading import cast, ordered
 from recipes.runs import RunFolder
 from recipes.task import Task, mean
-from recipes.training import Conditions, evaluate, moved
+from recipes.training import Conditions, evaluate, kappa_options, moved
 
 
 def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = False) -> dict[str, Any]:
@@ -26,19 +27,23 @@ def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = Fa
     model.load_state_dict(state["model"])
     metrics = {name: mean(value) for name, value in evaluate(task.evaluate, model, data, conditions).items()}
     dtype = torch.float64 if double else torch.float32
-    layer = model.to(dtype).get_submodule(task.layer)
+    layers = select(model.to(dtype), task.layers)
     batches = [
         cast(batch, dtype)
         for batch in moved(ordered(data.train, conditions.batch_size, conditions.workers), conditions.device)
     ]
-    mode = task.methods.get("fam", {}).get("mode", "exact")
-    values = {
-        name: dataset_relative_flatness(model, layer, task.loss, batches, measure=name, mode=mode).item()
-        for name in ("neuronwise", "layerwise")
-    }
-    weight = layer.get_parameter("weight")
-    trace = values["layerwise"] / weight.square().sum().item()
-    return {"epoch": state["epoch"], **values, "Tr(H)": trace, **metrics}
+    chosen = {name: value for name, value in kappa_options(task).items() if name != "measure"}
+    values = {"neuronwise": 0.0, "layerwise": 0.0, "Tr(H)": 0.0}  # each is a sum over the layers
+    for layer in layers:
+        neuronwise, layerwise = (
+            dataset_relative_flatness(model, layer, task.loss, batches, measure=name, **chosen).item()
+            for name in ("neuronwise", "layerwise")
+        )
+        weight = layer.get_parameter("weight")
+        values["neuronwise"] += neuronwise
+        values["layerwise"] += layerwise
+        values["Tr(H)"] += layerwise / weight.square().sum().item()
+    return {"epoch": state["epoch"], **values, **metrics}
 
 
 def table(measured: dict[str, dict[str, Any]]) -> Table:

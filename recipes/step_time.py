@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from recipes.layers import select
 from recipes.optimizers import Settings, build, plain, take_step
 from recipes.task import Batch, Task
 
@@ -27,7 +28,7 @@ def relative_step_time(
     pair = []
     for chosen in (plain(settings), settings):
         twin = copy.deepcopy(model).train()
-        pair.append((build(chosen, twin, twin.get_submodule(task.layer)), twin))
+        pair.append((build(chosen, twin, select(twin, task.layers)), twin))
     ratios, milliseconds = [], []
     for number, (inputs, targets) in enumerate(batches):
         seconds = [0.0, 0.0]

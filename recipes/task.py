@@ -72,7 +72,7 @@ class Task:
     about: str  # one line: what is trained on what, and where the paper has it
     data: Callable[[Source, int], Data]  # (source, seed); raises Missing
     model: Callable[[Source], nn.Module]  # maps a batch's inputs to the loss's outputs
-    layer: str  # name of the module whose relative flatness FAM regularises
+    layers: tuple[str, ...]  # names of the modules whose relative flatness FAM regularises, or "all", ...
     epochs: int
     batch_size: int
     base: str = "sgd"  # the optimizer inside SAM, ASAM and FAM: "sgd", "nesterov" or "adam"
@@ -85,4 +85,7 @@ class Task:
     watch: Evaluation | None = None  # at every 20th of the training
     metric: str = "accuracy"  # the one that the progress bar shows
     kappa_samples: int = 1000  # training samples on which kappa is measured after an epoch
+    facts: Mapping[str, str] = field(default_factory=dict)  # settings in words: the network, its input, ...
+    paper: tuple[str, ...] = ()  # names of the settings that the paper states
+    code: tuple[str, ...] = ()  # ... that the released code decides; all others are ours (recipes.marks)
     differences: str = ""  # where the paper and its released code differ, and the flags of the latter

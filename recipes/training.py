@@ -19,8 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from fam_optim import dataset_relative_flatness
+from recipes.layers import select
 from recipes.loading import first, move, of_epoch, ordered
-from recipes.optimizers import Settings, build, take_step
+from recipes.optimizers import MEASURING, Settings, build, take_step
 from recipes.results import environment
 from recipes.runs import RunFolder
 from recipes.step_time import relative_step_time
@@ -74,6 +75,7 @@ def train(
     data = task.data(conditions.source, conditions.seed)
     seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
     model = task.model(conditions.source).to(device)
+    layers = select(model, task.layers)
     folder.begin(configuration(task, settings, conditions), environment(device), resume)
     state = folder.load(device)
     if state is None:
@@ -84,7 +86,7 @@ def train(
 
     per_epoch = len(epoch_batches(data, conditions, 0))
     steps = conditions.epochs * per_epoch
-    optimizer = build(settings, model, model.get_submodule(task.layer))
+    optimizer = build(settings, model, layers)
     schedule = LambdaLR(optimizer, lambda step: task.schedule(step / steps))
     records: list[dict[str, Any]] = []
     if state is not None:
@@ -129,7 +131,8 @@ def configuration(task: Task, settings: Settings, conditions: Conditions) -> dic
     """What identifies a run: continuing it asks for the same."""
     return {
         "task": task.name,
-        "layer": task.layer,
+        "layers": list(task.layers),
+        "kappa": kappa_options(task),
         "settings": settings,
         "seed": conditions.seed,
         "epochs": conditions.epochs,
@@ -172,9 +175,16 @@ def evaluate(evaluation: Evaluation, model: nn.Module, data: Data, conditions: C
     return metrics
 
 
+def kappa_options(task: Task) -> dict[str, Any]:
+    """Measure, mode, curvature and number of probes, where the task has its own."""
+    return {name: value for name, value in task.methods.get("fam", {}).items() if name in MEASURING}
+
+
 def kappa(task: Task, model: nn.Module, data: Data, conditions: Conditions) -> float:
-    """kappa of the first training samples' loss, in the measure and mode that the task has for FAM."""
-    chosen = {k: v for k, v in task.methods.get("fam", {}).items() if k in ("measure", "mode", "n_samples")}
+    """kappa of the first training samples' loss, as the task has it for FAM, for every optimizer."""
     batches = ordered(first(data.train, task.kappa_samples), conditions.batch_size, conditions.workers)
-    layer = model.get_submodule(task.layer)
-    return dataset_relative_flatness(model, layer, task.loss, batches, **chosen).item()
+    values = [  # one sum over the layers, as FAM's; the batches are read once for each
+        dataset_relative_flatness(model, layer, task.loss, batches, **kappa_options(task))
+        for layer in select(model, task.layers)
+    ]
+    return torch.stack(values).sum().item()

@@ -39,7 +39,7 @@ def rte() -> Task:
         about="bert-base-cased fine-tuned on GLUE RTE (Table 3, Figure 3)",
         data=_data,
         model=_model,
-        layer="bert.classifier",
+        layers=("bert.classifier",),
         epochs=20,
         batch_size=32,
         base="adam",
