@@ -1,4 +1,4 @@
-"""Does FAM help? The study behind ``recipes/STUDY.md``: one command, restartable.
+"""Does FAM help? The study behind ``recipes/study/README.md``: one command, restartable.
 
 protocol   which networks are trained: tasks, methods, grids, seeds
 methods    what is compared, each with one hyper-parameter

@@ -25,7 +25,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from recipes.results import CPU, compact, environment
+from recipes.engine.task import Missing
+from recipes.shared.results import CPU, compact, environment
 from recipes.study.analysis import Results
 from recipes.study.cost import relative_costs
 from recipes.study.pictures import draw
@@ -33,7 +34,6 @@ from recipes.study.protocol import STAGES
 from recipes.study.report import write
 from recipes.study.samples import samples
 from recipes.study.trial import Trial, run
-from recipes.task import Missing
 
 
 def read(folder: Path) -> dict[str, Results]:

@@ -18,7 +18,7 @@ class Method:
         grid: the values that it is tuned over.
         beyond: one more on either side, tried where the grid's first or last is the best.
         option: the optimizer's option that takes the value, or None if the loss does.
-        optimizer: a name of `recipes.optimizers`.
+        optimizer: a name of `recipes.engine.optimizers`.
         options: fixed ones.
         loss: ``(value, head, phi, logits, targets) -> ()``.
         epochs: how many, as a part of the plain optimizer's.

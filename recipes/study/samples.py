@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from recipes.datasets import fashion_mnist, normalised, whole_fashion_mnist, with_symmetric_noise
-from recipes.task import Data, Missing, Source
+from recipes.engine.task import Data, Missing, Source
+from recipes.tasks.images import fashion_mnist, normalised, whole_fashion_mnist, with_symmetric_noise
 
 Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, labels
 

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fam_optim import FAM, dataset_relative_flatness
-from recipes.loading import first, of_epoch, ordered
-from recipes.models import MultilayerPerceptron, SmallConvNet
-from recipes.optimizers import BASES, build, take_step
-from recipes.schedules import cosine
+from recipes.engine.batches import first, of_epoch, ordered
+from recipes.engine.optimizers import BASES, build, take_step
+from recipes.engine.schedules import cosine
+from recipes.engine.task import Batch, Samples
+from recipes.engine.training import seed_everything
 from recipes.study.methods import METHODS, Method
 from recipes.study.samples import samples
-from recipes.task import Batch, Samples
-from recipes.training import seed_everything
+from recipes.tasks.models import MultilayerPerceptron, SmallConvNet
 
 EVALUATIONS = 10  # on the validation data, evenly over the training
 FLATNESS_SAMPLES = 2000  # training samples on which flatness is measured

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from recipes.layers import select
-from recipes.optimizers import Settings, build, plain, take_step
-from recipes.task import Batch, Task
+from recipes.engine.layers import select
+from recipes.engine.optimizers import Settings, build, plain, take_step
+from recipes.engine.task import Batch, Task
 
 
 def relative_step_time(

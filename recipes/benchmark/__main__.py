@@ -4,7 +4,7 @@
     python -m recipes.benchmark --tasks "resnet18 head 10x512"        # one row; others in the results stay
     python -m recipes.benchmark --smoke                               # seconds: does everything run?
 
-The candidates (recipes.benchmark_candidates) of a row alternate in one process, in an order that rotates;
+The candidates (recipes.benchmark.candidates) of a row alternate in one process, in an order that rotates;
 every step is compared with the plain step of the same round, so that a busy machine slows both; the table
 has the median of the ratios and their quartiles. Before anything is timed, the exact kappa is checked against
 every other way to it: Hutchinson's estimate with many probes, the full Hessians, and other packages' traces.
@@ -25,12 +25,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recipes.benchmark_candidates import CANDIDATES, Build, Candidate, Step, chosen, flatness, layer_alone
-from recipes.benchmark_cases import TASKS, Task
-from recipes.memory import alive_bytes, peak_bytes
-from recipes.plot_benchmark import plot
-from recipes.results import load, record, save
-from recipes.step_time import clock
+from recipes.benchmark.candidates import CANDIDATES, Build, Candidate, Step, chosen, flatness, layer_alone
+from recipes.benchmark.cases import TASKS, Task
+from recipes.benchmark.memory import alive_bytes, peak_bytes
+from recipes.benchmark.picture import plot
+from recipes.engine.step_time import clock
+from recipes.shared.results import load, record, save
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
 ROUNDS = {"tiny 16x16": 400, "resnet50 head 1000x2048": 3}  # cheap and noisy; seconds a step

@@ -1,8 +1,8 @@
 """The operations behind the benchmark: multiplications of a step, counted, relative to the plain step's.
 
-    python -m recipes.benchmark_counts                                        # table and JSON
-    python -m recipes.benchmark_counts --measured runs/benchmark/benchmark.json   # measured times beside them
-    python -m recipes.benchmark_counts --smoke
+    python -m recipes.benchmark.counts                                        # table, JSON
+    python -m recipes.benchmark.counts --measured runs/benchmark/benchmark.json   # measured times beside them
+    python -m recipes.benchmark.counts --smoke
 
 Counted by torch.utils.flop_counter are matrix products and convolutions, forward and backward, of the second
 step (the first one verifies what is remembered afterwards). Entrywise operations are not: where they, or the
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.benchmark_candidates import CANDIDATES
-from recipes.benchmark_cases import TASKS, Task
-from recipes.results import load, record, save
+from recipes.benchmark.candidates import CANDIDATES
+from recipes.benchmark.cases import TASKS, Task
+from recipes.shared.results import load, record, save
 
 COUNTED = ("FAM exact", "FAM exact, detached", "FAM hutchinson", "FAM hutchinson, detached", "SAM")
 PROBES = {"FAM hutchinson": "bare product", "FAM hutchinson, detached": "bare product, detached"}
@@ -198,7 +198,7 @@ def quotient(over: int | None, under: int | None, digits: int = 2) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Count, print, save."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.benchmark_counts", description=(__doc__ or "").split("\n")[0]
+        prog="python -m recipes.benchmark.counts", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--measured", type=Path, help="JSON of recipes.benchmark")

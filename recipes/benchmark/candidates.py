@@ -19,7 +19,7 @@ from pytorch_optimizer import SAM
 from torch import Tensor, nn
 
 from fam_optim import FAM, observe, relative_flatness
-from recipes.benchmark_cases import Task
+from recipes.benchmark.cases import Task
 
 LAM = 1e-3  # any positive value costs the same
 BASE: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}

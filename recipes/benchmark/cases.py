@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from recipes.models import WideResNet, resnet18_cifar
+from recipes.tasks.models import WideResNet, resnet18_cifar
 
 
 @dataclass
