@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from recipes.engine import marks
 from recipes.engine.measure import measure, table
 from recipes.engine.optimizers import (
     FAM_OPTIONS,
@@ -117,12 +118,22 @@ def conditions(task: Task, options: argparse.Namespace, seed: int) -> Conditions
     )
 
 
+def changed(options: argparse.Namespace) -> set[str]:
+    """Names of the settings that the command line gives, which are nobody's but the user's."""
+    names = (*SWEPT, *MEASURING, *CHOSEN, "layer", "epochs", "batch_size")
+    given = [name for name in names if getattr(options, name) is not None]
+    prefixed = {f"{prefix}{name}" for name in given for prefix in ("", "fam ", "sam ")}
+    return {name.replace("batch_size", "batch size") for name in prefixed}
+
+
 def run(options: argparse.Namespace, console: Console) -> None:
     """Train, or measure, every combination with every seed."""
     task = adapted(load_task(options.task), options)
     console.print(f"[bold]{task.name}[/]: {task.about}")
+    for line in marks.lines(task, without=changed(options)):
+        console.print(line, style="dim", markup=False, highlight=False)
     if task.differences:
-        console.print(f"Paper and released code differ: {task.differences}")
+        console.print(f"Paper and released code differ: {task.differences}", markup=False, highlight=False)
     measured: dict[str, dict[str, Any]] = {}
     for (label, chosen), seed in itertools.product(list(combinations(task, options)), options.seeds):
         path = options.out / task.name / label / f"seed{seed}"

@@ -69,19 +69,19 @@ def train(
     Raises:
         Missing: if the task's data are not there.
         FileExistsError: if the folder holds a run and ``resume`` is False.
-        ValueError: if the folder's run was begun with another configuration.
+        ValueError: if the folder's run was begun with another configuration, or what is asked of kappa is
+            not possible: then there is no folder.
     """
     folder, device = RunFolder(path), conditions.device
     data = task.data(conditions.source, conditions.seed)
     seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
     model = task.model(conditions.source).to(device)
     layers = select(model, task.layers)
-    folder.begin(configuration(task, settings, conditions), environment(device), resume)
     state = folder.load(device)
-    if state is None:
-        timed = list(islice(moved(epoch_batches(data, conditions, 0), device), TIMED_STEPS))
-        timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
-        folder.write("step_time.json", relative_step_time(task, settings, model, timed, device))
+    rehearsed = rehearse(task, settings, model, data, conditions) if state is None else None
+    folder.begin(configuration(task, settings, conditions), environment(device), resume)
+    if rehearsed:
+        folder.write("step_time.json", rehearsed)
     step_time = folder.read("step_time.json")["median"]
 
     per_epoch = len(epoch_batches(data, conditions, 0))
@@ -114,7 +114,7 @@ def train(
         if not task.evaluated_at or due(epoch, conditions, task.evaluated_at):
             record |= evaluate(task.evaluate, model, data, conditions)
         if watched:
-            record["kappa"] = kappa(task, model, data, conditions)
+            record["kappa"] = kappa(task, model, measured_on(task, data, conditions))
         records.append(record)
         folder.save(
             records,
@@ -125,6 +125,26 @@ def train(
                 "schedule": schedule.state_dict(),
             },
         )
+
+
+def rehearse(
+    task: Task, settings: Settings, model: nn.Module, data: Data, conditions: Conditions
+) -> dict[str, Any]:
+    """Take some steps on copies of the model, and measure kappa of a batch, before a folder is begun.
+
+    Returns the relative time of the step.
+
+    Raises:
+        ValueError: if the layers, the loss and what is asked of kappa do not go together.
+    """
+    batches = moved(epoch_batches(data, conditions, 0), conditions.device)
+    timed = list(islice(batches, TIMED_STEPS))
+    timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
+    try:
+        kappa(task, model, timed[:1])
+        return relative_step_time(task, settings, model, timed, conditions.device)
+    except (RuntimeError, TypeError) as error:  # the library's, which say what to do instead
+        raise ValueError(str(error)) from error
 
 
 def configuration(task: Task, settings: Settings, conditions: Conditions) -> dict[str, Any]:
@@ -175,15 +195,22 @@ def evaluate(evaluation: Evaluation, model: nn.Module, data: Data, conditions: C
     return metrics
 
 
+def measured_on(task: Task, data: Data, conditions: Conditions) -> DataLoader[Batch]:
+    """The first training samples, on which kappa is measured after an epoch."""
+    return ordered(first(data.train, task.kappa_samples), conditions.batch_size, conditions.workers)
+
+
 def kappa_options(task: Task) -> dict[str, Any]:
     """Measure, mode, curvature and number of probes, where the task has its own."""
     return {name: value for name, value in task.methods.get("fam", {}).items() if name in MEASURING}
 
 
-def kappa(task: Task, model: nn.Module, data: Data, conditions: Conditions) -> float:
-    """kappa of the first training samples' loss, as the task has it for FAM, for every optimizer."""
-    batches = ordered(first(data.train, task.kappa_samples), conditions.batch_size, conditions.workers)
-    values = [  # one sum over the layers, as FAM's; the batches are read once for each
+def kappa(task: Task, model: nn.Module, batches: Iterable[Batch]) -> float:
+    """kappa of the loss, as the task has it for FAM, for every optimizer: the sum over the layers.
+
+    The batches are read once for each layer.
+    """
+    values = [
         dataset_relative_flatness(model, layer, task.loss, batches, **kappa_options(task))
         for layer in select(model, task.layers)
     ]

@@ -189,7 +189,7 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
 def mean_overlap(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
     """The mean Dice coefficient alone, which is quick: for the curves by epoch."""
     values = [compute_dice((model(inputs) > 0).float(), targets) for inputs, targets in batches]
-    return {"mean_dsc": torch.cat(values).mean().item()}
+    return {"dsc": torch.cat(values).mean().item()}
 
 
 def skulls(small: bool = False) -> Task:
@@ -215,7 +215,14 @@ def skulls(small: bool = False) -> Task:
         options={"lr": 1e-4},
         methods={
             # The exact kappa would take 64 Hessian-vector products through the deconvolutions; a probe, one.
-            "fam": {"lam": 0.002, "measure": "layerwise", "mode": "hutchinson", "n_samples": 1},
+            "fam": {
+                "lam": 0.002,
+                "measure": "layerwise",
+                "mode": "hutchinson",
+                "n_samples": 1,
+                "curvature": "hessian",
+                "detach_hessian": False,
+            },
         },
         schedule=constant,
         loss=DiceLoss(sigmoid=True, squared_pred=True),  # Milletari et al.; the mean over the skulls
@@ -223,6 +230,20 @@ def skulls(small: bool = False) -> Task:
         evaluated_at=(0.5, 1),
         watch=mean_overlap,
         metric="dsc",
+        facts={
+            "network": f"autoencoder with {len(setting.channels)} stride-2 convolutions, about 1M parameters",
+            "normalisation": "per instance",
+            "samples": f"{setting.train} for training, {setting.evaluation} evaluated, with two defects each",
+            "input": f"{setting.size} x {setting.size} x {setting.size} voxels",
+            "loss": "Dice, squared denominator",
+            "seeds": "any (--seeds)",
+        },
+        paper=(
+            *("optimizer", "lr", "schedule", "loss", "layer", "fam lam", "fam measure", "fam mode"),
+            *("fam curvature", "fam detach_hessian"),
+            *(() if small else ("network", "samples", "input", "epochs")),
+        ),
+        code=("normalisation", "batch size"),
         differences=(
             "The released code has lam 0.1 with 80 x Dice summed over two output channels, ||W|| instead of "
             "||W||^2, and a detached Hessian (--detach-hessian); it draws up to 200 probes a step, until "
