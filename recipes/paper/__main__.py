@@ -27,13 +27,12 @@ def settings() -> Table:
 
 
 def comparisons(folder: Path = RESULTS) -> dict[str, Table]:
-    """A table per experiment, or two: one of the paper's setting, where it was run, one of its small form."""
+    """A table per experiment, of the paper's setting or of the small forms that were run instead."""
     found = [load(path) for path in sorted(folder.glob("*.json"))]
     runs = [run for results in found if results.get("recipe") == "train" for run in results["runs"]]
-    small = {experiment: task for task, (experiment, _) in STAND_INS.items()}
     tables = {}
     for experiment in EXPERIMENTS:
-        names = [name for name in (experiment, small.get(experiment)) if name is not None]
+        names = [experiment, *(task for task, (name, _) in STAND_INS.items() if name == experiment)]
         ran = [name for name in names if any(run["task"] == name for run in runs)]
         for name in ran or [experiment]:
             table = compare(name, [run for run in runs if run["task"] == name])
