@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from recipes.paper.comparison import compare
+from recipes.paper.comparison import compare, figure_4
 from recipes.paper.numbers import ROWS, Row
 
 
@@ -116,3 +116,20 @@ def test_lam_0_is_the_baseline() -> None:
 def test_rte_is_compared_as_a_fraction(value: float, shown: str) -> None:
     runs = [run("rte", {"development_accuracy": [value]}, "adam", layers=["bert.classifier"])]
     assert cells(compare("rte", runs))[0]["development_accuracy"] == f"0.67364 ± 0.018 (max 0.6931) / {shown}"
+
+
+def test_factors_of_figure_4_are_of_the_same_layer() -> None:
+    seconds = {
+        **{("autograd loop", 4): 0.4, ("vectorised autograd", 4): 0.1, ("torch.func", 4): 0.2},
+        **{("autograd loop", 80): 8.0, ("vectorised autograd", 80): 1.0, ("torch.func", 80): 0.5},
+        ("torch.func", 128): 2.0,
+    }
+    runs = [
+        {"method": method, "family": "hidden", "d": m, "m": m, "seconds": value}
+        for (method, m), value in seconds.items()
+    ]
+    vectorised, functorch = cells(figure_4(runs))
+    assert (vectorised["than"], vectorised["paper (RTX A6000)"]) == ("autograd loop", "up to 1,000")
+    assert vectorised["here, range over the sizes"] == "4 to 8"
+    assert functorch["here, range over the sizes"] == "0.5 to 2"
+    assert functorch["here, largest Hessian"] == "2 (80 x 80 weights)"

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from recipes.engine.task import mean
-from recipes.paper.numbers import ROWS, STAND_INS, STATED, Row
+from recipes.paper.numbers import FIGURE_4, ROWS, STAND_INS, STATED, Row
 
 Run = dict[str, Any]
 NOT_RUN = "not run"
@@ -92,3 +92,21 @@ def said(name: str, found: Any, stated: Any) -> str:
         return "Hessian detached"
     values = [", ".join(value) if isinstance(value, list) else str(value) for value in (found, stated)]
     return f"{name.replace('_', ' ')} {values[0]}, not {values[1]}"
+
+
+def figure_4(runs: Sequence[Run]) -> Table:
+    """How many times faster each way to a Hessian is than the one before: the paper's words, and here."""
+    result = Table(
+        *("faster", "than", "paper (RTX A6000)", "here, range over the sizes", "here, largest Hessian"),
+        title="Figure 4, appendix A.1: factors of time",
+        box=box.MARKDOWN,
+    )
+    seconds = {(run["method"], run["family"], run["d"], run["m"]): run["seconds"] for run in runs}
+    for method, (slower, stated) in FIGURE_4.items():
+        sizes = [size for name, *size in seconds if name == method and (slower, *size) in seconds]
+        factors = [seconds[(slower, *size)] / seconds[(method, *size)] for size in sizes]
+        largest = max(zip(sizes, factors, strict=True), key=lambda pair: pair[0][1] * pair[0][2])
+        (_, d, m), factor = largest
+        span = f"{min(factors):.2g} to {max(factors):.2g}"
+        result.add_row(method, slower, stated, span, f"{factor:.2g} ({d} x {m} weights)")
+    return result

@@ -32,7 +32,7 @@ def quickstart(noise: float, train_size: int = 2000) -> Task:
 
 
 def fashion_mnist_small(tuning: bool = False, shipped: bool = False) -> Task:
-    """All 60,000 images or the 4,000 shipped ones; to choose lam and rho, a part, and others to validate on."""
+    """All 60,000 images, or the 4,000 shipped ones; for tuning a part of them, and others to validate on."""
 
     def data(source: Source, seed: int) -> Data:
         if shipped and not source.smoke:
