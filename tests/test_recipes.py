@@ -83,23 +83,21 @@ def test_counts_of_a_head() -> None:
     found = {label: counts.step_flops(task, label) for label in labels}
     product = 2 * 40 * 16 * 8
     assert found == dict(zip(labels, (n * product for n in (3, 6, 6, 5, 5)), strict=True))
-    units = counts.units(task)
-    assert units["layer product"] == product and units["tail pass"] == 0
-    assert units["bare product"] == 3 * product  # u, and its derivative in phi and in W
 
 
-def test_counts_of_a_tail() -> None:
-    """Two linear layers behind the layer: a pass is three products each, two where only z is asked for."""
+def test_counts_of_a_perceptron() -> None:
+    """Gauss-Newton of all layers: a product more for the derivatives at the layers' outputs, and for each of
+    the weight's and of the output's derivative of that; with a constant curvature only for the weight's."""
     widths = (6, 5, 7, 3)
-    layers = [torch.nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
+    layers: list[torch.nn.Module] = [torch.nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
     model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
-    task = BenchmarkTask(model, layers[0], torch.randn(4, 6), torch.randint(0, 3, (4,)))
-    units = counts.units(task)
-    tail = 2 * 4 * (5 * 7 + 7 * 3)
-    assert units["layer product"] == 2 * 4 * 6 * 5
-    assert units["tail pass"] == 3 * tail
-    detached = units["bare product, detached"]
-    assert detached is not None and detached - 2 * units["layer product"] <= 5 * tail
+    task = BenchmarkTask(model, layers, torch.randn(4, 6), torch.randint(0, 3, (4,)))
+    labels = ("plain", "FAM Gauss-Newton", "FAM Gauss-Newton, detached")
+    plain, whole, detached = (counts.step_flops(task, label) for label in labels)
+    first, others = 2 * 4 * 6 * 5, 2 * 4 * (5 * 7 + 7 * 3)
+    assert plain == 2 * first + 3 * others  # nothing below the first layer asks for its input's derivative
+    assert detached == plain + 2 * (first + others)
+    assert whole == plain + 3 * (first + others)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

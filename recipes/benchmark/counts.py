@@ -6,20 +6,13 @@
 
 Counted by torch.utils.flop_counter are matrix products and convolutions, forward and backward, of the second
 step (the first one verifies what is remembered afterwards). Entrywise operations are not: where they, or the
-calls themselves, take the time, the measured ratio is the higher one. Three units make the counts readable:
-
-    layer product   the layer's own forward, N m d multiplications for a Linear layer
-    tail pass       forward and backward of what follows the layer
-    bare product    <V, H V> by hand, and its derivative in everything that enters: V, made from W entry by
-                    entry, through the layer, autograd.grad twice behind it, one backward. What makes a probe
-                    from W, and checks whether rows may be probed apart, comes on top in the library
+calls themselves, take the time, the measured ratio is the higher one.
 """
 
 import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +20,16 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.benchmark.candidates import CANDIDATES
+from recipes.benchmark.candidates import CANDIDATES, chosen
 from recipes.benchmark.cases import TASKS, Task
 from recipes.shared.results import load, record, save
 
-COUNTED = ("FAM exact", "FAM exact, detached", "FAM hutchinson", "FAM hutchinson, detached", "SAM")
-PROBES = {"FAM hutchinson": "bare product", "FAM hutchinson, detached": "bare product, detached"}
+COUNTED = (
+    *("FAM exact", "FAM exact, detached", "FAM hutchinson", "FAM hutchinson, detached"),
+    *("FAM Gauss-Newton", "FAM Gauss-Newton, detached", "SAM"),
+)
 
 
 def counter() -> FlopCounterMode:
@@ -66,133 +59,35 @@ def step_flops(task: Task, label: str) -> int | None:
         return None
 
 
-@dataclass
-class Cut:
-    """A task's loss as a function of what enters the layer and what follows it.
-
-    Attributes:
-        phi, z: the layer's input and output, leaves.
-        entering: what else is trained in the tail.
-        before, after: operations counted when the layer was called, and when it was done.
-    """
-
-    phi: Tensor = field(init=False)
-    z: Tensor = field(init=False)
-    entering: list[Tensor] = field(default_factory=list)
-    before: int = 0
-    after: int = 0
-
-
-def cut(task: Task) -> tuple[Cut, Tensor, int]:
-    """The graph of a forward, cut before and behind the layer; the loss; the operations of the forward."""
-    found = Cut()
-
-    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if module is task.layer:
-            found.before = counted.get_total_flops()
-            found.phi = inputs[0].detach().requires_grad_(inputs[0].requires_grad)
-            return (found.phi,)
-        if hasattr(found, "z"):
-            found.entering += [p for p in module.parameters(recurse=False) if p.requires_grad]
-        return None
-
-    def leave(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        found.after = counted.get_total_flops()
-        found.z = output.detach().requires_grad_()
-        return found.z
-
-    handles = [module.register_forward_pre_hook(enter) for module in task.model.modules()]
-    handles.append(task.layer.register_forward_hook(leave))
-    with counter() as counted:
-        loss = task.loss()
-        whole: int = counted.get_total_flops()
-    for handle in handles:
-        handle.remove()
-    return found, loss, whole
-
-
-def units(task: Task) -> dict[str, int | None]:
-    """The layer product, the tail pass and the bare products of a task; None without third derivatives."""
-    task = copy.deepcopy(task)
-    parts, loss, whole = cut(task)
-    entering = [t for t in (task.weight, parts.phi, parts.z, *parts.entering) if t.requires_grad]
-
-    def backward(value: Tensor) -> int:
-        return flops(lambda: torch.autograd.grad(value, entering, retain_graph=True, allow_unused=True))
-
-    def product(*, detached: bool) -> Tensor:
-        phi = parts.phi.detach() if detached else parts.phi
-        direction = functional_call(task.layer, {"weight": task.weight * signs, **no_bias}, (phi,))
-        (gradient,) = torch.autograd.grad(loss, parts.z, create_graph=True)
-        (moved,) = torch.autograd.grad(
-            gradient, parts.z, direction.detach(), create_graph=not detached, retain_graph=True
-        )
-        value: Tensor = (direction * moved).sum()
-        return value
-
-    signs = torch.randn_like(task.weight).sign()
-    bias = task.layer._parameters.get("bias")
-    no_bias = {} if bias is None else {"bias": torch.zeros_like(bias)}
-    plain = backward(loss)
-    found: dict[str, int | None] = {
-        "layer product": parts.after - parts.before,
-        "tail pass": whole - parts.after + plain,
-    }
-    for name, detached in (("bare product", False), ("bare product, detached", True)):
-        try:
-            with counter() as counted:
-                value = product(detached=detached)
-            found[name] = counted.get_total_flops() + backward(loss + value) - plain
-        except RuntimeError:  # BatchNorm in train mode has no third derivative
-            found[name] = None
-    return found
-
-
 def count(name: str) -> dict[str, Any]:
-    """One row: the units, and every candidate's operations."""
+    """One row: every candidate's operations."""
     torch.manual_seed(0)
     task = TASKS[name]()
     return {
         "task": name,
-        "units": units(task),
         "plain": step_flops(task, "plain"),
-        "candidates": {label: step_flops(task, label) for label in COUNTED},
+        "candidates": {label: step_flops(task, label) for label in chosen(COUNTED, name) if label != "plain"},
     }
 
 
-def tables(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
-    """The ratios to the plain step, with the measured ones, and what comes on top, in each unit."""
+def table(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Table:
+    """The ratios to the plain step, with the measured ones beside them."""
     times = {row["task"]: row["candidates"] for row in measured}
-    ratios = Table("task", "plain, GFLOP", *COUNTED, box=box.MARKDOWN)
-    ratios.title = "operations relative to the plain step" + (" (measured time)" if times else "")
-    extras = Table(
-        *("task", "unit", "unit / plain", "exact", "hutchinson", "bare product", "hutchinson / bare"),
-        *("hutchinson, detached", "bare product, detached", "detached / bare"),
-        title="operations on top of the plain step's, in tail passes or layer products, whichever is larger",
-        box=box.MARKDOWN,
-    )
+    result = Table("task", "plain, GFLOP", *COUNTED, box=box.MARKDOWN)
+    result.title = "operations relative to the plain step" + (" (measured time)" if times else "")
     for row in rows:
         cells = []
         for label in COUNTED:
             found = times.get(row["task"], {}).get(label, {}).get("ratio")
             beside = f" ({found:.2f})" if found is not None else ""
-            cells.append(quotient(row["candidates"][label], row["plain"]) + beside)
-        ratios.add_row(row["task"], f"{row['plain'] / 1e9:.3g}", *cells)
-        on_top = {label: None if n is None else n - row["plain"] for label, n in row["candidates"].items()}
-        unit = max(("tail pass", "layer product"), key=lambda name: row["units"][name])
-        size = row["units"][unit]
-        cells = [unit, quotient(size, row["plain"], 4), quotient(on_top["FAM exact"], size)]
-        for label, bare in PROBES.items():
-            cells.append(quotient(on_top[label], size))
-            cells.append(quotient(row["units"][bare], size))
-            cells.append(quotient(on_top[label], row["units"][bare]))
-        extras.add_row(row["task"], *cells)
-    return ratios, extras
+            cells.append(quotient(row["candidates"].get(label), row["plain"]) + beside)
+        result.add_row(row["task"], f"{row['plain'] / 1e9:.3g}", *cells)
+    return result
 
 
-def quotient(over: int | None, under: int | None, digits: int = 2) -> str:
-    """For the tables; "-" where there is none."""
-    return "-" if over is None or not under else f"{over / under:.{digits}f}"
+def quotient(over: int | None, under: int) -> str:
+    """For the table; "-" where there is none."""
+    return "-" if over is None else f"{over / under:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -218,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.out / "benchmark_counts.json"
     configuration = {"operations": "two per multiplication", "smoke": options.smoke}
     save(path, record("benchmark_counts", configuration, time.perf_counter() - begin, rows))
-    console.print(*tables(rows, load(options.measured)["runs"] if options.measured else []))
+    console.print(table(rows, load(options.measured)["runs"] if options.measured else []))
 
 
 if __name__ == "__main__":
