@@ -90,10 +90,11 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def evaluated(run: Run) -> list[int]:
-    """Indices of the epochs that the table shows: those that the task asks for, otherwise the last."""
+    """Indices of the epochs that the table shows: those at which all was measured, otherwise the last."""
     history = run["history"]
-    metric = next((name for name in history if name not in ("epoch", "train_loss", "kappa")), "kappa")
-    indices = [index for index, value in enumerate(history[metric]) if value is not None]
+    metrics = [name for name in history if name not in ("epoch", "train_loss", "kappa")] or ["kappa"]
+    rarest = min(metrics, key=lambda name: sum(value is not None for value in history[name]))
+    indices = [index for index, value in enumerate(history[rarest]) if value is not None]
     return indices[-1:] if len(indices) == len(history[metric]) else indices
 
 
