@@ -95,7 +95,7 @@ def evaluated(run: Run) -> list[int]:
     metrics = [name for name in history if name not in ("epoch", "train_loss", "kappa")] or ["kappa"]
     rarest = min(metrics, key=lambda name: sum(value is not None for value in history[name]))
     indices = [index for index, value in enumerate(history[rarest]) if value is not None]
-    return indices[-1:] if len(indices) == len(history[metric]) else indices
+    return indices[-1:] if len(indices) == len(history[rarest]) else indices
 
 
 def at(run: Run, name: str, index: int) -> float:
