@@ -8,20 +8,18 @@ What a run with three seeds gave, and on which hardware, is in the README.
 """
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from rich.console import Console
 
 from recipes.engine.optimizers import settings
 from recipes.engine.progress import progress_bar
 from recipes.engine.task import Source
 from recipes.engine.training import Conditions, train
 from recipes.report import collect, report
-from recipes.shared.results import save
+from recipes.shared import command
+from recipes.shared.results import load, save
+from recipes.shared.tables import console as make_console
 from recipes.tasks.small import quickstart
 
 # What is compared: the run's label, the optimizer and what differs from the task's settings. rho and lam
@@ -37,21 +35,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.quickstart", description=(__doc__ or "").split("\n")[0]
-    )
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = command.parser("quickstart", __doc__)
+    parser.add_argument("--epochs", type=command.positive, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of split, noise, model and order")
     parser.add_argument(
         "--noise", type=float, nargs="+", default=[0.0, 0.4], help="fractions of wrong labels"
     )
-    parser.add_argument("--train-size", type=int, default=2000, help="training images, at most 3000")
-    parser.add_argument("--device", type=torch.device, default=torch.device(default_device))
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
     parser.add_argument(
-        "--smoke", action="store_true", help="one seed, two epochs, few images: a test, no result"
+        "--train-size", type=command.positive, default=2000, help="training images, at most 3000"
     )
+    command.add_device(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
+    command.add_smoke(parser, "one seed, two epochs, few images")
     options = parser.parse_args(arguments)
     if options.smoke:
         options.seeds, options.epochs = options.seeds[:1], 2
@@ -61,21 +56,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train every method at every noise level with every seed; then the report."""
     options = parse_arguments(arguments)
-    console = Console(width=180)
+    console, folder = make_console(), command.out(options)
     source = Source(smoke=options.smoke)
-    shutil.rmtree(options.out / "runs", ignore_errors=True)  # a demonstration starts afresh
-    for noise in options.noise:
+    command.fresh(folder / "runs")  # a demonstration starts afresh
+    for noise in dict.fromkeys(options.noise):
         task = quickstart(noise, options.train_size)
         console.print(f"[bold]{task.about}")
-        for seed in options.seeds:
+        for seed in dict.fromkeys(options.seeds):
             conditions = Conditions(seed, options.epochs, task.batch_size, source, options.device)
             for label, (optimizer, changes) in METHODS.items():
-                path = options.out / "runs" / task.name / label / f"seed{seed}"
-                with progress_bar(f"{label}, seed {seed}".ljust(28), task, console) as show:
+                path = folder / "runs" / task.name / label / f"seed{seed}"
+                with progress_bar(f"{label}, seed {seed}", task, console) as show:
                     train(task, settings(task, optimizer, changes), conditions, path, on_progress=show)
-    results = collect(options.out / "runs")
-    save(options.out / "quickstart.json", results)
-    report(results, options.out / "quickstart", console)
+    save(folder / "quickstart.json", collect(folder / "runs"))
+    report(load(folder / "quickstart.json"), folder / "quickstart", console)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,61 @@
-"""Turn run folders into one small JSON, a table and pictures.
+"""Turn run folders into one small JSON, tables and pictures.
 
     python -m recipes.report runs/cifar10                                # into runs/cifar10/report.*
     python -m recipes.report runs/cifar10 --out recipes/results/cifar10  # ... somewhere else
     python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
 
-The table has, per task and optimizer, mean and standard deviation over the seeds of what was measured after
-the last epoch, and the leading metric at the epoch that was best on validation data, where there are any.
+Each task has a table: per optimizer, mean and standard deviation over the seeds of what was measured after
+the last epoch, and the leading metric at the epoch that was best on validation data, where there are any. An
+experiment of the paper, or its small form, has a second one with the paper's numbers beside these.
 """
 
-import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from recipes.engine.optimizers import OPTIMIZERS
-from recipes.engine.pictures import plot_boxes, plot_curves
+from recipes.engine.pictures import of_task, plot_boxes, plot_curves, title
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.task import mean
-from recipes.shared.results import load, markdown, save
+from recipes.paper.comparison import compare
+from recipes.shared.command import parser
+from recipes.shared.pictures import save as save_picture
+from recipes.shared.results import load, save
+from recipes.shared.tables import console as make_console
+from recipes.shared.tables import markdown, show
+from recipes.shared.tables import table as make_table
 
 Run = dict[str, Any]
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Everything that the runs below a folder have measured, without their checkpoints."""
-    runs = []
+    """Everything that the runs below a folder have measured, without their checkpoints.
+
+    Smoke tests count only where there is nothing else.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    found = list(finished(folder))
+    runs = [run for run, _ in found if not run["smoke"]] or [run for run, _ in found]
+    if not runs:
+        raise ValueError(f"no finished epoch of any run below {folder}")
+    return {"recipe": "train", "environment": found[-1][1], "runs": sorted(runs, key=order)}
+
+
+def finished(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """The runs below a folder that have finished an epoch, each with its environment."""
     for config in folder.rglob("config.json"):
         run = RunFolder(config.parent)
         if records := run.epochs():
-            environment = run.read("environment.json")
-            runs.append(
-                {
-                    **run.read("config.json"),
-                    "label": config.parent.parent.name,
-                    "step_time": run.read("step_time.json"),
-                    "history": columns(records),
-                }
-            )
-    if not runs:
-        raise FileNotFoundError(f"no finished epoch of any run below {folder}")
-    return {"recipe": "train", "environment": environment, "runs": sorted(runs, key=order)}
+            measured = {"step_time": run.read("step_time.json"), "history": columns(records)}
+            found = {**run.read("config.json"), "label": config.parent.parent.name, **measured}
+            yield found, run.read("environment.json")
 
 
 def order(run: Run) -> tuple[Any, ...]:
@@ -61,23 +71,30 @@ def columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [record.get(name) for record in records] for name in names}
 
 
-def groups(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """The runs that differ in their seed alone."""
-    grouped: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        grouped.setdefault((run["task"], run["label"]), []).append(run)
-    return grouped
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """A table per task, and a second one with the paper's numbers, where it has any."""
+    found: list[Table] = []
+    for task, own in of_task(runs).items():
+        found.append(table(task, own))
+        if not own[0]["smoke"] and (beside := compare(task, own)):
+            found.append(beside)
+    return found
 
 
-def table(runs: Sequence[Run]) -> Table:
-    """One row per task, optimizer and epoch that was asked to be evaluated; valid Markdown."""
-    names = [name for name in runs[0]["history"] if name not in ("epoch", "train_loss")]
+def table(task: str, runs: Sequence[Run]) -> Table:
+    """One row per optimizer and epoch that was asked to be evaluated."""
+    known = dict.fromkeys(name for run in runs for name in run["history"])
+    names = [name for name in known if name not in ("epoch", "train_loss")]
     validated = next((name for name in names if name.startswith("validation_")), None)
     shown = [name for name in names if name == validated or not name.startswith("validation_")]
-    lead = shown[1] if validated else shown[0]
-    best = [f"{lead}, best validation"] if validated else []
-    result = Table("task", "optimizer", "seeds", "epoch", *shown, *best, "step time", box=box.MARKDOWN)
-    for (task, label), group in groups(runs).items():
+    lead = shown[1] if validated and len(shown) > 1 else shown[0]
+    best = [f"{title(lead)}, best validation"] if validated else []
+    result = make_table(
+        *("optimizer", "seeds", "epoch"), *map(title, shown), *best, "step time", title=caption(task, runs)
+    )
+    labels = dict.fromkeys(run["label"] for run in runs)
+    for label in labels:
+        group = [run for run in runs if run["label"] == label]  # they differ in their seed alone
         for number in evaluated(group[0]):
             cells = [summary(name, [at(run, name, number) for run in group]) for name in shown]
             if validated:
@@ -85,8 +102,16 @@ def table(runs: Sequence[Run]) -> Table:
                 cells.append(summary(lead, chosen))
             cost = statistics.fmean(run["step_time"]["median"] for run in group)
             epoch = str(group[0]["history"]["epoch"][number])
-            result.add_row(task, label, str(len(group)), epoch, *cells, f"{cost:.2f}x")
+            result.add_row(label, str(len(group)), epoch, *cells, f"{cost:.2f}x")
     return result
+
+
+def caption(task: str, runs: Sequence[Run]) -> str:
+    """What the table shows."""
+    several = len({run["seed"] for run in runs}) > 1
+    numbers = "mean ± standard deviation over the seeds; " if several else ""
+    smoke = ", a smoke test and no result" if runs[0]["smoke"] else ""
+    return f"{task}{smoke}: {numbers}step time relative to the plain step"
 
 
 def evaluated(run: Run) -> list[int]:
@@ -122,31 +147,33 @@ def summary(name: str, values: Sequence[float]) -> str:
 
 
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:
-    """Print the table, and write it and the pictures beside the JSON."""
-    console.print(table(results["runs"]))
-    stem.with_suffix(".md").write_text(markdown(table(results["runs"])))
-    plot_curves(results["runs"], stem.with_name(f"{stem.name}-curves.png"))
-    plot_boxes(results["runs"], stem.with_name(f"{stem.name}-boxes.png"))
-    console.print(f"{stem}.json, .md and pictures written")
+    """Print the tables, and write them and the pictures beside the JSON."""
+    found = tables(results["runs"])
+    show(console, *found)
+    stem.with_suffix(".md").write_text(markdown(*found))
+    save_picture(plot_curves(results["runs"]), stem.with_name(f"{stem.name}-curves.png"))
+    if boxes := plot_boxes(results["runs"]):
+        save_picture(boxes, stem.with_name(f"{stem.name}-boxes.png"))
+    console.print(f"{stem}.json, .md and pictures written", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Collect, save, print, draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.report", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("source", type=Path, help="a folder with runs, or the JSON of an earlier report")
-    parser.add_argument("--out", type=Path, help="stem of the files, such as recipes/results/cifar10")
-    options = parser.parse_args(arguments)
+    reader = parser("report", __doc__)
+    reader.add_argument("source", type=Path, help="a folder with runs, or the JSON of an earlier report")
+    reader.add_argument("--out", type=Path, help="stem of the files, such as recipes/results/cifar10")
+    options = reader.parse_args(arguments)
     source: Path = options.source
     stem: Path = options.out or (source / "report" if source.is_dir() else source.with_suffix(""))
     try:
-        results = collect(source) if source.is_dir() else load(source)
-    except FileNotFoundError as error:
-        sys.exit(str(error))
-    if source.is_dir():
-        save(stem.with_suffix(".json"), results)
-    report(results, stem, Console(width=200))
+        if source.is_dir():
+            save(stem.with_suffix(".json"), collect(source))
+        results = load(stem.with_suffix(".json") if source.is_dir() else source)  # rounded, as it was saved
+        if results.get("recipe") != "train":
+            raise ValueError(f"{source}: expected what recipes.report has saved, got something else")
+    except ValueError as error:
+        sys.exit(f"report: {error}")
+    report(results, stem, make_console())
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ import argparse
 import dataclasses
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from recipes.engine import marks
-from recipes.engine.measure import measure, table
+from recipes.engine.measure import keep, measure, table
 from recipes.engine.optimizers import (
     FAM_OPTIONS,
     MEASURING,
@@ -35,6 +35,9 @@ from recipes.engine.optimizers import (
 from recipes.engine.progress import progress_bar
 from recipes.engine.task import Missing, Source, Task
 from recipes.engine.training import Conditions, train
+from recipes.shared import command
+from recipes.shared.tables import console as make_console
+from recipes.shared.tables import show
 from recipes.tasks import TASKS, load_task
 
 SWEPT = ("lr", "weight_decay", "lam", "rho")  # these take several values, each a run of its own
@@ -43,21 +46,19 @@ CHOSEN = ("normalize", "detach_hessian")  # these take one, and are FAM's alone
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.train", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = command.parser("train", __doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["fam"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights, order, splits, noise")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--epochs", type=command.positive)
+    parser.add_argument("--batch-size", type=command.positive)
     for name in SWEPT:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, nargs="+", metavar=name.upper())
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="module names, or: all, hidden, last")
     parser.add_argument("--curvature", choices=("hessian", "gauss_newton"))
     parser.add_argument("--measure", choices=("neuronwise", "layerwise"))
     parser.add_argument("--mode", choices=("exact", "hutchinson", "full"))
-    parser.add_argument("--n-samples", type=int, help="probes of mode hutchinson")
+    parser.add_argument("--n-samples", type=command.positive, help="probes of mode hutchinson")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide kappa by m")
     parser.add_argument(
         "--detach-hessian", action=argparse.BooleanOptionalAction, help="as the released code"
@@ -65,13 +66,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--download", action="store_true", help="fetch (or generate) data that are missing")
     parser.add_argument("--workers", type=int, default=0, help="processes that load the samples")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default_device))
+    command.add_device(parser)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--resume", action="store_true", help="go on with the runs that were begun")
     parser.add_argument("--measure-only", action="store_true", help="measure the runs' checkpoints")
     parser.add_argument("--float64", action="store_true", help="with --measure-only: in double precision")
-    parser.add_argument("--smoke", action="store_true", help="one epoch of a few samples: a test, no result")
+    command.add_smoke(parser, "one epoch of a few samples")
     return parser.parse_args(arguments)
 
 
@@ -134,26 +134,34 @@ def run(options: argparse.Namespace, console: Console) -> None:
         console.print(line, style="dim", markup=False, highlight=False)
     if task.differences:
         console.print(f"Paper and released code differ: {task.differences}", markup=False, highlight=False)
-    measured: dict[str, dict[str, Any]] = {}
-    for (label, chosen), seed in itertools.product(list(combinations(task, options)), options.seeds):
-        path = options.out / task.name / label / f"seed{seed}"
+    folder = command.out(options) / task.name
+    measured: list[dict[str, Any]] = []
+    begin = time.perf_counter()
+    chosen_by_label = dict(combinations(task, options))  # what is asked for twice is run once
+    for (label, chosen), seed in itertools.product(chosen_by_label.items(), dict.fromkeys(options.seeds)):
+        path = folder / label / f"seed{seed}"
         asked = conditions(task, options, seed)
         if options.measure_only:
-            measured[f"{label}, seed {seed}"] = measure(task, asked, path, double=options.float64)
+            found = measure(task, asked, path, double=options.float64)
+            measured.append({"label": label, "seed": seed, **found})
             continue
-        with progress_bar(f"{label}, seed {seed}", task, console) as show:
-            train(task, chosen, asked, path, resume=options.resume, on_progress=show)
+        if options.smoke and not options.resume:
+            command.fresh(path)
+        with progress_bar(f"{label}, seed {seed}", task, console) as on_progress:
+            train(task, chosen, asked, path, resume=options.resume, on_progress=on_progress)
     if measured:
-        console.print(table(measured))
+        keep(folder / "measured", task.name, measured, time.perf_counter() - begin, options.float64)
+        show(console, table(task.name, measured))
+        console.print(f"{folder / 'measured'}.json and .md written", soft_wrap=True)
     else:
-        console.print(f"Tables and pictures: python -m recipes.report {options.out / task.name}")
+        console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, and say in one sentence what is missing or wrong."""
     options = parse_arguments(arguments)
     try:
-        run(options, Console())
+        run(options, make_console())
     except (Missing, FileExistsError, FileNotFoundError, ValueError) as error:
         sys.exit(f"{options.task}: {error}")
     except KeyboardInterrupt:

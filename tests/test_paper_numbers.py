@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.table import Table
 
+from recipes import report
+from recipes.paper import __main__ as paper
 from recipes.paper.comparison import compare, figure_4
 from recipes.paper.numbers import ROWS, Row
+from recipes.shared.results import save
+from recipes.shared.tables import markdown
 
 
 def row(experiment: str, name: str, part: float = 1) -> Row:
@@ -66,7 +71,7 @@ def cells(table: Table | None) -> list[dict[str, str]]:
 def test_what_was_not_run_says_so() -> None:
     found = cells(compare("cifar10", []))
     assert [line["line"] for line in found] == ["baseline", "SAM", "FAM"]
-    assert found[2]["test_accuracy"] == "95.62 ± 0.002 / not run"
+    assert found[2]["test accuracy (%)"] == "95.62 ± 0.002 / not run"
     assert compare("quickstart", []) is None
 
 
@@ -78,10 +83,10 @@ def test_runs_stand_beside_the_papers_number_with_what_differs() -> None:
     fam = {"lam": 0.2, "measure": "neuronwise", "detach_hessian": True}
     runs.append(run("cifar10", {"test_accuracy": [1.0] * 249 + [95.0]}, "fam-lam=0.2", settings=fam))
     baseline, sam, flat = cells(compare("cifar10", runs))
-    assert baseline["test_accuracy"] == "95.53 ± 0.0001 / 90.5 ± 0.71 (max 91)"
+    assert baseline["test accuracy (%)"] == "95.53 ± 0.0001 / 90.5 ± 0.71 (max 91)"
     assert baseline["other than in the paper"] == "epochs 2, not 250; 2 seeds"
     assert sam["run"] == "not run"
-    assert flat["test_accuracy"] == "95.62 ± 0.002 / 95"
+    assert flat["test accuracy (%)"] == "95.62 ± 0.002 / 95"
     assert flat["other than in the paper"] == "lam 0.2, not 0.1; Hessian detached; 1 seed"
 
 
@@ -97,10 +102,10 @@ def test_skulls_have_a_row_per_lambda_and_half_of_the_training() -> None:
     ]
     found = {(line["line"], line["after"]): line for line in cells(compare("skulls-small", runs))}
     assert len(found) == 12
-    assert found["baseline", "half"]["same_defect_dsc"] == "0.6569 / 0.6"
-    assert found["baseline", "the end"]["same_defect_dsc"] == "0.6464 / 0.5"
-    assert found["lambda 0.02", "the end"]["same_defect_hd"] == "6.5221 / 4"
-    assert found["lambda 0.02", "the end"]["other_defect_hd"] == "6.5221 / nan"
+    assert found["baseline", "half"]["same defect DSC (0 to 1)"] == "0.6569 / 0.6"
+    assert found["baseline", "the end"]["same defect DSC (0 to 1)"] == "0.6464 / 0.5"
+    assert found["lambda 0.02", "the end"]["same defect HD (voxels)"] == "6.5221 / 4"
+    assert found["lambda 0.02", "the end"]["other defect HD (voxels)"] == "6.5221 / nan"
     assert found["lambda 0.7", "half"]["run"] == "not run"
     assert "20 generated shells" in found["baseline", "half"]["other than in the paper"]
     assert "epochs 4, not 200" in found["baseline", "half"]["other than in the paper"]
@@ -115,7 +120,10 @@ def test_lam_0_is_the_baseline() -> None:
 @pytest.mark.parametrize(("value", "shown"), [(70.0, "0.7"), (69.314, "0.6931")])
 def test_rte_is_compared_as_a_fraction(value: float, shown: str) -> None:
     runs = [run("rte", {"development_accuracy": [value]}, "adam", layers=["bert.classifier"])]
-    assert cells(compare("rte", runs))[0]["development_accuracy"] == f"0.67364 ± 0.018 (max 0.6931) / {shown}"
+    assert (
+        cells(compare("rte", runs))[0]["development accuracy (fraction)"]
+        == f"0.67364 ± 0.018 (max 0.6931) / {shown}"
+    )
 
 
 def test_factors_of_figure_4_are_of_the_same_layer() -> None:
@@ -133,3 +141,27 @@ def test_factors_of_figure_4_are_of_the_same_layer() -> None:
     assert vectorised["here, range over the sizes"] == "4 to 8"
     assert functorch["here, range over the sizes"] == "0.5 to 2"
     assert functorch["here, largest Hessian"] == "2 (80 x 80 weights)"
+
+
+def test_every_report_of_an_experiment_has_the_papers_numbers(tmp_path: Path) -> None:
+    """A second table behind the runs' own, in the Markdown too; none for a smoke test or another task."""
+    for task, smoke, wanted in (
+        ("cifar10", False, True),
+        ("cifar10", True, False),
+        ("quickstart", False, False),
+    ):
+        runs = [run(task, {"epoch": [1], "test_accuracy": [95.0], "kappa": [1.0]}, smoke=smoke)]
+        runs[0]["step_time"] = {"median": 1.0}
+        save(tmp_path / "report.json", {"recipe": "train", "runs": runs})
+        report.main([str(tmp_path / "report.json")])
+        text = (tmp_path / "report.md").read_text()
+        assert "| sgd" in text
+        assert ("95.62 ± 0.002 / not run" in text) == ("95.53 ± 0.0001 / 95" in text) == wanted
+
+
+def test_the_papers_page_has_its_tables() -> None:
+    """Settings, every experiment's numbers, Figure 4: line by line what `python -m recipes.paper` prints."""
+    page = (Path(report.__file__).parent / "paper" / "README.md").read_text().splitlines()
+    lines = [line for line in markdown(*paper.tables()).splitlines() if line.startswith("|")]
+    assert len(lines) > 60
+    assert [line for line in lines if line not in page] == []

@@ -11,26 +11,29 @@ every other way to it: Hutchinson's estimate with many probes, the full Hessians
 Memory is the peak over one step of what is allocated, parameters and state included.
 """
 
-import argparse
 import copy
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from recipes.benchmark.candidates import CANDIDATES, Build, Candidate, Step, chosen, flatness, layer_alone
-from recipes.benchmark.cases import TASKS, Task
+from recipes.benchmark.cases import TASKS
 from recipes.benchmark.memory import alive_bytes, peak_bytes
 from recipes.benchmark.picture import plot
-from recipes.engine.step_time import clock
+from recipes.shared.command import Options, add_device, add_smoke, out, parser, positive
+from recipes.shared.pictures import save as save_picture
+from recipes.shared.problem import Problem
 from recipes.shared.results import load, record, save
+from recipes.shared.tables import console, show
+from recipes.shared.tables import table as make_table
+from recipes.shared.timing import alternate, median, ratio, timed
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
 ROUNDS = {"tiny 16x16": 400, "resnet50 head 1000x2048": 3}  # cheap and noisy; seconds a step
@@ -38,7 +41,7 @@ TOLERANCE = 1e-4  # of the check, relative, in float32
 CHECK = "FAM hutchinson"  # checks the exact kappa whatever candidates were asked for
 
 
-def check(task: Task, candidates: Mapping[str, Candidate], probes: int) -> dict[str, Any]:
+def check(task: Problem, candidates: Mapping[str, Candidate], probes: int) -> dict[str, Any]:
     """Every candidate's number, the random ones' mean and standard error, beside the exact one.
 
     Raises:
@@ -71,7 +74,7 @@ def check(task: Task, candidates: Mapping[str, Candidate], probes: int) -> dict[
     return result
 
 
-def _reference(task: Task, reads: str) -> float:
+def _reference(task: Problem, reads: str) -> float:
     """The exact number that a candidate is compared with."""
     if reads == "trace":
         with layer_alone(task):
@@ -82,7 +85,7 @@ def _reference(task: Task, reads: str) -> float:
     return kappa
 
 
-def _checked(task: Task, reads: str) -> Task:
+def _checked(task: Problem, reads: str) -> Problem:
     """The part of the batch on which a number is checked: where samples interact, exact Gauss-Newton takes a
     product for each of their outputs."""
     return task.part(4) if reads == "Gauss-Newton" else task
@@ -93,9 +96,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: check, then time all candidates in alternation, then their memory."""
     torch.manual_seed(0)
-    task = TASKS[name]()
-    task.model.to(device)
-    task.inputs, task.targets = task.inputs.to(device), task.targets.to(device)
+    task = TASKS[name]().copy(device=device)
     candidates = chosen(labels, name)
     row: dict[str, Any] = {"task": name, "check": check(task, candidates, probes), "candidates": {}}
     steps: dict[str, Step] = {}
@@ -103,47 +104,36 @@ def measure(
     for label, candidate in candidates.items():
         step = candidate.build(copy.deepcopy(task))
         try:
-            step()
-            every[label] = SLOW_EVERY if _timed(step, device) > SLOW and label != "plain" else 1
+            seconds, _ = timed(step, device)
         except RuntimeError as error:  # a refusal is an answer too
             row["candidates"][label] = {"refused": str(error)}
         else:
             steps[label] = step
-    order = list(steps)
-    turns = []
-    for number in range(rounds):
-        first = number % len(order)
-        taking = [label for label in (*order[first:], *order[:first]) if number % every[label] == 0]
-        turns.append({label: _timed(steps[label], device) for label in taking})
+            every[label] = SLOW_EVERY if seconds > SLOW and label != "plain" else 1
+    seconds_of = alternate(steps, rounds, device, every=every)
     steps.clear()
-    peaks = {label: _peak(task, candidates[label].build, device) for label in order}
-    for label in order:
-        pairs = [(turn[label], turn["plain"]) for turn in turns if label in turn]
-        ratios = sorted(own / reference for own, reference in pairs)
+    peaks = {label: _peak(task, candidates[label].build, device) for label in seconds_of}
+    for label, own in seconds_of.items():
+        middle, quartiles = ratio(own, seconds_of["plain"])
+        extra = [a - b for a, b in zip(own, seconds_of["plain"], strict=True)]
         row["candidates"][label] = {
-            "ratio": statistics.median(ratios),
-            "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-            "rounds": len(ratios),
-            "seconds": statistics.median(own for own, _ in pairs),
-            "extra_seconds": statistics.median(own - reference for own, reference in pairs),
+            "ratio": middle,
+            "quartiles": quartiles,
+            "rounds": -(-rounds // every[label]),
+            "seconds": median(own)[0],
+            "extra_seconds": median(extra)[0],
             "memory": peaks[label] / peaks["plain"],
             "peak_bytes": peaks[label],
         }
     return row
 
 
-def _peak(task: Task, build: Build, device: torch.device) -> int:
+def _peak(task: Problem, build: Build, device: torch.device) -> int:
     """Peak memory of a step of one candidate alone."""
     others = alive_bytes(device)
     step = build(copy.deepcopy(task))
     step()  # creates the optimizer's state
     return peak_bytes(step, device) - others
-
-
-def _timed(step: Step, device: torch.device) -> float:
-    begin = clock(device)
-    step()
-    return clock(device) - begin
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
@@ -169,7 +159,7 @@ def _table(
     relative: Callable[[dict[str, Any]], str],
 ) -> Table:
     labels = list(dict.fromkeys(label for row in rows for label in row["candidates"]))
-    table = Table("task", *labels, title=f"{title}, relative to the plain step", box=box.MARKDOWN)
+    table = make_table("task", *labels, title=f"{title}, relative to the plain step")
     for row in rows:
         cells = []
         for label in labels:
@@ -182,42 +172,47 @@ def _table(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.benchmark", description=(__doc__ or "").split("\n")[0]
-    )
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    parser.add_argument("--rounds", type=int, default=12, help="steps of every candidate")
-    parser.add_argument("--probes", type=int, default=32, help="of the check")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", type=torch.device, default=torch.device(default_device))
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument(
-        "--smoke", action="store_true", help="the smallest task, three rounds: a test, no result"
-    )
-    options = parser.parse_args(arguments)
+    reader = parser("benchmark", __doc__)
+    reader.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    reader.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    reader.add_argument("--rounds", type=positive, default=12, help="steps of every candidate")
+    reader.add_argument("--probes", type=positive, default=32, help="of the check")
+    reader.add_argument("--threads", type=positive, default=2)
+    add_device(reader)
+    reader.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    reader.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing, draw these results")
+    add_smoke(reader, "the smallest task, three rounds")
+    options = reader.parse_args(arguments)
     if options.smoke:
         options.tasks, options.rounds, options.probes = ["tiny 16x16"], 3, 8
         options.threads = 1  # a test may share the machine
+    try:
+        path = options.plot or run(options)
+        results = load(path)
+    except ValueError as error:
+        sys.exit(f"benchmark: {error}")
+    show(console(), *tables(results["runs"]))
+    save_picture(plot(results), path.with_suffix(".png"))
+    print(f"{path.with_suffix('.png')} written")
+
+
+def run(options: Options) -> Path:
+    """Measure the rows that were asked for; others in the results stay."""
     torch.set_num_threads(options.threads)
-    console = Console(width=320)
     for label in options.candidates:
         if not CANDIDATES[label].available:
-            console.print(f"{label}: left out, pip install {CANDIDATES[label].package}")
-    path = options.out / "benchmark.json"
+            print(f"{label}: left out, pip install {CANDIDATES[label].package}")
+    path = out(options) / "benchmark.json"
     measured = {row["task"]: row for row in load(path)["runs"]} if path.exists() else {}
     begin = time.perf_counter()
     for name in options.tasks:
-        with console.status(name):
+        with console().status(name):
             rounds = options.rounds if options.smoke else ROUNDS.get(name, options.rounds)
             measured[name] = measure(name, options.candidates, rounds, options.probes, options.device)
         rows = [measured[task] for task in TASKS if task in measured]
         configuration = {"rounds": options.rounds, "probes": options.probes, "smoke": options.smoke}
         save(path, record("benchmark", configuration, time.perf_counter() - begin, rows, options.device))
-    console.print(*tables(rows))
-    plot(path, path.with_suffix(".png"))
-    console.print(f"{path} and {path.with_suffix('.png')} written")
+    return path
 
 
 if __name__ == "__main__":

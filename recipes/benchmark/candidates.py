@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -18,14 +18,15 @@ import torch
 from pytorch_optimizer import SAM
 from torch import Tensor, nn
 
-from fam_optim import FAM, observe, relative_flatness
-from recipes.benchmark.cases import TASKS, Task
+from fam_optim import FAM, relative_flatness
+from recipes.benchmark.cases import TASKS
+from recipes.shared.problem import Problem, observed
 
 LAM = 1e-3  # any positive value costs the same
 BASE: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 GAUSS_NEWTON: dict[str, Any] = {"curvature": "gauss_newton", "mode": "hutchinson"}
 Step = Callable[[], Any]
-Build = Callable[[Task], Step]
+Build = Callable[[Problem], Step]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Candidate:
     """
 
     build: Build
-    draws: Callable[[Task, int], Sequence[float]] | None = None
+    draws: Callable[[Problem, int], Sequence[float]] | None = None
     reads: str = "kappa"
     rows: frozenset[str] | None = None
     package: str = "torch"
@@ -52,13 +53,13 @@ class Candidate:
         return find_spec(self.package) is not None
 
 
-def plain(task: Task) -> Step:
+def plain(task: Problem) -> Step:
     """The base optimizer's step, with a closure."""
     optimizer = torch.optim.SGD(task.model.parameters(), **BASE)
     return lambda: optimizer.step(_closure(task, optimizer))
 
 
-def _closure(task: Task, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+def _closure(task: Problem, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = task.loss()
@@ -71,11 +72,11 @@ def _closure(task: Task, optimizer: torch.optim.Optimizer) -> Callable[[], Tenso
 def fam(rows: frozenset[str] | None = None, **options: Any) -> Candidate:
     """The same with FAM."""
 
-    def build(task: Task) -> Step:
-        optimizer = FAM(task.model.parameters(), torch.optim.SGD, task.layer, LAM, **options, **BASE)
+    def build(task: Problem) -> Step:
+        optimizer = FAM(task.model.parameters(), torch.optim.SGD, task.layers, LAM, **options, **BASE)
         return lambda: optimizer.step(_closure(task, optimizer))
 
-    def draws(task: Task, probes: int) -> list[float]:
+    def draws(task: Problem, probes: int) -> list[float]:
         times = probes if mode == "hutchinson" else 1
         return flatness(task, times, mode=mode, curvature=curvature)
 
@@ -84,20 +85,18 @@ def fam(rows: frozenset[str] | None = None, **options: Any) -> Candidate:
     return Candidate(build, None if options.get("detach_hessian") else draws, reads, rows)
 
 
-def flatness(task: Task, times: int = 1, **options: Any) -> list[float]:
+def flatness(task: Problem, times: int = 1, **options: Any) -> list[float]:
     """The library's number, of the same forward whatever the options: dropout is seeded."""
     torch.manual_seed(0)
-    layers = task.layer if isinstance(task.layer, list) else [task.layer]
-    with ExitStack() as stack:
-        observed = [stack.enter_context(observe(layer)) for layer in layers]
+    with observed(task.layers) as layers:
         loss = task.loss()
-    return [relative_flatness(loss, observed, **options).item() for _ in range(times)]
+    return [relative_flatness(loss, layers, **options).item() for _ in range(times)]
 
 
 def sam(**options: Any) -> Candidate:
     """SAM as its authors use it: a gradient at the weights, and one at the perturbed weights."""
 
-    def build(task: Task) -> Step:
+    def build(task: Problem) -> Step:
         optimizer = SAM(task.model.parameters(), torch.optim.SGD, rho=0.05, **options, **BASE)
         closure = _closure(task, optimizer)
 
@@ -118,21 +117,21 @@ def appendix(
     Only for a layer that is last: the loss as a function of its weight is rebuilt from its input.
     """
 
-    def terms(task: Task) -> tuple[Tensor, Tensor]:
+    def terms(task: Problem) -> tuple[Tensor, Tensor]:
         kept: list[Tensor] = []
-        handle = task.only.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+        handle = task.layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
         loss = task.loss()
         handle.remove()
 
         def of_weight(w: Tensor) -> Tensor:
-            logits = nn.functional.linear(kept[0], w, task.only.bias)  # type: ignore[arg-type]
+            logits = nn.functional.linear(kept[0], w, task.layer.bias)  # type: ignore[arg-type]
             return task.loss_fn(logits, task.targets)
 
         weight = task.weight
         blocks = torch.einsum("stut->su", hessian(of_weight, weight))
         return loss, (weight @ weight.T * blocks).sum()
 
-    def build(task: Task) -> Step:
+    def build(task: Problem) -> Step:
         optimizer = torch.optim.SGD(task.model.parameters(), **BASE)
 
         def step() -> None:
@@ -143,7 +142,7 @@ def appendix(
 
         return step
 
-    def draws(task: Task, probes: int) -> list[float]:
+    def draws(task: Problem, probes: int) -> list[float]:
         torch.manual_seed(0)
         return [terms(task)[1].item()]
 
@@ -166,11 +165,11 @@ def loop(of_weight: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
 
 
 def value_only(
-    traces: Callable[[Task, int], Sequence[float]], rows: frozenset[str], package: str
+    traces: Callable[[Problem, int], Sequence[float]], rows: frozenset[str], package: str
 ) -> Candidate:
     """The plain step, then one probe of another package's trace of the layer's Hessian."""
 
-    def build(task: Task) -> Step:
+    def build(task: Problem) -> Step:
         train = plain(task)
 
         def step() -> None:
@@ -179,7 +178,7 @@ def value_only(
 
         return step
 
-    def draws(task: Task, probes: int) -> Sequence[float]:
+    def draws(task: Problem, probes: int) -> Sequence[float]:
         with layer_alone(task):
             return traces(task, probes)
 
@@ -187,7 +186,7 @@ def value_only(
 
 
 @contextmanager
-def layer_alone(task: Task) -> Iterator[None]:
+def layer_alone(task: Problem) -> Iterator[None]:
     """The layer's weight as the only thing that is trained, and dropout and batch statistics at rest."""
     training = [module for module in task.model.modules() if module.training]
     others = [p for p in task.model.parameters() if p.requires_grad and p is not task.weight]
@@ -205,7 +204,7 @@ def layer_alone(task: Task) -> Iterator[None]:
             module.training = True
 
 
-def curvlinops_traces(task: Task, probes: int) -> list[float]:
+def curvlinops_traces(task: Problem, probes: int) -> list[float]:
     """By HessianLinearOperator: forward over reverse, with the whole network's forward for each probe."""
     from curvlinops import HessianLinearOperator, hutchinson_trace
 
@@ -221,7 +220,7 @@ def curvlinops_traces(task: Task, probes: int) -> list[float]:
     return [float(hutchinson_trace(operator, num_matvecs=1)) for _ in range(probes)]
 
 
-def pyhessian_traces(task: Task, probes: int) -> list[float]:
+def pyhessian_traces(task: Problem, probes: int) -> list[float]:
     """By PyHessian: one differentiable gradient, and its derivative for each probe.
 
     It takes all parameters that require gradients, which are this layer's weight alone (`layer_alone`).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,39 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fam_optim import weight_layers
+from recipes.shared.problem import Problem
 from recipes.tasks.models import SmallConvNet, WideResNet, resnet18_cifar
-
-
-@dataclass
-class Task:
-    """A training step: ``loss = loss_fn(model(inputs), targets)``, with kappa of ``layer``, or of several."""
-
-    model: nn.Module
-    layer: nn.Module | list[nn.Module]
-    inputs: Tensor
-    targets: Tensor
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-
-    def loss(self) -> Tensor:
-        """The loss of the batch, ``()``."""
-        return self.loss_fn(self.model(self.inputs), self.targets)
-
-    @property
-    def only(self) -> nn.Module:
-        """The layer, of a task that has one."""
-        assert isinstance(self.layer, nn.Module)
-        return self.layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight, of a task that has one."""
-        weight = self.only.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def part(self, samples: int) -> Task:
-        """The same step on the first samples of the batch."""
-        return replace(self, inputs=self.inputs[:samples], targets=self.targets[:samples])
 
 
 class Head(nn.Module):
@@ -148,112 +116,112 @@ def _images(n: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, size, size), torch.randint(0, classes, (n,))
 
 
-def resnet18_head() -> Task:
+def resnet18_head() -> Problem:
     model = resnet18_cifar()
-    return Task(model, model.get_submodule("fc"), *_images(64, 32, 10))
+    return Problem(model, model.get_submodule("fc"), *_images(64, 32, 10))
 
 
-def resnet18_last_convolution() -> Task:
+def resnet18_last_convolution() -> Problem:
     model = resnet18_cifar()
-    return Task(model, model.get_submodule("layer4.1.conv2"), *_images(64, 32, 10))
+    return Problem(model, model.get_submodule("layer4.1.conv2"), *_images(64, 32, 10))
 
 
-def wide_resnet_penultimate() -> Task:
+def wide_resnet_penultimate() -> Problem:
     model = WideResNet(depth=16, widening=4)
-    return Task(model, model.penultimate, *_images(64, 32, 10))
+    return Problem(model, model.penultimate, *_images(64, 32, 10))
 
 
-def efficientnet_head() -> Task:
+def efficientnet_head() -> Problem:
     return _head(100, 256, 32)
 
 
-def imagenet_head() -> Task:
+def imagenet_head() -> Problem:
     return _head(1000, 2048, 256)
 
 
-def masked_language_model_head() -> Task:
+def masked_language_model_head() -> Problem:
     return _head(30522, 768, 512)
 
 
-def _head(classes: int, features: int, rows: int) -> Task:
+def _head(classes: int, features: int, rows: int) -> Problem:
     model = Head(classes, features, rows)
-    return Task(model, model.head, torch.zeros(()), torch.randint(0, classes, (rows,)))
+    return Problem(model, model.head, torch.zeros(()), torch.randint(0, classes, (rows,)))
 
 
-def resnet50_imagenet() -> Task:
+def resnet50_imagenet() -> Problem:
     from torchvision.models import resnet50
 
     model = resnet50()
-    return Task(model, model.get_submodule("fc"), *_images(8, 224, 1000))
+    return Problem(model, model.get_submodule("fc"), *_images(8, 224, 1000))
 
 
-def tied_language_model() -> Task:
+def tied_language_model() -> Problem:
     model = TiedLanguageModel(50257, 768)
-    return Task(model, model.head, torch.randint(0, 50257, (2, 128)), torch.randint(0, 50257, (256,)))
+    return Problem(model, model.head, torch.randint(0, 50257, (2, 128)), torch.randint(0, 50257, (256,)))
 
 
-def bert_pooler() -> Task:
+def bert_pooler() -> Problem:
     model = Encoder()
-    return Task(model, model.pooler, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
+    return Problem(model, model.pooler, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
 
 
-def bert_classifier() -> Task:
+def bert_classifier() -> Problem:
     model = Encoder()
-    return Task(model, model.classifier, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
+    return Problem(model, model.classifier, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
 
 
-def vision_transformer_mlp() -> Task:
+def vision_transformer_mlp() -> Problem:
     model = VisionTransformer(1)
-    return Task(model, model.get_submodule("blocks.0.down"), *_tokens())
+    return Problem(model, model.get_submodule("blocks.0.down"), *_tokens())
 
 
-def vision_transformer_middle() -> Task:
+def vision_transformer_middle() -> Problem:
     model = VisionTransformer(6)
-    return Task(model, model.get_submodule("blocks.2.down"), *_tokens())
+    return Problem(model, model.get_submodule("blocks.2.down"), *_tokens())
 
 
-def vision_transformer_all() -> Task:
+def vision_transformer_all() -> Problem:
     model = VisionTransformer(6)
-    return Task(model, weight_layers(model), *_tokens())
+    return Problem(model, weight_layers(model), *_tokens())
 
 
 def _tokens() -> tuple[Tensor, Tensor]:
     return torch.randn(32, 65, 192), torch.randint(0, 10, (32,))
 
 
-def resnet18_last_two() -> Task:
+def resnet18_last_two() -> Problem:
     model = resnet18_cifar()
-    return Task(model, weight_layers(model)[-2:], *_images(64, 32, 10))
+    return Problem(model, weight_layers(model)[-2:], *_images(64, 32, 10))
 
 
-def resnet18_all() -> Task:
+def resnet18_all() -> Problem:
     model = resnet18_cifar()
-    return Task(model, weight_layers(model), *_images(64, 32, 10))
+    return Problem(model, weight_layers(model), *_images(64, 32, 10))
 
 
-def small_convolutional_hidden() -> Task:
+def small_convolutional_hidden() -> Problem:
     model = SmallConvNet()
-    return Task(model, weight_layers(model)[-2], torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,)))
+    return Problem(model, weight_layers(model)[-2], torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,)))
 
 
-def perceptron_all() -> Task:
+def perceptron_all() -> Problem:
     hidden = [layer for _ in range(3) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
     model = nn.Sequential(*hidden, nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-    return Task(model, weight_layers(model), torch.randn(256, 1024), torch.randint(0, 10, (256,)))
+    return Problem(model, weight_layers(model), torch.randn(256, 1024), torch.randint(0, 10, (256,)))
 
 
-def skull_autoencoder() -> Task:
+def skull_autoencoder() -> Problem:
     model = SkullAutoencoder()
     volumes = (torch.rand(4, 1, 64, 64, 64) < 0.2).float()
-    return Task(model, model.expand, volumes, volumes, soft_dice)
+    return Problem(model, model.expand, volumes, volumes, soft_dice)
 
 
-def tiny() -> Task:
+def tiny() -> Problem:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    return Task(model, model[2], torch.randn(8, 16), torch.randint(0, 16, (8,)))
+    return Problem(model, model[2], torch.randn(8, 16), torch.randint(0, 16, (8,)))
 
 
-TASKS: dict[str, Callable[[], Task]] = {
+TASKS: dict[str, Callable[[], Problem]] = {
     "resnet18 head 10x512": resnet18_head,
     "wide resnet penultimate 64x256": wide_resnet_penultimate,
     "efficientnet head 100x256": efficientnet_head,

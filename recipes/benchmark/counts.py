@@ -1,6 +1,6 @@
 """The operations behind the benchmark: multiplications of a step, counted, relative to the plain step's.
 
-    python -m recipes.benchmark.counts                                        # table, JSON
+    python -m recipes.benchmark.counts                                            # table, JSON
     python -m recipes.benchmark.counts --measured runs/benchmark/benchmark.json   # measured times beside them
     python -m recipes.benchmark.counts --smoke
 
@@ -9,22 +9,21 @@ step (the first one verifies what is remembered afterwards). Entrywise operation
 calls themselves, take the time, the measured ratio is the higher one.
 """
 
-import argparse
 import copy
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.benchmark.candidates import CANDIDATES, chosen
-from recipes.benchmark.cases import TASKS, Task
-from recipes.shared.results import load, record, save
+from recipes.benchmark.cases import TASKS
+from recipes.shared.command import Options, Recipe
+from recipes.shared.problem import Problem
+from recipes.shared.results import load
+from recipes.shared.tables import table as make_table
 
 COUNTED = (
     *("FAM exact", "FAM exact, detached", "FAM hutchinson", "FAM hutchinson, detached"),
@@ -49,7 +48,7 @@ def flops(call: Callable[[], Any]) -> int:
     return total
 
 
-def step_flops(task: Task, label: str) -> int | None:
+def step_flops(task: Problem, label: str) -> int | None:
     """Of a candidate's second step; None where it is refused."""
     step = CANDIDATES[label].build(copy.deepcopy(task))
     try:
@@ -70,51 +69,40 @@ def count(name: str) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Table:
-    """The ratios to the plain step, with the measured ones beside them."""
+def measure(options: Options) -> list[dict[str, Any]]:
+    """One row per task, with the measured time's ratios where they were given."""
+    rows = [count(name) for name in options.tasks]
+    return beside(rows, load(options.measured)["runs"] if options.measured else [])
+
+
+def beside(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with what recipes.benchmark has measured of the same tasks."""
     times = {row["task"]: row["candidates"] for row in measured}
-    result = Table("task", "plain, GFLOP", *COUNTED, box=box.MARKDOWN)
-    result.title = "operations relative to the plain step" + (" (measured time)" if times else "")
+    ratios = [{label: found.get("ratio") for label, found in times.get(r["task"], {}).items()} for r in rows]
+    return [{**row, "measured": found} for row, found in zip(rows, ratios, strict=True)]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The ratios to the plain step, with the measured ones."""
+    title = "Operations relative to the plain step's (in brackets: measured time)"
+    result = make_table("task", "plain, GFLOP", *COUNTED, title=title)
     for row in rows:
         cells = []
         for label in COUNTED:
-            found = times.get(row["task"], {}).get(label, {}).get("ratio")
-            beside = f" ({found:.2f})" if found is not None else ""
-            cells.append(quotient(row["candidates"].get(label), row["plain"]) + beside)
+            over, time = row["candidates"].get(label), row.get("measured", {}).get(label)
+            beside = f" ({time:.2f})" if time is not None else ""
+            cells.append("-" if over is None else f"{over / row['plain']:.2f}{beside}")
         result.add_row(row["task"], f"{row['plain'] / 1e9:.3g}", *cells)
     return result
 
 
-def quotient(over: int | None, under: int) -> str:
-    """For the table; "-" where there is none."""
-    return "-" if over is None else f"{over / under:.2f}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Count, print, save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.benchmark.counts", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--measured", type=Path, help="JSON of recipes.benchmark")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_counts"))
-    parser.add_argument("--smoke", action="store_true", help="the smallest tasks: a test, no result")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.tasks = ["tiny 16x16", "efficientnet head 100x256"]
-    torch.set_num_threads(options.threads)
-    console = Console(width=240)
-    begin = time.perf_counter()
-    rows = []
-    for name in options.tasks:
-        with console.status(name):
-            rows.append(count(name))
-    path = options.out / "benchmark_counts.json"
-    configuration = {"operations": "two per multiplication", "smoke": options.smoke}
-    save(path, record("benchmark_counts", configuration, time.perf_counter() - begin, rows))
-    console.print(table(rows, load(options.measured)["runs"] if options.measured else []))
-
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--tasks": {"nargs": "+", "choices": TASKS, "default": list(TASKS), "metavar": "TASK"},
+    "--measured": {"type": Path, "metavar": "JSON", "help": "of recipes.benchmark: times beside the counts"},
+}
+SMOKE = {"tasks": ["tiny 16x16", "efficientnet head 100x256"]}
+RECIPE = Recipe("benchmark.counts", __doc__, measure, table, None, OPTIONS, SMOKE)
+main = RECIPE.main
 
 if __name__ == "__main__":
     main()

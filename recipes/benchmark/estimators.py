@@ -5,12 +5,10 @@
     python -m recipes.benchmark.estimators --plot results.json   # redraw
 
 kappa is a trace, of one large matrix in weight space or of a sum of small ones, one per row of z, all of
-which share a Hessian-vector product (benchmark.estimators_extra). Compared, with equal numbers of products:
+which share a Hessian-vector product. Compared, with equal numbers of products:
 
-    library   mode="hutchinson" as it is, its check that rows do not interact included: of the observed
-              layer ("row") and of the bare parameter ("weight", what a convolution gets)
-    signs     independent signs: the same two, without the check
-    orthogonal, split, structured, singular    see recipes.benchmark.estimators_extra
+    library, row       mode="hutchinson" of the observed layer, its check that rows do not interact included
+    library, weight    the same of the bare parameter: what a convolution gets
 
 All are unbiased, shown by the mean of the values, and of the gradients along the exact one, in standard
 errors. The standard deviation of the value is relative to kappa; that of the gradient (in all parameters)
@@ -20,32 +18,25 @@ standard deviation at one millisecond, ``deviation * sqrt(milliseconds)``: means
 stay on one such line. Before training and after.
 """
 
-import argparse
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files, needs no display
-
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import NullFormatter
-from rich import box
-from rich.console import Console
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
-from recipes.benchmark.estimators_extra import ESTIMATORS, Forward
-from recipes.shared.results import load, record, save
+from recipes.shared.command import Options, Recipe, positive
+from recipes.shared.pictures import legend_above, panels, tidy
+from recipes.shared.problem import Problem
+from recipes.shared.tables import table as make_table
+from recipes.shared.timing import turns
 from recipes.tasks.images import fashion_mnist
 
 WIDTH = 64
@@ -63,63 +54,39 @@ def network() -> nn.Sequential:
     )
 
 
-def gradient(value: Tensor, model: nn.Module) -> Tensor:
-    """The gradient in all parameters as one vector."""
-    parameters = list(model.parameters())
-    parts = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, parts, strict=True)]
-    )
-
-
-def spread(
-    model: nn.Sequential, index: int, x: Tensor, y: Tensor, draws: int, products: Sequence[int]
-) -> list[dict[str, Any]]:
+def spread(problem: Problem, draws: int, products: Sequence[int]) -> list[dict[str, Any]]:
     """One row per estimator and number of products, of one layer; the first is the exact mode."""
-    module = model[index]
-    assert isinstance(module, nn.Linear)
-    parameter = module.weight
-    assert isinstance(parameter, nn.Parameter)
-    with observe(module) as layer:
-        kept: list[Tensor] = []
-        handle = module.register_forward_hook(lambda module, inputs, output: kept.extend((*inputs, output)))
-        loss = cross_entropy(model(x), y)
-        handle.remove()
-    forward = Forward(loss, kept[0], kept[1], parameter)
-
+    with observe(problem.layer) as layer:
+        loss = problem.loss()
     calls: dict[tuple[str, int], Call] = {("exact", 0): partial(relative_flatness, loss, layer)}
     for n in products:
-        for name, of in (("library, row", layer), ("library, weight", parameter)):
+        for name, of in (("library, row", layer), ("library, weight", problem.weight)):
             calls[name, n] = partial(relative_flatness, loss, of, mode="hutchinson", n_samples=n)
-        for name, estimator in ESTIMATORS.items():
-            if estimator.possible(forward, n):
-                calls[name, n] = partial(estimator.run, forward, n)
     return [
         {"estimator": name, "products": n, **figures}
-        for (name, n), figures in alternate(calls, model, draws).items()
+        for (name, n), figures in errors(calls, problem, draws).items()
     ]
 
 
-def alternate(
-    calls: Mapping[tuple[str, int], Call], model: nn.Module, draws: int
+def errors(
+    calls: Mapping[tuple[str, int], Call], problem: Problem, draws: int
 ) -> dict[tuple[str, int], dict[str, float]]:
     """Values, gradients and times of all estimators in alternation, beside the first one, which is exact."""
     first = next(iter(calls))
     exact = calls[first]()
-    exact_gradient = gradient(exact, model)
+    exact_gradient = problem.gradient(exact, retain_graph=True)
     kappa, norm = exact.item(), exact_gradient.norm().item()
     drawn: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {key: [] for key in calls}
-    order = list(calls)
-    for _ in range(draws):
-        random.shuffle(order)  # a call may leave the caches cold for the next one
-        for key in order:
-            begin = time.perf_counter()
-            value = calls[key]()
-            by_parameters = gradient(value, model)
-            seconds = time.perf_counter() - begin
-            along = (by_parameters @ exact_gradient).item() / norm**2
-            distance = (by_parameters - exact_gradient).norm().item() / norm
-            drawn[key].append((value.item() / kappa, along, distance, 1000 * seconds))
+
+    def with_gradient(call: Call) -> tuple[Tensor, Tensor]:
+        value = call()
+        return value, problem.gradient(value, retain_graph=True)
+
+    pairs = {key: partial(with_gradient, call) for key, call in calls.items()}
+    for key, seconds, (value, gradient) in turns(pairs, draws):
+        along = (gradient @ exact_gradient).item() / norm**2
+        distance = (gradient - exact_gradient).norm().item() / norm
+        drawn[key].append((value.item() / kappa, along, distance, 1000 * seconds))
     figures = {}
     for key, samples in drawn.items():
         values, alongs, distances, milliseconds = zip(*samples, strict=True)
@@ -152,7 +119,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> Table:
     for run in runs:
         by_key.setdefault((run["estimator"], run["products"]), {})[run["stage"], run["layer"]] = run
     heads = [f"{layer}, {stage}: error in ms (at 1 ms)" for stage, layer in networks]
-    result = Table("estimator", "products", *heads, box=box.MARKDOWN)
+    result = make_table("estimator", "products", *heads)
     for (name, products), found in by_key.items():
         cells = [
             f"{r['gradient']:.2f} in {r['milliseconds']:.1f} ({r['gradient_at_one_millisecond']:.2f})"
@@ -170,13 +137,13 @@ def largest_bias(runs: Sequence[Mapping[str, Any]]) -> float:
     return max(abs(float(run[name])) for run in runs for name in names)
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draw errors by milliseconds, a column per network, values above and gradients below."""
-    runs = [run for run in load(source)["runs"] if run["estimator"] != "exact"]
+def plot(results: Mapping[str, Any]) -> Figure:
+    """Errors by milliseconds, a column per network, values above and gradients below."""
+    runs = [run for run in results["runs"] if run["estimator"] != "exact"]
     networks = list(dict.fromkeys((run["stage"], run["layer"]) for run in runs))
     names = list(dict.fromkeys(run["estimator"] for run in runs))
-    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
-    figure, axes = plt.subplots(2, len(networks), figsize=(3.2 * len(networks), 6.4), squeeze=False)
+    colours = dict(zip(names, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
+    figure, axes = panels(2, len(networks), 2.6 * len(networks), 6.2)
     for column, (stage, layer) in zip(axes.T, networks, strict=True):
         for axis, quantity in zip(column, ("value", "gradient"), strict=True):
             for name in names:
@@ -191,42 +158,16 @@ def plot(source: Path, target: Path) -> None:
                     linewidth=1,
                     label=name,
                 )
-            axis.set(xscale="log", yscale="log", xlabel="milliseconds")
             what = "deviation of kappa" if quantity == "value" else "error of the gradient"
-            axis.set_title(f"{what}\n{layer}, {stage}", loc="left", fontsize=9)
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.grid(alpha=0.25, which="both")
-            axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+            axis.set(xlabel="time of an estimate (ms)", ylabel=f"relative {what}")
+            tidy(axis, f"{layer}, {stage}", log="xy")
+    legend_above(figure, axes[0, 0], 4)
+    return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, save, draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.benchmark.estimators", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--draws", type=int, default=300, help="of every estimator")
-    parser.add_argument("--steps", type=int, default=300, help="of training, for the trained network")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/estimator_spread"))
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="redraw the picture of these results only")
-    parser.add_argument("--smoke", action="store_true", help="few draws and steps: a test, no result")
-    options = parser.parse_args(arguments)
-    if options.plot:
-        plot(options.plot, options.plot.with_suffix(".png"))
-        return
-    products: Sequence[int] = PRODUCTS
-    if options.smoke:
-        options.draws, options.steps, products = 4, 3, (1, 4)
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.threads)
-    begin = time.perf_counter()
+def measure(options: Options) -> list[dict[str, Any]]:
+    """Both layers, before training and after."""
+    products = PRODUCTS[:1] if options.smoke else PRODUCTS
     images, labels = fashion_mnist("train")
     order = torch.randperm(len(labels))
     batches = [(images[part].flatten(1), labels[part]) for part in torch.split(order, BATCH)]
@@ -240,15 +181,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         for name, index in LAYERS.items():
-            rows = spread(model, index, *batches[0], options.draws, products)
+            rows = spread(Problem(model, model[index], *batches[0]), options.draws, products)
             runs += [{"stage": stage, "layer": name, **row} for row in rows]
-    path = options.out / "estimator_spread.json"
-    configuration = {key: value for key, value in vars(options).items() if key not in ("out", "plot")}
-    save(path, record("estimator_spread", configuration, time.perf_counter() - begin, runs))
-    Console(width=240).print(table(runs))
-    print(f"largest bias: {largest_bias(runs):.1f} standard errors, of {2 * len(runs)}")
-    plot(path, path.with_suffix(".png"))
+    return runs
 
+
+def bias_found(runs: Sequence[dict[str, Any]]) -> str:
+    """The largest, for the reader."""
+    return f"largest bias: {largest_bias(runs):.1f} standard errors, of {2 * len(runs)}"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--draws": {"type": positive, "default": 300, "help": "of every estimator"},
+    "--steps": {"type": positive, "default": 300, "help": "of training, for the trained network"},
+}
+SMOKE = {"draws": 4, "steps": 3}
+RECIPE = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, SMOKE, bias_found)
+main = RECIPE.main
 
 if __name__ == "__main__":
     main()

@@ -17,29 +17,23 @@ The exponents are fitted to the largest sizes, and stand beside those that the o
 An exponent below the prediction is a size at which other terms, or the calls themselves, still count.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files, needs no display
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
 from recipes.benchmark.memory import alive_bytes, peak_bytes
-from recipes.shared.results import CPU, load, record, save
+from recipes.shared.command import Options, Recipe, positive
+from recipes.shared.pictures import BLUE, GREY, ORANGE, VIOLET, panels, tidy
+from recipes.shared.results import CPU
+from recipes.shared.tables import table as make_table
+from recipes.shared.timing import alternate, median
 
 FITTED = 3  # the largest sizes, to which an exponent is fitted
 HEAD = {"d": (4096, 512, 256), "m": (512, 4096, 256), "N": (512, 512, 4096)}
@@ -52,7 +46,7 @@ SWEEPS = {
     "hutchinson": (HEAD, 5, LINEAR),
     "full": (TINY, 4, {"d": (2, 2), "m": (2, 1), "N": (1, 1)}),
 }
-COLOURS = {"exact": "#e69f00", "hutchinson": "#7b5ea7", "full": "#0072b2", "plain": "#555555"}
+COLOURS = {"exact": ORANGE, "hutchinson": VIOLET, "full": BLUE, "plain": GREY}
 
 
 def gradient(mode: str, sizes: Sequence[int]) -> Any:
@@ -72,7 +66,7 @@ def gradient(mode: str, sizes: Sequence[int]) -> Any:
     return call
 
 
-def sweep(mode: str, letter: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def sweep(mode: str, letter: str, options: Options) -> list[dict[str, Any]]:
     """One row per size of the letter, the smallest first."""
     largest, count, _ = SWEEPS[mode]
     rows = []
@@ -83,21 +77,15 @@ def sweep(mode: str, letter: str, options: argparse.Namespace) -> list[dict[str,
             for name, size in zip("dmN", largest[letter], strict=True)
         ]
         calls = {name: gradient(name, sizes) for name in ("plain", mode)}
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for round_ in range(options.rounds + 1):  # the first warms up
-            for name in list(calls)[:: 1 if round_ % 2 else -1]:
-                begin = time.perf_counter()
-                calls[name]()
-                if round_:
-                    seconds[name].append(time.perf_counter() - begin)
+        seconds = alternate(calls, options.rounds)
         others = alive_bytes(CPU)
         rows.append(
             {
                 "mode": mode,
                 "swept": letter,
                 **dict(zip("dmN", sizes, strict=True)),
-                "seconds": statistics.median(seconds[mode]),
-                "plain_seconds": statistics.median(seconds["plain"]),
+                "seconds": median(seconds[mode])[0],
+                "plain_seconds": median(seconds["plain"])[0],
                 "bytes": peak_bytes(calls[mode], CPU) - others,
                 "plain_bytes": peak_bytes(calls["plain"], CPU) - others,
             }
@@ -123,7 +111,7 @@ def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Fitted exponents beside the predicted one, and the ratio to the plain gradient at the largest size."""
     columns = ("mode", "grows", "time", "predicted", "plain time", "memory", "predicted", "plain memory")
-    result = Table(*columns, "time / plain", "memory / plain", box=box.MARKDOWN)
+    result = make_table(*columns, "time / plain", "memory / plain")
     for (mode, letter), rows in groups(runs).items():
         last = rows[-1]
         seconds, plain_seconds, peak, plain_peak = (
@@ -140,58 +128,40 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draw time above and memory below, a column per size that grows."""
-    grouped = groups(load(source)["runs"])
+LETTERS = {"d": "d, the classes", "m": "m, the inputs", "N": "N, the rows of the batch"}
+
+
+def plot(results: Mapping[str, Any]) -> Figure:
+    """Time above and memory below, a column per size that grows."""
+    grouped = groups(results["runs"])
     letters = list(dict.fromkeys(letter for _, letter in grouped))
-    figure, axes = plt.subplots(2, len(letters), figsize=(3.4 * len(letters), 6), squeeze=False)
+    figure, axes = panels(2, len(letters), 3.2 * len(letters), 6)
     for column, letter in zip(axes.T, letters, strict=True):
         for axis, quantity in zip(column, ("seconds", "bytes"), strict=True):
             for mode, colour in COLOURS.items():
                 rows = grouped.get((mode if mode != "plain" else "exact", letter), [])
                 name = quantity if mode != "plain" else f"plain_{quantity}"
                 if rows:
-                    sizes = [row[letter] for row in rows]
+                    sizes, values = [row[letter] for row in rows], [row[name] for row in rows]
                     label = f"{mode} ({exponent(rows, name):.2f})"
-                    axis.plot(
-                        sizes, [row[name] for row in rows], "o-", color=colour, markersize=3, label=label
-                    )
-            axis.set(xscale="log", yscale="log", xlabel=letter)
-            axis.set_title(f"{quantity} by {letter}, with exponents", loc="left", fontsize=9)
-            axis.legend(frameon=False, fontsize=7)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+                    axis.plot(sizes, values, "o-", color=colour, markersize=3, label=label)
+            what = "time" if quantity == "seconds" else "peak memory"
+            axis.set(xlabel=f"{LETTERS[letter]} (number)", ylabel=f"{what} ({quantity})")
+            tidy(axis, log="xy")
+            axis.legend(frameon=False, fontsize=7, title="mode (exponent)", title_fontsize=7)
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, save, print the table, draw the picture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.benchmark.scaling", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="redraw the picture of these results only")
-    parser.add_argument("--smoke", action="store_true", help="small sizes, two rounds: a test, no result")
-    options = parser.parse_args(arguments)
-    if options.plot:
-        plot(options.plot, options.plot.with_suffix(".png"))
-        return
-    if options.smoke:
-        options.rounds = 2
-    torch.set_num_threads(options.threads)
-    begin = time.perf_counter()
+def measure(options: Options) -> list[dict[str, Any]]:
+    """One row per mode, letter and size."""
     letters = "d" if options.smoke else "dmN"
-    runs = [row for mode in SWEEPS for letter in letters for row in sweep(mode, letter, options)]
-    path = options.out / "scaling.json"
-    configuration = {"rounds": options.rounds, "threads": options.threads, "smoke": options.smoke}
-    save(path, record("scaling", configuration, time.perf_counter() - begin, runs))
-    Console(width=140).print(table(runs))
-    plot(path, path.with_suffix(".png"))
+    return [row for mode in SWEEPS for letter in letters for row in sweep(mode, letter, options)]
 
+
+OPTIONS: dict[str, dict[str, Any]] = {"--rounds": {"type": positive, "default": 7}}
+RECIPE = Recipe("benchmark.scaling", __doc__, measure, table, plot, OPTIONS, {"rounds": 2})
+main = RECIPE.main
 
 if __name__ == "__main__":
     main()

@@ -7,13 +7,14 @@ Settings that are not numbers (the network, what is done to its input) stand in 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from recipes.engine.optimizers import WRAPPERS, settings
 from recipes.engine.task import Task
+from recipes.shared.tables import table as make_table
 
 PAPER, CODE, OURS = "paper", "released code", "ours"
+CAPTION = "Settings, with P for the paper's, C for the released code's, O for ours"
 SHORT = {PAPER: "P", CODE: "C", OURS: "O"}
 NAMED = ("optimizer", "base", "nesterov")  # what the name of the optimizer says already
 
@@ -55,7 +56,7 @@ def lines(task: Task, without: Iterable[str] = ()) -> list[str]:
 def table(tasks: Sequence[Task]) -> Table:
     """A row per setting, a column per task; each value with its mark's letter, valid Markdown."""
     columns = [settings_of(task) for task in tasks]
-    result = Table("setting", *(task.name for task in tasks), box=box.MARKDOWN)
+    result = make_table("setting", *(task.name for task in tasks), title=CAPTION)
     for name in dict.fromkeys(name for column in columns for name in column):
         cells = [
             f"{column[name]} ({SHORT[mark(task, name)]})" if name in column else "-"

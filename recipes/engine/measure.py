@@ -1,18 +1,22 @@
 """The flatness of what a run has trained, over a whole data set."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import cast, ordered
 from recipes.engine.layers import select
+from recipes.engine.pictures import title
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.task import Task, mean
 from recipes.engine.training import Conditions, evaluate, kappa_options, moved
+from recipes.shared.results import record, save
+from recipes.shared.tables import markdown
+from recipes.shared.tables import table as make_table
 
 
 def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = False) -> dict[str, Any]:
@@ -46,10 +50,17 @@ def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = Fa
     return {"epoch": state["epoch"], **values, **metrics}
 
 
-def table(measured: dict[str, dict[str, Any]]) -> Table:
+def table(task: str, measured: Sequence[Mapping[str, Any]]) -> Table:
     """One row per run."""
-    names = list(next(iter(measured.values())))
-    result = Table("run", *names, box=box.MARKDOWN)
-    for run, values in measured.items():
-        result.add_row(run, *(f"{values[name]:.6g}" for name in names))
-    return result
+    names = [name for name in measured[0] if name not in ("label", "seed")]
+    rows = [(m["label"], str(m["seed"]), *(f"{m[name]:.6g}" for name in names)) for m in measured]
+    caption = f"{task}: kappa (neuronwise, layerwise) and Tr(H) of the training loss, and the metrics"
+    return make_table("run", "seed", *map(title, names), title=caption, rows=rows)
+
+
+def keep(stem: Path, task: str, measured: Sequence[dict[str, Any]], seconds: float, double: bool) -> None:
+    """Save what was measured as JSON, and its table as Markdown."""
+    save(
+        stem.with_suffix(".json"), record("measure", {"task": task, "float64": double}, seconds, [*measured])
+    )
+    stem.with_suffix(".md").write_text(markdown(table(task, measured)))

@@ -24,20 +24,14 @@ class RunFolder:
         self.path = path
         self.checkpoint = path / "checkpoint.pt"
 
-    def begin(self, config: dict[str, Any], environment: dict[str, Any], resume: bool) -> None:
-        """Take the folder for a run; with ``resume``, one that was begun with the same configuration."""
+    def check(self, config: dict[str, Any], resume: bool) -> None:
+        """Raise unless the folder is free or, with ``resume``, was begun with the same configuration."""
         if self.path.exists() and not resume:
             raise FileExistsError(
                 f"{self.path} holds a run already: continue it with --resume, or choose another --out"
             )
-        if (self.path / "config.json").exists():
-            self._check(config)
+        if not (self.path / "config.json").exists():
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write("environment.json", environment)
-        self.write("config.json", config)
-
-    def _check(self, config: dict[str, Any]) -> None:
         found, asked = self.read("config.json"), json.loads(json.dumps(config))
         names = sorted({*found, *asked})
         differences = [
@@ -48,8 +42,21 @@ class RunFolder:
         if differences:
             raise ValueError(f"{self.path} was begun with another configuration ({'; '.join(differences)})")
 
+    def begin(self, config: dict[str, Any], environment: dict[str, Any], step_time: dict[str, Any]) -> None:
+        """Take the folder for a run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write("environment.json", environment)
+        self.write("step_time.json", step_time)
+        self.write("config.json", config)
+
     def read(self, name: str) -> Any:
-        """The JSON file of that name."""
+        """The JSON file of that name.
+
+        Raises:
+            FileNotFoundError: if this is no folder of a run.
+        """
+        if not (self.path / name).exists():
+            raise FileNotFoundError(f"{self.path}: expected a run's folder, with {name} in it")
         return json.loads((self.path / name).read_text())
 
     def write(self, name: str, content: dict[str, Any]) -> None:

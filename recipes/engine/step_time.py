@@ -1,18 +1,16 @@
 """What an optimizer's step costs relative to the plain step of its base, measured before a run."""
 
 import copy
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recipes.engine.layers import select
 from recipes.engine.optimizers import Settings, build, plain, take_step
 from recipes.engine.task import Batch, Task
+from recipes.shared.timing import alternate, median, ratio
 
 
 def relative_step_time(
@@ -20,35 +18,23 @@ def relative_step_time(
 ) -> dict[str, Any]:
     """Median and quartiles, over the batches, of the ratio of the two steps on the same batch.
 
-    The two alternate on copies of the model and change places at every batch, so that a busy machine slows
-    both alike. The first batch is a warm-up and does not count.
+    The two alternate on copies of the model. The first batch is a warm-up and does not count.
     """
     if settings == plain(settings):
         return {"median": 1.0, "quartiles": [1.0, 1.0], "steps": 0}
-    pair = []
-    for chosen in (plain(settings), settings):
+
+    def stepping(chosen: Settings) -> Callable[[], Tensor]:
         twin = copy.deepcopy(model).train()
-        pair.append((build(chosen, twin, select(twin, task.layers)), twin))
-    ratios, milliseconds = [], []
-    for number, (inputs, targets) in enumerate(batches):
-        seconds = [0.0, 0.0]
-        for which in (0, 1) if number % 2 else (1, 0):
-            begin = clock(device)
-            take_step(*pair[which], task.loss, inputs, targets)
-            seconds[which] = clock(device) - begin
-        if number:
-            ratios.append(seconds[1] / seconds[0])
-            milliseconds.append(1000 * seconds[0])
+        optimizer, remaining = build(chosen, twin, select(twin, task.layers)), iter(batches)
+        return lambda: take_step(optimizer, twin, task.loss, *next(remaining))
+
+    calls = {"plain": stepping(plain(settings)), "own": stepping(settings)}
+    seconds = alternate(calls, len(batches) - 1, device)
+    middle, quartiles = ratio(seconds["own"], seconds["plain"])
+    milliseconds = 1000 * median(seconds["plain"])[0]
     return {
-        "median": statistics.median(ratios),
-        "quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
-        "steps": len(ratios),
-        "plain_milliseconds": statistics.median(milliseconds),
+        "median": middle,
+        "quartiles": quartiles,
+        "steps": len(batches) - 1,
+        "plain_milliseconds": milliseconds,
     }
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after everything queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -50,6 +50,7 @@ class Progress:
 
     step: int  # of how many are taken
     steps: int  # in all
+    epochs: int
     loss: float  # of the last batch
     record: Mapping[str, Any]  # of the last finished epoch
     step_time: float  # relative to the plain step
@@ -73,20 +74,19 @@ def train(
             not possible: then there is no folder.
     """
     folder, device = RunFolder(path), conditions.device
+    asked = configuration(task, settings, conditions)
+    folder.check(asked, resume)
     data = task.data(conditions.source, conditions.seed)
     seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
     model = task.model(conditions.source).to(device)
-    layers = select(model, task.layers)
+    optimizer = build(settings, model, select(model, task.layers))
     state = folder.load(device)
-    rehearsed = rehearse(task, settings, model, data, conditions) if state is None else None
-    folder.begin(configuration(task, settings, conditions), environment(device), resume)
-    if rehearsed:
-        folder.write("step_time.json", rehearsed)
+    if state is None:  # the folder comes after what a wrong setting could stop
+        folder.begin(asked, environment(device), rehearse(task, settings, model, data, conditions))
     step_time = folder.read("step_time.json")["median"]
 
     per_epoch = len(epoch_batches(data, conditions, 0))
     steps = conditions.epochs * per_epoch
-    optimizer = build(settings, model, layers)
     schedule = LambdaLR(optimizer, lambda step: task.schedule(step / steps))
     records: list[dict[str, Any]] = []
     if state is not None:
@@ -96,7 +96,8 @@ def train(
         records = folder.epochs()[: state["epoch"]]
 
     def show(step: int, loss: Tensor) -> None:
-        on_progress(Progress(step, steps, loss.item(), records[-1] if records else {}, step_time))
+        record = records[-1] if records else {}
+        on_progress(Progress(step, steps, conditions.epochs, loss.item(), record, step_time))
 
     for epoch in range(len(records) + 1, conditions.epochs + 1):
         seed_everything(conditions.seed, epoch)
@@ -105,7 +106,7 @@ def train(
         for inputs, targets in moved(epoch_batches(data, conditions, epoch), device):
             losses.append(take_step(optimizer, model, task.loss, inputs, targets))
             schedule.step()
-            if len(losses) in (1, per_epoch) or len(losses) % SHOWN_EVERY == 0:
+            if len(losses) == 1 or len(losses) % SHOWN_EVERY == 0:
                 show((epoch - 1) * per_epoch + len(losses), losses[-1])
         record: dict[str, Any] = {"epoch": epoch, "train_loss": torch.stack(losses).mean().item()}
         watched = task.watch is None or due(epoch, conditions, [n / WATCHED for n in range(1, WATCHED + 1)])
@@ -125,6 +126,7 @@ def train(
                 "schedule": schedule.state_dict(),
             },
         )
+        show(epoch * per_epoch, losses[-1])
 
 
 def rehearse(

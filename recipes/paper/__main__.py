@@ -5,16 +5,17 @@
 The numbers are those of the results that lie beside the recipes.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from recipes.engine import marks
-from recipes.paper.comparison import compare
+from recipes.paper.comparison import compare, figure_4
 from recipes.paper.numbers import ROWS, STAND_INS
-from recipes.shared.results import load, markdown
+from recipes.shared.command import parser
+from recipes.shared.results import load
+from recipes.shared.tables import markdown
 from recipes.tasks import load_task
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -41,18 +42,15 @@ def comparisons(folder: Path = RESULTS) -> dict[str, Table]:
     return tables
 
 
+def tables() -> list[Table]:
+    """Everything on the page, in the order of the paper."""
+    return [settings(), *comparisons().values(), figure_4(load(RESULTS / "hessian_time.json")["runs"])]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables as Markdown, with what each is of."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.paper", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.parse_args(arguments)
-    print("Settings: P the paper's, C the released code's, O ours\n")
-    print(markdown(settings()))
-    for name, table in comparisons().items():
-        title = table.title
-        print(f"{name}: {title}\n")
-        print(markdown(table))
+    """Print the tables as Markdown."""
+    parser("paper", __doc__).parse_args(arguments)
+    print(markdown(*tables()))
 
 
 if __name__ == "__main__":

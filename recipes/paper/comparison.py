@@ -5,20 +5,16 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
+from recipes.engine.pictures import title
 from recipes.engine.task import mean
 from recipes.paper.numbers import FIGURE_4, ROWS, STAND_INS, STATED, Row
+from recipes.shared.tables import table as make_table
 
 Run = dict[str, Any]
-NOT_RUN = "not run"
-IN_STAND_INS = (
-    "epochs",
-    "measure",
-    "detach_hessian",
-    "curvature",
-)  # what a small form shares with the paper's
+NOT_RUN, OTHER = "not run", "other than in the paper"
+IN_STAND_INS = ("epochs", "measure", "detach_hessian", "curvature")  # compared of a small form
 
 
 def compare(task: str, runs: Sequence[Run]) -> Table | None:
@@ -28,10 +24,9 @@ def compare(task: str, runs: Sequence[Run]) -> Table | None:
     if not rows:
         return None
     quantities = list(rows[0].numbers)
-    title = f"{rows[0].where} of the paper / here"
-    result = Table(
-        "line", "run", "after", *quantities, "other than in the paper", title=title, box=box.MARKDOWN
-    )
+    headings = [title(name).replace("%", "fraction" if rows[0].scale == 0.01 else "%") for name in quantities]
+    caption = f"{task}: {rows[0].where} of the paper / here"
+    result = make_table("line", "run", "after", *headings, OTHER, title=caption)
     for row in rows:
         for label, group in matching(row, runs) or [(NOT_RUN, [])]:
             cells = [f"{row.numbers[name]} / {measured(row, name, group)}" for name in quantities]
@@ -96,11 +91,8 @@ def said(name: str, found: Any, stated: Any) -> str:
 
 def figure_4(runs: Sequence[Run]) -> Table:
     """How many times faster each way to a Hessian is than the one before: the paper's words, and here."""
-    result = Table(
-        *("faster", "than", "paper (RTX A6000)", "here, range over the sizes", "here, largest Hessian"),
-        title="Figure 4, appendix A.1: factors of time",
-        box=box.MARKDOWN,
-    )
+    names = ("faster", "than", "paper (RTX A6000)", "here, range over the sizes", "here, largest Hessian")
+    result = make_table(*names, title="Figure 4, appendix A.1: how many times faster")
     seconds = {(run["method"], run["family"], run["d"], run["m"]): run["seconds"] for run in runs}
     for method, (slower, stated) in FIGURE_4.items():
         sizes = [size for name, *size in seconds if name == method and (slower, *size) in seconds]

@@ -1,6 +1,7 @@
 """What kappa means, as a picture: the extra loss when the layer's input is perturbed, and kappa's parabola.
 
     python -m recipes.paper.flatness_picture runs/quickstart/*/seed0      # runs of recipes.train, on the CPU
+    python -m recipes.paper.flatness_picture --smoke
     python -m recipes.paper.flatness_picture --plot runs/flatness_picture/flatness_picture.json
 
 Every sample's input phi of the regularised Linear layer gets Gaussian noise of standard deviation
@@ -10,31 +11,32 @@ and where curve and parabola part, the quadratic approximation ends. Only relati
 a trace of the Hessian does not know how large the features are.
 """
 
-import argparse
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files, needs no display
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from rich.table import Table
 from torch import Tensor, nn
 
 from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import cast, first, ordered
 from recipes.engine.layers import select
+from recipes.engine.optimizers import settings
 from recipes.engine.pictures import colours
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.task import Batch, Source, Task
-from recipes.shared.results import load, record, save
+from recipes.engine.training import Conditions, train
+from recipes.shared.command import Options, Recipe, fresh, out, positive
+from recipes.shared.pictures import panels, tidy
+from recipes.shared.results import CPU
+from recipes.shared.tables import table as make_table
 from recipes.tasks import load_task
+from recipes.tasks.small import quickstart
 
 STRENGTHS = np.geomspace(1e-3, 1, 13).tolist()  # standard deviation of a coordinate, relative to ||phi||
 SAMPLES = 250  # of the training set, on which loss and kappa are taken
@@ -100,60 +102,66 @@ def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
     }
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draw the measured curves, and kappa's parabolas dashed."""
-    results = load(source)
-    strengths = np.array(results["configuration"]["strengths"])
-    figure, axis = plt.subplots(figsize=(6, 4.2))
-    chosen = colours(results["runs"])
-    for run in results["runs"]:
+def measure(options: Options) -> list[dict[str, Any]]:
+    """One curve per run."""
+    options.strengths = STRENGTHS  # saved with the results
+    folders = options.runs or (smoke_runs(out(options) / "runs") if options.smoke else [])
+    if not folders:
+        raise ValueError(
+            "expected the folders of one run or more, such as runs/quickstart/fam/seed0, or --plot"
+        )
+    curves = []
+    for folder in map(RunFolder, folders):
+        source = Source(options.data, smoke=folder.read("config.json")["smoke"])
+        curves.append(extra_loss(folder, source, options.draws))
+    return curves
+
+
+def smoke_runs(folder: Path) -> list[Path]:
+    """Folders of two runs that were trained for an epoch, for a smoke test without any."""
+    task, paths = quickstart(0), []
+    for optimizer in ("sgd", "fam"):
+        conditions = Conditions(0, 1, task.batch_size, Source(smoke=True), CPU)
+        paths.append(fresh(folder / optimizer / "seed0"))
+        train(task, settings(task, optimizer, {}), conditions, paths[-1])
+    return paths
+
+
+def table(runs: Sequence[dict[str, Any]]) -> Table:
+    """One line per run."""
+    rows = [(run["label"], str(run["seed"]), f"{run['kappa']:.4g}", f"{run['loss']:.4g}") for run in runs]
+    return make_table("run", "seed", "kappa", "loss", rows=rows)
+
+
+def plot(results: Mapping[str, Any]) -> Figure:
+    """The measured curves, and kappa's parabolas dashed."""
+    runs, strengths = results["runs"], np.array(results["configuration"]["strengths"])
+    figure, axes = panels(1, 1, 6.4, 4.4)
+    axis = axes[0, 0]
+    chosen = colours(runs)
+    for run in runs:
         colour = chosen[run["label"]]
         label = f"{run['label']}: kappa {run['kappa']:.3g}"
         extra, error = (np.array(run[name]) for name in ("extra_loss", "standard_error"))
         axis.errorbar(strengths, extra, error, color=colour, marker="o", markersize=3, label=label)
         axis.plot(strengths, strengths**2 / 2 * run["kappa"], color=colour, linestyle="--", linewidth=0.9)
-    axis.set(xscale="log", yscale="log", xlabel="noise per coordinate, relative to the features' norm")
-    lowest = min(min(value for value in run["extra_loss"] if value > 0) for run in results["runs"])
-    axis.set_ylim(bottom=lowest / 2, top=4 * max(max(run["extra_loss"]) for run in results["runs"]))
-    axis.set_title(
-        "extra loss under relative feature noise; dashed: ½ strength² kappa", loc="left", fontsize=9
-    )
+    axis.set_xlabel("strength of the noise per coordinate (a fraction of the features' norm)")
+    axis.set_ylabel("extra loss (nats)")
+    tidy(axis, "extra loss under relative feature noise; dashed: ½ strength² kappa", log="xy")
+    lowest = min(min(value for value in run["extra_loss"] if value > 0) for run in runs)
+    axis.set_ylim(bottom=lowest / 2, top=4 * max(max(run["extra_loss"]) for run in runs))
     axis.legend(frameon=False, fontsize=9)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, save, draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.paper.flatness_picture", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("runs", nargs="*", type=Path, help="folders such as runs/quickstart/fam/seed0")
-    parser.add_argument("--draws", type=int, default=10, help="of the noise, per strength")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
-    parser.add_argument("--out", type=Path, default=Path("runs/flatness_picture"))
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw what was measured before")
-    options = parser.parse_args(arguments)
-    if options.plot:
-        plot(options.plot, options.plot.with_suffix(".png"))
-        return
-    if not options.runs:
-        parser.error("expected the folders of one run or more, or --plot")
-    begin = time.perf_counter()
-    runs = []
-    for path in options.runs:
-        folder = RunFolder(path)
-        source = Source(options.data, smoke=folder.read("config.json")["smoke"])
-        runs.append(extra_loss(folder, source, options.draws))
-    path = options.out / "flatness_picture.json"
-    configuration = {"strengths": STRENGTHS, "draws": options.draws}
-    save(path, record("flatness_picture", configuration, time.perf_counter() - begin, runs))
-    plot(path, path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png')} written")
-
+OPTIONS: dict[str, dict[str, Any]] = {
+    "runs": {"nargs": "*", "type": Path, "help": "folders such as runs/quickstart/fam/seed0"},
+    "--draws": {"type": positive, "default": 10, "help": "of the noise, per strength; from 2 on"},
+    "--data": {"type": Path, "default": Path("data"), "help": "folder of the data sets"},
+}
+RECIPE = Recipe("paper.flatness_picture", __doc__, measure, table, plot, OPTIONS, {"draws": 2})
+main = RECIPE.main
 
 if __name__ == "__main__":
     main()

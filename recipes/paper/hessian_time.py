@@ -16,33 +16,33 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
 Before a size is timed (float32), kappa of each Hessian is compared with relative_flatness in float64.
 """
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from fam_optim import observe, relative_flatness
-from recipes.paper.layer_timing import Method, Problem, draw, plain_step, run, sweep
-from recipes.shared.results import load
+from recipes.paper.comparison import figure_4
+from recipes.paper.layer_timing import OPTIONS, SMOKE, TITLES, Method, draw, plain_step, sweep, table
+from recipes.shared.command import Options, Recipe
+from recipes.shared.pictures import BLUE, GREEN, GREY, ORANGE, RED, SKY, panels
+from recipes.shared.problem import Problem
+from recipes.shared.tables import markdown
 
 COLOURS = {
-    "autograd loop": "#0072b2",
-    "vectorised autograd": "#56b4e9",
-    "torch.func": "#009e73",
-    "exact, gradient": "#d1495b",
-    "exact kappa": "#e69f00",
-    "plain step": "#555555",
+    "autograd loop": BLUE,
+    "vectorised autograd": SKY,
+    "torch.func": GREEN,
+    "exact, gradient": RED,
+    "exact kappa": ORANGE,
+    "plain step": GREY,
 }
-TITLES = {"hidden": "hidden layer, d = m", "last": "last layer, d = 10 classes"}
 
 
 def autograd_loop(problem: Problem) -> Tensor:
     """The Hessian ``(d, m, d, m)``, row by row."""
-    weight = problem.layer.weight
+    weight = problem.weight
     gradient = torch.autograd.grad(problem.loss(), weight, create_graph=True)[0].flatten()
     # Not "for entry in gradient": the backward of that would stack all entries again, for every row.
     entries = (gradient[index] for index in range(len(gradient)))
@@ -53,29 +53,27 @@ def autograd_loop(problem: Problem) -> Tensor:
 def vectorised_autograd(problem: Problem) -> Tensor:
     """The Hessian ``(d, m, d, m)``, all rows in one batched backward."""
     hessian: Tensor = torch.autograd.functional.hessian(  # type: ignore[no-untyped-call]
-        problem.loss_of_weight, problem.layer.weight.detach(), vectorize=True
+        problem.loss_of_weight, problem.weight.detach(), vectorize=True
     )
     return hessian
 
 
 def torch_func(problem: Problem) -> Tensor:
     """The Hessian ``(d, m, d, m)``, forward over reverse."""
-    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.layer.weight.detach())
+    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.weight.detach())
     return hessian
 
 
 def exact_gradient(problem: Problem) -> Tensor:
     """kappa, ``()``, after the gradient of the penalised loss."""
-    with observe(problem.layer) as layer:
-        loss = problem.loss()
-    kappa = relative_flatness(loss, layer)
-    torch.autograd.grad(loss + kappa, list(problem.model.parameters()))
+    loss, kappa = problem.penalised()
+    problem.gradient(loss + kappa)
     return kappa
 
 
 def kappa_of(problem: Problem, hessian: Tensor) -> Tensor:
     """``<W W^T, T>`` with ``T[s, u] = Tr(H_{s,u})``, ``()``."""
-    weight = problem.layer.weight
+    weight = problem.weight
     return (weight @ weight.T * torch.einsum("stut->su", hessian)).sum()
 
 
@@ -89,27 +87,28 @@ METHODS = {
 }
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: Options) -> list[dict[str, Any]]:
     """One row per layer and method."""
     return [row for _, row in sweep(METHODS, Problem.flatness, options)]
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draw one panel per family: seconds by number of weights, a line per method."""
-    runs = load(source)["runs"]
-    figure, axes = plt.subplots(1, len(TITLES), figsize=(10, 4.6), sharex=True, sharey=True)
-    for axis, (family, title) in zip(axes, TITLES.items(), strict=True):
-        draw(axis, [run for run in runs if run["family"] == family], COLOURS)
-        axis.set_title(f"seconds, {title}", loc="left", fontsize=10)
+def plot(results: Mapping[str, Any]) -> Figure:
+    """One panel per family: seconds by number of weights, a line per method."""
+    figure, axes = panels(1, len(TITLES), 9, 4.4, sharex=True, sharey=True)
+    for axis, (family, title) in zip(axes[0], TITLES.items(), strict=True):
+        draw(axis, [run for run in results["runs"] if run["family"] == family], COLOURS)
+        axis.set_title(title, loc="left", fontsize=10)
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, save, print the table, draw the picture."""
-    run("hessian_time", __doc__ or "", measure, plot, arguments)
+def factors(runs: Sequence[dict[str, Any]]) -> str:
+    """The paper's factors beside the measured ones."""
+    return markdown(figure_4(runs))
 
+
+RECIPE = Recipe("paper.hessian_time", __doc__, measure, table, plot, OPTIONS, SMOKE, factors)
+main = RECIPE.main
 
 if __name__ == "__main__":
     main()

@@ -15,30 +15,23 @@ relu(alpha z) = alpha relu(z) for alpha > 0. Of both layers, on the training set
 Most of the alphas are no powers of two, by which a multiplication would not even round.
 """
 
-import argparse
 import copy
 import math
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files, needs no display
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from rich import box
-from rich.console import Console
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import dataset_relative_flatness
-from recipes.shared.results import load, record, save
+from recipes.shared.command import Options, Recipe, positive
+from recipes.shared.pictures import BLUE, GREY, ORANGE, panels, tidy
+from recipes.shared.tables import table as make_table
 from recipes.tasks.images import fashion_mnist
 
 WIDTH = 64
@@ -46,7 +39,7 @@ WIDTH = 64
 LAYERS = {"hidden": 1, "last": 3}
 EXPONENTS = tuple(k / 3 for k in range(-12, 13))  # alpha = 2^exponent, from 1/16 to 16
 LR, BATCH_SIZE = 0.1, 64
-COLOURS = {"kappa": "#e69f00", "kappa_hat": "#0072b2", "trace": "#555555"}
+COLOURS = {"kappa": ORANGE, "kappa_hat": BLUE, "trace": GREY}
 NAMES = {"kappa": "kappa", "kappa_hat": "||W||² Tr(H)", "trace": "Tr(H)"}
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -101,7 +94,7 @@ def accuracy(model: nn.Module, data: Batches) -> float:
     return 100 * right / sum(len(y) for _, y in data)
 
 
-def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
+def sweep(options: Options) -> list[dict[str, Any]]:
     """Train, then one row per layer and alpha."""
     images, labels = (tensor[: options.images] for tensor in fashion_mnist("train"))
     torch.manual_seed(options.seed)
@@ -111,15 +104,16 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     training = batches(images.double(), labels)
     test_images, test_labels = fashion_mnist("test")
     test = batches(test_images.double(), test_labels)
+    exponents = EXPONENTS[::4] if options.smoke else EXPONENTS
     runs = []
     for name, index in LAYERS.items():
-        for exponent in options.exponents:
+        for exponent in exponents:
             twin = rescaled(model, 2.0**exponent)
             layer = twin[index]
             assert isinstance(layer, nn.Linear)
             row = {"layer": name, "alpha": 2.0**exponent, "test_accuracy": accuracy(twin, test)}
             runs.append({**row, **measure(twin, layer, training)})
-    return runs
+    return with_changes(runs)
 
 
 def with_changes(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -133,7 +127,7 @@ def with_changes(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """One line per layer and whole power of two."""
-    result = Table("layer", "alpha", *NAMES.values(), "test acc.", box=box.MARKDOWN)
+    result = make_table("layer", "alpha", *NAMES.values(), "test accuracy, %")
     for run in runs:
         if math.log2(run["alpha"]).is_integer():
             quantities = (f"{run[name]:.5g}" for name in NAMES)
@@ -141,17 +135,16 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draw one panel per layer: each quantity relative to its value at alpha = 1, by alpha."""
-    runs = load(source)["runs"]
-    figure, axes = plt.subplots(1, len(LAYERS), figsize=(9, 4), sharey=True)
-    for axis, layer in zip(axes, LAYERS, strict=True):
-        draw(axis, [run for run in runs if run["layer"] == layer])
-        axis.set_title(f"{layer} layer, relative to alpha = 1", loc="left", fontsize=10)
-    axes[0].legend(frameon=False)
+def plot(results: Mapping[str, Any]) -> Figure:
+    """One panel per layer: each quantity relative to its value at alpha = 1, by alpha."""
+    figure, axes = panels(1, len(LAYERS), 8, 3.6, sharey=True)
+    for axis, layer in zip(axes[0], LAYERS, strict=True):
+        draw(axis, [run for run in results["runs"] if run["layer"] == layer])
+        axis.set_title(f"{layer} layer", loc="left", fontsize=10)
+    axes[0, 0].set_ylabel("value relative to alpha = 1 (a factor)")
+    axes[0, 0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def draw(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
@@ -160,44 +153,24 @@ def draw(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
     for name, style in (("trace", "-"), ("kappa", "-"), ("kappa_hat", "o")):
         relative = 1 + np.array([run[f"{name}_change"] for run in runs])
         axis.plot(alphas, relative, style, color=COLOURS[name], linewidth=2, markersize=4, label=NAMES[name])
+    tidy(axis, log="y")
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     axis.xaxis.set_major_formatter(lambda alpha, _: f"{alpha:g}" if alpha >= 1 else f"1/{1 / alpha:g}")
-    axis.set_xlabel("alpha")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("alpha, the factor of the hidden layer's weights")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, save, print the table, draw the picture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.paper.reparametrisation", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--images", type=int, default=4000, help="of the training set")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/reparametrisation"))
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="redraw the picture of these results only")
-    parser.add_argument("--smoke", action="store_true", help="few images and alphas: a test, no result")
-    options = parser.parse_args(arguments)
-    if options.plot:
-        plot(options.plot, options.plot.with_suffix(".png"))
-        return
-    options.exponents = EXPONENTS
-    if options.smoke:
-        options.images, options.epochs, options.exponents = 500, 1, EXPONENTS[::4]
-    begin = time.perf_counter()
-    runs = with_changes(sweep(options))
-    path = options.out / "reparametrisation.json"
-    chosen = {key: value for key, value in vars(options).items() if key not in ("out", "plot")}
-    configuration = {"width": WIDTH, "lr": LR, "batch_size": BATCH_SIZE, **chosen}
-    save(path, record("reparametrisation", configuration, time.perf_counter() - begin, runs))
-    console = Console(width=110)
-    console.print(table(runs))
-    largest = max(abs(run["kappa_change"]) for run in runs)
-    console.print(f"largest relative deviation of kappa: {largest:.1e}")
-    plot(path, path.with_suffix(".png"))
+def largest_deviation(runs: Sequence[dict[str, Any]]) -> str:
+    """How far from constant kappa is."""
+    return f"largest relative deviation of kappa: {max(abs(run['kappa_change']) for run in runs):.1e}"
 
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--epochs": {"type": positive, "default": 10},
+    "--images": {"type": positive, "default": 4000, "help": "of the training set"},
+}
+SMOKE = {"images": 500, "epochs": 1}
+RECIPE = Recipe("paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, SMOKE, largest_deviation)
+main = RECIPE.main
 
 if __name__ == "__main__":
     main()

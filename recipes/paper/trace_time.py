@@ -17,58 +17,58 @@ ones is the root mean square of |estimate - exact| / |exact| over repeated draws
 The hidden layer's trace can be near zero by chance, since its curvatures have both signs.
 """
 
-import argparse
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from recipes.paper.layer_timing import Method, Problem, draw, plain_step, run, sweep, tidy
-from recipes.shared.results import load
+from recipes.paper.layer_timing import OPTIONS, SMOKE, TITLES, Method, draw, plain_step, sweep, table
+from recipes.shared.command import Options, Recipe
+from recipes.shared.pictures import BLUE, GREEN, GREY, ORANGE, panels, tidy
+from recipes.shared.problem import Problem
 
 REPEATS = 20  # draws behind the error of an estimator
 CHUNK = 256  # basis vectors in one vmap, so that no Hessian is formed
 COLOURS = {
-    "torch.func, Hessian": "#0072b2",
-    "torch.func, products": "#009e73",
+    "torch.func, Hessian": BLUE,
+    "torch.func, products": GREEN,
     "hutchinson, 100": "#7a1f4b",
     "hutchinson, 10": "#b8578a",
     "hutchinson, 1": "#e3a3c5",
-    "exact": "#e69f00",
-    "plain step": "#555555",
+    "exact": ORANGE,
+    "plain step": GREY,
 }
-TITLES = {"hidden": "hidden layer, d = m", "last": "last layer, d = 10 classes"}
 
 
 def diagonal_of_hessian(problem: Problem) -> Tensor:
     """The trace ``()`` of the Hessian, formed whole."""
-    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.layer.weight.detach())
+    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.weight.detach())
     return torch.einsum("stst->", hessian)
 
 
 def basis_products(problem: Problem) -> Tensor:
     """The trace ``()`` as the sum of ``<e, H e>`` over the basis."""
-    weight = problem.layer.weight.detach()
+    weight = problem.weight.detach()
+    places = torch.arange(weight.numel(), device=weight.device)
     gradient = torch.func.grad(problem.loss_of_weight)
 
     def curvature(index: Tensor) -> Tensor:
-        direction = (torch.arange(weight.numel()) == index).to(weight.dtype).view_as(weight)
+        direction = (places == index).to(weight.dtype).view_as(weight)
         product: Tensor = torch.func.jvp(gradient, (weight,), (direction,))[1]
         return (direction * product).sum()
 
-    curvatures: Tensor = torch.func.vmap(curvature, chunk_size=CHUNK)(torch.arange(weight.numel()))
+    curvatures: Tensor = torch.func.vmap(curvature, chunk_size=CHUNK)(places)
     return curvatures.sum()
 
 
 def exact(problem: Problem) -> Tensor:
     """The trace ``()`` from kappa_hat = ||W||^2 Tr(H)."""
-    return problem.flatness(measure="layerwise") / problem.layer.weight.detach().square().sum()
+    return problem.flatness(measure="layerwise") / problem.weight.detach().square().sum()
 
 
 def hutchinson(probes: int) -> Callable[[Problem], Tensor]:
@@ -76,7 +76,7 @@ def hutchinson(probes: int) -> Callable[[Problem], Tensor]:
 
     def trace(problem: Problem) -> Tensor:
         kappa_hat = problem.flatness(measure="layerwise", mode="hutchinson", n_samples=probes)
-        return kappa_hat / problem.layer.weight.detach().square().sum()
+        return kappa_hat / problem.weight.detach().square().sum()
 
     return trace
 
@@ -97,13 +97,13 @@ def relative_error(problem: Problem, method: Method, repeats: int) -> float:
     return math.sqrt(statistics.fmean((method.run(problem).item() / trace - 1) ** 2 for _ in range(repeats)))
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: Options) -> list[dict[str, Any]]:
     """One row per layer and method, the estimators' with their error."""
     runs = []
     repeats = 2 if options.smoke else REPEATS
     for problem, row in sweep(METHODS, exact, options):
         if row["method"] in ESTIMATORS:
-            row["error"] = relative_error(problem.double(), ESTIMATORS[row["method"]], repeats)
+            row["error"] = relative_error(problem.copy(torch.float64), ESTIMATORS[row["method"]], repeats)
             row["error_repeats"] = repeats
         runs.append(row)
     return runs
@@ -124,30 +124,26 @@ def draw_errors(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
             fontsize=8,
             color=COLOURS[method],
         )
-    tidy(axis)
+    axis.set(xlabel="weights of the layer (number)", ylabel="relative error (a fraction)")
+    tidy(axis, log="xy")
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draw one column per family: seconds above, the estimators' error below."""
-    runs = load(source)["runs"]
-    heights = {"height_ratios": (3, 2)}
-    figure, axes = plt.subplots(2, len(TITLES), figsize=(10, 8), sharey="row", gridspec_kw=heights)
+def plot(results: Mapping[str, Any]) -> Figure:
+    """One column per family: seconds above, the estimators' error below."""
+    figure, axes = panels(2, len(TITLES), 9, 7.6, sharey="row", gridspec_kw={"height_ratios": (3, 2)})
     for (upper, lower), (family, title) in zip(axes.T, TITLES.items(), strict=True):
-        chosen = [run for run in runs if run["family"] == family]
+        chosen = [run for run in results["runs"] if run["family"] == family]
         draw(upper, chosen, COLOURS)
         draw_errors(lower, chosen)
         lower.set_xlim(upper.get_xlim())
-        upper.set_title(f"seconds, {title}", loc="left", fontsize=10)
-        lower.set_title("relative error of hutchinson, n", loc="left", fontsize=10)
+        upper.set_title(title, loc="left", fontsize=10)
+        lower.set_title("error of hutchinson with n probes", loc="left", fontsize=10)
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, save, print the table, draw the picture."""
-    run("trace_time", __doc__ or "", measure, plot, arguments)
-
+RECIPE = Recipe("paper.trace_time", __doc__, measure, table, plot, OPTIONS, SMOKE)
+main = RECIPE.main
 
 if __name__ == "__main__":
     main()

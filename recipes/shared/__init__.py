@@ -1,1 +1,1 @@
-"""What every recipe needs: results as JSON and tables."""
+"""What every recipe needs: the command line, timing, tables, pictures, and results as JSON."""

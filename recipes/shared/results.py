@@ -5,13 +5,10 @@ import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 CPU = torch.device("cpu")
 
@@ -58,16 +55,6 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def markdown(*tables: Table) -> str:
-    """Tables as Markdown, without their titles."""
-    text = StringIO()
-    for table in tables:
-        table.title = None
-        Console(file=text, width=400).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    return "\n".join(line for line in lines if line.startswith("|")) + "\n"
-
-
 def compact(value: Any, digits: int = 5) -> Any:
     """Round floats to significant digits, and write those that JSON cannot hold (inf, nan) as null."""
     if isinstance(value, float):
@@ -88,6 +75,18 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote."""
-    results: dict[str, Any] = json.loads(path.read_text())
-    return results
+    """Read what ``save`` wrote.
+
+    Raises:
+        ValueError: if the file is something else, or not there; the message is one sentence.
+    """
+    try:
+        results = json.loads(path.read_text())
+        if not results["runs"]:
+            raise ValueError("it has no runs")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = (
+            "there is no such file" if isinstance(error, FileNotFoundError) else "it holds something else"
+        )
+        raise ValueError(f"{path}: expected the JSON of a recipe's results, but {reason}") from error
+    return dict(results)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from recipes.engine.task import Missing
+from recipes.shared import command
 from recipes.shared.results import CPU, compact, environment
 from recipes.study.analysis import Results
 from recipes.study.cost import relative_costs
@@ -52,9 +53,17 @@ def pending(stage: str, results: Results, smoke: bool = False) -> list[Trial]:
     done = {tuple(r[name] for name in names) for r in results}
     trials = STAGES[stage](results)
     if smoke:  # one of each kind, briefly
-        kinds = {(t.task, t.method, t.noise, t.base): replace(t, epochs=1) for t in trials if t.noise == 0.4}
-        trials = iter(kinds.values())
+        kinds = {(t.task, t.method, t.noise, t.base): replace(t, epochs=1) for t in possible(trials)}
+        trials = (trial for trial in kinds.values() if trial.noise == 0.4)
     return [trial for trial in dict.fromkeys(trials) if tuple(asdict(trial).values()) not in done]
+
+
+def possible(trials: Iterator[Trial]) -> Iterator[Trial]:
+    """Those up to the first that asks for what a smoke test has left out of an earlier stage."""
+    try:
+        yield from trials
+    except ValueError:
+        return
 
 
 def execute(trials: Sequence[Trial], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -105,20 +114,23 @@ def report(folder: Path, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages, then report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.study", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = command.parser("study", __doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="networks trained at a time")
+    parser.add_argument(
+        "--workers", type=command.positive, default=os.cpu_count() or 1, help="networks trained at a time"
+    )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="report on these, train nothing")
-    parser.add_argument("--smoke", action="store_true", help="one epoch of each kind: a test, no result")
+    command.add_smoke(parser, "one epoch of each kind")
     options = parser.parse_args(arguments)
     console = Console(width=160)
     if options.report is not None:
         report(options.report, console)
         return
+    options.out = command.out(options)
+    if options.smoke:
+        command.fresh(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     if not (options.out / "cost.json").exists():
         cost = relative_costs("fashion-2000", options.data, 5 if options.smoke else 310)

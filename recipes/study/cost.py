@@ -1,13 +1,13 @@
 """What a step of each method costs relative to the plain step, on the study's network."""
 
-import statistics
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recipes.engine.step_time import clock
-from recipes.shared.results import CPU
+from recipes.shared.timing import alternate, median, ratio
 from recipes.study.methods import METHODS
 from recipes.study.protocol import LR, SHORTLIST, trial
 from recipes.study.samples import samples
@@ -20,18 +20,15 @@ def relative_costs(task: str, folder: Path, rounds: int) -> dict[str, Any]:
     steppers = {name: Stepper(trial(task, name, METHODS[name].grid[0], 0.4, 0, LR)) for name in SHORTLIST}
     train = samples(task, 0.4, 0, folder).train
     batches = list(epoch_batches(steppers["plain"].trial, train, 1))
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    names = list(steppers)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            begin = clock(CPU)
-            steppers[name].step(*batches[turn % len(batches)])
-            if turn:  # the first warms up
-                seconds[name].append(clock(CPU) - begin)
+
+    def stepping(stepper: Stepper) -> Callable[[], None]:
+        remaining = cycle(batches)
+        return lambda: stepper.step(*next(remaining))
+
+    seconds = alternate({name: stepping(stepper) for name, stepper in steppers.items()}, rounds)
     costs = {}
-    for name in names:
-        ratios = sorted(own / plain for own, plain in zip(seconds[name], seconds["plain"], strict=True))
-        quartiles = [ratios[rounds // 4], ratios[-1 - rounds // 4]]
-        costs[name] = {"ratio": statistics.median(ratios), "quartiles": quartiles}
-    milliseconds = 1000 * statistics.median(seconds["plain"])
+    for name, own in seconds.items():
+        middle, quartiles = ratio(own, seconds["plain"])
+        costs[name] = {"ratio": middle, "quartiles": quartiles}
+    milliseconds = 1000 * median(seconds["plain"])[0]
     return {"task": task, "rounds": rounds, "plain_milliseconds": milliseconds, "methods": costs}

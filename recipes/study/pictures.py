@@ -5,14 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files, needs no display
-
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
+from recipes.shared.pictures import save, tidy
 from recipes.study.analysis import GAPS, Results, mean_by_value, values_of, where
 from recipes.study.methods import WEIGHTINGS
 from recipes.study.protocol import CONDITIONS, EPOCHS, SHORTLIST, condition
@@ -71,6 +67,7 @@ def accuracy_by_time(results: Results, costs: Mapping[str, Any], target: Path) -
         axis.set_title(f"{noise:.0%} wrong labels" if noise else "clean labels", loc="left", fontsize=9)
         tidy(axis)
     axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
     save(figure, target)
 
 
@@ -95,6 +92,7 @@ def accuracy_by_weight(results: Results, target: Path) -> None:
     axes.flat[-1].legend(handles, labels, frameon=False, fontsize=8, loc="center")
     figure.supxlabel("lam, or alpha", fontsize=9)
     figure.supylabel("validation accuracy (noisy labels), %", fontsize=9)
+    figure.tight_layout()
     save(figure, target)
 
 
@@ -115,17 +113,5 @@ def gap_by_kappa(results: Results, target: Path) -> None:
         axis.set_title(task, loc="left", fontsize=9)
         tidy(axis)
     axes[0, 0].legend(frameon=False, fontsize=8)
-    save(figure, target)
-
-
-def tidy(axis: Axes) -> None:
-    """The look that all panels share."""
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def save(figure: Any, target: Path) -> None:
-    """Write a picture."""
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    save(figure, target)

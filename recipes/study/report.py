@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from recipes.shared.results import markdown
+from recipes.shared.tables import markdown
 from recipes.study.analysis import (
     GAPS,
     MEASURES,

@@ -1,0 +1,146 @@
+"""The command line that the recipes share, and the course of one that measures, saves, prints and draws."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from recipes.shared.pictures import save as save_picture
+from recipes.shared.results import CPU, load, record, save
+from recipes.shared.tables import console, show
+
+Options = argparse.Namespace
+NOT_CONFIGURATION = ("out", "plot", "device", "data", "runs", "measured")  # of the options: where, not what
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """For ``python -m recipes.<name>``, described by the first line of its docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m recipes.{name}", description=(doc or "").split("\n")[0], allow_abbrev=False
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A device that torch can use here, for argparse."""
+    try:
+        found = torch.device(text)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu (torch sees no GPU)"
+        raise argparse.ArgumentTypeError(f"expected a device such as {usable}, got {text!r}") from error
+    return found
+
+
+def add_device(target: argparse.ArgumentParser) -> None:
+    """--device, the GPU where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    target.add_argument(
+        "--device", type=device, default=default, help="cpu, cuda, ... (default: %(default)s)"
+    )
+
+
+def add_smoke(target: argparse.ArgumentParser, what: str) -> None:
+    """--smoke, with what it does."""
+    target.add_argument(
+        "--smoke", action="store_true", help=f"{what}: a test, no result, in the folder smoke below --out"
+    )
+
+
+def out(options: Options) -> Path:
+    """Where results go. A smoke test has a folder of its own, which each begins anew."""
+    chosen: Path = options.out
+    return chosen / "smoke" if options.smoke else chosen
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, without what an earlier smoke test left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A command that measures: a table, a JSON file and a picture in --out.
+
+    Attributes:
+        name: its module below ``recipes``, such as "paper.hessian_time".
+        doc: the module's docstring.
+        measure: one dict per row of what was measured.
+        table: of the saved rows.
+        plot: of the saved results; None if there is nothing to draw.
+        options: arguments of its own, as for argparse.
+        smoke: the options' values in a smoke test.
+        summary: a closing line.
+    """
+
+    name: str
+    doc: str | None
+    measure: Callable[[Options], list[dict[str, Any]]]
+    table: Callable[[Sequence[dict[str, Any]]], Table]
+    plot: Callable[[Mapping[str, Any]], Figure] | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    smoke: Mapping[str, Any] = field(default_factory=dict)
+    summary: Callable[[Sequence[dict[str, Any]]], str] = lambda runs: ""
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """Measure, save, print, draw."""
+        options = self.parse(arguments)
+        try:
+            path = self.run(options) if options.plot is None else options.plot
+            results = load(path)
+            show(console(), self.table(results["runs"]))
+            print(self.summary(results["runs"]))
+            if self.plot is not None:
+                save_picture(self.plot(results), path.with_suffix(".png"))
+                print(f"{path.with_suffix('.png')} written")
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"{self.name}: {error}")
+
+    def parse(self, arguments: Sequence[str] | None) -> Options:
+        """Read the command line."""
+        reader = parser(self.name, self.doc)
+        for name, settings in self.options.items():
+            reader.add_argument(name, **settings)
+        reader.add_argument("--threads", type=positive, default=1, help="of torch")
+        reader.add_argument("--seed", type=int, default=0)
+        reader.add_argument(
+            "--out", type=Path, default=Path("runs") / self.stem, help="folder of the results"
+        )
+        reader.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing, draw these results")
+        add_smoke(reader, "the smallest sizes")
+        options = reader.parse_args(arguments)
+        if options.smoke:
+            vars(options).update(self.smoke)
+        return options
+
+    @property
+    def stem(self) -> str:
+        """The name of its files."""
+        return self.name.rpartition(".")[2]
+
+    def run(self, options: Options) -> Path:
+        """Measure, and save under the name of the recipe."""
+        torch.manual_seed(options.seed)
+        torch.set_num_threads(options.threads)
+        begin = time.perf_counter()
+        runs = self.measure(options)
+        chosen = {name: value for name, value in vars(options).items() if name not in NOT_CONFIGURATION}
+        path = out(options) / f"{self.stem}.json"
+        where = getattr(options, "device", CPU)
+        save(path, record(self.stem, chosen, time.perf_counter() - begin, runs, where))
+        return path

@@ -1,0 +1,89 @@
+"""A network, some of its layers, a batch and a loss: what the recipes on cost and on figures compute with."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from fam_optim import observe, relative_flatness
+
+
+@contextmanager
+def observed(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """The library's observation of several layers."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(observe(layer)) for layer in layers]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``loss = loss_fn(model(inputs), targets)``, with the flatness of one layer or several."""
+
+    model: nn.Module
+    regularised: nn.Module | list[nn.Module]
+    inputs: Tensor
+    targets: Tensor
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers whose flatness counts."""
+        return self.regularised if isinstance(self.regularised, list) else [self.regularised]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer, of a problem that has one."""
+        (layer,) = self.layers
+        return layer
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight of the one layer."""
+        return self.layer.get_parameter("weight")
+
+    def part(self, samples: int) -> "Problem":
+        """The same on the first samples of the batch."""
+        return replace(self, inputs=self.inputs[:samples], targets=self.targets[:samples])
+
+    def copy(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Problem":
+        """The same with parameters of its own, in another precision or on another device where asked."""
+        twin = copy.deepcopy(self)
+        twin.model.to(device=device, dtype=dtype)
+        floats = dtype if self.inputs.is_floating_point() else None
+        return replace(
+            twin, inputs=twin.inputs.to(device=device, dtype=floats), targets=twin.targets.to(device=device)
+        )
+
+    def loss(self) -> Tensor:
+        """The loss of the batch, ``()``."""
+        return self.loss_fn(self.model(self.inputs), self.targets)
+
+    def loss_of_weight(self, weight: Tensor) -> Tensor:
+        """The loss as a function of the layer's weight alone: nothing else asks for a graph."""
+        constants = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        (name,) = (name for name, module in self.model.named_modules() if module is self.layer)
+        outputs = functional_call(self.model, {**constants, f"{name}.weight": weight}, (self.inputs,))
+        return self.loss_fn(outputs, self.targets)
+
+    def penalised(self, **options: Any) -> tuple[Tensor, Tensor]:
+        """The loss and the library's kappa of one forward, ``()`` each."""
+        with observed(self.layers) as layers:
+            loss = self.loss()
+        return loss, relative_flatness(loss, layers, **options)
+
+    def flatness(self, **options: Any) -> Tensor:
+        """The library's kappa, forward included, ``()``."""
+        return self.penalised(**options)[1]
+
+    def gradient(self, value: Tensor, **options: Any) -> Tensor:
+        """The gradient of a number in all parameters, as one vector."""
+        parts = torch.autograd.grad(
+            value, list(self.model.parameters()), allow_unused=True, materialize_grads=True, **options
+        )
+        return torch.cat([part.flatten() for part in parts])

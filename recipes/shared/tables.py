@@ -1,0 +1,53 @@
+"""Tables for a terminal, whatever its width, and as Markdown."""
+
+from collections.abc import Sequence
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+WIDE = 1000  # columns: where nothing is a terminal, a table is as wide as it needs
+
+
+def console() -> Console:
+    """Of the terminal's width; a file or a pipe takes lines of any length."""
+    usual = Console()
+    return usual if usual.is_terminal else Console(width=WIDE)
+
+
+def table(*columns: str, title: str = "", rows: Sequence[Sequence[str]] = ()) -> Table:
+    """A table whose text is valid Markdown."""
+    result = Table(*columns, title=title or None, title_justify="left", box=box.MARKDOWN)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def show(target: Console, *tables: Table) -> None:
+    """Print tables; one that is too wide is turned: a line per column instead, no number cut."""
+    for wide in tables:
+        if target.measure(wide, options=target.options.update(width=WIDE)).maximum <= target.width:
+            target.print(wide)
+            continue
+        names = [str(column.header) for column in wide.columns]
+        cells = [[str(cell) for cell in column.cells] for column in wide.columns]
+        if wide.title:
+            target.print(wide.title, style="italic", soft_wrap=True)
+        for row in zip(*cells, strict=True):
+            width = max(map(len, names))
+            lines = [f"{name.ljust(width)}  {cell}" for name, cell in zip(names, row, strict=True) if cell]
+            target.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True, end="\n\n")
+
+
+def markdown(*tables: Table) -> str:
+    """Tables as Markdown, each under its title as a caption."""
+    parts = []
+    for each in tables:
+        text = StringIO()
+        Console(file=text, width=WIDE).print(each)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        parts.append("\n".join(line for line in lines if line.startswith("|")))
+        if each.title:
+            parts[-1] = f"{each.title}:\n\n{parts[-1]}"
+    return "\n\n".join(parts) + "\n"
