@@ -118,11 +118,11 @@ STATED: dict[str, dict[str, Any]] = {  # of a run's configuration and settings, 
     "rte": {"epochs": 20, "batch_size": 32, "layers": ["bert.classifier"], "lr": 2e-5, "lam": 3e6},
 }
 STAND_INS = {  # tasks that are small forms of the paper's experiments: experiment, what else differs
-    "skulls-small": ("skulls", "20 generated shells of 32³ voxels for 100 skulls of 64³"),
-    "fashion-mnist-small": ("fashion-mnist", "small convolutional network, 28 x 28 pixels, no cutout"),
+    "skulls-small": ("skulls", "20 generated shells of 32³"),
+    "fashion-mnist-small": ("fashion-mnist", "small network"),
     "fashion-mnist-shipped": (
         "fashion-mnist",
-        "small convolutional network, 28 x 28 pixels, no cutout, 4,000 + 4,000 images",
+        "small network, 4,000 images",
     ),
 }
 
