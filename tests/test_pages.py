@@ -249,12 +249,14 @@ def saved_tables() -> list[Table]:
     def runs(name: str) -> Any:
         return load(RESULTS / f"{name}.json")["runs"]
 
-    measured = runs("benchmark")
+    measured, inner = runs("benchmark"), runs("benchmark_gauss_newton")
     everything = [load(path)["runs"] for path in sorted(RESULTS.glob("*.json"))]
     trained = [found for found in everything if "history" in found[0]]
     made = [
         *benchmark.tables(measured),
+        *benchmark.tables(inner),
         counts.table(counts.beside(runs("benchmark_counts"), measured)),
+        counts.table(counts.beside(runs("benchmark_gauss_newton_counts"), inner)),
         scaling.table(runs("scaling")),
         estimators.table(runs("estimator_spread")),
         *(table for found in trained for table in report.tables(found)),
@@ -265,7 +267,10 @@ def saved_tables() -> list[Table]:
 
 
 # Tables that hold no results, by their first column. Everything else must be found in the saved results.
-PROSE = {"setting", "`mode`", "`curvature`", "situation", "loop", "paper", "array", "target", "phase"}
+PROSE = {
+    *("setting", "`mode`", "`curvature`", "situation", "loop", "paper", "array", "target", "phase"),
+    *("what you see", "in the paper", "question", "file", "folder"),
+}
 
 
 @pytest.mark.slow
