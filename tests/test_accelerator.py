@@ -1,4 +1,4 @@
-"""`python -m recipes.benchmark --accelerator` as far as a CPU goes: tiny networks, and how it waits."""
+"""``python -m recipes.benchmark --accelerator``, as far as a CPU goes: tiny networks, and what waits."""
 
 from __future__ import annotations
 

@@ -204,6 +204,14 @@ def test_every_line_of_what_to_know_names_its_tests() -> None:
     assert [row[0] for row in promises if not named_tests(row[-1])] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "fam_optim/README.md", "recipes/README.md", "tests/README.md"])
+def test_no_aside_is_longer_than_a_sentence(page: str) -> None:
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)
+    asides = re.findall(r"\(([^()]*)\)", prose)
+    assert [aside for aside in asides if len(aside.split()) >= 30] == []
+
+
 # Numbers
 
 
@@ -249,28 +257,27 @@ def saved_tables() -> list[Table]:
     def runs(name: str) -> Any:
         return load(RESULTS / f"{name}.json")["runs"]
 
-    measured, inner = runs("benchmark"), runs("benchmark_gauss_newton")
-    everything = [load(path)["runs"] for path in sorted(RESULTS.glob("*.json"))]
-    trained = [found for found in everything if "history" in found[0]]
     made = [
-        *benchmark.tables(measured),
-        *benchmark.tables(inner),
-        counts.table(counts.beside(runs("benchmark_counts"), measured)),
-        counts.table(counts.beside(runs("benchmark_gauss_newton_counts"), inner)),
+        *(
+            counts.table(counts.beside(runs(f"{name}_counts"), runs(name)))
+            for name in ("benchmark", "benchmark_gauss_newton")
+        ),
         scaling.table(runs("scaling")),
         estimators.table(runs("estimator_spread")),
-        *(table for found in trained for table in report.tables(found)),
     ]
-    return parse(
-        "\n\n".join(markdown(table) for table in made) + (RESULTS / "study" / "tables.md").read_text()
-    )
+    several = {"benchmark": benchmark.tables, "train": report.tables}  # recipes with more than one file
+    for path in sorted(RESULTS.glob("*.json")):
+        saved = load(path)
+        if saved["recipe"] in several:
+            made += several[saved["recipe"]](saved["runs"])
+    texts = [markdown(table) for table in made]
+    texts += [path.read_text() for path in RESULTS.rglob("tables.md")]  # see the test below
+    return parse("\n\n".join(texts))
 
 
 # Tables that hold no results, by their first column. Everything else must be found in the saved results.
-PROSE = {
-    *("setting", "`mode`", "`curvature`", "situation", "loop", "paper", "array", "target", "phase"),
-    *("what you see", "in the paper", "question", "file", "folder"),
-}
+PROSE = {"setting", "`mode`", "`curvature`", "situation", "loop", "target", "phase"}
+PROSE |= {"what you see", "in the paper", "question", "file", "folder", "array"}
 
 
 @pytest.mark.slow

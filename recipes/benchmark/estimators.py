@@ -61,16 +61,9 @@ def network() -> nn.Sequential:
 
 def convolutional() -> nn.Sequential:
     """A small convolutional network on images ``(N, 784)``, whose samples do not interact."""
-    return nn.Sequential(
-        *(
-            nn.Unflatten(1, (1, 28, 28)),
-            nn.Conv2d(1, 16, 3, 2),
-            nn.Tanh(),
-            nn.Conv2d(16, 32, 3, 2),
-            nn.Tanh(),
-        ),
-        *(nn.Flatten(), nn.Linear(32 * 36, 10)),
-    )
+    first, second = nn.Conv2d(1, 16, 3, 2), nn.Conv2d(16, 32, 3, 2)
+    body = nn.Unflatten(1, (1, 28, 28)), first, nn.Tanh(), second, nn.Tanh(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(32 * 36, 10))
 
 
 def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str) -> list[dict[str, Any]]:
