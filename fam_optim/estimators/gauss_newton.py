@@ -132,7 +132,7 @@ class Jacobian:
         (g,) = torch.autograd.grad(
             edge,
             GradientEdge(*weight),
-            delta.reshape(use.shape),
+            delta.reshape(nodes.shape(edge.node, edge.output_nr)),  # a batch of one, if it had none
             create_graph=self.differentiable,
             retain_graph=True,
         )
@@ -187,6 +187,8 @@ def gauss_newton(
             more than `MAX_PRODUCTS` products.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
+    if not jacobian.outputs:  # a loss linear in what the network puts out
+        return [factor.gram().new_zeros(()) for factor in factors]
     if mode == "full":
         return _from_traces(jacobian, factors)
     groups = _common_groups(jacobian)
