@@ -5,7 +5,8 @@
     python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
 
 Each task has a table: per optimizer, mean and standard deviation over the seeds of what was measured after
-the last epoch, and the leading metric at the epoch that was best on validation data, where there are any.
+the last epoch, and the leading metric at the epoch that was best on validation data, where there are any. An
+experiment of the paper, or its small form, has a second one with the paper's numbers beside these.
 """
 
 import statistics
@@ -21,6 +22,7 @@ from recipes.engine.optimizers import OPTIMIZERS
 from recipes.engine.pictures import of_task, plot_boxes, plot_curves, title
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.task import mean
+from recipes.paper.comparison import compare
 from recipes.shared.command import parser
 from recipes.shared.pictures import save as save_picture
 from recipes.shared.results import load, save
@@ -70,8 +72,13 @@ def columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
-    """A table per task."""
-    return [table(task, own) for task, own in of_task(runs).items()]
+    """A table per task, and a second one with the paper's numbers, where it has any."""
+    found: list[Table] = []
+    for task, own in of_task(runs).items():
+        found.append(table(task, own))
+        if not own[0]["smoke"] and (beside := compare(task, own)):
+            found.append(beside)
+    return found
 
 
 def table(task: str, runs: Sequence[Run]) -> Table:
@@ -108,11 +115,12 @@ def caption(task: str, runs: Sequence[Run]) -> str:
 
 
 def evaluated(run: Run) -> list[int]:
-    """Indices of the epochs that the table shows: those that the task asks for, otherwise the last."""
+    """Indices of the epochs that the table shows: those at which all was measured, otherwise the last."""
     history = run["history"]
-    metric = next((name for name in history if name not in ("epoch", "train_loss", "kappa")), "kappa")
-    indices = [index for index, value in enumerate(history[metric]) if value is not None]
-    return indices[-1:] if len(indices) == len(history[metric]) else indices
+    metrics = [name for name in history if name not in ("epoch", "train_loss", "kappa")] or ["kappa"]
+    rarest = min(metrics, key=lambda name: sum(value is not None for value in history[name]))
+    indices = [index for index, value in enumerate(history[rarest]) if value is not None]
+    return indices[-1:] if len(indices) == len(history[rarest]) else indices
 
 
 def at(run: Run, name: str, index: int) -> float:

@@ -11,6 +11,7 @@ Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 import time
@@ -20,8 +21,17 @@ from typing import Any
 
 from rich.console import Console
 
+from recipes.engine import marks
 from recipes.engine.measure import keep, measure, table
-from recipes.engine.optimizers import FAM_OPTIONS, OPTIMIZERS, OPTIONS, SAM_OPTIONS, Settings, settings
+from recipes.engine.optimizers import (
+    FAM_OPTIONS,
+    MEASURING,
+    OPTIMIZERS,
+    OPTIONS,
+    SAM_OPTIONS,
+    Settings,
+    settings,
+)
 from recipes.engine.progress import progress_bar
 from recipes.engine.task import Missing, Source, Task
 from recipes.engine.training import Conditions, train
@@ -31,7 +41,7 @@ from recipes.shared.tables import show
 from recipes.tasks import TASKS, load_task
 
 SWEPT = ("lr", "weight_decay", "lam", "rho")  # these take several values, each a run of its own
-CHOSEN = tuple(name for name in FAM_OPTIONS if name not in SWEPT)
+CHOSEN = ("normalize", "detach_hessian")  # these take one, and are FAM's alone
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,9 +54,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch-size", type=command.positive)
     for name in SWEPT:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, nargs="+", metavar=name.upper())
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help="module names, or: all, hidden, last")
+    parser.add_argument("--curvature", choices=("hessian", "gauss_newton"))
     parser.add_argument("--measure", choices=("neuronwise", "layerwise"))
     parser.add_argument("--mode", choices=("exact", "hutchinson", "full"))
-    parser.add_argument("--n-samples", type=command.positive, help="Hutchinson's probes")
+    parser.add_argument("--n-samples", type=command.positive, help="probes of mode hutchinson")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide kappa by m")
     parser.add_argument(
         "--detach-hessian", action=argparse.BooleanOptionalAction, help="as the released code"
@@ -63,9 +75,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+def kappa_asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked of kappa, of the penalty and of what is measured after every epoch alike."""
+    return {name: getattr(options, name) for name in MEASURING if getattr(options, name) is not None}
+
+
+def adapted(task: Task, options: argparse.Namespace) -> Task:
+    """The task with the layers and the kappa that were asked for."""
+    fam = {**task.methods.get("fam", {}), **kappa_asked(options)}
+    layers = tuple(options.layer or task.layers)
+    return dataclasses.replace(task, layers=layers, methods={**task.methods, "fam": fam})
+
+
 def combinations(task: Task, options: argparse.Namespace) -> Iterator[tuple[str, Settings]]:
     """Every optimizer with every value that was given: the run's label and its settings."""
     given = {name: getattr(options, name) for name in (*SWEPT, *CHOSEN) if getattr(options, name) is not None}
+    kappa = {"layer": "+".join(options.layer)} if options.layer else {}
+    kappa |= kappa_asked(options)
     used = set()
     for optimizer in options.optimizer:
         foreign = {*FAM_OPTIONS, *SAM_OPTIONS} - set(OPTIONS.get(optimizer, ()))
@@ -74,7 +100,8 @@ def combinations(task: Task, options: argparse.Namespace) -> Iterator[tuple[str,
         lists = [values if isinstance(values, list) else [values] for values in own.values()]
         for values in itertools.product(*lists):
             changes = dict(zip(own, values, strict=True))
-            parts = [name if value is True else f"{name}={value}" for name, value in changes.items()]
+            named = {**changes, **kappa}.items()  # kappa is measured of every optimizer's run
+            parts = [name if value is True else f"{name}={value}" for name, value in named]
             label = "-".join([optimizer, *parts])
             yield label, settings(task, optimizer, changes)
     if unused := set(given) - used:
@@ -91,12 +118,22 @@ def conditions(task: Task, options: argparse.Namespace, seed: int) -> Conditions
     )
 
 
+def changed(options: argparse.Namespace) -> set[str]:
+    """Names of the settings that the command line gives, which are nobody's but the user's."""
+    names = (*SWEPT, *MEASURING, *CHOSEN, "layer", "epochs", "batch_size")
+    given = [name for name in names if getattr(options, name) is not None]
+    prefixed = {f"{prefix}{name}" for name in given for prefix in ("", "fam ", "sam ")}
+    return {name.replace("batch_size", "batch size") for name in prefixed}
+
+
 def run(options: argparse.Namespace, console: Console) -> None:
     """Train, or measure, every combination with every seed."""
-    task = load_task(options.task)
+    task = adapted(load_task(options.task), options)
     console.print(f"[bold]{task.name}[/]: {task.about}")
+    for line in marks.lines(task, without=changed(options)):
+        console.print(line, style="dim", markup=False, highlight=False)
     if task.differences:
-        console.print(f"Paper and released code differ: {task.differences}")
+        console.print(f"Paper and released code differ: {task.differences}", markup=False, highlight=False)
     folder = command.out(options) / task.name
     measured: list[dict[str, Any]] = []
     begin = time.perf_counter()

@@ -258,7 +258,10 @@ def saved_tables() -> list[Table]:
         return load(RESULTS / f"{name}.json")["runs"]
 
     made = [
-        counts.table(counts.beside(runs("benchmark_counts"), runs("benchmark"))),
+        *(
+            counts.table(counts.beside(runs(f"{name}_counts"), runs(name)))
+            for name in ("benchmark", "benchmark_gauss_newton")
+        ),
         scaling.table(runs("scaling")),
         estimators.table(runs("estimator_spread")),
     ]

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import cast, ordered
+from recipes.engine.layers import select
 from recipes.engine.pictures import title
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.task import Task, mean
-from recipes.engine.training import Conditions, evaluate, moved
+from recipes.engine.training import Conditions, evaluate, kappa_options, moved
 from recipes.shared.results import record, save
 from recipes.shared.tables import markdown
 from recipes.shared.tables import table as make_table
@@ -28,21 +29,25 @@ def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = Fa
     data = task.data(conditions.source, conditions.seed)
     model = task.model(conditions.source).to(conditions.device)
     model.load_state_dict(state["model"])
-    metrics = {name: mean(value) for name, value in evaluate(task, model, data, conditions).items()}
+    metrics = {name: mean(value) for name, value in evaluate(task.evaluate, model, data, conditions).items()}
     dtype = torch.float64 if double else torch.float32
-    layer = model.to(dtype).get_submodule(task.layer)
+    layers = select(model.to(dtype), task.layers)
     batches = [
         cast(batch, dtype)
         for batch in moved(ordered(data.train, conditions.batch_size, conditions.workers), conditions.device)
     ]
-    mode = task.methods.get("fam", {}).get("mode", "exact")
-    values = {
-        name: dataset_relative_flatness(model, layer, task.loss, batches, measure=name, mode=mode).item()
-        for name in ("neuronwise", "layerwise")
-    }
-    weight = layer.get_parameter("weight")
-    trace = values["layerwise"] / weight.square().sum().item()
-    return {"epoch": state["epoch"], **values, "Tr(H)": trace, **metrics}
+    chosen = {name: value for name, value in kappa_options(task).items() if name != "measure"}
+    values = {"neuronwise": 0.0, "layerwise": 0.0, "Tr(H)": 0.0}  # each is a sum over the layers
+    for layer in layers:
+        neuronwise, layerwise = (
+            dataset_relative_flatness(model, layer, task.loss, batches, measure=name, **chosen).item()
+            for name in ("neuronwise", "layerwise")
+        )
+        weight = layer.get_parameter("weight")
+        values["neuronwise"] += neuronwise
+        values["layerwise"] += layerwise
+        values["Tr(H)"] += layerwise / weight.square().sum().item()
+    return {"epoch": state["epoch"], **values, **metrics}
 
 
 def table(task: str, measured: Sequence[Mapping[str, Any]]) -> Table:

@@ -4,7 +4,7 @@ Settings are flat data, such as ``{"optimizer": "fam", "base": "sgd", "lr": 0.03
 folder holds them as JSON, and ``build`` makes the optimizer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "fam": {"lam": 8e-3},
 }
 OPTIMIZERS = (*BASES, *WRAPPERS)
-FAM_OPTIONS = ("lam", "measure", "mode", "normalize", "detach_hessian", "n_samples")
+FAM_OPTIONS = ("lam", "measure", "mode", "curvature", "normalize", "detach_hessian", "n_samples")
+MEASURING = ("measure", "mode", "curvature", "n_samples")  # of them: what kappa is
 SAM_OPTIONS = ("rho", "adaptive")
 OPTIONS = {"sam": SAM_OPTIONS, "asam": SAM_OPTIONS, "fam": FAM_OPTIONS}  # of a wrapper, not of its base
 
@@ -35,7 +36,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 def settings(task: Task, optimizer: str, changes: Mapping[str, Any]) -> Settings:
     """What an optimizer is built with: its own defaults, the task's values, then the changes to them."""
-    base = task.base if optimizer in WRAPPERS else optimizer
+    base = task.methods.get(optimizer, {}).get("base", task.base) if optimizer in WRAPPERS else optimizer
     own = task.options if base == task.base else {}  # a learning rate for SGD says nothing of Adam's
     return {
         "optimizer": optimizer,
@@ -48,8 +49,10 @@ def settings(task: Task, optimizer: str, changes: Mapping[str, Any]) -> Settings
     }
 
 
-def build(settings: Settings, model: nn.Module, layer: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer of a model's parameters."""
+def build(
+    settings: Settings, model: nn.Module, layer: nn.Module | Sequence[nn.Module]
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a model's parameters; ``layer`` is what FAM regularises."""
     options = dict(settings)
     name, base = options.pop("optimizer"), torch.optim.Adam if settings["base"] == "adam" else torch.optim.SGD
     del options["base"]

@@ -1,7 +1,6 @@
 """Learning rate schedules as functions: progress of the training in [0, 1) -> factor of the learning rate."""
 
 import math
-from collections.abc import Callable
 
 
 def constant(progress: float) -> float:
@@ -19,6 +18,17 @@ def linear(progress: float) -> float:
     return 1 - progress
 
 
-def steps(*milestones: float, factor: float) -> Callable[[float], float]:
+class Steps:
     """Multiply by ``factor`` at each milestone of the progress."""
-    return lambda progress: factor ** sum(progress >= milestone for milestone in milestones)
+
+    def __init__(self, *milestones: float, factor: float) -> None:
+        """Take the milestones as parts of the training."""
+        self.milestones, self.factor = milestones, factor
+
+    def __call__(self, progress: float) -> float:
+        """Return the factor of the learning rate."""
+        return self.factor ** sum(progress >= milestone for milestone in self.milestones)
+
+    def __str__(self) -> str:
+        """Say it as a paper would."""
+        return f"x {self.factor:g} after {', '.join(f'{milestone:g}' for milestone in self.milestones)}"

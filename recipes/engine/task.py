@@ -18,6 +18,7 @@ from recipes.engine.schedules import cosine
 
 Batch = tuple[Any, Any]  # inputs, targets: whatever the network and the loss take
 Metrics = dict[str, float | list[float]]  # a number, or one per sample (drawn as box plots)
+Evaluation = Callable[[nn.Module, Iterable[Batch]], Metrics]
 Samples = Dataset[Any]  # of (inputs, targets); torch's default collation makes the batches
 
 
@@ -71,7 +72,7 @@ class Task:
     about: str  # one line: what is trained on what, and where the paper has it
     data: Callable[[Source, int], Data]  # (source, seed); raises Missing
     model: Callable[[Source], nn.Module]  # maps a batch's inputs to the loss's outputs
-    layer: str  # name of the module whose relative flatness FAM regularises
+    layers: tuple[str, ...]  # names of the modules whose relative flatness FAM regularises, or "all", ...
     epochs: int
     batch_size: int
     base: str = "sgd"  # the optimizer inside SAM, ASAM and FAM: "sgd", "nesterov" or "adam"
@@ -79,8 +80,12 @@ class Task:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what an --optimizer changes
     schedule: Callable[[float], float] = cosine  # factor of the learning rate by progress in [0, 1)
     loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy  # (outputs, targets) -> () mean
-    evaluate: Callable[[nn.Module, Iterable[Batch]], Metrics] = classification
+    evaluate: Evaluation = classification
     evaluated_at: tuple[float, ...] = ()  # parts of the training, such as (0.5, 1); () is after every epoch
+    watch: Evaluation | None = None  # at every 20th of the training
     metric: str = "accuracy"  # the one that the progress bar shows
     kappa_samples: int = 1000  # training samples on which kappa is measured after an epoch
+    facts: Mapping[str, str] = field(default_factory=dict)  # settings in words: the network, its input, ...
+    paper: tuple[str, ...] = ()  # names of the settings that the paper states
+    code: tuple[str, ...] = ()  # ... that the released code decides; all others are ours (recipes.marks)
     differences: str = ""  # where the paper and its released code differ, and the flags of the latter

@@ -20,13 +20,15 @@ from torch.utils.data import DataLoader
 
 from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import first, move, of_epoch, ordered
-from recipes.engine.optimizers import Settings, build, take_step
+from recipes.engine.layers import select
+from recipes.engine.optimizers import MEASURING, Settings, build, take_step
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.step_time import relative_step_time
-from recipes.engine.task import Batch, Data, Source, Task
+from recipes.engine.task import Batch, Data, Evaluation, Source, Task
 from recipes.shared.results import environment
 
 TIMED_STEPS = 11  # pairs of steps behind the relative step time, the first a warm-up
+WATCHED = 20  # how often a run is watched, where its task has something quick to watch
 SHOWN_EVERY = 10  # steps between two updates of the progress bar: reading the loss waits for the device
 
 
@@ -68,7 +70,8 @@ def train(
     Raises:
         Missing: if the task's data are not there.
         FileExistsError: if the folder holds a run and ``resume`` is False.
-        ValueError: if the folder's run was begun with another configuration.
+        ValueError: if the folder's run was begun with another configuration, or what is asked of kappa is
+            not possible: then there is no folder.
     """
     folder, device = RunFolder(path), conditions.device
     asked = configuration(task, settings, conditions)
@@ -76,13 +79,10 @@ def train(
     data = task.data(conditions.source, conditions.seed)
     seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
     model = task.model(conditions.source).to(device)
-    optimizer = build(settings, model, model.get_submodule(task.layer))
+    optimizer = build(settings, model, select(model, task.layers))
     state = folder.load(device)
-    if state is None:
-        timed = list(islice(moved(epoch_batches(data, conditions, 0), device), TIMED_STEPS))
-        timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
-        cost = relative_step_time(task, settings, model, timed, device)
-        folder.begin(asked, environment(device), cost)  # after what a wrong setting could stop
+    if state is None:  # the folder comes after what a wrong setting could stop
+        folder.begin(asked, environment(device), rehearse(task, settings, model, data, conditions))
     step_time = folder.read("step_time.json")["median"]
 
     per_epoch = len(epoch_batches(data, conditions, 0))
@@ -109,9 +109,13 @@ def train(
             if len(losses) == 1 or len(losses) % SHOWN_EVERY == 0:
                 show((epoch - 1) * per_epoch + len(losses), losses[-1])
         record: dict[str, Any] = {"epoch": epoch, "train_loss": torch.stack(losses).mean().item()}
-        if not task.evaluated_at or epoch in (round(part * conditions.epochs) for part in task.evaluated_at):
-            record |= evaluate(task, model, data, conditions)
-        record["kappa"] = kappa(task, model, data, conditions)
+        watched = task.watch is None or due(epoch, conditions, [n / WATCHED for n in range(1, WATCHED + 1)])
+        if task.watch and watched:
+            record |= evaluate(task.watch, model, data, conditions)
+        if not task.evaluated_at or due(epoch, conditions, task.evaluated_at):
+            record |= evaluate(task.evaluate, model, data, conditions)
+        if watched:
+            record["kappa"] = kappa(task, model, measured_on(task, data, conditions))
         records.append(record)
         folder.save(
             records,
@@ -125,11 +129,32 @@ def train(
         show(epoch * per_epoch, losses[-1])
 
 
+def rehearse(
+    task: Task, settings: Settings, model: nn.Module, data: Data, conditions: Conditions
+) -> dict[str, Any]:
+    """Take some steps on copies of the model, and measure kappa of a batch, before a folder is begun.
+
+    Returns the relative time of the step.
+
+    Raises:
+        ValueError: if the layers, the loss and what is asked of kappa do not go together.
+    """
+    batches = moved(epoch_batches(data, conditions, 0), conditions.device)
+    timed = list(islice(batches, TIMED_STEPS))
+    timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
+    try:
+        kappa(task, model, timed[:1])
+        return relative_step_time(task, settings, model, timed, conditions.device)
+    except (RuntimeError, TypeError) as error:  # the library's, which say what to do instead
+        raise ValueError(str(error)) from error
+
+
 def configuration(task: Task, settings: Settings, conditions: Conditions) -> dict[str, Any]:
     """What identifies a run: continuing it asks for the same."""
     return {
         "task": task.name,
-        "layer": task.layer,
+        "layers": list(task.layers),
+        "kappa": kappa_options(task),
         "settings": settings,
         "seed": conditions.seed,
         "epochs": conditions.epochs,
@@ -157,19 +182,38 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     return (move(batch, device) for batch in batches)
 
 
-def evaluate(task: Task, model: nn.Module, data: Data, conditions: Conditions) -> dict[str, Any]:
-    """The task's metrics on each of its evaluation sets, in eval mode: {"test_accuracy": ..., ...}."""
+def due(epoch: int, conditions: Conditions, parts: Iterable[float]) -> bool:
+    """Whether one of these parts of the training ends with this epoch."""
+    return epoch in (round(part * conditions.epochs) for part in parts)
+
+
+def evaluate(evaluation: Evaluation, model: nn.Module, data: Data, conditions: Conditions) -> dict[str, Any]:
+    """The metrics on each of the evaluation sets, in eval mode: {"test_accuracy": ..., ...}."""
     model.eval()
     metrics: dict[str, Any] = {}
     for name, samples in data.evaluation.items():
         batches = moved(ordered(samples, conditions.batch_size, conditions.workers), conditions.device)
-        metrics |= {f"{name}_{metric}": value for metric, value in task.evaluate(model, batches).items()}
+        metrics |= {f"{name}_{metric}": value for metric, value in evaluation(model, batches).items()}
     return metrics
 
 
-def kappa(task: Task, model: nn.Module, data: Data, conditions: Conditions) -> float:
-    """kappa of the first training samples' loss, in the measure and mode that the task has for FAM."""
-    chosen = {k: v for k, v in task.methods.get("fam", {}).items() if k in ("measure", "mode", "n_samples")}
-    batches = ordered(first(data.train, task.kappa_samples), conditions.batch_size, conditions.workers)
-    layer = model.get_submodule(task.layer)
-    return dataset_relative_flatness(model, layer, task.loss, batches, **chosen).item()
+def measured_on(task: Task, data: Data, conditions: Conditions) -> DataLoader[Batch]:
+    """The first training samples, on which kappa is measured after an epoch."""
+    return ordered(first(data.train, task.kappa_samples), conditions.batch_size, conditions.workers)
+
+
+def kappa_options(task: Task) -> dict[str, Any]:
+    """Measure, mode, curvature and number of probes, where the task has its own."""
+    return {name: value for name, value in task.methods.get("fam", {}).items() if name in MEASURING}
+
+
+def kappa(task: Task, model: nn.Module, batches: Iterable[Batch]) -> float:
+    """kappa of the loss, as the task has it for FAM, for every optimizer: the sum over the layers.
+
+    The batches are read once for each layer.
+    """
+    values = [
+        dataset_relative_flatness(model, layer, task.loss, batches, **kappa_options(task))
+        for layer in select(model, task.layers)
+    ]
+    return torch.stack(values).sum().item()

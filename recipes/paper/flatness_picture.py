@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import cast, first, ordered
+from recipes.engine.layers import select
 from recipes.engine.optimizers import settings
 from recipes.engine.pictures import colours
 from recipes.engine.run_folder import RunFolder
@@ -73,9 +74,9 @@ def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
     data = task.data(source, config["seed"])
     model = task.model(source)
     model.load_state_dict(state["model"])
-    layer = model.double().eval().get_submodule(task.layer)
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"expected the layer of {task.name} to be an nn.Linear, got {type(layer).__name__}")
+    layer, *others = select(model.double().eval(), config["layers"])
+    if others or not isinstance(layer, nn.Linear):
+        raise ValueError(f"expected {folder.path} to have one nn.Linear as its layer, got {config['layers']}")
     batches = [cast(batch, torch.float64) for batch in ordered(first(data.train, SAMPLES), SAMPLES)]
     kappa = dataset_relative_flatness(model, layer, task.loss, batches).item()
     plain = mean_loss(task, model, batches)

@@ -16,17 +16,19 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
 Before a size is timed (float32), kappa of each Hessian is compared with relative_flatness in float64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from recipes.paper.comparison import figure_4
 from recipes.paper.layer_timing import OPTIONS, SMOKE, TITLES, Method, draw, plain_step, sweep, table
 from recipes.shared.command import Options, Recipe
 from recipes.shared.pictures import BLUE, GREEN, GREY, ORANGE, RED, SKY, panels
 from recipes.shared.problem import Problem
+from recipes.shared.tables import markdown
 
 COLOURS = {
     "autograd loop": BLUE,
@@ -100,7 +102,12 @@ def plot(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-RECIPE = Recipe("paper.hessian_time", __doc__, measure, table, plot, OPTIONS, SMOKE)
+def factors(runs: Sequence[dict[str, Any]]) -> str:
+    """The paper's factors beside the measured ones."""
+    return markdown(figure_4(runs))
+
+
+RECIPE = Recipe("paper.hessian_time", __doc__, measure, table, plot, OPTIONS, SMOKE, factors)
 main = RECIPE.main
 
 if __name__ == "__main__":

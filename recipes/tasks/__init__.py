@@ -12,11 +12,14 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "quickstart-noise40": ("small", "quickstart", {"noise": 0.4}),
     "fashion-mnist-small": ("small", "fashion_mnist_small", {}),
     "fashion-mnist-small-tuning": ("small", "fashion_mnist_small", {"tuning": True}),
+    "fashion-mnist-shipped": ("small", "fashion_mnist_small", {"shipped": True}),
+    "fashion-mnist-shipped-tuning": ("small", "fashion_mnist_small", {"shipped": True, "tuning": True}),
     "cifar10": ("vision", "cifar10", {}),
     "cifar100": ("vision", "cifar100", {}),
     "svhn": ("vision", "svhn", {}),
     "fashion-mnist": ("vision", "fashion_mnist", {}),
     "skulls": ("skulls", "skulls", {}),
+    "skulls-small": ("skulls", "skulls", {"small": True}),
     "rte": ("rte", "rte", {}),
 }
 

@@ -72,7 +72,8 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """Wide residual network (Zagoruyko and Komodakis, 2016) for 32 x 32 images, as the paper has it.
 
-    The paper adds a linear layer of 64 neurons, ``penultimate``, before the classifier, and regularises it.
+    The paper adds a linear layer of 64 neurons, ``penultimate``, before the classifier ``head``, so that the
+    matrix which it regularises is the 10 x 64 of the head.
     """
 
     def __init__(self, depth: int = 28, widening: int = 10, dropout: float = 0.3, classes: int = 10) -> None:

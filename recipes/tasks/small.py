@@ -23,7 +23,7 @@ def quickstart(noise: float, train_size: int = 2000) -> Task:
         about=f"small convolutional network, {train_size} images of Fashion-MNIST, {noise:.0%} wrong labels",
         data=data,
         model=lambda source: SmallConvNet(),
-        layer="head",
+        layers=("head",),
         epochs=20,
         batch_size=64,
         options=BASE,
@@ -31,23 +31,27 @@ def quickstart(noise: float, train_size: int = 2000) -> Task:
     )
 
 
-def fashion_mnist_small(tuning: bool = False) -> Task:
-    """All 60,000 images; to choose lam and rho, 10,000 of them with 5,000 others to validate on."""
+def fashion_mnist_small(tuning: bool = False, shipped: bool = False) -> Task:
+    """All 60,000 images, or the 4,000 shipped ones; for tuning a part of them, and others to validate on."""
 
     def data(source: Source, seed: int) -> Data:
-        train, test = (whole_fashion_mnist(part, source) for part in ("train", "test"))
-        count = len(train[1])
-        train_size, validation_size = (count // 6, count // 12) if tuning else (count, 0)
-        return split(train, test, train_size, validation_size, 0, seed)
+        if shipped and not source.smoke:
+            train, test = (shipped_fashion_mnist(part) for part in ("train", "test"))
+            sizes = (3 * len(train[1]) // 4, len(train[1]) // 4)
+        else:
+            train, test = (whole_fashion_mnist(part, source) for part in ("train", "test"))
+            sizes = (len(train[1]) // 6, len(train[1]) // 12)
+        return split(train, test, *(sizes if tuning else (len(train[1]), 0)), 0, seed)
 
     return Task(
-        name="fashion-mnist-small-tuning" if tuning else "fashion-mnist-small",
-        about="small convolutional network on Fashion-MNIST"
+        name=f"fashion-mnist-{'shipped' if shipped else 'small'}{'-tuning' if tuning else ''}",
+        about="small convolutional network on "
+        + ("the 4,000 shipped images of Fashion-MNIST" if shipped else "Fashion-MNIST")
         + (", part of the training images to choose lam and rho with" if tuning else ", all training images"),
         data=data,
         model=lambda source: SmallConvNet(),
-        layer="head",
-        epochs=10,
+        layers=("head",),
+        epochs=20 if shipped else 10,
         batch_size=64,
         options=BASE,
     )

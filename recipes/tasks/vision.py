@@ -1,7 +1,11 @@
 """Table 1 of the paper: image classification, with the paper's networks, augmentation and settings.
 
-Where the paper leaves a choice open, the authors' released code decides. lam is for kappa / m there, so the
-tasks set ``normalize``. The regularised layers are the ones that the released code names.
+Each task says which of its settings the paper states (``paper``) and which the released code decides
+(``code``), because the paper leaves them open; the others are ours. ``recipes.engine.marks`` prints them.
+
+Which matrix is w^l? The paper's sections 1 and 3 take the weights from the selected layer to the next, so
+that its penultimate layer means the output's weights, 10 x 64 in WideResNet; so does the parameter that the
+released code picks, whatever its comment says. The weights into the 64 neurons are ``--layer penultimate``.
 """
 
 import tempfile
@@ -13,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipes.engine.schedules import cosine, steps
+from recipes.engine.schedules import Steps, cosine
 from recipes.engine.task import Data, Missing, Source, Task, missing
+from recipes.tasks.augment import Cutout
 from recipes.tasks.images import shipped_fashion_mnist
 from recipes.tasks.models import WideResNet, resnet18_cifar
 
@@ -26,14 +31,30 @@ except ImportError as error:
 
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CUTOUT = v2.RandomErasing(p=1, scale=(0.25, 0.25), ratio=(1, 1))  # one 16 x 16 square of 32 x 32 pixels
-DETACHED = "the released code detaches the Hessian (--detach-hessian)"
+
+# FAM as the paper has it, whatever the library's defaults are; the division by m is the released code's.
+FAM = {
+    "measure": "neuronwise",
+    "mode": "exact",
+    "curvature": "hessian",
+    "detach_hessian": False,
+    "normalize": True,
+}
+BASE = ("optimizer", "lr", "momentum", "weight_decay", "schedule", "epochs", "batch size")
+FAM_PAPER = ("layer", "fam measure", "fam mode", "fam curvature", "fam detach_hessian")
+CODE = ("loss", "fam normalize", "sam rho")
+RELEASED = (
+    "the released code detaches the Hessian (--detach-hessian), and its kappa is another number, since it "
+    "takes H[:, j, i, :] of a Hessian that is stored as (d, m, d, m)"
+)
 
 
-def transform(*steps: Callable[..., Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """Images to normalised tensors."""
+def transform(
+    *steps: Callable[..., Any], mean: tuple[float, ...], std: tuple[float, ...], then: tuple[Any, ...] = ()
+) -> Any:
+    """Images to normalised tensors; ``then`` is what follows the normalisation."""
     to_tensor = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
-    return v2.Compose([*to_tensor, *steps, v2.Normalize(mean, std)])
+    return v2.Compose([*to_tensor, *steps, v2.Normalize(mean, std), *then])
 
 
 def pair(
@@ -73,13 +94,23 @@ def cifar10() -> Task:
         about="ResNet-18 with a CIFAR stem on CIFAR10 (paper, Table 1)",
         data=pair("cifar10", datasets.CIFAR10, train, transform(**CIFAR), 32, 10),
         model=lambda source: resnet18_cifar(),
-        layer="fc",
+        layers=("fc",),
         epochs=250,
         batch_size=64,
         options={"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4},
-        methods={"fam": {"lam": 0.1, "normalize": True}, "sam": {"lr": 0.01}, "asam": {"lr": 0.01}},
+        methods={"fam": {"lam": 0.1, **FAM}, "sam": {"lr": 0.01, "weight_decay": 5e-4}, "asam": {"lr": 0.01}},
         schedule=cosine,
-        differences=f"{DETACHED}.",
+        facts={
+            "network": "ResNet-18",
+            "stem": "3 x 3 convolution, no pooling",
+            "input": "random crop, flip, normalised",
+            "loss": "cross-entropy",
+            "seeds": "any (--seeds)",
+        },
+        paper=("network", "input", *BASE, "fam lam", "sam lr", *FAM_PAPER),
+        code=("stem", *CODE),
+        differences=f"{RELEASED}; its ResNet-18 has one more layer of 64 neurons, its SAM lr 0.05, no weight "
+        "decay and 200 epochs.",
     )
 
 
@@ -105,14 +136,32 @@ def cifar100() -> Task:
         about="EfficientNet-B7 with ImageNet weights on CIFAR100 at 224 x 224 (paper, Table 1)",
         data=pair("cifar100", datasets.CIFAR100, train, transform(resize, **IMAGENET), 32, 100),
         model=model,
-        layer="classifier.2",
+        layers=("classifier.2",),
         epochs=200,
         batch_size=32,
         base="adam",
         options={"lr": 1e-6, "weight_decay": 1e-5},
-        methods={"fam": {"lam": 1.0, "normalize": True}},
+        methods={
+            "fam": {"lam": 1.0, **FAM},
+            "sam": {"base": "nesterov", "lr": 1e-5, "weight_decay": 1e-4},
+        },
         schedule=cosine,
-        differences=f"{DETACHED}; its plain runs have lr 1e-5 and weight decay 1e-3 (--lr, --weight-decay).",
+        facts={
+            "network": "EfficientNet-B7, ImageNet weights",
+            "head": "dropout 0.5, linear 2560-256-100",
+            "input": "224 x 224 pixels",
+            "augmentation": "random crop, flip",
+            "normalisation": "ImageNet's",
+            "loss": "cross-entropy",
+            "seeds": "any (--seeds)",
+        },
+        paper=("network", "input", "optimizer", "batch size", *FAM_PAPER),
+        code=(
+            *("head", "augmentation", "epochs", "lr", "weight_decay", "schedule", "fam lam"),
+            *("sam base", "sam lr", "sam weight_decay", *CODE),
+        ),
+        differences=f"{RELEASED}; its plain runs have lr 1e-5, weight decay 1e-3 and no schedule (--lr, "
+        "--weight-decay), they and SAM batches of 64 and 100 epochs.",
     )
 
 
@@ -120,7 +169,7 @@ def svhn() -> Task:
     """WideResNet-28-10 on SVHN."""
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.SVHN)
     crop, flip = v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()
-    train = v2.Compose([policy, transform(crop, flip, CUTOUT, **CIFAR)])
+    train = v2.Compose([policy, transform(crop, flip, **CIFAR, then=(Cutout(16),))])
 
     def make(folder: str, train: bool, **options: Any) -> Any:
         return datasets.SVHN(folder, "train" if train else "test", **options)
@@ -130,14 +179,24 @@ def svhn() -> Task:
         about="WideResNet-28-10 with a penultimate layer of 64 neurons on SVHN (paper, Table 1)",
         data=pair("svhn", make, train, transform(**CIFAR), 32, 10),
         model=wide_resnet,
-        layer="penultimate",
+        layers=("head",),
         epochs=100,
         batch_size=128,
         base="nesterov",
         options={"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-        methods={"fam": {"lam": 0.1, "normalize": True}},
-        schedule=steps(0.3, 0.6, 0.8, factor=0.2),
-        differences=f"{DETACHED} and has lam 0.2 (--lam 0.2).",
+        methods={"fam": {"lam": 0.1, **FAM}},
+        schedule=Steps(0.3, 0.6, 0.8, factor=0.2),
+        facts={
+            "network": "WideResNet-28-10, one more layer of 64 neurons",
+            "dropout": "0.3",
+            "input": "AutoAugment SVHN, random crop, flip, cutout 1 x 16",
+            "normalisation": "CIFAR10's",
+            "loss": "cross-entropy",
+            "seeds": "any (--seeds)",
+        },
+        paper=("network", "input", *BASE, "fam lam", *FAM_PAPER),
+        code=("dropout", "normalisation", *CODE),
+        differences=f"{RELEASED}; it has lam 0.2 (--lam 0.2) and cuts out before it normalises.",
     )
 
 
@@ -145,7 +204,7 @@ def fashion_mnist() -> Task:
     """WideResNet-28-10 on Fashion-MNIST, as three-channel images of 32 x 32 pixels."""
     enlarge = (v2.Grayscale(3), v2.Resize(32, antialias=True))
     half = {"mean": (0.5,), "std": (0.5,)}
-    train, test = transform(*enlarge, CUTOUT, **half), transform(*enlarge, **half)
+    train, test = transform(*enlarge, **half, then=(Cutout(16),)), transform(*enlarge, **half)
 
     def data(source: Source, seed: int) -> Data:
         folder = Path(smoke_fashion_mnist().name) if source.smoke else source.folder
@@ -156,14 +215,24 @@ def fashion_mnist() -> Task:
         about="WideResNet-28-10 with a penultimate layer of 64 neurons on Fashion-MNIST (paper, Table 1)",
         data=data,
         model=wide_resnet,
-        layer="penultimate",
+        layers=("head",),
         epochs=200,
         batch_size=64,
         base="nesterov",
         options={"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-        methods={"fam": {"lam": 0.1, "normalize": True}},
-        schedule=steps(0.3, 0.6, 0.8, factor=0.2),
-        differences=f"{DETACHED} and has lr 0.05 (--lr 0.05).",
+        methods={"fam": {"lam": 0.1, **FAM}},
+        schedule=Steps(0.3, 0.6, 0.8, factor=0.2),
+        facts={
+            "network": "WideResNet-28-10, one more layer of 64 neurons",
+            "dropout": "0.3",
+            "input": "3 channels, 32 x 32, cutout 1 x 16, normalised by 0.5",
+            "loss": "cross-entropy",
+            "seeds": "any (--seeds)",
+        },
+        paper=("network", "input", *BASE, *FAM_PAPER),
+        code=("dropout", "fam lam", *CODE),
+        differences=f"{RELEASED}; it has lr 0.05 (--lr 0.05), steps of the schedule after 0.4, 0.6 and 0.8, "
+        "and cuts out before it normalises.",
     )
 
 

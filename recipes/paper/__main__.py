@@ -1,0 +1,57 @@
+"""The paper on one page: the settings of its experiments with their marks, and its numbers beside ours.
+
+    python -m recipes.paper
+
+The numbers are those of the results that lie beside the recipes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from recipes.engine import marks
+from recipes.paper.comparison import compare, figure_4
+from recipes.paper.numbers import ROWS, STAND_INS
+from recipes.shared.command import parser
+from recipes.shared.results import load
+from recipes.shared.tables import markdown
+from recipes.tasks import load_task
+
+RESULTS = Path(__file__).parents[1] / "results"
+EXPERIMENTS = tuple(dict.fromkeys(row.experiment for row in ROWS))
+
+
+def settings() -> Table:
+    """A column per experiment."""
+    return marks.table([load_task(name) for name in EXPERIMENTS])
+
+
+def comparisons(folder: Path = RESULTS) -> dict[str, Table]:
+    """A table per experiment, of the paper's setting or of the small forms that were run instead."""
+    found = [load(path) for path in sorted(folder.glob("*.json"))]
+    runs = [run for results in found if results.get("recipe") == "train" for run in results["runs"]]
+    tables = {}
+    for experiment in EXPERIMENTS:
+        names = [experiment, *(task for task, (name, _) in STAND_INS.items() if name == experiment)]
+        ran = [name for name in names if any(run["task"] == name for run in runs)]
+        for name in ran or [experiment]:
+            table = compare(name, [run for run in runs if run["task"] == name])
+            assert table is not None
+            tables[name] = table
+    return tables
+
+
+def tables() -> list[Table]:
+    """Everything on the page, in the order of the paper."""
+    return [settings(), *comparisons().values(), figure_4(load(RESULTS / "hessian_time.json")["runs"])]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables as Markdown."""
+    parser("paper", __doc__).parse_args(arguments)
+    print(markdown(*tables()))
+
+
+if __name__ == "__main__":
+    main()

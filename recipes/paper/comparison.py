@@ -1,0 +1,104 @@
+"""The paper's numbers beside those of runs: a row per line of its table, "not run" where it was not."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from recipes.engine.pictures import title
+from recipes.engine.task import mean
+from recipes.paper.numbers import FIGURE_4, ROWS, STAND_INS, STATED, Row
+from recipes.shared.tables import table as make_table
+
+Run = dict[str, Any]
+NOT_RUN, OTHER = "not run", "other than in the paper"
+IN_STAND_INS = ("epochs", "measure", "detach_hessian", "curvature")  # compared of a small form
+
+
+def compare(task: str, runs: Sequence[Run]) -> Table | None:
+    """The table of a task that is one of the paper's experiments or its small form, None for another."""
+    experiment, other = STAND_INS.get(task, (task, ""))
+    rows = [row for row in ROWS if row.experiment == experiment]
+    if not rows:
+        return None
+    quantities = list(rows[0].numbers)
+    headings = [title(name).replace("%", "fraction" if rows[0].scale == 0.01 else "%") for name in quantities]
+    caption = f"{task}: {rows[0].where} of the paper / here"
+    result = make_table("line", "run", "after", *headings, OTHER, title=caption)
+    for row in rows:
+        for label, group in matching(row, runs) or [(NOT_RUN, [])]:
+            cells = [f"{row.numbers[name]} / {measured(row, name, group)}" for name in quantities]
+            after = "half" if row.part == 0.5 else "the end"
+            result.add_row(row.name, label, after, *cells, differences(row, group, other))
+    return result
+
+
+def matching(row: Row, runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """The runs that are a line of the paper's, by label: those of a label differ in their seed alone."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        chosen = run["settings"]
+        plain = chosen["optimizer"] == "fam" and chosen.get("lam") == 0  # bit for bit the base optimizer
+        optimizer = chosen["base"] if plain else chosen["optimizer"]
+        if optimizer in row.optimizers and all(chosen.get(k) == v for k, v in row.settings.items()):
+            found.setdefault(run["label"], []).append(run)
+    return list(found.items())
+
+
+def measured(row: Row, name: str, runs: Sequence[Run]) -> str:
+    """What the runs have at the line's part of the training, in the paper's unit."""
+    if not runs:
+        return NOT_RUN
+    values = [row.scale * value_after(run, name, row.part) for run in runs]
+    text = f"{statistics.fmean(values):.4g}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.2g}"
+        text += f" (max {max(values):.4g})" if name.endswith("accuracy") else ""
+    return text
+
+
+def value_after(run: Run, name: str, part: float) -> float:
+    """A quantity after a part of the training; nan if it was not finite, or the run is not there yet."""
+    values, index = run["history"].get(name, []), round(part * run["epochs"]) - 1
+    value = values[index] if index < len(values) else None
+    return math.nan if value is None else mean(value)
+
+
+def differences(row: Row, runs: Sequence[Run], other: str) -> str:
+    """In what the runs' settings are not those that the paper states, such as "epochs 60, not 200"."""
+    if not runs:
+        return "-"
+    chosen = runs[0]["settings"]
+    stated = {**STATED[row.experiment], "detach_hessian": False, "curvature": "hessian"}
+    if row.optimizers == ("sam",):
+        stated.pop("lr", None)  # SAM has its own
+    found = {**runs[0], **(chosen if "fam" in row.optimizers else {"lr": chosen["lr"]})}
+    compared = [name for name in stated if name in found and (name in IN_STAND_INS or not other)]
+    unlike = [said(name, found[name], stated[name]) for name in compared if found[name] != stated[name]]
+    seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    return "; ".join([*([other] if other else []), *unlike, seeds])
+
+
+def said(name: str, found: Any, stated: Any) -> str:
+    """A difference in words."""
+    if name == "detach_hessian":
+        return "Hessian detached"
+    values = [", ".join(value) if isinstance(value, list) else str(value) for value in (found, stated)]
+    return f"{name.replace('_', ' ')} {values[0]}, not {values[1]}"
+
+
+def figure_4(runs: Sequence[Run]) -> Table:
+    """How many times faster each way to a Hessian is than the one before: the paper's words, and here."""
+    names = ("faster", "than", "paper (RTX A6000)", "here, range over the sizes", "here, largest Hessian")
+    result = make_table(*names, title="Figure 4, appendix A.1: how many times faster")
+    seconds = {(run["method"], run["family"], run["d"], run["m"]): run["seconds"] for run in runs}
+    for method, (slower, stated) in FIGURE_4.items():
+        sizes = [size for name, *size in seconds if name == method and (slower, *size) in seconds]
+        factors = [seconds[(slower, *size)] / seconds[(method, *size)] for size in sizes]
+        largest = max(zip(sizes, factors, strict=True), key=lambda pair: pair[0][1] * pair[0][2])
+        (_, d, m), factor = largest
+        span = f"{min(factors):.2g} to {max(factors):.2g}"
+        result.add_row(method, slower, stated, span, f"{factor:.2g} ({d} x {m} weights)")
+    return result
