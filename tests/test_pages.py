@@ -276,7 +276,7 @@ def saved_tables() -> list[Table]:
     return parse("\n\n".join(texts))
 
 
-# Tables that are written by hand, by their first column: explanations, and the benchmark's targets and profile, whose
+# Tables written by hand, by their first column: explanations, and the benchmark's targets and profile, whose
 # old versions are gone. Everything else must be found in the saved results.
 PROSE = {"setting", "`mode`", "`curvature`", "situation", "loop", "target", "phase"}
 PROSE |= {"what you see", "in the paper", "question", "file", "folder", "array"}
