@@ -71,6 +71,14 @@ def test_a_step_that_waits_is_named() -> None:
     assert accelerator.verdict([row]) == ""
 
 
+def test_a_wrong_number_is_named_and_right_ones_are_not() -> None:
+    row = {"task": "BERT", "candidates": {}, "check": {"device": 1.0, "cpu": 1.0005}}
+    assert accelerator.verdict([row]) == ""
+    for wrong in (1.1, float("nan")):
+        row["check"] = {"device": wrong, "cpu": 1.0}
+        assert accelerator.verdict([row]) == f"expected the CPU's kappa, got {wrong} on BERT (the CPU: 1.0)."
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(SystemExit, match="expects a GPU"):

@@ -154,12 +154,17 @@ def tables(rows: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
         return f"{result['memory']:.2f}" if "memory" in result else "not measured"
 
     def peak(result: dict[str, Any]) -> str:
-        return f"{result['peak_bytes'] / 1e6:.3g} MB" if "memory" in result else "not measured"
+        return f"{_readable(result['peak_bytes'] / 1e6)} MB" if "memory" in result else "not measured"
 
     return (
-        _table("time", rows, lambda result: f"{1000 * result['seconds']:.3g} ms", ratio),
+        _table("time", rows, lambda result: f"{_readable(1000 * result['seconds'])} ms", ratio),
         _table("peak memory", rows, peak, memory),
     )
+
+
+def _readable(number: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _table(

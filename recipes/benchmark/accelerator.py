@@ -1,4 +1,4 @@
-"""What is worth measuring on a GPU, in one command of at most ten minutes; how, is in the benchmark's page.
+"""What is worth measuring on a GPU, in one command of at most ten minutes.
 
     python -m recipes.benchmark --accelerator            # results in runs/benchmark/accelerator.json
     python -m recipes.benchmark --accelerator --smoke    # tiny networks, on a CPU too: does everything run?
@@ -146,11 +146,7 @@ def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, 
 
 
 def check(task: Problem) -> dict[str, float]:
-    """kappa of the last layer on two samples, on the device and on the CPU.
-
-    Raises:
-        AssertionError: if they differ by more than the tolerance.
-    """
+    """kappa of the last layer on two samples, on the device and on the CPU."""
     part = _with_layers(task.part(2).copy(), WAYS["FAM exact"])
     part.model.eval()
     on_cpu = part.copy(device=CPU)
@@ -160,8 +156,6 @@ def check(task: Problem) -> dict[str, float]:
         (here,), (there,) = flatness(part), flatness(on_cpu)
     finally:
         torch.backends.cudnn.allow_tf32 = exact
-    if not abs(here - there) <= TOLERANCE * abs(there):
-        raise AssertionError(f"kappa is {here} on {part.inputs.device} and {there} on the CPU")
     return {"device": here, "cpu": there}
 
 
@@ -192,6 +186,8 @@ def steps(task: Problem, device: torch.device, *, compiled: bool, smoke: bool) -
         if device.type == "cuda":  # the CPU's allocator keeps no peak
             found[label]["peak_bytes"] = peak_bytes(step, device) - others
             found[label]["memory"] = found[label]["peak_bytes"] / found["plain"]["peak_bytes"]
+    if "plain" not in built:
+        return {"candidates": found}
     once = sum(timed(step, device)[0] for step in built.values())
     least, most = (2, 2) if smoke else ROUNDS
     seconds = alternate(built, max(least, min(most, int(TIMING / once))), device)
@@ -232,11 +228,22 @@ def what_waits(step: Step, device: torch.device) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """The steps of FAM that wait where the plain step does not, in a sentence; empty if there are none."""
+    """What is wrong, in a sentence or two; empty if nothing is."""
+    differing = [
+        f"{row['check']['device']} on {row['task']} (the CPU: {row['check']['cpu']})"
+        for row in rows
+        if "check" in row
+        and not abs(row["check"]["device"] - row["check"]["cpu"]) <= TOLERANCE * abs(row["check"]["cpu"])
+    ]
     waiting = [
         f"{label} on {row['task']}"
         for row in rows
         for label, result in row["candidates"].items()
         if result.get("waits") and label.startswith("FAM") and not row["candidates"]["plain"].get("waits")
     ]
-    return f"expected no step to wait for the device, but these do: {', '.join(waiting)}." if waiting else ""
+    sentences = []
+    if differing:
+        sentences.append(f"expected the CPU's kappa, got {', '.join(differing)}.")
+    if waiting:
+        sentences.append(f"expected no step to wait for the device, but these do: {', '.join(waiting)}.")
+    return " ".join(sentences)
