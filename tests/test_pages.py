@@ -264,7 +264,7 @@ def saved_tables() -> list[Table]:
             for name in ("benchmark", "benchmark_gauss_newton")
         ),
         scaling.table(runs("scaling")),
-        estimators.table(runs("estimator_spread")),
+        *(estimators.table(runs(name)) for name in ("estimator_spread", "estimator_spread_gauss_newton")),
     ]
     several = {"benchmark": benchmark.tables, "train": report.tables}  # recipes with more than one file
     for path in sorted(RESULTS.glob("*.json")):
