@@ -111,7 +111,7 @@ def caption(task: str, runs: Sequence[Run]) -> str:
     several = len({run["seed"] for run in runs}) > 1
     numbers = "mean ± standard deviation over the seeds; " if several else ""
     smoke = ", a smoke test and no result" if runs[0]["smoke"] else ""
-    return f"{task}{smoke}: {numbers}step time relative to the plain step"
+    return f"{task}{smoke} ({numbers}step time relative to the plain step)"
 
 
 def evaluated(run: Run) -> list[int]:
