@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from recipes.study.penalties import kappa_of_head, partly_constant, share_of_gradient, share_of_loss
+from recipes.study.samples import samples
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -14,8 +16,6 @@ from recipes.study import __main__ as study
 from recipes.study import protocol
 from recipes.study.analysis import best_default, choose, difference, rank_correlation
 from recipes.study.methods import CANDIDATES, METHODS
-from recipes.study.penalties import kappa_of_head, partly_constant, share_of_gradient, share_of_loss
-from recipes.study.samples import samples
 from recipes.study.trial import Stepper, Trial, run
 
 DATA = Path("data")

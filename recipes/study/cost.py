@@ -1,7 +1,7 @@
-"""What a step of each method costs relative to the plain step, on the study's network."""
+"""What a step of each method costs relative to a step of SGD, on every network of the study."""
 
 import statistics
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,29 +9,48 @@ import torch
 from recipes.results import CPU
 from recipes.step_time import clock
 from recipes.study.methods import METHODS
-from recipes.study.protocol import LR, SHORTLIST, trial
-from recipes.study.samples import samples
-from recipes.study.trial import Stepper, epoch_batches
+from recipes.study.protocol import CONDITIONS, trial
+from recipes.study.tasks import samples
+from recipes.study.trial import Stepper, batches
+
+ROUNDS = 100
+TIMED = (
+    "SGD",
+    "dropout",
+    "noise, hidden layers",
+    "SAM",
+    "FAM, last layer, detached",
+    "FAM, last but one, detached",
+    "FAM, last but one",
+    "FAM, hidden, detached",
+    "FAM, hidden",
+    "FAM, all",
+)
 
 
-def relative_costs(task: str, folder: Path, rounds: int) -> dict[str, Any]:
+def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
     """Median and quartiles of the ratio, all methods in alternation on the same batches, one thread."""
     torch.set_num_threads(1)
-    steppers = {name: Stepper(trial(task, name, METHODS[name].grid[0], 0.4, 0, LR)) for name in SHORTLIST}
-    train = samples(task, 0.4, 0, folder).train
-    batches = list(epoch_batches(steppers["plain"].trial, train, 1))
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    names = list(steppers)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    return {task: relative_cost(task, rounds) for task in tasks}
+
+
+def relative_cost(task: str, rounds: int) -> dict[str, Any]:
+    """Of one task's network."""
+    condition = next(c for c in CONDITIONS if c.task == task)
+    trials = {name: trial(condition, name, (METHODS[name].start or (0.01,))[0], 0, lr=0.01) for name in TIMED}
+    steppers = {name: Stepper(one) for name, one in trials.items()}
+    train = list(batches(trials["SGD"], samples(task, condition.noise, 0).train, 1))
+    seconds: dict[str, list[float]] = {name: [] for name in TIMED}
+    for turn in range(rounds + 2):
+        first = turn % len(TIMED)
+        for name in TIMED[first:] + TIMED[:first]:
             begin = clock(CPU)
-            steppers[name].step(*batches[turn % len(batches)])
-            if turn:  # the first warms up
+            steppers[name].step(*train[turn % len(train)])
+            if turn > 1:  # the first two warm up
                 seconds[name].append(clock(CPU) - begin)
-    costs = {}
-    for name in names:
-        ratios = sorted(own / plain for own, plain in zip(seconds[name], seconds["plain"], strict=True))
-        quartiles = [ratios[rounds // 4], ratios[-1 - rounds // 4]]
-        costs[name] = {"ratio": statistics.median(ratios), "quartiles": quartiles}
-    milliseconds = 1000 * statistics.median(seconds["plain"])
-    return {"task": task, "rounds": rounds, "plain_milliseconds": milliseconds, "methods": costs}
+    found: dict[str, Any] = {"milliseconds": 1000 * statistics.median(seconds["SGD"]), "methods": {}}
+    for name in TIMED:
+        ratios = [own / plain for own, plain in zip(seconds[name], seconds["SGD"], strict=True)]
+        lower, median, upper = statistics.quantiles(ratios, n=4)
+        found["methods"][name] = {"ratio": median, "quartiles": [lower, upper]}
+    return found
