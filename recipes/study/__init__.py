@@ -7,6 +7,7 @@ networks   the networks
 trial      trains one network, and measures it
 cost       what a step of each method costs
 analysis   selection on validation data, paired differences, corrected p-values, rank correlations
-report     tables, from the saved results
+tables     rows, columns and cells
+report     the tables with their captions
 pictures   drawn from the saved results
 """

@@ -85,13 +85,6 @@ def losses(scores: Sequence[Mapping[float, float]], value: float) -> list[float]
     return [max(by_value.values()) - by_value[value] for by_value in scores]
 
 
-def shared_value(scores: Sequence[Mapping[float, float]], worst: bool = False) -> float:
-    """Of the values that all conditions have, the one that loses least on average (or at worst)."""
-    common = sorted(set.intersection(*(set(by_value) for by_value in scores)))
-    criterion = max if worst else statistics.fmean
-    return min(common, key=lambda value: criterion(losses(scores, value)))
-
-
 GAPS: dict[str, Quantity] = {
     "accuracy": lambda r: r["train_score"] - r["test_score"],
     "loss": lambda r: r["test_loss"] - r["train_loss"],

@@ -123,7 +123,8 @@ def make_optimizer(
     settings = {**fixed, "lr": lr, "weight_decay": weight_decay}
     if method.kind == "sam":
         sam: Any = SAM  # whose type asks for a class
-        return sam(model.parameters(), optimizer, rho=value, **method.options, **settings)
+        wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **settings)
+        return wrapped
     if method.kind == "fam":
         layers = list(LAYERS[method.layers](weight_layers(model)))
         generator = torch.Generator().manual_seed(seed)

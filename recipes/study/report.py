@@ -1,11 +1,128 @@
-"""Tables of the study, as Markdown, from its saved results."""
+"""The study's report, as Markdown, from its saved results: every table with what one must know to read it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from recipes.study.analysis import Results
+from rich.table import Table
+
+from recipes.results import markdown
+from recipes.study import tables
+from recipes.study.analysis import Results, differences, values_of
+from recipes.study.protocol import CONDITIONS, WITH_ONE_LAM
+
+
+class Captioned(NamedTuple):
+    """A table with its heading and what one must know to read it."""
+
+    heading: str
+    caption: str
+    table: Table
 
 
 def write(stages: Mapping[str, Results], costs: Mapping[str, Any], target: Path) -> None:
     """Write every table whose stage was run."""
+    text = [f"\n## {t.heading}\n\n{t.caption}\n\n{markdown(t.table)}" for t in captioned(stages, costs)]
+    target.write_text("# Tables of the study\n" + "".join(text))
+
+
+def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterator[Captioned]:
+    """All tables that the stages allow."""
+    everything = list(chain(*stages.values()))
+    compared = [*stages["comparison"], *stages["more_seeds"]]
+    found = [c for c in CONDITIONS if tables.of(compared, c)]
+    if compared:
+        yield Captioned(
+            "Gain over tuned SGD",
+            "Points of test score (accuracy; R² of the regression) over SGD with tuned learning rate and "
+            "weight "
+            f"decay, paired by seed: the mean over {len(found)} conditions with its 95 % interval over "
+            "conditions, "
+            "bold where that leaves out zero; and the number of conditions in which the method is better or "
+            "worse at the 5 % level after Holm's correction.",
+            tables.summary(compared, found),
+        )
+        yield Captioned(
+            "Test score by condition",
+            "Percent after the last epoch: mean ± standard deviation over five seeds, or ten where the "
+            "shortlist has "
+            "them.",
+            tables.by_condition(compared, found, lambda own, _: tables.spread(values_of(own, "test_score"))),
+        )
+        yield Captioned(
+            "Gain over tuned SGD by condition",
+            "Points of test score, paired by seed, with 95 % intervals; bold where the interval leaves out "
+            "zero "
+            "(not corrected for the number of conditions).",
+            tables.by_condition(
+                compared, found, lambda own, sgd: tables.signed(differences(own, sgd, "test_score"))
+            ),
+        )
+        for ours in WITH_ONE_LAM:
+            yield Captioned(
+                f"{ours}: difference to others",
+                f"Points of test score of {ours} minus those of the column's method, paired by seed, with 95 "
+                "% "
+                "intervals; bold where p is below 5 % after Holm's correction for the number of conditions. "
+                "The "
+                "last row is the mean over conditions, with the interval over conditions.",
+                tables.versus(compared, found, ours),
+            )
+    if stages["sgd"]:
+        yield Captioned(
+            "What was chosen",
+            "Learning rate and weight decay of SGD, and every other method's own value. In brackets where it "
+            "is "
+            "the last that could be tried.",
+            tables.choices(everything),
+        )
+    if stages["layers"]:
+        yield Captioned(
+            "Which layers",
+            "Best validation score (labels as noisy as in training) of each set of layers, mean of two "
+            "seeds, in "
+            "brackets its lam.",
+            tables.layer_sets(everything),
+        )
+    if stages["longer"]:
+        yield Captioned(
+            "Longer and shorter",
+            "Test accuracy in percent with the values chosen for 1 x the epochs: mean ± standard deviation "
+            "over five "
+            "seeds.",
+            tables.by_epochs([*stages["longer"], *stages["comparison"]]),
+        )
+    if stages["lam"]:
+        for method in WITH_ONE_LAM:
+            yield Captioned(
+                f"One lam: {method}",
+                "Points of validation score (two seeds) that SGD, and that every lam, loses against the best "
+                "of "
+                "these lams in the same row.",
+                tables.one_lam(everything, method),
+            )
+    if stages["networks"]:
+        yield Captioned(
+            "Kendall's tau with the generalisation gap",
+            f"{len(stages['networks'])} perceptrons trained with SGD on MNIST-1D: over all; and within cells "
+            "in which "
+            "the named fields are the same, the mean over cells. n.s.: one-sided p above 1 %.",
+            tables.correlations(stages["networks"]),
+        )
+    if costs:
+        yield Captioned(
+            "Cost of a step",
+            "Median of the ratio to SGD's step in the same round, one thread; in brackets the quartiles.",
+            tables.cost(costs),
+        )
+    for condition in found:
+        yield Captioned(
+            condition.name,
+            "Value chosen; mean ± standard deviation over seeds. Early stopping: test score of the epoch "
+            "with the "
+            "best validation score, of ten that were looked at. Noise, blur, contrast: accuracy on shifted "
+            "images, "
+            "mean of five strengths.",
+            tables.details(tables.of(compared, condition)),
+        )

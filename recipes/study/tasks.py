@@ -16,7 +16,7 @@ from recipes.study.networks import perceptron, pretrained, vision_transformer, w
 from recipes.task import Data, Missing
 
 Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, targets
-LOSSES = {"classes": cross_entropy, "numbers": mse_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {"classes": cross_entropy, "numbers": mse_loss}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def digits_as_images() -> tuple[Pair, Pair]:
 
 
 def diabetes() -> tuple[Pair, Pair]:
-    """scikit-learn's diabetes (n, 10): progression after a year, standardised; the last 142 of 442 are the test."""
+    """scikit-learn's diabetes (n, 10): progression after a year; the last 142 of 442 are the test set."""
     from sklearn.datasets import load_diabetes
 
     inputs, targets = load_diabetes(return_X_y=True)
