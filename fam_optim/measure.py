@@ -100,7 +100,8 @@ class Neuronwise:
 
     def square(self, g: Tensor) -> Tensor:
         if self.by_unit:
-            return (self.gram() * (g @ g.mT)).sum().clamp_min(0)
+            square: Tensor = _ProductOfGrams.apply(self.matrix, g)
+            return square.clamp_min(0)
         return (self.matrix.mT @ g).square().sum()
 
     def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
@@ -128,6 +129,27 @@ class _KnownProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
         return None, x.flatten(0, -2).mT @ grad.flatten(0, -2), None
+
+
+class _ProductOfGrams(torch.autograd.Function):
+    """``<W W^T, g g^T>`` of W, g ``(d, m)``.
+
+    Cost: four products ``(d, d) x (d, m)`` with its gradient. Autograd would take six: it does not know that
+    the two matrices are symmetric.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, g: Tensor) -> Tensor:
+        of_w, of_g = w @ w.T, g @ g.T
+        ctx.save_for_backward(w, g, of_w, of_g)
+        return (of_w * of_g).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        w, g, of_w, of_g = ctx.saved_tensors
+        in_w, in_g = ctx.needs_input_grad
+        return (2 * grad * of_g) @ w if in_w else None, (2 * grad * of_w) @ g if in_g else None
 
 
 class Layerwise:

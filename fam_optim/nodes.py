@@ -61,6 +61,14 @@ def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
     return [edge for edge in node.next_functions if edge[0] is not None][rank : rank + 1]
 
 
+def weight_of_convolution(node: Node) -> tuple[Node, int] | None:
+    """What made the weight, if the node is a convolution whose weight has a derivative."""
+    if kind(node) != "Convolution":
+        return None
+    below, output = node.next_functions[1]
+    return None if below is None else (below, output)
+
+
 def metadata(node: Node) -> dict[str, Any]:
     """What Python may attach to a graph node: it lives as long as the node."""
     return node.metadata  # type: ignore[return-value]  # a property that torch declares as a method

@@ -58,7 +58,7 @@ class FAM(OptimizerWrapper):
             weights (unless curvature is "gauss_newton").
         lam: weight of kappa, at least 0; may be changed at any time. At 0 the step is the base's, bit
             for bit. On plain kappa one value does for many widths, learning rates and optimizers: 0.008,
-            with detach_hessian, is the one that lost least against tuning it (recipes/STUDY.md).
+            with detach_hessian, is the one that lost least against tuning it (recipes/study/README.md).
         mode: "exact", "full" (forms the Hessian; tiny layers) or "hutchinson" (random probes).
         measure: "neuronwise" (paper, section 1) or "layerwise" (section 3.2).
         curvature: "hessian" (the paper's) or "gauss_newton": its part that is never negative, on any layer,

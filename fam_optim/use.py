@@ -66,7 +66,11 @@ class Use:
 
     def matrix(self) -> Tensor:
         """The weight as W ``(d, m)``, in at least float32."""
-        return at_least_float32(self.weight).flatten(1)
+        return self.as_matrix(at_least_float32(self.weight))
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """What has the weight's own shape, or a derivative in it, as a matrix ``(d, m)``."""
+        return weight.flatten(1)
 
     def lift(self, matrix: Tensor) -> Tensor:
         """``lin(phi; matrix)``: where a step of W along `matrix` ``(d, m)`` moves z."""
@@ -236,8 +240,7 @@ class ConvTransposeUse(ConvUse):
         inputs, _, *kernel = self.weight.shape
         return inputs // self.groups * math.prod(kernel)
 
-    def matrix(self) -> Tensor:
-        weight = at_least_float32(self.weight)
+    def as_matrix(self, weight: Tensor) -> Tensor:
         # (groups, in/groups, d/groups, *kernel)
         by_group = weight.reshape(self.groups, -1, *weight.shape[1:])
         return by_group.transpose(1, 2).flatten(0, 1).flatten(1)

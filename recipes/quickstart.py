@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from recipes.optimizers import settings
-from recipes.progress import progress_bar
+from recipes.engine.optimizers import settings
+from recipes.engine.progress import progress_bar
+from recipes.engine.task import Source
+from recipes.engine.training import Conditions, train
 from recipes.report import collect, report
-from recipes.results import save
-from recipes.task import Source
+from recipes.shared.results import save
 from recipes.tasks.small import quickstart
-from recipes.training import Conditions, train
 
 # What is compared: the run's label, the optimizer and what differs from the task's settings. rho and lam
 # have the best validation accuracy of four values each, at 40 % noise with three other seeds

@@ -19,11 +19,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recipes.optimizers import OPTIMIZERS
-from recipes.plot_report import plot_boxes, plot_curves
-from recipes.results import load, markdown, save
-from recipes.runs import RunFolder
-from recipes.task import mean
+from recipes.engine.optimizers import OPTIMIZERS
+from recipes.engine.pictures import plot_boxes, plot_curves
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.task import mean
+from recipes.shared.results import load, markdown, save
 
 Run = dict[str, Any]
 

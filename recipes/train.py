@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from recipes.measure import measure, table
-from recipes.optimizers import FAM_OPTIONS, OPTIMIZERS, OPTIONS, SAM_OPTIONS, Settings, settings
-from recipes.progress import progress_bar
-from recipes.task import Missing, Source, Task
+from recipes.engine.measure import measure, table
+from recipes.engine.optimizers import FAM_OPTIONS, OPTIMIZERS, OPTIONS, SAM_OPTIONS, Settings, settings
+from recipes.engine.progress import progress_bar
+from recipes.engine.task import Missing, Source, Task
+from recipes.engine.training import Conditions, train
 from recipes.tasks import TASKS, load_task
-from recipes.training import Conditions, train
 
 SWEPT = ("lr", "weight_decay", "lam", "rho")  # these take several values, each a run of its own
 CHOSEN = tuple(name for name in FAM_OPTIONS if name not in SWEPT)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from recipes import benchmark, benchmark_counts, estimator_spread, scaling
-from recipes.results import load, markdown
+from recipes.benchmark import __main__ as benchmark
+from recipes.benchmark import counts, estimators, scaling
+from recipes.shared.results import load, markdown
 from recipes.study import __main__ as study
 from recipes.tasks import TASKS
 
@@ -75,13 +76,16 @@ def test_every_test_that_is_named_exists() -> None:
 
 
 RECIPES = README.parent / "recipes"
-PAGES = [README, *(RECIPES / name for name in ("README.md", "BENCHMARK.md", "STUDY.md"))]
+PAGES = [
+    README,
+    *(RECIPES / name for name in ("README.md", "benchmark/README.md", "paper/README.md", "study/README.md")),
+]
 
 
 @pytest.mark.parametrize("readme", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
 def test_every_recipe_and_link_that_is_named_exists(readme: Path) -> None:
     text = readme.read_text()
-    for name in re.findall(r"python -m recipes\.(\w+)", text):
+    for name in re.findall(r"python -m recipes\.([\w.]*\w)", text):
         module = import_module(f"recipes.{name}")
         assert callable(
             (import_module(f"recipes.{name}.__main__") if hasattr(module, "__path__") else module).main
@@ -100,13 +104,13 @@ def test_the_benchmarks_tables_are_those_of_the_saved_results() -> None:
     measured = saved("benchmark")
     tables = [
         *benchmark.tables(measured),
-        *benchmark_counts.tables(saved("benchmark_counts"), measured),
+        *counts.tables(saved("benchmark_counts"), measured),
         scaling.table(saved("scaling")),
-        estimator_spread.table(saved("estimator_spread")),
+        estimators.table(saved("estimator_spread")),
     ]
     lines = markdown(*tables).splitlines()
     assert len(lines) > 60
-    page = (RECIPES / "BENCHMARK.md").read_text().splitlines()
+    page = (RECIPES / "benchmark" / "README.md").read_text().splitlines()
     assert [line for line in lines if line not in page] == []
 
 
@@ -117,7 +121,9 @@ def test_the_studys_tables_are_those_of_the_saved_results(tmp_path: Path) -> Non
     study.main(["--report", str(tmp_path)])
     tables = (results / "tables.md").read_text()
     assert (tmp_path / "tables.md").read_text() == tables
-    page = [line for line in (RECIPES / "STUDY.md").read_text().splitlines() if line.startswith("|")]
+    page = [
+        line for line in (RECIPES / "study" / "README.md").read_text().splitlines() if line.startswith("|")
+    ]
     assert len(page) > 60
     assert [line for line in page if line not in tables.splitlines()] == []
 

@@ -17,35 +17,26 @@ import torch
 import torchvision
 
 from fam_optim import observe, relative_flatness
-from recipes import (
-    benchmark,
-    benchmark_counts,
-    estimator_spread,
-    flatness_picture,
-    hessian_time,
-    quickstart,
-    reparametrisation,
-    report,
-    scaling,
-    trace_time,
-    train,
-    training,
-)
-from recipes.benchmark_candidates import CANDIDATES, chosen
-from recipes.benchmark_cases import TASKS as BENCHMARK
-from recipes.benchmark_cases import Head
-from recipes.benchmark_cases import Task as BenchmarkTask
-from recipes.estimators_extra import ESTIMATORS, Forward
-from recipes.optimizers import OPTIMIZERS
-from recipes.runs import RunFolder
-from recipes.task import Source
+from recipes import quickstart, report, train
+from recipes.benchmark import __main__ as benchmark
+from recipes.benchmark import counts, estimators, scaling
+from recipes.benchmark.candidates import CANDIDATES, chosen
+from recipes.benchmark.cases import TASKS as BENCHMARK
+from recipes.benchmark.cases import Head
+from recipes.benchmark.cases import Task as BenchmarkTask
+from recipes.benchmark.estimators_extra import ESTIMATORS, Forward
+from recipes.engine import training
+from recipes.engine.optimizers import OPTIMIZERS
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.task import Source
+from recipes.paper import flatness_picture, hessian_time, reparametrisation, trace_time
 from recipes.tasks import TASKS, load_task
 
 RECIPES: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
     "quickstart": (quickstart.main, ["quickstart.json", "quickstart.md", "quickstart-curves.png", "runs"]),
     "benchmark": (benchmark.main, ["benchmark.json", "benchmark.png"]),
-    "benchmark_counts": (benchmark_counts.main, ["benchmark_counts.json"]),
-    "estimator_spread": (estimator_spread.main, ["estimator_spread.json", "estimator_spread.png"]),
+    "benchmark_counts": (counts.main, ["benchmark_counts.json"]),
+    "estimator_spread": (estimators.main, ["estimator_spread.json", "estimator_spread.png"]),
     "hessian_time": (hessian_time.main, ["hessian_time.json", "hessian_time.png"]),
     "scaling": (scaling.main, ["scaling.json", "scaling.png"]),
     "trace_time": (trace_time.main, ["trace_time.json", "trace_time.png"]),
@@ -89,26 +80,24 @@ def test_counts_of_a_head() -> None:
     """Many classes: the head takes three products, SAM six, FAM three more, a probe two more."""
     task = head(classes=40, features=16, rows=8)
     labels = ("plain", "SAM", "FAM exact", "FAM exact, detached", "FAM hutchinson")
-    counts = {label: benchmark_counts.step_flops(task, label) for label in labels}
+    found = {label: counts.step_flops(task, label) for label in labels}
     product = 2 * 40 * 16 * 8
-    assert counts == dict(zip(labels, (n * product for n in (3, 6, 6, 5, 5)), strict=True))
-    units = benchmark_counts.units(task)
-    assert units["layer product"] == product and units["tail pass"] == 0
-    assert units["bare product"] == 3 * product  # u, and its derivative in phi and in W
+    assert found == dict(zip(labels, (n * product for n in (3, 6, 6, 5, 5)), strict=True))
 
 
-def test_counts_of_a_tail() -> None:
-    """Two linear layers behind the layer: a pass is three products each, two where only z is asked for."""
+def test_counts_of_a_perceptron() -> None:
+    """Gauss-Newton of all layers: a product more for the derivatives at the layers' outputs, and for each of
+    the weight's and of the output's derivative of that; with a constant curvature only for the weight's."""
     widths = (6, 5, 7, 3)
-    layers = [torch.nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
+    layers: list[torch.nn.Module] = [torch.nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
     model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
-    task = BenchmarkTask(model, layers[0], torch.randn(4, 6), torch.randint(0, 3, (4,)))
-    units = benchmark_counts.units(task)
-    tail = 2 * 4 * (5 * 7 + 7 * 3)
-    assert units["layer product"] == 2 * 4 * 6 * 5
-    assert units["tail pass"] == 3 * tail
-    detached = units["bare product, detached"]
-    assert detached is not None and detached - 2 * units["layer product"] <= 5 * tail
+    task = BenchmarkTask(model, layers, torch.randn(4, 6), torch.randint(0, 3, (4,)))
+    labels = ("plain", "FAM Gauss-Newton", "FAM Gauss-Newton, detached")
+    plain, whole, detached = (counts.step_flops(task, label) for label in labels)
+    first, others = 2 * 4 * 6 * 5, 2 * 4 * (5 * 7 + 7 * 3)
+    assert plain == 2 * first + 3 * others  # nothing below the first layer asks for its input's derivative
+    assert detached == plain + 2 * (first + others)
+    assert whole == plain + 3 * (first + others)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -124,7 +113,7 @@ def test_estimators_are_unbiased(name: str) -> None:
         z = layer(phi)
         loss = torch.nn.functional.cross_entropy(model[3:](z), torch.randint(0, 3, (16,)))
     exact = relative_flatness(loss, observed)
-    exact_gradient = estimator_spread.gradient(exact, model)
+    exact_gradient = estimators.gradient(exact, model)
     directions = torch.cat([exact_gradient[None], torch.randn(4, len(exact_gradient))])
     forward = Forward(loss, phi, z, layer.weight)
     for n in (1, 4):
@@ -134,7 +123,7 @@ def test_estimators_are_unbiased(name: str) -> None:
         draws = []
         for _ in range(300):
             value = estimator.run(forward, n)
-            along = directions @ estimator_spread.gradient(value, model)
+            along = directions @ estimators.gradient(value, model)
             draws.append(torch.cat([value.detach()[None], along]))
         samples = torch.stack(draws)
         wanted = torch.cat([exact.detach()[None], directions @ exact_gradient])
@@ -160,7 +149,7 @@ def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
             raise Stopped
         return batches(data, conditions, number)
 
-    monkeypatch.setattr("recipes.training.epoch_batches", failing)
+    monkeypatch.setattr("recipes.engine.training.epoch_batches", failing)
 
 
 def same(a: object, b: object) -> bool:

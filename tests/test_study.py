@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import FAM, observe, relative_flatness, weight_layers
-from recipes.models import SmallConvNet
 from recipes.study import __main__ as study
 from recipes.study import protocol
 from recipes.study.analysis import (
@@ -29,6 +28,7 @@ from recipes.study.methods import COMPARED, LAYERS, METHODS, Method, add_noise, 
 from recipes.study.protocol import CONDITIONS
 from recipes.study.tasks import SHIFTS, TASKS, samples, shifted
 from recipes.study.trial import Stepper, Trial, explained, run
+from recipes.tasks.models import SmallConvNet
 
 DOUBLE = {"dtype": torch.float64}
 NETWORKS = {  # a layer's number, and a network whose loss is smooth

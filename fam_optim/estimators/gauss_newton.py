@@ -117,6 +117,25 @@ class Jacobian:
             return found
         return [None if g is None else at_least_float32(g) / scale for g in found]
 
+    def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
+        """g ``(d, m)`` of a layer, by position, through all uses of its weight."""
+        of_uses = zip(self.uses[layer], self.tails[layer].edges, found, strict=True)
+        return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
+
+    def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
+        weight = nodes.weight_of_convolution(edge.node)
+        if weight is None or use.weight.dtype in LOW_PRECISION:
+            return use.pull(delta)
+        # The forward's own node, which spares the convolution that `pull` builds a graph with.
+        (g,) = torch.autograd.grad(
+            edge,
+            GradientEdge(*weight),
+            delta.reshape(use.shape),
+            create_graph=self.differentiable,
+            retain_graph=True,
+        )
+        return use.as_matrix(g)
+
     def _edges_below(self) -> dict[Use, GradientEdge | None]:
         """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
         vectors, if nothing else reads it, in full precision."""
@@ -190,18 +209,16 @@ def gauss_newton(
 def _squares(jacobian: Jacobian, factors: Sequence[Factor], groups: int, r: Sequence[Tensor]) -> list[Tensor]:
     """``sum over groups of ||F^T g||^2`` of every layer, for one r."""
     return [
-        _square(tail, uses, found, factor, groups)
-        for tail, uses, found, factor in zip(
-            jacobian.tails, jacobian.uses, jacobian.pull(r), factors, strict=True
-        )
+        _square(jacobian, layer, found, factor, groups)
+        for layer, (found, factor) in enumerate(zip(jacobian.pull(r), factors, strict=True))
     ]
 
 
-def _square(tail: Tail, uses: Sequence[Use], found: Sequence[Pulled], factor: Factor, groups: int) -> Tensor:
-    """``sum over groups of ||F^T g||^2`` of one layer."""
-    grouping = _grouping(tail, uses, groups)
+def _square(jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, groups: int) -> Tensor:
+    """``sum over groups of ||F^T g||^2`` of one layer, by position."""
+    grouping = _grouping(jacobian.tails[layer], jacobian.uses[layer], groups)
     if grouping is None or groups == 1:
-        return factor.square(_in_weights(uses, found))
+        return factor.square(jacobian.in_weights(layer, found))
     delta = grouping.gather_outputs([f.delta for f in found])
     rows = [
         f.through.reshape(*use.lead, -1)
@@ -215,11 +232,6 @@ def _square(tail: Tail, uses: Sequence[Use], found: Sequence[Pulled], factor: Fa
     phi = grouping.gather([use.rows() for use in grouping.uses])
     gram = (phi @ phi.mT) * (pulled @ pulled.mT)
     return scale * gram.sum().clamp_min(0)
-
-
-def _in_weights(uses: Sequence[Use], found: Sequence[Pulled]) -> Tensor:
-    """g ``(d, m)``, through all uses of the weight."""
-    return torch.stack([use.pull(f.delta) for use, f in zip(uses, found, strict=True)]).sum(0)
 
 
 def _columns(jacobian: Jacobian, groups: int) -> Iterator[list[Tensor]]:
@@ -236,9 +248,9 @@ def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
     """``<F F^T, T>`` with T from every column of S by itself."""
     traces: list[Any] = [0.0] * len(factors)
     for r in _columns(jacobian, 1):
-        for index, (uses, found) in enumerate(zip(jacobian.uses, jacobian.pull(r), strict=True)):
-            g = _in_weights(uses, found)
-            traces[index] = traces[index] + g @ g.T
+        for layer, found in enumerate(jacobian.pull(r)):
+            g = jacobian.in_weights(layer, found)
+            traces[layer] = traces[layer] + g @ g.T
     return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 
 

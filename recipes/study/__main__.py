@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from recipes.results import CPU, compact, environment
+from recipes.engine.task import Missing
+from recipes.shared.results import CPU, compact, environment
 from recipes.study import protocol
 from recipes.study.analysis import Results
 from recipes.study.cost import relative_costs
@@ -33,7 +34,6 @@ from recipes.study.protocol import CONDITIONS, STAGES, missing
 from recipes.study.report import write
 from recipes.study.tasks import TASKS, samples
 from recipes.study.trial import Trial, run
-from recipes.task import Missing
 
 
 def read(folder: Path) -> dict[str, Results]:

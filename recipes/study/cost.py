@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from recipes.results import CPU
-from recipes.step_time import clock
+from recipes.engine.step_time import clock
+from recipes.shared.results import CPU
 from recipes.study.methods import METHODS
 from recipes.study.protocol import CONDITIONS, trial
 from recipes.study.tasks import samples

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
-from recipes.datasets import fashion_mnist
-from recipes.models import SmallConvNet
-from recipes.schedules import cosine
-from recipes.training import seed_everything
+from recipes.engine.schedules import cosine
+from recipes.engine.training import seed_everything
+from recipes.tasks.images import fashion_mnist
+from recipes.tasks.models import SmallConvNet
 
 PRETRAINING_EPOCHS = 8
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from recipes.results import markdown
+from recipes.shared.results import markdown
 from recipes.study import tables
 from recipes.study.analysis import Results, differences, values_of
 from recipes.study.protocol import CONDITIONS, WITH_ONE_LAM

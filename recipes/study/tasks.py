@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy, interpolate, mse_loss
 from torch.utils.data import TensorDataset
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from recipes.datasets import MEAN, STD, fashion_mnist, with_symmetric_noise
-from recipes.models import SmallConvNet
+from recipes.engine.task import Data, Missing
 from recipes.study.networks import perceptron, pretrained, vision_transformer, without_batchnorm
-from recipes.task import Data, Missing
+from recipes.tasks.images import MEAN, STD, fashion_mnist, with_symmetric_noise
+from recipes.tasks.models import SmallConvNet
 
 Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, targets
 LOSSES: dict[str, Callable[..., Tensor]] = {"classes": cross_entropy, "numbers": mse_loss}

@@ -15,12 +15,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fam_optim import dataset_relative_flatness, weight_layers
-from recipes.loading import first, of_epoch, ordered
-from recipes.schedules import cosine
+from recipes.engine.batches import first, of_epoch, ordered
+from recipes.engine.schedules import cosine
+from recipes.engine.task import Batch, Samples
+from recipes.engine.training import seed_everything
 from recipes.study.methods import METHODS, add_hooks, make_optimizer
 from recipes.study.tasks import LOSSES, SHIFTS, TASKS, samples, shifted
-from recipes.task import Batch, Samples
-from recipes.training import seed_everything
 
 EVALUATIONS = 10  # on the validation data, evenly over the training
 FLATNESS_SAMPLES = 1000  # training samples on which kappa is measured

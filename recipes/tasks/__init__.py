@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from recipes.task import Task
+from recipes.engine.task import Task
 
 # name -> module, function, arguments; imported when asked for, so that a task needs its own packages alone
 TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -22,7 +22,7 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def load_task(name: str) -> Task:
-    """Build a task; raises ``recipes.task.Missing`` where a package is not there."""
+    """Build a task; raises ``recipes.engine.task.Missing`` where a package is not there."""
     module, function, arguments = TASKS[name]
     make: Callable[..., Task] = getattr(import_module(f"recipes.tasks.{module}"), function)
     return make(**arguments)

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.utils.data import StackDataset
 
-from recipes.schedules import linear
-from recipes.task import Data, Missing, Samples, Source, Task
+from recipes.engine.schedules import linear
+from recipes.engine.task import Data, Missing, Samples, Source, Task
 
 try:
     import datasets  # type: ignore[import-untyped]

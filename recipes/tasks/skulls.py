@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from recipes.schedules import constant
-from recipes.task import Batch, Data, Metrics, Missing, Source, Task
+from recipes.engine.schedules import constant
+from recipes.engine.task import Batch, Data, Metrics, Missing, Source, Task
 
 try:
     from monai.losses import DiceLoss  # type: ignore[attr-defined]

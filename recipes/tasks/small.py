@@ -1,8 +1,8 @@
 """Tasks that two cores can finish: a small convolutional network on Fashion-MNIST."""
 
-from recipes.datasets import shipped_fashion_mnist, split, whole_fashion_mnist
-from recipes.models import SmallConvNet
-from recipes.task import Data, Source, Task
+from recipes.engine.task import Data, Source, Task
+from recipes.tasks.images import shipped_fashion_mnist, split, whole_fashion_mnist
+from recipes.tasks.models import SmallConvNet
 
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, also inside SAM and FAM
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipes.datasets import shipped_fashion_mnist
-from recipes.models import WideResNet, resnet18_cifar
-from recipes.schedules import cosine, steps
-from recipes.task import Data, Missing, Source, Task, missing
+from recipes.engine.schedules import cosine, steps
+from recipes.engine.task import Data, Missing, Source, Task, missing
+from recipes.tasks.images import shipped_fashion_mnist
+from recipes.tasks.models import WideResNet, resnet18_cifar
 
 try:
     from torchvision import datasets, models

@@ -1,4 +1,4 @@
-"""What a recipe has to say about an experiment; ``recipes.training`` does the rest.
+"""What a recipe has to say about an experiment; ``recipes.engine.training`` does the rest.
 
 A task is data: where its samples come from, the network and the layer whose flatness counts, the loss, what
 is evaluated, and the settings of its optimizers. A new experiment is a new ``Task``, not a new script.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from recipes.schedules import cosine
+from recipes.engine.schedules import cosine
 
 Batch = tuple[Any, Any]  # inputs, targets: whatever the network and the loss take
 Metrics = dict[str, float | list[float]]  # a number, or one per sample (drawn as box plots)

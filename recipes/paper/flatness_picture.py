@@ -1,7 +1,7 @@
 """What kappa means, as a picture: the extra loss when the layer's input is perturbed, and kappa's parabola.
 
-    python -m recipes.flatness_picture runs/quickstart/*/seed0      # runs of recipes.train, on the CPU
-    python -m recipes.flatness_picture --plot runs/flatness_picture/flatness_picture.json
+    python -m recipes.paper.flatness_picture runs/quickstart/*/seed0      # runs of recipes.train, on the CPU
+    python -m recipes.paper.flatness_picture --plot runs/flatness_picture/flatness_picture.json
 
 Every sample's input phi of the regularised Linear layer gets Gaussian noise of standard deviation
 ``strength * ||phi||`` in each coordinate. Then the expected extra loss is ``strength^2 / 2 * kappa`` plus
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from fam_optim import dataset_relative_flatness
-from recipes.loading import cast, first, ordered
-from recipes.plot_report import colours
-from recipes.results import load, record, save
-from recipes.runs import RunFolder
-from recipes.task import Batch, Source, Task
+from recipes.engine.batches import cast, first, ordered
+from recipes.engine.pictures import colours
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.task import Batch, Source, Task
+from recipes.shared.results import load, record, save
 from recipes.tasks import load_task
 
 STRENGTHS = np.geomspace(1e-3, 1, 13).tolist()  # standard deviation of a coordinate, relative to ||phi||
@@ -128,7 +128,7 @@ def plot(source: Path, target: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, save, draw."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.flatness_picture", description=(__doc__ or "").split("\n")[0]
+        prog="python -m recipes.paper.flatness_picture", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("runs", nargs="*", type=Path, help="folders such as runs/quickstart/fam/seed0")
     parser.add_argument("--draws", type=int, default=10, help="of the noise, per strength")

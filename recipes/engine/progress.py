@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from recipes.task import Task, mean
-from recipes.training import Progress
+from recipes.engine.task import Task, mean
+from recipes.engine.training import Progress
 
 
 @contextmanager

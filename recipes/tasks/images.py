@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from recipes.task import Data, Missing, Source, missing
+from recipes.engine.task import Data, Missing, Source, missing
 
-SHIPPED = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
+SHIPPED = Path(__file__).parents[1] / "data" / "fashion_mnist_subset.npz"
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, scaled to [0, 1]
 
 Images = tuple[Tensor, Tensor]  # bytes (n, 28, 28), labels (n,)

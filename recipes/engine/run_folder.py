@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from recipes.results import compact
+from recipes.shared.results import compact
 
 
 class RunFolder:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
-from recipes.task import Batch, Samples
+from recipes.engine.task import Batch, Samples
 
 
 def shuffled(samples: Samples, batch_size: int, seed: int, workers: int = 0) -> DataLoader[Batch]:

@@ -1,8 +1,8 @@
 """Rescaling a network without changing its function leaves kappa as it is, and changes the Hessian's trace.
 
-    python -m recipes.reparametrisation                       # table, JSON, picture in runs/
-    python -m recipes.reparametrisation --smoke
-    python -m recipes.reparametrisation --plot results.json   # redraw
+    python -m recipes.paper.reparametrisation                       # table, JSON, picture in runs/
+    python -m recipes.paper.reparametrisation --smoke
+    python -m recipes.paper.reparametrisation --plot results.json   # redraw
 
 A ReLU network is trained with SGD on Fashion-MNIST. Then its hidden layer's weight and bias are multiplied
 by alpha and the last layer's weight is divided by alpha, which leaves its function as it is, since
@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import dataset_relative_flatness
-from recipes.datasets import fashion_mnist
-from recipes.results import load, record, save
+from recipes.shared.results import load, record, save
+from recipes.tasks.images import fashion_mnist
 
 WIDTH = 64
 """The network: Linear(784, 64), ReLU, Linear(64, 10)."""
@@ -171,7 +171,7 @@ def draw(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, save, print the table, draw the picture."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.reparametrisation", description=(__doc__ or "").split("\n")[0]
+        prog="python -m recipes.paper.reparametrisation", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=4000, help="of the training set")

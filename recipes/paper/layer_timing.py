@@ -1,4 +1,4 @@
-"""Shared by recipes.hessian_time and recipes.trace_time: networks by size, a check, alternating timings.
+"""Shared by hessian_time and trace_time: networks by size, a check, alternating timings.
 
 Two families of networks, the measured layer ``(d, m)`` in brackets:
 
@@ -33,7 +33,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
-from recipes.results import load, record, save
+from recipes.shared.results import load, record, save
 
 BATCH = 64
 CLASSES = 10
@@ -209,7 +209,9 @@ def run(
 
 def parse(name: str, description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line of either recipe."""
-    parser = argparse.ArgumentParser(prog=f"python -m recipes.{name}", description=description.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m recipes.paper.{name}", description=description.split("\n")[0]
+    )
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of every method and size")
     parser.add_argument("--limit", type=float, default=20, help="seconds; slower methods end at that size")
     parser.add_argument("--threads", type=int, default=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -19,10 +19,11 @@ from pytorch_optimizer import SAM
 from torch import Tensor, nn
 
 from fam_optim import FAM, observe, relative_flatness
-from recipes.benchmark_cases import Task
+from recipes.benchmark.cases import TASKS, Task
 
 LAM = 1e-3  # any positive value costs the same
 BASE: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
+GAUSS_NEWTON: dict[str, Any] = {"curvature": "gauss_newton", "mode": "hutchinson"}
 Step = Callable[[], Any]
 Build = Callable[[Task], Step]
 
@@ -34,14 +35,14 @@ class Candidate:
     Attributes:
         build: makes it for a task.
         draws: its kappa (or trace) of a task, so many times if it is random, otherwise once.
-        trace: whether that number is Tr(H) rather than kappa.
+        reads: which number that is: "kappa", "trace" (Tr(H)) or "Gauss-Newton" (kappa of that curvature).
         rows: the tasks that it fits; None for all.
         package: what must be installed.
     """
 
     build: Build
     draws: Callable[[Task, int], Sequence[float]] | None = None
-    trace: bool = False
+    reads: str = "kappa"
     rows: frozenset[str] | None = None
     package: str = "torch"
 
@@ -76,18 +77,21 @@ def fam(rows: frozenset[str] | None = None, **options: Any) -> Candidate:
 
     def draws(task: Task, probes: int) -> list[float]:
         times = probes if mode == "hutchinson" else 1
-        return flatness(task, times, mode=mode)
+        return flatness(task, times, mode=mode, curvature=curvature)
 
-    mode = options.get("mode", "exact")
-    return Candidate(build, None if options.get("detach_hessian") else draws, rows=rows)
+    mode, curvature = options.get("mode", "exact"), options.get("curvature", "hessian")
+    reads = "kappa" if curvature == "hessian" else "Gauss-Newton"
+    return Candidate(build, None if options.get("detach_hessian") else draws, reads, rows)
 
 
 def flatness(task: Task, times: int = 1, **options: Any) -> list[float]:
     """The library's number, of the same forward whatever the options: dropout is seeded."""
     torch.manual_seed(0)
-    with observe(task.layer) as layer:
+    layers = task.layer if isinstance(task.layer, list) else [task.layer]
+    with ExitStack() as stack:
+        observed = [stack.enter_context(observe(layer)) for layer in layers]
         loss = task.loss()
-    return [relative_flatness(loss, layer, **options).item() for _ in range(times)]
+    return [relative_flatness(loss, observed, **options).item() for _ in range(times)]
 
 
 def sam(**options: Any) -> Candidate:
@@ -116,12 +120,12 @@ def appendix(
 
     def terms(task: Task) -> tuple[Tensor, Tensor]:
         kept: list[Tensor] = []
-        handle = task.layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+        handle = task.only.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
         loss = task.loss()
         handle.remove()
 
         def of_weight(w: Tensor) -> Tensor:
-            logits = nn.functional.linear(kept[0], w, task.layer.bias)  # type: ignore[arg-type]
+            logits = nn.functional.linear(kept[0], w, task.only.bias)  # type: ignore[arg-type]
             return task.loss_fn(logits, task.targets)
 
         weight = task.weight
@@ -179,7 +183,7 @@ def value_only(
         with layer_alone(task):
             return traces(task, probes)
 
-    return Candidate(build, draws, trace=True, rows=rows, package=package)
+    return Candidate(build, draws, "trace", rows, package)
 
 
 @contextmanager
@@ -241,13 +245,33 @@ TINY = frozenset({"tiny 16x16"})
 CLASSIFIERS = (
     HEADS | TINY | {"efficientnet head 100x256", "imagenet head 1000x2048", "bert-small pooler 512x512"}
 )
+SEVERAL = frozenset(
+    {
+        "resnet18 last conv and head",
+        "resnet18 all layers",
+        "perceptron 4x1024 all layers",
+        "vit all layers",
+    }
+)
+ONE = frozenset(TASKS) - SEVERAL
+INNER = SEVERAL | {
+    "wide resnet penultimate 64x256",
+    "bert-small pooler 512x512",
+    "small conv net hidden 128x1568",
+    "vit mlp 192x768",
+    "vit middle mlp 192x768",
+    "resnet18 last conv 512x4608",
+    "tiny 16x16",
+}
 
 CANDIDATES: dict[str, Candidate] = {
     "plain": Candidate(plain),
-    "FAM exact": fam(),
-    "FAM exact, detached": fam(detach_hessian=True),
-    "FAM hutchinson": fam(mode="hutchinson"),
-    "FAM hutchinson, detached": fam(mode="hutchinson", detach_hessian=True),
+    "FAM exact": fam(ONE),
+    "FAM exact, detached": fam(ONE, detach_hessian=True),
+    "FAM hutchinson": fam(ONE, mode="hutchinson"),
+    "FAM hutchinson, detached": fam(ONE, mode="hutchinson", detach_hessian=True),
+    "FAM Gauss-Newton": fam(INNER, **GAUSS_NEWTON),
+    "FAM Gauss-Newton, detached": fam(INNER, **GAUSS_NEWTON, detach_hessian=True),
     "FAM full": fam(mode="full", rows=HEADS | TINY),
     "SAM": sam(),
     "ASAM": sam(adaptive=True),

@@ -1,10 +1,10 @@
 """The time of the trace of one layer's Hessian, and the estimator's error (figure 5 of the paper).
 
-    python -m recipes.trace_time                       # table, JSON and picture in runs/trace_time
-    python -m recipes.trace_time --smoke
-    python -m recipes.trace_time --plot results.json   # redraw
+    python -m recipes.paper.trace_time                       # table, JSON and picture in runs/trace_time
+    python -m recipes.paper.trace_time --smoke
+    python -m recipes.paper.trace_time --plot results.json   # redraw
 
-Compared, on the networks of recipes.layer_timing, forward included:
+Compared, on the networks of recipes.paper.layer_timing, forward included:
 
     torch.func, Hessian    torch.func.hessian, then its diagonal
     torch.func, products   a Hessian-vector product (jvp of grad) per basis vector, vmapped in chunks
@@ -29,8 +29,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from recipes.layer_timing import Method, Problem, draw, plain_step, run, sweep, tidy
-from recipes.results import load
+from recipes.paper.layer_timing import Method, Problem, draw, plain_step, run, sweep, tidy
+from recipes.shared.results import load
 
 REPEATS = 20  # draws behind the error of an estimator
 CHUNK = 256  # basis vectors in one vmap, so that no Hessian is formed

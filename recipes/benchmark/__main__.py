@@ -4,7 +4,7 @@
     python -m recipes.benchmark --tasks "resnet18 head 10x512"        # one row; others in the results stay
     python -m recipes.benchmark --smoke                               # seconds: does everything run?
 
-The candidates (recipes.benchmark_candidates) of a row alternate in one process, in an order that rotates;
+The candidates (recipes.benchmark.candidates) of a row alternate in one process, in an order that rotates;
 every step is compared with the plain step of the same round, so that a busy machine slows both; the table
 has the median of the ratios and their quartiles. Before anything is timed, the exact kappa is checked against
 every other way to it: Hutchinson's estimate with many probes, the full Hessians, and other packages' traces.
@@ -25,12 +25,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from recipes.benchmark_candidates import CANDIDATES, Build, Candidate, Step, chosen, flatness, layer_alone
-from recipes.benchmark_cases import TASKS, Task
-from recipes.memory import alive_bytes, peak_bytes
-from recipes.plot_benchmark import plot
-from recipes.results import load, record, save
-from recipes.step_time import clock
+from recipes.benchmark.candidates import CANDIDATES, Build, Candidate, Step, chosen, flatness, layer_alone
+from recipes.benchmark.cases import TASKS, Task
+from recipes.benchmark.memory import alive_bytes, peak_bytes
+from recipes.benchmark.picture import plot
+from recipes.engine.step_time import clock
+from recipes.shared.results import load, record, save
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
 ROUNDS = {"tiny 16x16": 400, "resnet50 head 1000x2048": 3}  # cheap and noisy; seconds a step
@@ -38,35 +38,54 @@ TOLERANCE = 1e-4  # of the check, relative, in float32
 CHECK = "FAM hutchinson"  # checks the exact kappa whatever candidates were asked for
 
 
-def check(task: Task, candidates: Mapping[str, Candidate], probes: int) -> dict[str, Any] | str:
+def check(task: Task, candidates: Mapping[str, Candidate], probes: int) -> dict[str, Any]:
     """Every candidate's number, the random ones' mean and standard error, beside the exact one.
 
     Raises:
         AssertionError: if one is more than five standard errors and the tolerance away.
     """
-    try:
-        (kappa,) = flatness(copy.deepcopy(task))  # a copy, since a forward changes batch statistics
-        with layer_alone(task):
-            (kappa_hat,) = flatness(task, measure="layerwise")
-    except RuntimeError as error:
-        return str(error)
-    trace = kappa_hat / task.weight.detach().square().sum().item()
-    result: dict[str, Any] = {"kappa": kappa, "trace": trace}
-    for label, candidate in {CHECK: CANDIDATES[CHECK], **candidates}.items():
-        if candidate.draws is None:
-            continue
+    checked = {label: c for label, c in candidates.items() if c.draws is not None}
+    if any(c.reads == "kappa" for c in checked.values()):
+        checked[CHECK] = CANDIDATES[CHECK]
+    result: dict[str, Any] = {}
+    for reads in dict.fromkeys(c.reads for c in checked.values()):
         try:
-            values = candidate.draws(copy.deepcopy(task), probes)
+            result[reads] = _reference(copy.deepcopy(task), reads)  # a forward changes batch statistics
+        except RuntimeError as error:
+            result[reads] = {"refused": str(error)}
+    for label, candidate in checked.items():
+        exact = result[candidate.reads]
+        if not isinstance(exact, float):
+            continue
+        assert candidate.draws is not None
+        try:
+            values = candidate.draws(_checked(copy.deepcopy(task), candidate.reads), probes)
         except RuntimeError as error:
             result[label] = {"refused": str(error)}
             continue
-        exact = trace if candidate.trace else kappa
         mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         error_of_mean = spread / math.sqrt(len(values))
         if not abs(mean - exact) <= 5 * error_of_mean + TOLERANCE * abs(exact):
             raise AssertionError(f"{label}: expected {exact}, got {mean} +- {error_of_mean}")
         result[label] = {"mean": mean, "standard_error": error_of_mean}
     return result
+
+
+def _reference(task: Task, reads: str) -> float:
+    """The exact number that a candidate is compared with."""
+    if reads == "trace":
+        with layer_alone(task):
+            (kappa_hat,) = flatness(task, measure="layerwise")
+        return kappa_hat / task.weight.detach().square().sum().item()
+    curvature = "gauss_newton" if reads == "Gauss-Newton" else "hessian"
+    (kappa,) = flatness(_checked(task, reads), curvature=curvature)
+    return kappa
+
+
+def _checked(task: Task, reads: str) -> Task:
+    """The part of the batch on which a number is checked: where samples interact, exact Gauss-Newton takes a
+    product for each of their outputs."""
+    return task.part(4) if reads == "Gauss-Newton" else task
 
 
 def measure(

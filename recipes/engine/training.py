@@ -19,12 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from fam_optim import dataset_relative_flatness
-from recipes.loading import first, move, of_epoch, ordered
-from recipes.optimizers import Settings, build, take_step
-from recipes.results import environment
-from recipes.runs import RunFolder
-from recipes.step_time import relative_step_time
-from recipes.task import Batch, Data, Source, Task
+from recipes.engine.batches import first, move, of_epoch, ordered
+from recipes.engine.optimizers import Settings, build, take_step
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.step_time import relative_step_time
+from recipes.engine.task import Batch, Data, Source, Task
+from recipes.shared.results import environment
 
 TIMED_STEPS = 11  # pairs of steps behind the relative step time, the first a warm-up
 SHOWN_EVERY = 10  # steps between two updates of the progress bar: reading the loss waits for the device

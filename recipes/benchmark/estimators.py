@@ -1,16 +1,16 @@
 """The spread of Hutchinson's estimator: the error of kappa and of its gradient, and what it costs.
 
-    python -m recipes.estimator_spread                       # into runs/estimator_spread
-    python -m recipes.estimator_spread --smoke
-    python -m recipes.estimator_spread --plot results.json   # redraw
+    python -m recipes.benchmark.estimators                      # into runs/estimator_spread
+    python -m recipes.benchmark.estimators --smoke
+    python -m recipes.benchmark.estimators --plot results.json   # redraw
 
 kappa is a trace, of one large matrix in weight space or of a sum of small ones, one per row of z, all of
-which share a Hessian-vector product (recipes.estimators_extra). Compared, with equal numbers of products:
+which share a Hessian-vector product (benchmark.estimators_extra). Compared, with equal numbers of products:
 
     library   mode="hutchinson" as it is, its check that rows do not interact included: of the observed
               layer ("row") and of the bare parameter ("weight", what a convolution gets)
     signs     independent signs: the same two, without the check
-    orthogonal, split, structured, singular    see recipes.estimators_extra
+    orthogonal, split, structured, singular    see recipes.benchmark.estimators_extra
 
 All are unbiased, shown by the mean of the values, and of the gradients along the exact one, in standard
 errors. The standard deviation of the value is relative to kappa; that of the gradient (in all parameters)
@@ -44,9 +44,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
-from recipes.datasets import fashion_mnist
-from recipes.estimators_extra import ESTIMATORS, Forward
-from recipes.results import load, record, save
+from recipes.benchmark.estimators_extra import ESTIMATORS, Forward
+from recipes.shared.results import load, record, save
+from recipes.tasks.images import fashion_mnist
 
 WIDTH = 64
 BATCH = 128
@@ -208,7 +208,7 @@ def plot(source: Path, target: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, save, draw."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.estimator_spread", description=(__doc__ or "").split("\n")[0]
+        prog="python -m recipes.benchmark.estimators", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--draws", type=int, default=300, help="of every estimator")
     parser.add_argument("--steps", type=int, default=300, help="of training, for the trained network")

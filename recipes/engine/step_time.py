@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from recipes.optimizers import Settings, build, plain, take_step
-from recipes.task import Batch, Task
+from recipes.engine.optimizers import Settings, build, plain, take_step
+from recipes.engine.task import Batch, Task
 
 
 def relative_step_time(

@@ -1,8 +1,8 @@
 """How the cost of kappa grows with a last layer: its classes d, its inputs m and the rows N of a batch.
 
-    python -m recipes.scaling                       # table, JSON and picture in runs/scaling
-    python -m recipes.scaling --smoke
-    python -m recipes.scaling --plot results.json   # redraw
+    python -m recipes.benchmark.scaling                       # table, JSON and picture in runs/scaling
+    python -m recipes.benchmark.scaling --smoke
+    python -m recipes.benchmark.scaling --plot results.json   # redraw
 
 One of the three sizes grows, the others stay. Timed is the gradient of ``loss + kappa`` in the layer's
 weights and inputs, forward included, in alternation with the gradient of the loss alone; memory is the peak.
@@ -38,8 +38,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
-from recipes.memory import alive_bytes, peak_bytes
-from recipes.results import CPU, load, record, save
+from recipes.benchmark.memory import alive_bytes, peak_bytes
+from recipes.shared.results import CPU, load, record, save
 
 FITTED = 3  # the largest sizes, to which an exponent is fitted
 HEAD = {"d": (4096, 512, 256), "m": (512, 4096, 256), "N": (512, 512, 4096)}
@@ -169,7 +169,7 @@ def plot(source: Path, target: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, save, print the table, draw the picture."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.scaling", description=(__doc__ or "").split("\n")[0]
+        prog="python -m recipes.benchmark.scaling", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)

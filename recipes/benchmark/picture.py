@@ -1,6 +1,6 @@
 """The picture of the benchmark, from its JSON: time and peak memory relative to the plain step.
 
-python -m recipes.plot_benchmark runs/benchmark/benchmark.json
+python -m recipes.benchmark.picture runs/benchmark/benchmark.json
 """
 
 import argparse
@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # draws to files, needs no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from recipes.results import load
+from recipes.shared.results import load
 
 COLOURS = {
     "FAM exact": "#e69f00",
@@ -73,7 +73,7 @@ def draw(axis: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> None:
 
 def main() -> None:
     """Draw the picture beside the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.plot_benchmark")
+    parser = argparse.ArgumentParser(prog="python -m recipes.benchmark.picture")
     parser.add_argument("results", type=Path, help="the JSON that recipes.benchmark wrote")
     path = parser.parse_args().results
     plot(path, path.with_suffix(".png"))

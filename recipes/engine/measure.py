@@ -8,10 +8,10 @@ from rich import box
 from rich.table import Table
 
 from fam_optim import dataset_relative_flatness
-from recipes.loading import cast, ordered
-from recipes.runs import RunFolder
-from recipes.task import Task, mean
-from recipes.training import Conditions, evaluate, moved
+from recipes.engine.batches import cast, ordered
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.task import Task, mean
+from recipes.engine.training import Conditions, evaluate, moved
 
 
 def measure(task: Task, conditions: Conditions, path: Path, *, double: bool = False) -> dict[str, Any]:

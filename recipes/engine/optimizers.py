@@ -12,7 +12,7 @@ from pytorch_optimizer import SAM
 from torch import Tensor, nn
 
 from fam_optim import FAM
-from recipes.task import Task
+from recipes.engine.task import Task
 
 BASES: dict[str, dict[str, Any]] = {  # with the learning rates that are usual for them
     "sgd": {"lr": 0.05, "momentum": 0.9},

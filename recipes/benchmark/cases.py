@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from recipes.models import WideResNet, resnet18_cifar
+from fam_optim import weight_layers
+from recipes.tasks.models import SmallConvNet, WideResNet, resnet18_cifar
 
 
 @dataclass
 class Task:
-    """A training step: ``loss = loss_fn(model(inputs), targets)``, with kappa of ``layer``."""
+    """A training step: ``loss = loss_fn(model(inputs), targets)``, with kappa of ``layer``, or of several."""
 
     model: nn.Module
-    layer: nn.Module
+    layer: nn.Module | list[nn.Module]
     inputs: Tensor
     targets: Tensor
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
@@ -30,11 +31,21 @@ class Task:
         return self.loss_fn(self.model(self.inputs), self.targets)
 
     @property
+    def only(self) -> nn.Module:
+        """The layer, of a task that has one."""
+        assert isinstance(self.layer, nn.Module)
+        return self.layer
+
+    @property
     def weight(self) -> Tensor:
-        """The layer's weight."""
-        weight = self.layer.weight
+        """The layer's weight, of a task that has one."""
+        weight = self.only.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def part(self, samples: int) -> Task:
+        """The same step on the first samples of the batch."""
+        return replace(self, inputs=self.inputs[:samples], targets=self.targets[:samples])
 
 
 class Head(nn.Module):
@@ -80,21 +91,31 @@ class Encoder(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """One block of a vision transformer on 65 tokens and its classifier; attention without fused kernels."""
+    """One block of a vision transformer; attention without fused kernels, which have no second derivative."""
 
-    def __init__(self, width: int = 192, classes: int = 10) -> None:
+    def __init__(self, width: int = 192) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(width, 3, batch_first=True)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Any:
         y = self.norms[0](x)
         with sdpa_kernel(SDPBackend.MATH):
             x = x + self.attention(y, y, y, need_weights=False)[0]
-        x = x + self.down(F.gelu(self.up(self.norms[1](x))))
-        return self.head(x.mean(1))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class VisionTransformer(nn.Module):
+    """Blocks on 65 tokens and a classifier of their mean."""
+
+    def __init__(self, depth: int, width: int = 192, classes: int = 10) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(VisionBlock(width) for _ in range(depth)))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.blocks(x).mean(1))
 
 
 class SkullAutoencoder(nn.Module):
@@ -182,8 +203,43 @@ def bert_classifier() -> Task:
 
 
 def vision_transformer_mlp() -> Task:
-    model = VisionBlock()
-    return Task(model, model.down, torch.randn(32, 65, 192), torch.randint(0, 10, (32,)))
+    model = VisionTransformer(1)
+    return Task(model, model.get_submodule("blocks.0.down"), *_tokens())
+
+
+def vision_transformer_middle() -> Task:
+    model = VisionTransformer(6)
+    return Task(model, model.get_submodule("blocks.2.down"), *_tokens())
+
+
+def vision_transformer_all() -> Task:
+    model = VisionTransformer(6)
+    return Task(model, weight_layers(model), *_tokens())
+
+
+def _tokens() -> tuple[Tensor, Tensor]:
+    return torch.randn(32, 65, 192), torch.randint(0, 10, (32,))
+
+
+def resnet18_last_two() -> Task:
+    model = resnet18_cifar()
+    return Task(model, weight_layers(model)[-2:], *_images(64, 32, 10))
+
+
+def resnet18_all() -> Task:
+    model = resnet18_cifar()
+    return Task(model, weight_layers(model), *_images(64, 32, 10))
+
+
+def small_convolutional_hidden() -> Task:
+    model = SmallConvNet()
+    return Task(model, weight_layers(model)[-2], torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,)))
+
+
+def perceptron_all() -> Task:
+    hidden = [layer for _ in range(3) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    model = nn.Sequential(*hidden, nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    return Task(model, weight_layers(model), torch.randn(256, 1024), torch.randint(0, 10, (256,)))
 
 
 def skull_autoencoder() -> Task:
@@ -210,5 +266,11 @@ TASKS: dict[str, Callable[[], Task]] = {
     "skull decoder linear 512x8": skull_autoencoder,
     "vit mlp 192x768": vision_transformer_mlp,
     "resnet18 last conv 512x4608": resnet18_last_convolution,
+    "resnet18 last conv and head": resnet18_last_two,
+    "resnet18 all layers": resnet18_all,
+    "small conv net hidden 128x1568": small_convolutional_hidden,
+    "perceptron 4x1024 all layers": perceptron_all,
+    "vit middle mlp 192x768": vision_transformer_middle,
+    "vit all layers": vision_transformer_all,
     "tiny 16x16": tiny,
 }

@@ -1,10 +1,10 @@
 """The time of the Hessian of one layer's weights by the layer's size (figure 4 of the paper).
 
-    python -m recipes.hessian_time                       # table, JSON and picture in runs/hessian_time
-    python -m recipes.hessian_time --smoke
-    python -m recipes.hessian_time --plot results.json   # redraw
+    python -m recipes.paper.hessian_time                       # table, JSON and picture in runs/hessian_time
+    python -m recipes.paper.hessian_time --smoke
+    python -m recipes.paper.hessian_time --plot results.json   # redraw
 
-Compared, on the networks of recipes.layer_timing, forward included:
+Compared, on the networks of recipes.paper.layer_timing, forward included:
 
     autograd loop         one backward per entry of the gradient
     vectorised autograd   torch.autograd.functional.hessian(vectorize=True)
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from fam_optim import observe, relative_flatness
-from recipes.layer_timing import Method, Problem, draw, plain_step, run, sweep
-from recipes.results import load
+from recipes.paper.layer_timing import Method, Problem, draw, plain_step, run, sweep
+from recipes.shared.results import load
 
 COLOURS = {
     "autograd loop": "#0072b2",

@@ -1,0 +1,1 @@
+"""What every recipe needs: results as JSON and tables."""
