@@ -277,6 +277,7 @@ def test_the_study_runs_goes_on_and_reports(
     condition = protocol.of("digits", 0.4)
     monkeypatch.setattr(protocol, "CONDITIONS", (condition,))
     monkeypatch.setattr(protocol, "SEEDS", (0, 1))
+    monkeypatch.setattr(protocol, "SHORTLIST", ("SGD", "FAM, hidden, detached"))
     quick = Method((1e-3, 1e-2), (1e-3,), "fam", "hidden", METHODS["FAM, hidden, detached"].options)
     monkeypatch.setattr(protocol, "COMPARED", {"SGD": COMPARED["SGD"], "FAM, hidden, detached": quick})
     monkeypatch.setattr(protocol, "METHODS", {**METHODS, "FAM, hidden, detached": quick})
@@ -284,9 +285,8 @@ def test_the_study_runs_goes_on_and_reports(
     monkeypatch.setattr(protocol, "DECAYS", (5e-4,))
     monkeypatch.setattr(protocol, "LEARNING_RATES", (0.05,))
     monkeypatch.setattr(protocol, "WEIGHT_DECAYS", (0.0, 5e-4))
-    monkeypatch.setattr(protocol, "VARIANTS", {})
-    monkeypatch.setattr(protocol, "LONGER", ())
-    monkeypatch.setattr(protocol, "BY_LAYERS_ON", {})
+    for stage in ("longer", "networks", "lam", "layers"):
+        monkeypatch.setitem(protocol.STAGES, stage, lambda results: iter(()))
     task = TASKS["digits"]
     monkeypatch.setitem(protocol.TASKS, "digits", type(task)(task.load, task.sizes, task.network, epochs=1))
     stages = ["sgd", "tuning", "comparison"]

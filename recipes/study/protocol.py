@@ -270,7 +270,7 @@ def networks(results: Results) -> Iterator[Trial]:
         yield trial(of("mnist1d", noise), "SGD", lr, 0, tested=True, **changed)
 
 
-STAGES: Mapping[str, Callable[[Results], Iterator[Trial]]] = {
+STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
     "sgd": sgd,
     "tuning": tuning,
     "layers": layers,
