@@ -1,135 +1,184 @@
-"""The study: its penalties against the library, its statistics on known numbers, its runs end to end."""
+"""The study: its methods against the library, its statistics on known numbers, its runs end to end."""
 
 import json
+import math
+import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fam_optim import FAM, observe, relative_flatness
+from fam_optim import FAM, observe, relative_flatness, weight_layers
 from recipes.study import __main__ as study
 from recipes.study import protocol
-from recipes.study.analysis import best_default, choose, difference, rank_correlation
-from recipes.study.methods import CANDIDATES, METHODS
-from recipes.study.penalties import kappa_of_head, partly_constant, share_of_gradient, share_of_loss
-from recipes.study.samples import samples
-from recipes.study.trial import Stepper, Trial, run
+from recipes.study.analysis import (
+    best,
+    differences,
+    holm,
+    losses,
+    mean_by,
+    rank_correlation,
+    to_try,
+    with_interval,
+)
+from recipes.study.methods import COMPARED, LAYERS, METHODS, Method, add_noise, make_optimizer
+from recipes.study.protocol import CONDITIONS
+from recipes.study.tasks import SHIFTS, TASKS, samples, shifted
+from recipes.study.trial import Stepper, Trial, explained, run
+from recipes.tasks.models import SmallConvNet
 
-DATA = Path("data")
+DOUBLE = {"dtype": torch.float64}
+NETWORKS = {  # a layer's number, and a network whose loss is smooth
+    "linear": (1, lambda: nn.Sequential(nn.Linear(5, 4, **DOUBLE), nn.Tanh(), nn.Linear(4, 3, **DOUBLE))),
+    "convolution": (
+        0,
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 2, stride=2, padding=1, **DOUBLE),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(27, 3, **DOUBLE),
+        ),
+    ),
+}
 
 
-@pytest.fixture
-def head_and_batch() -> tuple[nn.Linear, Tensor, Tensor]:
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_noise_is_a_sample_of_the_penalty(kind: str) -> None:
+    number, make = NETWORKS[kind]
     torch.manual_seed(0)
-    phi = torch.randn(9, 7, dtype=torch.float64, requires_grad=True)
-    return nn.Linear(7, 5, dtype=torch.float64), phi, torch.randint(0, 5, (9,))
-
-
-def test_kappa_of_a_head_is_the_librarys(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = head_and_batch
-    with observe(head) as layer:
-        logits = head(phi)
-        loss = cross_entropy(logits, targets)
-    inputs = [head.weight, head.bias, phi]
-    ours, theirs = kappa_of_head(head.weight, phi, logits), relative_flatness(loss, layer)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    expected = torch.autograd.grad(theirs, inputs, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(ours, inputs), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_both_parts_constant_is_a_detached_hessian(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = head_and_batch
-    fam = FAM(head.parameters(), torch.optim.SGD, head, lam=0.3, detach_hessian=True, lr=0.1)
-    fam.regularize(cross_entropy(head(phi), targets)).backward()
-    expected = [p.grad for p in (head.weight, head.bias, phi)]
-    logits = head(phi)
-    penalized = partly_constant("p", "phi")(0.3, head, phi, logits, targets)
-    actual = torch.autograd.grad(penalized, [head.weight, head.bias, phi])
-    torch.testing.assert_close(list(actual), expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("part", ["p", "phi"])
-def test_a_constant_part_passes_no_gradient(
-    head_and_batch: tuple[nn.Linear, Tensor, Tensor], part: str
-) -> None:
-    head, phi, _ = head_and_batch
-    logits = head(phi).detach().requires_grad_()
-    kappa = kappa_of_head(head.weight, phi, logits, (part,))
-    by_logits, by_phi = torch.autograd.grad(kappa, [logits, phi], allow_unused=True)
-    assert (by_logits is None) == (part == "p")
-    assert (by_phi is None) == (part == "phi")
-
-
-def test_shares_are_what_they_say(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = head_and_batch
-    loss = cross_entropy(head(phi), targets)
-    (by_loss,) = torch.autograd.grad(loss, head.weight)
-    of_gradient = share_of_gradient(0.3, head, phi, head(phi), targets)
-    (by_both,) = torch.autograd.grad(of_gradient, head.weight)
-    torch.testing.assert_close((by_both - by_loss).norm(), 0.3 * by_loss.norm())
-    torch.testing.assert_close(share_of_loss(0.2, head, phi, head(phi), targets), 1.2 * loss)
-
-
-def test_shares_of_nothing_are_finite(head_and_batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
-    head, phi, targets = head_and_batch
+    plain, x, y = make(), torch.randn(6, 5, **DOUBLE), torch.arange(6) % 3
+    if kind == "convolution":
+        x = torch.randn(6, 1, 4, 4, **DOUBLE)
+    with observe(weight_layers(plain)[number]) as layer:
+        loss = cross_entropy(plain(x), y)
+    kappa = relative_flatness(loss, layer, mode="full").item()
+    disturbed = {}
+    lam = 1e-4
+    for sign in (1, -1):  # the first order cancels
+        disturbed[sign] = make()
+        disturbed[sign].load_state_dict(plain.state_dict())
+        add_noise(weight_layers(disturbed[sign])[number], sign * (2 * lam) ** 0.5)
+    extra = []
     with torch.no_grad():
-        head.weight.zero_()  # kappa and its gradient are 0
-    for form in (share_of_gradient, share_of_loss):
-        penalized = form(0.3, head, phi, head(phi), targets)
-        (by_weight,) = torch.autograd.grad(penalized, head.weight)
-        assert by_weight.isfinite().all()
+        for draw in range(4000):
+            values = []
+            for model in disturbed.values():
+                torch.manual_seed(draw)
+                values.append(cross_entropy(model(x), y).item())
+            extra.append((statistics.fmean(values) - loss.item()) / lam)
+    error = statistics.stdev(extra) / len(extra) ** 0.5
+    assert error < 0.05 * abs(kappa)
+    assert abs(statistics.fmean(extra) - kappa) < 4 * error
 
 
-def test_all_grids_are_of_equal_size() -> None:
-    assert {len(method.grid) for method in CANDIDATES.values()} == {5}
+def test_no_noise_when_evaluated() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    x = torch.randn(6, 5)
+    expected = model(x)
+    add_noise(weight_layers(model)[0], 1.0)
+    assert not torch.equal(model(x), expected)
+    model.eval()
+    assert torch.equal(model(x), expected)
+
+
+def test_l2_on_hidden_layers_is_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = TASKS["digits"].network(8, 2)
+    before = [layer.weight.clone() for layer in weight_layers(model)]
+    optimizer = make_optimizer(METHODS["L2, hidden layers"], 0.03, model, "sgd", 0, lr=1.0, weight_decay=0.1)
+    optimizer.zero_grad()
+    sum(0 * p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    for layer, weight, coefficient in zip(weight_layers(model), before, (0.03, 0.03, 0.0), strict=True):
+        # the gradient of coefficient * ||W||^2 and of SGD's own 0.1 / 2 * ||W||^2
+        torch.testing.assert_close(weight - layer.weight, (2 * coefficient + 0.1) * weight)
+
+
+def test_sets_of_layers() -> None:
+    model = SmallConvNet(channels=(2, 3))
+    names = {module: name for name, module in model.named_modules()}
+    found = {key: [names[x] for x in choose(weight_layers(model))] for key, choose in LAYERS.items()}
+    assert found == {
+        "last": ["head"],
+        "last but one": ["features.9"],
+        "first": ["features.0"],
+        "hidden": ["features.0", "features.4", "features.9"],
+        "all": ["features.0", "features.4", "features.9", "head"],
+        "last convolution": ["features.4"],
+        "convolutions": ["features.0", "features.4"],
+    }
+
+
+def test_a_grid_grows_until_its_best_is_inside() -> None:
+    values = (0.0, 1.0, 2.0, 4.0, 8.0)
+    assert to_try(values, (1, 2), {}) == [1, 2]
+    assert to_try(values, (1, 2), {2: 5}) == [1, 2]  # not all that were to be tried first
+    assert to_try(values, (1, 2), {1: 1, 2: 5}) == [1, 2, 4]
+    assert to_try(values, (1, 2), {1: 5, 2: 1}) == [0, 1, 2]
+    assert to_try(values, (1, 2), {1: 1, 2: 5, 4: 3}) == [1, 2, 4]
+    assert to_try(values, (1, 2), {1: 1, 2: 5, 4: 6, 8: 7}) == [1, 2, 4, 8]  # no more to try
+
+
+def test_of_equally_good_values_the_middle_one_is_best() -> None:
+    assert best({1: 5.0, 2: 7.0, 3: 7.0, 4: 7.0, 5: 6.0}) == 3
+
+
+def test_every_grid_has_three_values_inside() -> None:
+    for method in COMPARED.values():
+        if method.kind != "sgd":
+            assert len(method.start) == 3
+            assert min(method.values) < min(method.start)
+            assert max(method.start) < max(method.values)
+            assert set(method.start) <= set(method.values)
 
 
 def row(**fields: Any) -> dict[str, Any]:
-    return {"task": "t", "method": "m", "noise": 0.4, "tested": False, "seed": 0, **fields}
+    return {"seed": 0, "value": 1, "validation": 0.0, **fields}
 
 
-def test_selection_looks_at_validation_of_tuning_trials_only() -> None:
-    results = [
-        row(value=1, validation=50.0),
-        row(value=1, validation=60.0, seed=1),
-        row(value=2, validation=56.0),
-        row(value=2, validation=56.0, seed=1),
-        row(value=3, validation=99.0, tested=True),
-        row(value=3, validation=99.0, noise=0.0),
-    ]
-    assert choose(results, "t", "m", 0.4) == 2
-    with pytest.raises(ValueError, match="was not tuned"):
-        choose(results, "t", "other", 0.4)
+def test_a_score_that_is_not_finite_is_the_worst() -> None:
+    results = [row(validation=50.0), row(validation=60.0, seed=1), row(value=2, validation=None)]
+    assert mean_by(results, "value") == {1: 55, 2: -math.inf}
 
 
 def test_paired_difference_has_students_interval() -> None:
     ours = [row(seed=seed, x=x) for seed, x in enumerate((3.0, 5.0, 7.0))]
-    theirs = [row(seed=seed, x=x) for seed, x in reversed(list(enumerate((2.0, 2.0, 2.0))))]
-    mean, half = difference(ours, theirs, "x")
+    theirs = [row(seed=seed, x=x) for seed, x in reversed(list(enumerate((2.0, 2.0, 2.0, 9.0))))]
+    mean, half = with_interval(differences(ours, theirs, "x"))
     assert mean == 3
     assert half == pytest.approx(4.302653 * 2 / 3**0.5, rel=1e-5)  # t(0.975, 2) * s / sqrt(3)
 
 
-def test_a_default_is_shared_by_all_conditions() -> None:
-    ways = {"a": [{1: 70, 2: 80}, {1: 90, 2: 60}], "b": [{5: 75}, {5: 85, 6: 100}]}
-    found = best_default(ways)
-    assert found["a"] == (1, [10, 10], [10, 0])
-    assert found["b"] == (5, [5, 15], [0, 15])
+def test_holm() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
 
-def test_rank_correlation_leaves_diverged_networks_out() -> None:
-    results = [
-        {"train_nll": 0.0, "test_nll": gap, "kappa": kappa}
-        for gap, kappa in ((1, 1), (2, 2), (3, 4), (4, 3), (None, 0))
-    ]
-    assert rank_correlation(results, "kappa", "loss")[0] == pytest.approx(2 / 3)  # 5 pairs in order, 1 not
+def test_a_shared_value_loses_against_each_best() -> None:
+    assert losses([{1: 70.0, 2: 80.0}, {1: 90.0, 2: 60.0}], 1) == [10, 0]
+
+
+def test_rank_correlation_within_cells() -> None:
+    results = [{"cell": cell, "x": x, "gap": x - 10 * cell} for cell in (0, 1) for x in range(4)]
+    for r in results:
+        r["x"] += 10 * r["cell"]  # over all, the cell hides the relation
+    over_all, _, _ = rank_correlation(results, lambda r: r["x"], lambda r: r["gap"])
+    within, p, cells = rank_correlation(results, lambda r: r["x"], lambda r: r["gap"], ("cell",))
+    assert (within, cells) == (1, 2)
+    assert over_all < 0
+    assert p < 0.05
+
+
+def test_explained_variance() -> None:
+    targets = torch.tensor([[0.0], [2.0]])
+    assert explained(targets, targets) == 100
+    assert explained(torch.ones(2, 1), targets) == 0
 
 
 def test_noise_never_hits_the_test_labels() -> None:
-    clean, noisy = (samples("digits", noise, 0, DATA) for noise in (0.0, 0.4))
+    clean, noisy = (samples("digits", noise, 0) for noise in (0.0, 0.4))
     assert torch.equal(clean.evaluation["test"][:][1], noisy.evaluation["test"][:][1])
     wrong = (clean.train[:][1] != noisy.train[:][1]).sum() + (
         clean.evaluation["validation"][:][1] != noisy.evaluation["validation"][:][1]
@@ -138,57 +187,117 @@ def test_noise_never_hits_the_test_labels() -> None:
     assert torch.equal(clean.train[:][0], noisy.train[:][0])
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_network_fits_its_samples(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if task.startswith("finetune"):
+        monkeypatch.setattr("recipes.study.networks.PRETRAINING_EPOCHS", 1)
+    data, own = samples(task, 0.0, 0), TASKS[task]
+    assert (len(data.train), len(data.evaluation["validation"])) == own.sizes
+    outputs = own.network(16, 2)(data.train[:4][0])
+    assert outputs.shape == ((4, 1) if own.predicts == "numbers" else (4, 10))
+
+
+@pytest.mark.parametrize("kind", SHIFTS)
+def test_shifts_grow_and_repeat(kind: str) -> None:
+    images = samples("fashion", 0.0, 0).train[:8][0]
+    moved = [shifted(images, kind, strength) for strength in SHIFTS[kind]]
+    distances = [(m - images).norm().item() for m in moved]
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+    assert torch.equal(shifted(images, kind, SHIFTS[kind][0]), moved[0])
+
+
 def test_a_trial_repeats_bit_for_bit() -> None:
-    trial = Trial("digits", "fam detached", 0.03, 0.4, 0, 2, 0.05, tested=True)
-    first, second = (run(trial, DATA) for _ in range(2))
+    trial = Trial("digits", 0.4, "FAM, hidden", 0.003, 0, 2, 0.05, 5e-4, tested=True)
+    first, second = (run(trial) for _ in range(2))
     assert first.pop("seconds") > 0 < second.pop("seconds")
     assert first == second
-    assert {"test_accuracy", "test_ece", "kappa", "weight_norm", "best_test_accuracy"} <= first.keys()
+    assert {"test_score", "test_ece", "kappas", "norms", "best_test_score"} <= first.keys()
 
 
 def test_test_data_stay_out_of_tuning() -> None:
-    result = run(Trial("digits", "plain", 0.05, 0.0, 0, 1, 0.05), DATA)
+    result = run(Trial("digits", 0.0, "SGD", 0.05, 0, 1, 0.05, 5e-4))
     assert not [name for name in result if "test" in name and name != "tested"]
-
-
-def test_warm_up_reaches_lam() -> None:
-    stepper = Stepper(Trial("digits", "fixed, warm-up", 0.064, 0.0, 0, 1, 0.05))
-    assert isinstance(stepper.optimizer, FAM)
-    lams = []
-    for progress in (0, 0.1, 0.2, 0.9):
-        stepper.warm_up(progress)
-        lams.append(stepper.optimizer.lam)
-    assert lams == pytest.approx([0, 0.032, 0.064, 0.064])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method: str) -> None:
     torch.manual_seed(0)
-    stepper = Stepper(protocol.trial("digits", method, METHODS[method].grid[0], 0.4, 0, 0.05))
+    condition = protocol.of("fashion", 0.4) if "convolution" in method else protocol.of("digits", 0.4)
+    value = (METHODS[method].start or (0.05,))[0]
+    stepper = Stepper(protocol.trial(condition, method, value, 0, lr=0.05))
     before = [p.clone() for p in stepper.evaluated.parameters()]
-    stepper.step(torch.rand(8, 64), torch.arange(8))
+    inputs = torch.rand(8, 1, 28, 28) if condition.task == "fashion" else torch.rand(8, 64)
+    stepper.step(inputs, torch.arange(8))
     assert any(not torch.equal(a, b) for a, b in zip(before, stepper.evaluated.parameters(), strict=True))
+    if isinstance(stepper.optimizer, FAM):
+        assert stepper.optimizer.last_kappa is not None
+
+
+class Bowl:
+    """Stands for the trainings: the validation score falls with the distance to a best value."""
+
+    best: ClassVar = {"SGD": 0.4, "SAM": 0.8, "label smoothing": 0.01}  # beyond what is tried first
+
+    def __call__(self, trial: Trial) -> dict[str, Any]:
+        fields = {name: getattr(trial, name) for name in Trial.__dataclass_fields__}
+        value = trial.lr if trial.method.startswith("SGD") else trial.value
+        method = METHODS[trial.method]
+        best_value = self.best.get(trial.method, (method.start or (0.05,))[-1])
+        return {**fields, "validation": -abs(math.log(value / best_value)) - trial.weight_decay}
+
+
+def test_a_condition_is_compared_only_when_it_is_tuned() -> None:
+    condition, train = CONDITIONS[0], Bowl()
+    results: list[dict[str, Any]] = []
+    rounds = 0
+    while trials := [
+        t
+        for stage in (protocol.sgd, protocol.tuning)
+        for t in protocol.missing(results, stage(results))
+        if (t.task, t.noise) == (condition.task, condition.noise)
+    ]:
+        assert not [t for t in protocol.comparison(results) if t.task == condition.task]
+        results += [train(t) for t in trials]
+        rounds += 1
+        assert rounds < 20
+    assert protocol.base(results, condition) == {"lr": 0.4, "weight_decay": 0.0}
+    compared = list(protocol.comparison(results))
+    assert {t.method for t in compared} == set(COMPARED)
+    assert all(t.tested for t in compared)
+    assert {t.value for t in compared if t.method == "SAM"} == {0.8}
+    assert {t.value for t in compared if t.method == "label smoothing"} == {0.01}
+    assert len(compared) == len(COMPARED) * len(protocol.SEEDS)
 
 
 @pytest.mark.slow
 def test_the_study_runs_goes_on_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(protocol, "TUNED", ("digits",))
-    monkeypatch.setattr(protocol, "NOISES", (0.4,))
+    condition = protocol.of("digits", 0.4)
+    monkeypatch.setattr(protocol, "CONDITIONS", (condition,))
     monkeypatch.setattr(protocol, "SEEDS", (0, 1))
-    monkeypatch.setattr(protocol, "EPOCHS", dict.fromkeys(protocol.EPOCHS, 1))
-    small = {name: CANDIDATES[name] for name in ("plain", "fam detached")}
-    monkeypatch.setattr(protocol, "CANDIDATES", small)
-    stages = ["learning_rates", "tuning", "comparison"]
-    command = ["--workers", "1", "--out", str(tmp_path), "--stages", *stages]
+    monkeypatch.setattr(protocol, "SHORTLIST", ("SGD", "FAM, hidden, detached"))
+    quick = Method((1e-3, 1e-2), (1e-3,), "fam", "hidden", METHODS["FAM, hidden, detached"].options)
+    monkeypatch.setattr(protocol, "COMPARED", {"SGD": COMPARED["SGD"], "FAM, hidden, detached": quick})
+    monkeypatch.setattr(protocol, "METHODS", {**METHODS, "FAM, hidden, detached": quick})
+    monkeypatch.setattr(protocol, "RATES", (0.05,))
+    monkeypatch.setattr(protocol, "DECAYS", (5e-4,))
+    monkeypatch.setattr(protocol, "LEARNING_RATES", (0.05,))
+    monkeypatch.setattr(protocol, "WEIGHT_DECAYS", (0.0, 5e-4))
+    for stage in ("longer", "networks", "lam", "layers"):
+        monkeypatch.setitem(protocol.STAGES, stage, lambda results: iter(()))
+    task = TASKS["digits"]
+    monkeypatch.setitem(protocol.TASKS, "digits", type(task)(task.load, task.sizes, task.network, epochs=1))
+    stages = ["sgd", "tuning", "comparison"]
+    command = ["--workers", "1", "--out", str(tmp_path), "--tasks", "digits", "--stages", *stages]
     study.main(command)
     path = tmp_path / "comparison.jsonl"
     lines = path.read_text().splitlines()
-    assert [json.loads(line)["method"] for line in lines].count("fam detached") == 2
+    assert [json.loads(line)["method"] for line in lines].count("FAM, hidden, detached") == 2
     path.write_text("\n".join([*lines[1:], lines[0][:30]]))  # one trial lost, half a line left behind
     study.main(command)
     assert sorted(json.loads(line)["seed"] for line in path.read_text().splitlines()) == [0, 0, 1, 1]
     study.main(["--report", str(tmp_path)])
-    assert "fam detached" in (tmp_path / "tables.md").read_text()
-    assert "weightings: not complete" in capsys.readouterr().out
+    assert "FAM, hidden, detached" in (tmp_path / "tables.md").read_text()
+    assert "more_seeds: digits" in capsys.readouterr().out

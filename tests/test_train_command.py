@@ -154,10 +154,5 @@ def test_stopping_by_hand_names_the_remedy(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_the_study_smokes_on_a_fresh_folder(tmp_path: Path) -> None:
-    command = ["--smoke", "--out", str(tmp_path), "--workers", "1", "--stages", "learning_rates", "tuning"]
-    for _ in range(2):  # it may be repeated
-        study.main(command)
-    assert [path.name for path in tmp_path.iterdir()] == ["smoke"]
-    for stage in ("learning_rates", "tuning"):
-        lines = (tmp_path / "smoke" / f"{stage}.jsonl").read_text().splitlines()
-        assert lines and all(json.loads(line)["epochs"] == 1 for line in lines)
+    study.main(["--smoke", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())  # nothing that a real run would meet

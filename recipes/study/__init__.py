@@ -1,10 +1,13 @@
-"""Does FAM help? The study behind ``recipes/study/README.md``: one command, restartable.
+"""Where to be flat? The study behind ``recipes/STUDY.md``: one command, restartable.
 
-protocol   which networks are trained: tasks, methods, grids, seeds
-methods    what is compared, each with one hyper-parameter
-penalties  kappa of a softmax head written out, so that parts of it can be held constant
-samples    the data
+protocol   which networks are trained: conditions, stages, seeds
+methods    what is compared, each with one value
+tasks      samples and networks by name
+networks   the networks
 trial      trains one network, and measures it
-analysis   selection on validation data, paired differences, regrets, rank correlations
+cost       what a step of each method costs
+analysis   selection on validation data, paired differences, corrected p-values, rank correlations
+tables     rows, columns and cells
+report     the tables with their captions
 pictures   drawn from the saved results
 """

@@ -1,24 +1,14 @@
-"""From measured trials to statements: selection, paired differences, defaults, rank correlations."""
+"""From measured trials to statements: selection, paired differences, p-values, rank correlations."""
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import kendalltau, ttest_1samp
+from scipy.stats import combine_pvalues, kendalltau, ttest_1samp
 
 Results = list[dict[str, Any]]
 Quantity = Callable[[dict[str, Any]], float]
-MEASURES: dict[str, Quantity] = {  # of flatness and size -> how it follows from what was measured
-    "kappa": lambda r: r["kappa"],
-    "layerwise kappa": lambda r: r["kappa_layerwise"],
-    "Tr(H)": lambda r: r["trace"],
-    "squared norm of W": lambda r: r["weight_norm"] ** 2,
-}
-GAPS: dict[str, Quantity] = {
-    "accuracy": lambda r: r["train_accuracy"] - r["test_accuracy"],
-    "loss": lambda r: r["test_nll"] - r["train_nll"],
-}
 
 
 def where(results: Iterable[dict[str, Any]], **fields: Any) -> Results:
@@ -27,49 +17,47 @@ def where(results: Iterable[dict[str, Any]], **fields: Any) -> Results:
 
 
 def values_of(results: Results, name: str) -> list[float]:
-    """One quantity of the trials; nan where it was not finite."""
-    return [math.nan if r[name] is None else r[name] for r in results]
+    """One quantity of the trials; minus infinity where it was not finite."""
+    return [-math.inf if r[name] is None else r[name] for r in results]
 
 
-def mean_by_value(results: Results, name: str) -> dict[float, float]:
-    """Mean over the seeds of a quantity, by the method's value."""
-    grid = sorted({r["value"] for r in results})
-    return {value: statistics.fmean(values_of(where(results, value=value), name)) for value in grid}
+def mean_by(results: Results, *names: str, quantity: str = "validation") -> dict[Any, float]:
+    """Mean of a quantity over the seeds, by one field or by several."""
+    groups: dict[Any, Results] = {}
+    for r in results:
+        key = tuple(r[name] for name in names)
+        groups.setdefault(key if len(names) > 1 else key[0], []).append(r)
+    return {key: statistics.fmean(values_of(found, quantity)) for key, found in sorted(groups.items())}
 
 
-def choose(
-    results: Results, task: str, method: str, noise: float, grid: Collection[float] | None = None
-) -> float:
-    """The value with the best validation accuracy after the last epoch, mean over the tuning seeds.
+def best(scores: Mapping[Any, float]) -> Any:
+    """The key with the best score; of equally good ones the middle one."""
+    top = max(scores.values())
+    keys = sorted(key for key, score in scores.items() if score == top)
+    return keys[len(keys) // 2]
 
-    Of the values in ``grid``, or of all that were tried.
+
+def to_try(values: Sequence[float], start: Sequence[float], scores: Mapping[float, float]) -> list[float]:
+    """The values of a grid that are to be tried, given the scores of those that were.
+
+    Those in ``start``; then one more beyond the best, as long as that is the first or last that was tried.
     """
-    tuned = where(results, task=task, method=method, noise=noise, tested=False)
-    tuned = [r for r in tuned if grid is None or r["value"] in grid]
-    if not tuned:
-        raise ValueError(f"{method} was not tuned on {task} with noise {noise}: run the stages before")
-    by_value = mean_by_value(tuned, "validation")
-    return max(by_value, key=by_value.__getitem__)
+    tried = sorted({*start, *scores})
+    if not set(start) <= set(scores):
+        return tried
+    position = values.index(best(scores))
+    below, above = values[max(0, position - 1)], values[min(position + 1, len(values) - 1)]
+    return sorted(
+        {*tried, *([below] if values[position] == tried[0] else [])}
+        | ({above} if values[position] == tried[-1] else set())
+    )
 
 
-def difference(ours: Results, theirs: Results, name: str) -> tuple[float, float]:
-    """Mean of the differences paired by seed, and half the width of Student's 95 % interval."""
-    return with_interval(list(differences(ours, theirs, name).values()))
-
-
-def differences(ours: Results, theirs: Results, name: str) -> dict[int, float]:
-    """Of each seed."""
-    pairs = {r["seed"]: r[name] for r in theirs}
-    return {r["seed"]: r[name] - pairs[r["seed"]] for r in ours if r["seed"] in pairs}
-
-
-def mean_difference(
-    ours: Results, theirs: Results, name: str, settings: Sequence[Mapping[str, Any]]
-) -> tuple[float, float]:
-    """The same, of the mean over several settings: one number per seed."""
-    columns = [differences(where(ours, **fields), where(theirs, **fields), name) for fields in settings]
-    seeds = sorted(set.intersection(*(set(column) for column in columns)))
-    return with_interval([statistics.fmean(column[seed] for column in columns) for seed in seeds])
+def differences(ours: Results, theirs: Results, name: str) -> list[float]:
+    """Of the seeds that both have."""
+    pairs = {r["seed"]: value for r, value in zip(theirs, values_of(theirs, name), strict=True)}
+    own = zip(ours, values_of(ours, name), strict=True)
+    return [value - pairs[r["seed"]] for r, value in own if r["seed"] in pairs]
 
 
 def with_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -78,33 +66,45 @@ def with_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), (interval.high - interval.low) / 2
 
 
-def best_default(
-    ways: Mapping[str, Sequence[Mapping[float, float]]],
-) -> dict[str, tuple[float, list[float], list[float]]]:
-    """For each way to weigh kappa the single value that loses least, and what it loses in every condition.
+def p_value(values: Sequence[float]) -> float:
+    """Of Student's test that the mean is 0."""
+    return float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else 1.0
 
-    Args:
-        ways: by name, a condition's accuracy by value, one mapping per condition, in one order for all.
 
-    Returns:
-        By way: the default; its losses against the best value of any way; and of its own.
+def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+    """p-values corrected for their number (Holm, 1979)."""
+    corrected, largest = {}, 0.0
+    for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
+        corrected[key] = largest
+    return corrected
+
+
+def losses(scores: Sequence[Mapping[float, float]], value: float) -> list[float]:
+    """What a value that is shared by all conditions loses in each against the best one there."""
+    return [max(by_value.values()) - by_value[value] for by_value in scores]
+
+
+GAPS: dict[str, Quantity] = {
+    "accuracy": lambda r: r["train_score"] - r["test_score"],
+    "loss": lambda r: r["test_loss"] - r["train_loss"],
+}
+
+
+def rank_correlation(
+    results: Results, quantity: Quantity, gap: Quantity, fixed: Sequence[str] = ()
+) -> tuple[float, float, int]:
+    """Kendall's tau of two quantities with some fields held fixed: mean over cells, p-value, number of cells.
+
+    The p-values of the cells are combined by Stouffer's method, one-sided for a positive tau.
     """
-    optima = [
-        max(max(by_value.values()) for by_value in column) for column in zip(*ways.values(), strict=True)
-    ]
-    found = {}
-    for way, by_condition in ways.items():
-        shared = set.intersection(*(set(by_value) for by_value in by_condition))
-        default = max(sorted(shared), key=lambda value: sum(by_value[value] for by_value in by_condition))
-        own = [max(by_value.values()) - by_value[default] for by_value in by_condition]
-        all_ = [best - by_value[default] for best, by_value in zip(optima, by_condition, strict=True)]
-        found[way] = (default, all_, own)
-    return found
-
-
-def rank_correlation(results: Results, measure: str, gap: str) -> tuple[float, float]:
-    """Kendall's tau between a measure and the generalisation gap, and its p-value."""
-    known = [r for r in results if None not in (r["train_nll"], r["test_nll"], r["kappa"])]
-    of_measure, of_gap = MEASURES[measure], GAPS[gap]
-    tau = kendalltau(*zip(*((of_measure(r), of_gap(r)) for r in known), strict=True))
-    return float(tau.statistic), float(tau.pvalue)
+    cells: dict[Any, Results] = {}
+    for r in results:
+        cells.setdefault(tuple(r[name] for name in fixed), []).append(r)
+    taus, p_values = [], []
+    for cell in cells.values():
+        found = kendalltau([quantity(r) for r in cell], [gap(r) for r in cell], alternative="greater")
+        taus.append(float(found.statistic))
+        p_values.append(float(found.pvalue))
+    combined = combine_pvalues([min(max(p, 1e-12), 1 - 1e-12) for p in p_values], "stouffer")
+    return statistics.fmean(taus), float(combined.pvalue), len(cells)

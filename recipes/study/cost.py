@@ -1,34 +1,53 @@
-"""What a step of each method costs relative to the plain step, on the study's network."""
+"""What a step of each method costs relative to a step of SGD, on every network of the study."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from recipes.shared.timing import alternate, median, ratio
 from recipes.study.methods import METHODS
-from recipes.study.protocol import LR, SHORTLIST, trial
-from recipes.study.samples import samples
-from recipes.study.trial import Stepper, epoch_batches
+from recipes.study.protocol import CONDITIONS, trial
+from recipes.study.tasks import samples
+from recipes.study.trial import Stepper, batches
+
+ROUNDS = 100
+TIMED = (
+    "SGD",
+    "dropout",
+    "noise, hidden layers",
+    "SAM",
+    "FAM, last layer, detached",
+    "FAM, last but one, detached",
+    "FAM, last but one",
+    "FAM, hidden, detached",
+    "FAM, hidden",
+    "FAM, all",
+)
 
 
-def relative_costs(task: str, folder: Path, rounds: int) -> dict[str, Any]:
+def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
     """Median and quartiles of the ratio, all methods in alternation on the same batches, one thread."""
     torch.set_num_threads(1)
-    steppers = {name: Stepper(trial(task, name, METHODS[name].grid[0], 0.4, 0, LR)) for name in SHORTLIST}
-    train = samples(task, 0.4, 0, folder).train
-    batches = list(epoch_batches(steppers["plain"].trial, train, 1))
+    return {task: relative_cost(task, rounds) for task in tasks}
+
+
+def relative_cost(task: str, rounds: int) -> dict[str, Any]:
+    """Of one task's network."""
+    condition = next(c for c in CONDITIONS if c.task == task)
+    trials = {name: trial(condition, name, (METHODS[name].start or (0.01,))[0], 0, lr=0.01) for name in TIMED}
+    steppers = {name: Stepper(one) for name, one in trials.items()}
+    train = list(batches(trials["SGD"], samples(task, condition.noise, 0).train, 1))
 
     def stepping(stepper: Stepper) -> Callable[[], None]:
-        remaining = cycle(batches)
+        remaining = cycle(train)
         return lambda: stepper.step(*next(remaining))
 
-    seconds = alternate({name: stepping(stepper) for name, stepper in steppers.items()}, rounds)
-    costs = {}
+    calls = {name: stepping(stepper) for name, stepper in steppers.items()}
+    seconds = alternate(calls, rounds, warm_up=2)
+    found: dict[str, Any] = {"milliseconds": 1000 * median(seconds["SGD"])[0], "methods": {}}
     for name, own in seconds.items():
-        middle, quartiles = ratio(own, seconds["plain"])
-        costs[name] = {"ratio": middle, "quartiles": quartiles}
-    milliseconds = 1000 * median(seconds["plain"])[0]
-    return {"task": task, "rounds": rounds, "plain_milliseconds": milliseconds, "methods": costs}
+        middle, quartiles = ratio(own, seconds["SGD"])
+        found["methods"][name] = {"ratio": middle, "quartiles": quartiles}
+    return found

@@ -1,13 +1,40 @@
-"""What is compared. Every method has one hyper-parameter and a grid of the same size for it."""
+"""What is compared. Every method has one value, which is tuned; all else is the tuned SGD's.
 
-from collections.abc import Mapping
+Noise on the inputs of a layer is the finite sample of FAM's penalty. With eps standard normal and
+``phi' = phi + sigma ||phi|| eps`` at one row phi for each sample,
+
+    E L(phi') = L + sigma^2 / 2 ||phi||^2 Tr(Hess_phi L) + ... = L + sigma^2 / 2 kappa + ...
+
+so its value is named by the lam of which it is a sample, ``sigma = sqrt(2 lam)``. A convolution shares its
+weight among positions; there ``W' = W + sigma W Z``, Z ``(m, m)`` standard normal, has the same second order:
+``E <WZ, H WZ> = <W W^T, T>``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from pytorch_optimizer import SAM
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import conv2d, dropout
+from torch.optim import SGD, Adam, Optimizer
 
-from recipes.study.penalties import Loss, partly_constant, share_of_gradient, share_of_loss
+from fam_optim import FAM, weight_layers
+
+BASES: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
+    "sgd": (SGD, {"momentum": 0.9}),
+    "adam": (Adam, {}),
+}
+LAYERS: dict[str, Callable[[Sequence[nn.Module]], Sequence[nn.Module]]] = {
+    "last": lambda layers: layers[-1:],
+    "last but one": lambda layers: layers[-2:-1],
+    "first": lambda layers: layers[:1],
+    "hidden": lambda layers: layers[:-1],
+    "all": lambda layers: layers,
+    "last convolution": lambda layers: [x for x in layers if isinstance(x, nn.Conv2d)][-1:],
+    "convolutions": lambda layers: [x for x in layers if isinstance(x, nn.Conv2d)],
+}
 
 
 @dataclass(frozen=True)
@@ -15,81 +42,131 @@ class Method:
     """A way to train, but for the value of its hyper-parameter.
 
     Attributes:
-        grid: the values that it is tuned over.
-        beyond: one more on either side, tried where the grid's first or last is the best.
-        option: the optimizer's option that takes the value, or None if the loss does.
-        optimizer: a name of `recipes.engine.optimizers`.
+        values: all that may be tried, in order; at most one step beyond what was tried, if that was best.
+        start: those tried first.
+        kind: what takes the value.
+        layers: name of the layers that are regularised.
         options: fixed ones.
-        loss: ``(value, head, phi, logits, targets) -> ()``.
-        epochs: how many, as a part of the plain optimizer's.
-        averaged: whether an exponential moving average of the weights, the value its decay, is evaluated.
-        warm_up: part of the steps over which lam grows linearly from 0.
+        epochs: how many, as a part of SGD's.
     """
 
-    grid: tuple[float, ...]
-    beyond: tuple[float, ...] = ()
-    option: str | None = None
-    optimizer: str | None = None  # the plain one
+    values: tuple[float, ...]
+    start: tuple[float, ...]
+    kind: str
+    layers: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    loss: Loss | None = None
     epochs: float = 1
-    averaged: bool = False
-    warm_up: float = 0
 
 
-def label_smoothing(value: float, head: nn.Linear, phi: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy against smoothed labels."""
-    return cross_entropy(logits, targets, label_smoothing=value)
+def powers(lowest: int, highest: int) -> tuple[float, ...]:
+    """1 and 3 times the powers of ten."""
+    return tuple(float(f"{m}e{e}") for e in range(lowest, highest + 1) for m in (1, 3))
 
 
-def head_norm(value: float, head: nn.Linear, phi: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Extra L2 on the last layer's weight."""
-    return cross_entropy(logits, targets) + value * head.weight.square().sum()
+def fam(layers: str, *start: float, **options: Any) -> Method:
+    """FAM with Gauss-Newton curvature from one random vector; on the last layer in closed form."""
+    if layers != "last":
+        options = {"curvature": "gauss_newton", "mode": "hutchinson", **options}
+    return Method(powers(-8, 1), start or (1e-3, 3e-3, 1e-2), "fam", layers, options)
 
 
-def head_and_feature_norm(
-    value: float, head: nn.Linear, phi: Tensor, logits: Tensor, targets: Tensor
-) -> Tensor:
-    """Extra L2 on the last layer's weight and input, the control of Baek et al. (ICLR 2024)."""
-    norms = head.weight.square().sum() + phi.square().sum(1).mean()
-    return cross_entropy(logits, targets) + value * norms
-
-
-def fam(*values: float, warm_up: float = 0, **options: Any) -> Method:
-    """FAM with lam from a grid; the first and last value lie beyond it."""
-    return Method(values[1:-1], values[:1] + values[-1:], "lam", "fam", options, warm_up=warm_up)
-
-
-RHO = ((0.02, 0.05, 0.1, 0.2, 0.4), (0.01, 0.8), "rho")
-RHO_ADAPTIVE = ((0.2, 0.5, 1, 2, 4), (0.1, 8), "rho")
 DETACHED = {"detach_hessian": True}
+LEARNING_RATES = (0.0008, 0.0015, 0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+WEIGHT_DECAYS = (0.0, 1e-4, 5e-4, 2e-3, 8e-3, 3e-2, 0.1, 0.3)
+RHO = ((0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), (0.05, 0.1, 0.2))
+RHO_ADAPTIVE = ((0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16), (0.5, 1, 2))
 
-CANDIDATES: dict[str, Method] = {
-    "plain": Method((0.0125, 0.025, 0.05, 0.1, 0.2), (0.006, 0.4), "lr"),
-    "weight decay": Method((1e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.0, 1e-1), "weight_decay"),
-    "label smoothing": Method((0.05, 0.1, 0.2, 0.4, 0.6), (0.02, 0.8), loss=label_smoothing),
-    "head L2": Method((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (3e-4, 0.3), loss=head_norm),
-    "head and feature L2": Method((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 3e-2), loss=head_and_feature_norm),
-    "EMA": Method((0.9, 0.97, 0.99, 0.995, 0.998), (0.8, 0.999), averaged=True),
-    "sam": Method(*RHO, "sam"),
-    "sam, half the epochs": Method(*RHO, "sam", epochs=0.5),
-    "asam": Method(*RHO_ADAPTIVE, "asam"),
-    "asam, half the epochs": Method(*RHO_ADAPTIVE, "asam", epochs=0.5),
-    "fam": fam(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "fam detached": fam(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, **DETACHED),
-    "fam layerwise": fam(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, measure="layerwise"),
-    "fam layerwise detached": fam(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, measure="layerwise", **DETACHED),
+COMPARED: dict[str, Method] = {
+    "SGD": Method((), (), "sgd"),
+    "SGD, no weight decay": Method((), (), "sgd"),
+    "label smoothing": Method((0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9), (0.1, 0.2, 0.4), "smoothing"),
+    "dropout": Method((0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8), (0.1, 0.2, 0.35), "dropout"),
+    "L2, hidden layers": Method(powers(-6, 0), (3e-4, 1e-3, 3e-3), "decay", "hidden"),
+    "noise, hidden layers": Method(powers(-6, 0), (1e-3, 3e-3, 1e-2), "noise", "hidden"),
+    "EMA": Method((0.5, 0.8, 0.9, 0.97, 0.99, 0.995, 0.998, 0.999), (0.97, 0.99, 0.995), "average"),
+    "SAM": Method(*RHO, "sam"),
+    "ASAM": Method(*RHO_ADAPTIVE, "sam", options={"adaptive": True}),
+    "SAM, half the epochs": Method(*RHO, "sam", epochs=0.5),
+    "FAM, last layer, detached": fam("last", **DETACHED),
+    "FAM, hidden": fam("hidden"),
+    "FAM, hidden, detached": fam("hidden", **DETACHED),
 }
-PARTS: dict[str, Method] = {  # which part of the whole gradient does the harm
-    "fam, p constant": Method(CANDIDATES["fam"].grid, loss=partly_constant("p")),
-    "fam, phi constant": Method(CANDIDATES["fam detached"].grid, loss=partly_constant("phi")),
+BY_LAYERS: dict[str, Method] = {  # hidden and last, detached, are above
+    "FAM, last layer": fam("last"),
+    "FAM, last but one": fam("last but one"),
+    "FAM, last but one, detached": fam("last but one", **DETACHED),
+    "FAM, first": fam("first"),
+    "FAM, first, detached": fam("first", **DETACHED),
+    "FAM, all": fam("all"),
+    "FAM, all, detached": fam("all", **DETACHED),
 }
-LAMBDAS = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
-WEIGHTINGS: dict[str, Method] = {  # ways to weigh kappa, with a detached Hessian but for the last
-    "fixed": Method(LAMBDAS, (), "lam", "fam", DETACHED),
-    "fixed, warm-up": Method(LAMBDAS[5:], (), "lam", "fam", DETACHED, warm_up=0.2),
-    "share of gradient": Method((0.1, 0.2, 0.3, 0.5), loss=share_of_gradient),
-    "share of loss": Method((0.02, 0.05, 0.1), loss=share_of_loss),
-    "fixed, whole gradient": Method((0.001, 0.004, 0.016, 0.064), (), "lam", "fam"),
+OF_CONVOLUTIONS: dict[str, Method] = {
+    "FAM, last convolution": fam("last convolution"),
+    "FAM, last convolution, detached": fam("last convolution", **DETACHED),
+    "FAM, convolutions": fam("convolutions"),
+    "FAM, convolutions, detached": fam("convolutions", **DETACHED),
 }
-METHODS = {**CANDIDATES, **PARTS, **WEIGHTINGS}
+FORMS: dict[str, Method] = {
+    "FAM, hidden, Hessian": fam("hidden", curvature="hessian"),
+    "FAM, hidden, Hessian, detached": fam("hidden", curvature="hessian", **DETACHED),
+    "FAM, hidden, layerwise": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise"),
+    "FAM, hidden, layerwise, detached": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise", **DETACHED),
+}
+METHODS = {**COMPARED, **BY_LAYERS, **OF_CONVOLUTIONS, **FORMS}
+
+
+def make_optimizer(
+    method: Method, value: float, model: nn.Module, base: str, seed: int, lr: float, weight_decay: float
+) -> Optimizer:
+    """The method's optimizer of the model's parameters."""
+    optimizer, fixed = BASES[base]
+    settings = {**fixed, "lr": lr, "weight_decay": weight_decay}
+    if method.kind == "sam":
+        sam: Any = SAM  # whose type asks for a class
+        wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **settings)
+        return wrapped
+    if method.kind == "fam":
+        layers = list(LAYERS[method.layers](weight_layers(model)))
+        generator = torch.Generator().manual_seed(seed)
+        options = {**method.options, "lam": value, "generator": generator}
+        return FAM(model.parameters(), optimizer, layers, **options, **settings)
+    if method.kind == "decay":  # its gradient is that of value * ||W||^2
+        chosen = [layer.weight for layer in LAYERS[method.layers](weight_layers(model))]
+        others = [p for p in model.parameters() if all(p is not w for w in chosen)]
+        groups = [{"params": others}, {"params": chosen, "weight_decay": weight_decay + 2 * value}]
+        return optimizer(groups, **settings)
+    return optimizer(model.parameters(), **settings)
+
+
+def add_hooks(method: Method, value: float, model: nn.Module) -> None:
+    """What the method does inside the network, in train mode."""
+    if method.kind == "noise":
+        for layer in LAYERS[method.layers](weight_layers(model)):
+            add_noise(layer, (2 * value) ** 0.5)
+    if method.kind == "dropout":  # on what each Linear layer but the first takes in
+        for layer in weight_layers(model)[1:]:
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(lambda own, x: dropout(x[0], value, own.training))
+
+
+def add_noise(layer: nn.Module, sigma: float) -> None:
+    """Relative Gaussian noise of standard deviation sigma on what the layer takes in, in train mode."""
+
+    def on_rows(own: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        (x,) = arguments
+        return x + sigma * x.norm(dim=-1, keepdim=True) * torch.randn_like(x) if own.training else x
+
+    def on_patches(own: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        if not own.training:
+            return output
+        assert isinstance(own, nn.Conv2d)
+        w = own.weight.flatten(1)
+        moved = (w @ torch.randn(w.shape[1], w.shape[1], dtype=w.dtype)).view_as(own.weight)
+        return output + sigma * conv2d(
+            arguments[0], moved, None, own.stride, own.padding, own.dilation, own.groups
+        )
+
+    if isinstance(layer, nn.Linear):
+        layer.register_forward_pre_hook(on_rows)
+    else:
+        layer.register_forward_hook(on_patches)

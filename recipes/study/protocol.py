@@ -1,172 +1,282 @@
 """Which networks the study trains. Written before the runs; the results files repeat every field.
 
-Hyper-parameters are chosen by the accuracy on validation data after the last epoch, averaged over two seeds
-that are not used again. Validation labels are as noisy as the training labels. Test data are looked at in
-the stages that are reported, once per network, after everything was chosen.
+Values are chosen by the score on validation data after the last epoch, averaged over two seeds that are not
+used again. Validation labels are as noisy as the training labels. Test data are looked at in the stages
+"comparison", "longer" and "networks", once per network, after everything was chosen.
+
+A stage is a function of what was measured before; a stage that chooses is asked again until it wants
+nothing more.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, fields, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
-from recipes.study.analysis import Results, choose
-from recipes.study.methods import CANDIDATES, METHODS, PARTS, WEIGHTINGS
+from recipes.study.analysis import Results, best, mean_by, to_try, where
+from recipes.study.methods import (
+    BY_LAYERS,
+    COMPARED,
+    FORMS,
+    LEARNING_RATES,
+    METHODS,
+    OF_CONVOLUTIONS,
+    WEIGHT_DECAYS,
+)
+from recipes.study.tasks import TASKS
 from recipes.study.trial import Trial
 
-EPOCHS = {"digits": 60, "mnist1d": 60, "fashion-2000": 20, "fashion-10000": 10, "fashion-60000": 6}
-TUNED = ("fashion-2000", "mnist1d", "digits")
-NOISES = (0.4, 0.0, 0.2)
+
+class Condition(NamedTuple):
+    """What is learned."""
+
+    task: str
+    noise: float
+    name: str
+
+
+CONDITIONS = (  # the most telling first
+    Condition("mnist1d", 0.2, "MNIST-1D, 20 % wrong"),
+    Condition("mnist1d", 0.0, "MNIST-1D"),
+    Condition("digits", 0.4, "digits, 40 % wrong"),
+    Condition("digits", 0.0, "digits"),
+    Condition("mnist1d-layernorm", 0.2, "MNIST-1D, LayerNorm, GELU, 20 % wrong"),
+    Condition("diabetes", 0.0, "diabetes (regression)"),
+    Condition("mnist1d", 0.4, "MNIST-1D, 40 % wrong"),
+    Condition("finetune-200", 0.0, "fine-tuning on 200 digits"),
+    Condition("finetune-1000", 0.0, "fine-tuning on 1,000 digits"),
+    Condition("fashion", 0.4, "Fashion-MNIST, 40 % wrong"),
+    Condition("fashion-nobatchnorm", 0.2, "Fashion-MNIST, no BatchNorm, 20 % wrong"),
+    Condition("fashion", 0.0, "Fashion-MNIST"),
+    Condition("fashion-vit", 0.2, "Fashion-MNIST, transformer, 20 % wrong"),
+)
 TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
-LR = 0.05  # where it is not tuned
-SHORTLIST = ("plain", "head L2", "sam", "fam", "fam detached")
-BUDGETS = (3, 5, 10, 40)  # epochs; 20 is in the comparison
-CONDITIONS: dict[str, dict[str, Any]] = {  # under which a single lam has to do; each changes one thing or two
-    "base": {},
-    "learning rate 0.0125": {"lr": 0.0125},
+MORE_SEEDS = (5, 6, 7, 8, 9)
+DECAY = 5e-4  # weight decay where it is not tuned
+RATES, DECAYS = (0.0125, 0.05, 0.2), (5e-4, 2e-3, 8e-3)  # of SGD, tried first
+BY_LAYERS_ON: dict[
+    tuple[str, float], Iterable[str]
+] = {  # where sets of layers are compared, and what else is
+    ("mnist1d", 0.2): (),
+    ("mnist1d", 0.0): (),
+    ("digits", 0.4): (),
+    ("mnist1d-layernorm", 0.2): FORMS,
+    ("mnist1d", 0.4): (),
+    ("fashion", 0.4): OF_CONVOLUTIONS,
+}
+SHORTLIST = (
+    "SGD",
+    "label smoothing",
+    "noise, hidden layers",
+    "SAM",
+    "ASAM",
+    "FAM, last layer, detached",
+    "FAM, hidden",
+    "FAM, hidden, detached",
+)
+TIMES = (2, 4, 0.5, 0.25)  # lengths of training, relative to that which was tuned
+LONGER = (("mnist1d", 0.2), ("fashion", 0.4))
+LAMS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SLOWER = "a quarter of the learning rate"
+VARIANTS: dict[str, dict[str, Any]] = {  # of MNIST-1D with 20 % wrong labels: where one lam has to do
     "width 32": {"width": 32},
     "width 512": {"width": 512},
-    "batch 256": {"batch_size": 256},
-    "Adam": {"base": "adam", "lr": 1e-3},
-    "clean": {"noise": 0.0},
-    "MNIST-1D": {"task": "mnist1d"},
-    "MNIST-1D, Adam": {"task": "mnist1d", "base": "adam", "lr": 1e-3},
-    "MNIST-1D, clean": {"task": "mnist1d", "noise": 0.0},
-    "digits": {"task": "digits"},
+    "one hidden layer": {"depth": 1},
+    "four hidden layers": {"depth": 4},
+    "batches of 256": {"batch_size": 256},
+    SLOWER: {},
+    "Adam": {"base": "adam", "lr": 1e-3, "weight_decay": 0.0},
 }
+WITH_ONE_LAM = ("FAM, hidden", "FAM, hidden, detached")
 
 
-def trial(task: str, method: str, value: float, noise: float, seed: int, lr: float, **changes: Any) -> Trial:
+def trial(condition: Condition, method: str, value: float, seed: int, **changes: Any) -> Trial:
     """A trial of the task's length, or a method's part of it."""
-    epochs = changes.pop("epochs", EPOCHS[task])
-    if METHODS[method].option == "lr":
-        lr = value
-    if METHODS[method].option == "weight_decay":
-        changes["weight_decay"] = value
-    epochs = max(1, round(METHODS[method].epochs * epochs))
-    return Trial(task, method, value, noise, seed, epochs, lr, **changes)
+    task, noise, _ = condition
+    own = TASKS[task]
+    epochs = changes.pop("epochs", own.epochs)
+    settings = {"batch_size": own.batch_size, "lr": value, "weight_decay": DECAY, **changes}
+    return Trial(task, noise, method, value, seed, max(1, round(METHODS[method].epochs * epochs)), **settings)
 
 
-def learning_rates(results: Results) -> Iterator[Trial]:
-    """The plain optimizer's, for every task and noise; all methods take the one that is best for it."""
-    for task, noise, value, seed in product(TUNED, NOISES, CANDIDATES["plain"].grid, TUNING_SEEDS):
-        yield trial(task, "plain", value, noise, seed, value)
+def sgd(results: Results) -> Iterator[Trial]:
+    """Learning rate and weight decay of plain SGD, jointly; and the learning rate without weight decay.
+
+    The grid gains a row or a column where the best of it is at an edge.
+    """
+    for condition in CONDITIONS:
+        yield from sgd_of(results, condition)
+
+
+def sgd_of(results: Results, condition: Condition) -> Iterator[Trial]:
+    """One condition's grid."""
+    by_both = mean_by(tuned(results, condition, "SGD"), "lr", "weight_decay")
+    rates = to_try(LEARNING_RATES, RATES, best_by(by_both, 0))
+    decays = to_try(WEIGHT_DECAYS, DECAYS, best_by(by_both, 1))
+    without = to_try(
+        LEARNING_RATES, RATES, {lr: score for (lr, decay), score in by_both.items() if not decay}
+    )
+    pairs = dict.fromkeys([*product(rates, decays), *product(without, (0.0,))])
+    for (lr, decay), seed in product(pairs, TUNING_SEEDS):
+        yield trial(condition, "SGD", lr, seed, weight_decay=decay)
+
+
+def best_by(by_both: Mapping[Any, float], position: int) -> dict[float, float]:
+    """For each value of one of two, the score with the best of the other."""
+    found: dict[float, float] = {}
+    for key, score in by_both.items():
+        found[key[position]] = max(score, found.get(key[position], score))
+    return found
+
+
+def tuned(results: Results, condition: Condition, method: str) -> Results:
+    """The tuning trials of a method, as far as all tuning seeds were run."""
+    found = where(
+        results, task=condition.task, noise=condition.noise, method=method, variant="", tested=False
+    )
+    seeds = Counter((r["lr"], r["weight_decay"], r["value"]) for r in found)
+    return [r for r in found if seeds[r["lr"], r["weight_decay"], r["value"]] == len(TUNING_SEEDS)]
+
+
+def base(results: Results, condition: Condition, **fields: Any) -> dict[str, float]:
+    """The learning rate and weight decay that were best for SGD; of these fields only, if there are any."""
+    by_both = mean_by(where(tuned(results, condition, "SGD"), **fields), "lr", "weight_decay")
+    lr, decay = best(by_both)
+    return {"lr": lr, "weight_decay": decay}
+
+
+def by_value(results: Results, condition: Condition, method: str) -> dict[float, float]:
+    """A method's validation scores, at the learning rate and weight decay that are best for SGD."""
+    found = tuned(results, condition, method)
+    return mean_by(where(found, **base(results, condition)), "value")
+
+
+def values(results: Results, condition: Condition, methods: Iterable[str]) -> Iterator[Trial]:
+    """Tuning trials of the methods' own values, once SGD is tuned."""
+    if missing(results, sgd_of(results, condition)):
+        return
+    settings = base(results, condition)
+    for method in methods:
+        own = METHODS[method]
+        if own.kind != "sgd" and applies(method, condition):
+            for value in to_try(own.values, own.start, by_value(results, condition, method)):
+                for seed in TUNING_SEEDS:
+                    yield trial(condition, method, value, seed, **settings)
+
+
+def missing(results: Results, trials: Iterable[Trial]) -> list[Trial]:
+    """Those that were not measured yet."""
+    names = [field.name for field in fields(Trial)]
+    done = {tuple(r[name] for name in names) for r in results}
+    return [one for one in dict.fromkeys(trials) if tuple(asdict(one).values()) not in done]
+
+
+def settled(results: Results, condition: Condition, methods: Iterable[str]) -> bool:
+    """Whether the methods are tuned."""
+    wanted = [*sgd_of(results, condition), *values(results, condition, methods)]
+    return not missing(results, wanted)
+
+
+def applies(method: str, condition: Condition) -> bool:
+    """Labels can be smoothed, numbers cannot."""
+    return METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes"
 
 
 def tuning(results: Results) -> Iterator[Trial]:
-    """Every other method's hyper-parameter."""
-    for task, noise, method in product(TUNED, NOISES, CANDIDATES):
-        lr = learning_rate(results, task, noise)
-        for value, seed in product(CANDIDATES[method].grid, TUNING_SEEDS):
-            if method != "plain":
-                yield trial(task, method, value, noise, seed, lr)
+    """The value of every method that is compared."""
+    for condition in CONDITIONS:
+        yield from values(results, condition, COMPARED)
 
 
-def extension(results: Results) -> Iterator[Trial]:
-    """One value more for every method whose best is the first or last of its grid."""
-    for task, noise, method in product(TUNED, NOISES, CANDIDATES):
-        lr = learning_rate(results, task, noise)
-        grid = CANDIDATES[method].grid
-        best = choose(results, task, method, noise, grid)
-        for edge, beyond in zip((grid[0], grid[-1]), CANDIDATES[method].beyond, strict=True):
-            if best == edge:
-                for seed in TUNING_SEEDS:
-                    yield trial(task, method, beyond, noise, seed, lr)
+def layers(results: Results) -> Iterator[Trial]:
+    """FAM on every set of layers, by validation only."""
+    for (task, noise), extra in BY_LAYERS_ON.items():
+        yield from values(results, of(task, noise), [*BY_LAYERS, *extra])
 
 
-def learning_rate(results: Results, task: str, noise: float) -> float:
-    """The one that all methods take: the best of the plain optimizer's grid."""
-    return choose(results, task, "plain", noise, CANDIDATES["plain"].grid)
+def of(task: str, noise: float) -> Condition:
+    """The condition of a task and a noise."""
+    return next(c for c in CONDITIONS if (c.task, c.noise) == (task, noise))
+
+
+def chosen(results: Results, condition: Condition, method: str, **changes: Any) -> Trial:
+    """A trial with what was chosen by validation; the first seed."""
+    without = {"weight_decay": 0.0} if method == "SGD, no weight decay" else {}
+    settings = base(results, condition, **without)
+    value = settings["lr"]
+    if METHODS[method].kind != "sgd":
+        value = best(by_value(results, condition, method))
+    return trial(condition, method, value, SEEDS[0], **settings, tested=True, **changes)
 
 
 def comparison(results: Results) -> Iterator[Trial]:
     """Every method with what was chosen for it, and fresh seeds."""
-    for task, noise, method, seed in product(TUNED, NOISES, CANDIDATES, SEEDS):
-        yield chosen(results, task, method, noise, seed)
+    yield from compared(results, COMPARED, SEEDS)
 
 
-def chosen(
-    results: Results, task: str, method: str, noise: float, seed: int, tuned_on: str = "", **changes: Any
-) -> Trial:
-    """A trial with what was chosen by validation, of this task or another."""
-    tuned_on = tuned_on or task
-    lr = learning_rate(results, tuned_on, noise)
-    value = choose(results, tuned_on, method, noise)
-    return trial(task, method, value, noise, seed, lr, tested=True, **changes)
+def more_seeds(results: Results) -> Iterator[Trial]:
+    """Five more for the shortlist."""
+    yield from compared(results, SHORTLIST, MORE_SEEDS)
 
 
-def parts(results: Results) -> Iterator[Trial]:
-    """Which part of the whole gradient does the harm: tuned and compared at 40 % noise."""
-    task, noise = "fashion-2000", 0.4
-    lr = learning_rate(results, task, noise)
-    for method in PARTS:
-        for value, seed in product(PARTS[method].grid, TUNING_SEEDS):
-            yield trial(task, method, value, noise, seed, lr)
+def compared(results: Results, methods: Iterable[str], seeds: tuple[int, ...]) -> Iterator[Trial]:
+    """Tested trials of the conditions whose tuning is complete."""
+    for condition in CONDITIONS:
+        if settled(results, condition, COMPARED):
+            for method in methods:
+                if applies(method, condition):
+                    one = chosen(results, condition, method)
+                    yield from (replace(one, seed=seed) for seed in seeds)
 
 
-def parts_compared(results: Results) -> Iterator[Trial]:
-    """The parts with what was chosen for them."""
-    for method, seed in product(PARTS, SEEDS):
-        yield chosen(results, "fashion-2000", method, 0.4, seed)
+def longer(results: Results) -> Iterator[Trial]:
+    """The shortlist trained for longer and shorter than it was tuned for."""
+    for condition in (of(task, noise) for task, noise in LONGER):
+        if settled(results, condition, COMPARED):
+            for times, method in product(TIMES, SHORTLIST):
+                epochs = round(times * TASKS[condition.task].epochs)
+                one = chosen(results, condition, method, epochs=epochs)
+                yield from (replace(one, seed=seed) for seed in SEEDS)
 
 
-def weightings(results: Results) -> Iterator[Trial]:
-    """Ways to weigh kappa, under many conditions; for the choice of a default by validation accuracy."""
-    for name, seed in product(CONDITIONS, TUNING_SEEDS):
-        fields = condition(name)
-        yield trial(method="plain", value=fields["lr"], seed=seed, tested=True, **fields)
-        for method, weighting in WEIGHTINGS.items():
-            for value in weighting.grid:
-                yield trial(method=method, value=value, seed=seed, tested=True, **fields)
-
-
-def condition(name: str) -> dict[str, Any]:
-    """The fields of a condition's trials."""
-    standard = {"task": "fashion-2000", "noise": 0.4, "lr": LR, "width": 128, "batch_size": 64, "base": "sgd"}
-    return {**standard, **CONDITIONS[name]}
+def lam(results: Results) -> Iterator[Trial]:
+    """One grid of lam for every condition (where tuning left a value out) and variant; by validation only."""
+    for condition in CONDITIONS:
+        if settled(results, condition, COMPARED):
+            settings = base(results, condition)
+            for method in WITH_ONE_LAM:
+                left_out = set(LAMS) - set(by_value(results, condition, method))
+                for value, seed in product(sorted(left_out), TUNING_SEEDS):
+                    yield trial(condition, method, value, seed, **settings, variant="lam")
+    condition = CONDITIONS[0]
+    if settled(results, condition, COMPARED):
+        settings = base(results, condition)
+        for name, seed in product(VARIANTS, TUNING_SEEDS):
+            changed = {**settings, **VARIANTS[name], "variant": name}
+            if name == SLOWER:
+                changed["lr"] = settings["lr"] / 4
+            yield trial(condition, "SGD", changed["lr"], seed, **changed)
+            for method, value in product(WITH_ONE_LAM, LAMS):
+                yield trial(condition, method, value, seed, **changed)
 
 
 def networks(results: Results) -> Iterator[Trial]:
     """Plain networks of all kinds: does kappa go with the generalisation gap?"""
-    kinds = {
-        "mnist1d": ((32, 128, 512), (32, 64, 256), (0.0, 5e-4, 5e-3)),
-        "fashion-2000": ((32, 512), (64, 256), (0.0, 5e-3)),
-    }
-    for task, (widths, batch_sizes, decays) in kinds.items():
-        for noise, width, batch_size, decay in product(NOISES, widths, batch_sizes, decays):
-            yield Trial(
-                task, "plain", LR, noise, 0, EPOCHS[task], LR, width, batch_size, "sgd", decay, tested=True
-            )
+    kinds = product((0.2, 0.0, 0.4), (32, 128, 512), (0.0, 5e-4, 5e-3), (32, 64, 256), (0.0125, 0.05))
+    for noise, width, decay, batch_size, lr in kinds:
+        changed = {"width": width, "weight_decay": decay, "batch_size": batch_size, "variant": "network"}
+        yield trial(of("mnist1d", noise), "SGD", lr, 0, tested=True, **changed)
 
 
-def budgets(results: Results) -> Iterator[Trial]:
-    """Accuracy against time: the shortlist trained for shorter and longer."""
-    for noise, epochs, method, seed in product((0.4, 0.0), BUDGETS, SHORTLIST, SEEDS[:3]):
-        yield chosen(results, "fashion-2000", method, noise, seed, epochs=epochs)
-
-
-def larger(results: Results) -> Iterator[Trial]:
-    """10,000 images, the shortlist, with the values chosen on 2,000."""
-    for noise, seed, method in product((0.4, 0.0), SEEDS[:2], SHORTLIST):
-        yield chosen(results, "fashion-10000", method, noise, seed, "fashion-2000")
-
-
-def largest(results: Results) -> Iterator[Trial]:
-    """All images, once."""
-    for noise, method in product((0.4, 0.0), SHORTLIST):
-        yield chosen(results, "fashion-60000", method, noise, 0, "fashion-2000")
-
-
-STAGES: Mapping[str, Callable[[Results], Iterator[Trial]]] = {
-    "learning_rates": learning_rates,
+STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
+    "sgd": sgd,
     "tuning": tuning,
-    "extension": extension,
+    "layers": layers,
     "comparison": comparison,
-    "parts": parts,
-    "parts_compared": parts_compared,
-    "weightings": weightings,
-    "budgets": budgets,
-    "larger": larger,
+    "longer": longer,
     "networks": networks,
-    "largest": largest,
+    "lam": lam,
+    "more_seeds": more_seeds,
 }

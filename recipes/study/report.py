@@ -1,231 +1,128 @@
-"""Tables of the study, as Markdown, from its saved results."""
+"""The study's report, as Markdown, from its saved results: every table with what one must know to read it."""
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from rich import box
 from rich.table import Table
 
 from recipes.shared.tables import markdown
-from recipes.study.analysis import (
-    GAPS,
-    MEASURES,
-    Results,
-    best_default,
-    difference,
-    mean_by_value,
-    mean_difference,
-    rank_correlation,
-    values_of,
-    where,
-)
-from recipes.study.methods import CANDIDATES, WEIGHTINGS
-from recipes.study.protocol import CONDITIONS, EPOCHS, NOISES, SHORTLIST, TUNED, condition
-
-MEASURED = {  # heading -> field, of the tables of the comparison
-    "test accuracy": "test_accuracy",
-    "best validation": "best_test_accuracy",
-    "NLL": "test_nll",
-    "ECE %": "test_ece",
-    "\\|W\\|": "weight_norm",
-    "\\|phi\\|": "feature_norm",
-    "kappa": "kappa",
-    "Tr(H)": "trace",
-}
+from recipes.study import tables
+from recipes.study.analysis import Results, differences, values_of
+from recipes.study.protocol import CONDITIONS, WITH_ONE_LAM
 
 
-def write(stages: Mapping[str, Results], target: Path) -> None:
+class Captioned(NamedTuple):
+    """A table with its heading and what one must know to read it."""
+
+    heading: str
+    caption: str
+    table: Table
+
+
+def write(stages: Mapping[str, Results], costs: Mapping[str, Any], target: Path) -> None:
     """Write every table whose stage was run."""
-    text = [f"\n## {heading}\n\n{markdown(table)}" for heading, table in tables(stages)]
+    text = [f"\n## {t.heading}\n\n{t.caption}\n\n{markdown(t.table)}" for t in captioned(stages, costs)]
     target.write_text("# Tables of the study\n" + "".join(text))
 
 
-def tables(stages: Mapping[str, Results]) -> Iterator[tuple[str, Table]]:
-    """Headings and tables."""
-    compared = stages["comparison"]
+def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterator[Captioned]:
+    """All tables that the stages allow."""
+    everything = list(chain(*stages.values()))
+    compared = [*stages["comparison"], *stages["more_seeds"]]
+    found = [c for c in CONDITIONS if tables.of(compared, c)]
     if compared:
-        yield "Difference to plain SGD in test accuracy, mean over tasks, paired by seed", summary(compared)
-        yield "Test accuracy after the last epoch, mean over five seeds", overview(compared)
-        yield "Difference to SAM, paired by seed, with 95 % intervals", overview(compared, "sam")
-    for task in TUNED:
-        for noise in sorted(NOISES):
-            if found := where(compared, task=task, noise=noise):
-                yield f"{task}, {noise:.0%} wrong labels", comparison(found)
-    if stages["parts_compared"]:
-        beside = where(compared, task="fashion-2000", noise=0.4)
-        shown = [r for r in beside if r["method"] in ("plain", "fam", "fam detached")]
-        yield (
-            "Parts of the gradient held constant, 40 % wrong labels",
-            comparison(shown + stages["parts_compared"]),
+        yield Captioned(
+            "Gain over tuned SGD",
+            "Points of test score (accuracy; R² of the regression) over SGD with tuned learning rate and "
+            "weight "
+            f"decay, paired by seed: the mean over {len(found)} conditions with its 95 % interval over "
+            "conditions, "
+            "bold where that leaves out zero; and the number of conditions in which the method is better or "
+            "worse at the 5 % level after Holm's correction.",
+            tables.summary(compared, found),
         )
-    for name in ("larger", "largest"):
-        for noise in sorted(NOISES):
-            if found := where(stages[name], noise=noise):
-                heading = f"{found[0]['task']}, {noise:.0%} wrong labels, values chosen on fashion-2000"
-                yield heading, comparison(found)
-    if stages["budgets"]:
-        yield "Test accuracy by epochs", by_epochs(stages["budgets"] + compared)
-    if stages["weightings"]:
-        yield "Ways to weigh kappa: what a single default loses", defaults(stages["weightings"])
-        yield "Ways to weigh kappa: the best value of each, by condition", optima(stages["weightings"])
+        yield Captioned(
+            "Test score by condition",
+            "Percent after the last epoch: mean ± standard deviation over five seeds, or ten where the "
+            "shortlist has "
+            "them.",
+            tables.by_condition(compared, found, lambda own, _: tables.spread(values_of(own, "test_score"))),
+        )
+        yield Captioned(
+            "Gain over tuned SGD by condition",
+            "Points of test score, paired by seed, with 95 % intervals; bold where the interval leaves out "
+            "zero "
+            "(not corrected for the number of conditions).",
+            tables.by_condition(
+                compared, found, lambda own, sgd: tables.signed(differences(own, sgd, "test_score"))
+            ),
+        )
+        for ours in WITH_ONE_LAM:
+            yield Captioned(
+                f"{ours}: difference to others",
+                f"Points of test score of {ours} minus those of the column's method, paired by seed, with 95 "
+                "% "
+                "intervals; bold where p is below 5 % after Holm's correction for the number of conditions. "
+                "The "
+                "last row is the mean over conditions, with the interval over conditions.",
+                tables.versus(compared, found, ours),
+            )
+    if stages["sgd"]:
+        yield Captioned(
+            "What was chosen",
+            "Learning rate and weight decay of SGD, and every other method's own value. In brackets where it "
+            "is "
+            "the last that could be tried.",
+            tables.choices(everything),
+        )
+    if stages["layers"]:
+        yield Captioned(
+            "Which layers",
+            "Best validation score (labels as noisy as in training) of each set of layers, mean of two "
+            "seeds, in "
+            "brackets its lam.",
+            tables.layer_sets(everything),
+        )
+    if stages["longer"]:
+        yield Captioned(
+            "Longer and shorter",
+            "Test accuracy in percent with the values chosen for 1 x the epochs: mean ± standard deviation "
+            "over five "
+            "seeds.",
+            tables.by_epochs([*stages["longer"], *stages["comparison"]]),
+        )
+    if stages["lam"]:
+        for method in WITH_ONE_LAM:
+            yield Captioned(
+                f"One lam: {method}",
+                "Points of validation score (two seeds) that SGD, and that every lam, loses against the best "
+                "of "
+                "these lams in the same row.",
+                tables.one_lam(everything, method),
+            )
     if stages["networks"]:
-        yield "Kendall's tau with the generalisation gap", correlations(stages["networks"])
-
-
-def summary(compared: Results) -> Table:
-    """A row per method, a column per noise and one for all: what it gains over the plain optimizer."""
-    noises = sorted({r["noise"] for r in compared})
-    table = Table("method", *(f"{noise:.0%} wrong labels" for noise in noises), "all", box=box.MARKDOWN)
-    plain = where(compared, method="plain")
-    for method in CANDIDATES:
-        own = where(compared, method=method)
-        if method == "plain" or not own:
-            continue
-        cells = []
-        for chosen in (*([noise] for noise in noises), noises):
-            settings = [
-                {"task": task, "noise": noise}
-                for task in TUNED
-                for noise in chosen
-                if where(compared, task=task, noise=noise)
-            ]
-            cells.append(interval(*mean_difference(own, plain, "test_accuracy", settings)))
-        table.add_row(method, *cells)
-    return table
-
-
-def overview(compared: Results, reference: str = "") -> Table:
-    """A row per method, a column per task and noise: accuracies, or differences to a reference."""
-    columns = [(task, noise) for task in TUNED for noise in sorted(NOISES)]
-    columns = [(task, noise) for task, noise in columns if where(compared, task=task, noise=noise)]
-    table = Table("method", *(f"{task}, {noise:.0%}" for task, noise in columns), box=box.MARKDOWN)
-    for method in CANDIDATES:
-        cells = []
-        for task, noise in columns:
-            found = where(compared, task=task, noise=noise, method=method)
-            others = where(compared, task=task, noise=noise, method=reference)
-            if reference:
-                cells.append(signed(found, others) if method != reference else "")
-            else:
-                cells.append(spread(values_of(found, "test_accuracy")))
-        table.add_row(method, *cells)
-    return table
-
-
-def comparison(found: Results) -> Table:
-    """A row per method: what was chosen, and everything measured."""
-    table = Table("method", "value", *MEASURED, "difference to plain", box=box.MARKDOWN)
-    plain = where(found, method="plain")
-    for method in dict.fromkeys(r["method"] for r in found):
-        own = where(found, method=method)
-        cells = [spread(values_of(own, field)) for field in MEASURED.values()]
-        table.add_row(method, f"{own[0]['value']:g}", *cells, signed(own, plain) if method != "plain" else "")
-    return table
-
-
-def by_epochs(results: Results) -> Table:
-    """A row per method and noise, a column per number of epochs."""
-    found = [r for r in results if r["task"] == "fashion-2000" and r["method"] in SHORTLIST]
-    epochs = sorted({r["epochs"] for r in found})
-    table = Table("wrong labels", "method", *(f"{number} epochs" for number in epochs), box=box.MARKDOWN)
-    for noise in sorted({r["noise"] for r in found if r["epochs"] != EPOCHS["fashion-2000"]}):
-        for method in SHORTLIST:
-            own = where(found, noise=noise, method=method)
-            cells = [spread(values_of(where(own, epochs=number), "test_accuracy")) for number in epochs]
-            table.add_row(f"{noise:.0%}", method, *cells)
-    return table
-
-
-def curves(results: Results, quantity: str) -> dict[str, list[dict[float, float]]]:
-    """By way to weigh kappa: for every condition a quantity by value; "kappa / m" is "fixed", renamed."""
-    ways: dict[str, list[dict[float, float]]] = {}
-    for name in CONDITIONS:
-        fields = condition(name)
-        found = where(results, **fields)
-        for way in WEIGHTINGS:
-            ways.setdefault(way, []).append(mean_by_value(where(found, method=way), quantity))
-        by_value = {fields["width"] * value: accuracy for value, accuracy in ways["fixed"][-1].items()}
-        ways.setdefault("fixed, of kappa / m", []).append(by_value)
-    return ways
-
-
-def defaults(results: Results) -> Table:
-    """The single value of every way that loses least validation accuracy, and what it loses."""
-    table = Table(
-        "way",
-        "default",
-        "mean loss",
-        "worst loss",
-        "mean loss to its own optimum",
-        "mean test accuracy",
-        box=box.MARKDOWN,
-    )
-    tested = curves(results, "test_accuracy")
-    for way, (default, losses, own) in best_default(curves(results, "validation")).items():
-        table.add_row(
-            way,
-            f"{default:g}",
-            f"{statistics.fmean(losses):.2f}",
-            f"{max(losses):.2f}",
-            f"{statistics.fmean(own):.2f}",
-            f"{statistics.fmean(by_value[default] for by_value in tested[way]):.2f}",
+        yield Captioned(
+            "Kendall's tau with the generalisation gap",
+            f"{len(stages['networks'])} perceptrons trained with SGD on MNIST-1D: over all; and within cells "
+            "in which "
+            "the named fields are the same, the mean over cells. n.s.: one-sided p above 1 %.",
+            tables.correlations(stages["networks"]),
         )
-    return table
-
-
-def optima(results: Results) -> Table:
-    """A row per condition: each way's best value and its validation accuracy, and the plain optimizer's."""
-    ways = curves(results, "validation")
-    table = Table("condition", "plain", *ways, box=box.MARKDOWN)
-    for number, name in enumerate(CONDITIONS):
-        plain = values_of(where(results, **condition(name), method="plain"), "validation")
-        cells = []
-        for by_condition in ways.values():
-            by_value = by_condition[number]
-            value = max(by_value, key=by_value.__getitem__)
-            cells.append(f"{value:g}: {by_value[value]:.1f}")
-        table.add_row(name, f"{statistics.fmean(plain):.1f}", *cells)
-    return table
-
-
-def correlations(results: Results) -> Table:
-    """A row per task and set of networks, a column per measure and gap."""
-    heads = [f"{measure}, {gap}" for gap in GAPS for measure in MEASURES]
-    table = Table("task", "networks", "number", *heads, box=box.MARKDOWN)
-    for task in dict.fromkeys(r["task"] for r in results):
-        of_task = where(results, task=task)
-        sets = {"all": of_task} | {
-            f"{noise:.0%} noise": where(of_task, noise=noise) for noise in sorted(NOISES)
-        }
-        for name, chosen in sets.items():
-            cells = []
-            for gap in GAPS:
-                for measure in MEASURES:
-                    tau, p = rank_correlation(chosen, measure, gap)
-                    cells.append(f"{tau:.2f}" + ("" if p < 0.01 else " (n.s.)"))
-            table.add_row(task, name, str(len(chosen)), *cells)
-    return table
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return ""
-    mean = statistics.fmean(values)
-    digits = 3 if abs(mean) < 100 else 4
-    text = f"{mean:.{digits}g}" if abs(mean) >= 1e-3 else f"{mean:.1e}"
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.2g}"
-
-
-def signed(own: Results, reference: Results) -> str:
-    """The paired difference in test accuracy with its interval."""
-    if len(own) < 2 or len(reference) < 2:
-        return ""
-    return interval(*difference(own, reference, "test_accuracy"))
-
-
-def interval(mean: float, half: float) -> str:
-    """A difference with its 95 % interval; bold where that leaves out zero."""
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
+    if costs:
+        yield Captioned(
+            "Cost of a step",
+            "Median of the ratio to SGD's step in the same round, one thread; in brackets the quartiles.",
+            tables.cost(costs),
+        )
+    for condition in found:
+        yield Captioned(
+            condition.name,
+            "Value chosen; mean ± standard deviation over seeds. Early stopping: test score of the epoch "
+            "with the "
+            "best validation score, of ten that were looked at. Noise, blur, contrast: accuracy on shifted "
+            "images, "
+            "mean of five strengths.",
+            tables.details(tables.of(compared, condition)),
+        )
