@@ -23,6 +23,12 @@ def weight_layers(model: nn.Module) -> list[nn.Module]:
 
     >>> hidden = weight_layers(model)[:-1]
     >>> FAM(model.parameters(), torch.optim.SGD, hidden, mode="hutchinson", curvature="gauss_newton", lr=0.1)
+
+    Args:
+        model: any module; itself too, if it is such a layer.
+
+    Returns:
+        Its Linear, convolution and transposed convolution modules, and subclasses of these.
     """
     inside = {m for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
     return [m for m in model.modules() if base_type(m) is not None and m not in inside]

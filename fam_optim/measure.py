@@ -52,6 +52,9 @@ class Factor(Protocol):
         `product` is ``x W``, if somebody has formed it.
         """
 
+    def inner(self, rows: Tensor) -> Tensor:
+        """``<F^T x_a, F^T x_b>`` of the rows x of each group ``(..., n, d)``: ``(..., n, n)``."""
+
     def square(self, g: Tensor) -> Tensor:
         """``||F^T g||_F^2``, ``()``, of g ``(d, m)``; through the smaller Gram matrix, and never negative."""
 
@@ -97,6 +100,12 @@ class Neuronwise:
             return 1.0, product
         known: Tensor = _KnownProduct.apply(rows, self.matrix, product)
         return 1.0, known
+
+    def inner(self, rows: Tensor) -> Tensor:
+        if self.by_unit:
+            return (rows @ self.gram()) @ rows.mT
+        pulled = rows @ self.matrix
+        return pulled @ pulled.mT
 
     def square(self, g: Tensor) -> Tensor:
         if self.by_unit:
@@ -171,6 +180,9 @@ class Layerwise:
 
     def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, rows
+
+    def inner(self, rows: Tensor) -> Tensor:
+        return self.square_norm * (rows @ rows.mT)
 
     def square(self, g: Tensor) -> Tensor:
         return self.square_norm * g.square().sum()

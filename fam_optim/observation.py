@@ -46,7 +46,14 @@ _computed = _Computed()
 
 
 class Observation:
-    """A module whose calls are being recorded: what `observe` yields and `relative_flatness` takes."""
+    """A layer whose calls are being recorded: what `observe` yields and `relative_flatness` takes.
+
+    Args:
+        module: the layer, as in `observe`.
+
+    Attributes:
+        module: the layer; of a compiled one the module that was compiled.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         module = getattr(module, "_orig_mod", module)  # torch.compile(module) runs the module's own hooks

@@ -59,19 +59,21 @@ class FAM(OptimizerWrapper):
         lam: weight of kappa, at least 0; may be changed at any time. At 0 the step is the base's, bit
             for bit. On plain kappa one value does for many widths, learning rates and optimizers: 0.008,
             with detach_hessian, is the one that lost least against tuning it (recipes/study/README.md).
-        mode: "exact", "full" (forms the Hessian; tiny layers) or "hutchinson" (random probes).
+        mode: "exact", "full" (forms the Hessian; tiny layers) or "hutchinson" (random probes, unbiased).
         measure: "neuronwise" (paper, section 1) or "layerwise" (section 3.2).
         curvature: "hessian" (the paper's) or "gauss_newton": its part that is never negative, on any layer,
             for all layers at the price of one backward (mode "hutchinson"); behind BatchNorm too. For
             softmax cross-entropy, binary cross-entropy with logits, squared error and sums of these.
-        normalize: divide kappa by m, as the authors' code does; the paper's lambdas apply then.
-        detach_hessian: keep only the part of the gradient that goes through ``<w_s, w_u>``, (I) of the
-            paper's Lemma 1, ``2 T W``.
-        n_samples: probes per step (hutchinson).
-        generator: of the probes; its state is part of `state_dict` (hutchinson).
+        normalize: divide kappa by the number of the layer's inputs, as the authors' code does; the paper's
+            lambdas apply then.
+        detach_hessian: hold the Hessian constant: keep only the part of kappa's gradient that goes through
+            the layer's own weights, (I) of the paper's Lemma 1.
+        n_samples: probes per step, at least 1 (hutchinson).
+        generator: of the probes, by default torch's global one; its state is in `state_dict` (hutchinson).
         **base_kwargs: for the base optimizer: lr, momentum, ...
 
     Attributes:
+        lam: weight of kappa; may be set.
         base_optimizer: owns ``state``, ``param_groups`` and ``defaults``; FAM's are the same objects.
         last_kappa: kappa of the loss as it last entered the penalty, detached, on the device; None before.
 
@@ -149,7 +151,7 @@ class FAM(OptimizerWrapper):
         return regularized
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's."""
+        """Zeroes the gradients, as the base optimizer does."""
         unseen(super().zero_grad, set_to_none)  # it asks for every parameter's gradient, and sets it
 
     # The step

@@ -88,7 +88,10 @@ def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
 
 
 def _root_of(weights: Tensor) -> Tensor:
-    """The root of what is not negative, whose derivative at 0 is 0: what counts nothing moves nothing."""
+    """The root of what is not negative, whose derivative at 0 is 0: what counts nothing moves nothing.
+
+    So a weight that is learned, and exactly 0, learns nothing from kappa.
+    """
     positive = weights > 0
     return torch.where(positive, torch.where(positive, weights, 1).sqrt(), 0)
 
@@ -168,11 +171,24 @@ def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiabl
 
 
 def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """``o.square()``, of a difference or of anything."""
-    if node._saved_exponent != 2:
+    """``o.square()``, of a difference or of anything but another loss, whose outputs are others."""
+    if node._saved_exponent != 2 or _contains_a_loss(node, path):
         return None
     twice = torch.full_like(at_least_float32(node._saved_self.detach()), 2.0)
     return DiagonalOutput(node, twice * _coefficient(node, loss, differentiable), {0: 1.0})
+
+
+def _contains_a_loss(node: Node, path: frozenset[Node]) -> bool:
+    stack, seen = [node], {node}
+    while stack:
+        for below, _ in stack.pop().next_functions:
+            if below in path and below not in seen:
+                assert below is not None
+                if nodes.kind(below) in _KINDS.keys() - {"Pow"}:
+                    return True
+                seen.add(below)
+                stack.append(below)
+    return False
 
 
 def _per_entry(node: Any, loss: Tensor, like: Tensor, differentiable: bool) -> Tensor:

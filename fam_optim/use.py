@@ -194,9 +194,17 @@ class ConvUse(LayerUse):
         return self.convolve(self.phi, self.weight, bias)
 
     def rows(self) -> Tensor:
-        # A filter bank of one-hot filters reads the patches off, whatever stride, padding, dilation.
-        one_hot = torch.eye(self.m, dtype=self.input.dtype, device=self.phi.device)
-        return self.lift(one_hot).movedim(self.channel, -1)
+        # One-hot filters read the patches off, whatever stride, padding, dilation; every channel by itself.
+        kernel = self.weight.shape[2:]
+        one_hot = torch.eye(math.prod(kernel), dtype=self.input.dtype, device=self.phi.device)
+        channels = self.input.reshape(-1, 1, *self.input.shape[-len(kernel) :])
+        patches = self._filtered(channels, one_hot.reshape(-1, *kernel))
+        of_position = patches.reshape(*self.lead[: self.channel], self.m, *self.lead[self.channel :])
+        return of_position.movedim(self.channel, -1)
+
+    def _filtered(self, channels: Tensor, filters: Tensor) -> Tensor:
+        """Images of one channel through filters ``(filters, *kernel)``."""
+        return self.convolve(channels, filters.unsqueeze(1), None)
 
     def squared_norms(self) -> Tensor:
         ones = self.input.new_ones(1, self.m)
@@ -252,6 +260,9 @@ class ConvTransposeUse(ConvUse):
 
     def again(self, bias: Tensor | None) -> Tensor:
         return self._transposed(self.phi, self.weight, bias)
+
+    def _filtered(self, channels: Tensor, filters: Tensor) -> Tensor:
+        return self._transposed(channels, filters.unsqueeze(0), None)
 
     def _transposed(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _CONV_TRANSPOSE[weight.dim() - 2](

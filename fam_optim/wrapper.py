@@ -65,11 +65,11 @@ class OptimizerWrapper(Optimizer):
         return self.base_optimizer._optimizer_step_post_hooks
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's."""
+        """Zeroes the gradients, as the base optimizer does."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The base optimizer's."""
+        """Adds a group of parameters to the base optimizer."""
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

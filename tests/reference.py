@@ -60,7 +60,25 @@ def brute_force_hessian(loss: Tensor, weight: Tensor, create_graph: bool = False
     return torch.stack(rows)
 
 
-def curvatures(loss: Loss, layers: Sequence[Layer], create_graph: bool = False) -> list[Curvature]:
+def brute_force_gauss_newton(loss: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
+    """``J^T B J``, differentiable: (numel, numel).
+
+    J is the derivative of every output in every weight, row by row, B the Hessian of `loss` in the outputs.
+    """
+    jacobian = [
+        torch.autograd.grad(o, weight, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+        for o in outputs.flatten()
+    ]
+    j = torch.stack([row.flatten() for row in jacobian])
+    return j.T @ brute_force_hessian(loss, outputs, create_graph=True) @ j
+
+
+def curvatures(
+    loss: Loss,
+    layers: Sequence[Layer],
+    create_graph: bool = False,
+    outputs: Callable[[], Tensor] | None = None,
+) -> list[Curvature]:
     """Runs the forward and returns every layer's weight matrix (attached) and Hessian.
 
     Args:
@@ -68,13 +86,17 @@ def curvatures(loss: Loss, layers: Sequence[Layer], create_graph: bool = False) 
             whenever it is called.
         layers: modules, whose own calls count, or parameters, whose every use counts.
         create_graph: keep the Hessian differentiable.
+        outputs: what the network put out in this forward: the Gauss-Newton part of the Hessian instead.
     """
     with primitive_layer_norm(), own_calls_only([la for la in layers if isinstance(la, nn.Module)]) as used:
         value = loss()
     result = []
     for layer in layers:
         weight = layer if isinstance(layer, nn.Parameter) else used[layer]
-        flat = brute_force_hessian(value, weight, create_graph)
+        if outputs is None:
+            flat = brute_force_hessian(value, weight, create_graph)
+        else:
+            flat = brute_force_gauss_newton(value, outputs(), weight)
         neurons = torch.tensor(entries_by_neuron(layer, weight.shape), device=weight.device)
         result.append(Curvature(weight.flatten()[neurons], flat[neurons][:, :, neurons]))
     return result
@@ -246,29 +268,6 @@ def primitive_layer_norm() -> Iterator[None]:
 
 
 def gauss_newton_traces(outputs: Tensor, loss: Tensor, weight: Tensor, measure: str) -> Tensor:
-    """``<F F^T, T>``, T[s,u] = Tr(G_{s,u}), G = J^T B J, by loops over the definition, differentiable.
-
-    J is the derivative of every output in every weight, B that of every entry of dL/do in every output.
-    """
+    """``<F F^T, T>``, T[s,u] = Tr(G_{s,u}), of ``G = J^T B J`` in one weight, differentiable."""
     w = weight.flatten(1)
-    d, m = w.shape
-    rows = [
-        torch.autograd.grad(o, weight, create_graph=True, allow_unused=True, materialize_grads=True)[0]
-        for o in outputs.flatten()
-    ]
-    jacobian = torch.stack([row.reshape(d, m) for row in rows])
-    (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
-    curvature = torch.stack(
-        [
-            torch.autograd.grad(s, outputs, create_graph=True, allow_unused=True, materialize_grads=True)[0]
-            for s in slope.flatten()
-        ]
-    ).flatten(1)
-    gauss_newton = torch.einsum("ast,ab,buv->stuv", jacobian, curvature, jacobian)
-    value = weight.new_zeros(())
-    for s in range(d):
-        for u in range(d):
-            trace = sum(gauss_newton[s, t, u, t] for t in range(m))
-            factor = w[s] @ w[u] if measure == "neuronwise" else (s == u) * w.square().sum()
-            value = value + factor * trace
-    return value
+    return kappa(w, brute_force_gauss_newton(loss, outputs, weight).reshape(*w.shape, *w.shape), measure)

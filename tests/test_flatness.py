@@ -8,6 +8,7 @@ closed form of a softmax cross-entropy is possible.
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,6 +72,21 @@ def expected(case: Case) -> dict[str, Expected]:
     return result
 
 
+@cache
+def expected_gauss_newton(case: Case) -> dict[str, Expected]:
+    """The same of the Gauss-Newton part, in what the case's network puts out."""
+    problem = case.problem()
+    parameters = problem.trained()
+    made: list[Tensor] = []
+    problem.net.register_forward_hook(lambda module, inputs, out: made.append(out))
+    layers = reference.curvatures(problem, problem.layers, outputs=lambda: made[-1])
+    result = {}
+    for measure in reference.MEASURES:
+        kappa = reference.sum_of_kappas(layers, measure)
+        result[measure] = Expected(kappa.detach(), kappa, reference.gradient(kappa, parameters), [])
+    return result
+
+
 def check_value(got: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
     assert got.shape == (), f"{what}: expected a scalar, got shape {tuple(got.shape)}"
     error = abs(got.item() - wanted.item()) / max(abs(wanted.item()), FLOOR)
@@ -113,6 +129,44 @@ def check(case: Case, mode: str) -> None:
                 (loss + kappa).backward(retain_graph=True)
 
 
+# Gauss-Newton curvature of these losses is refused: they are not convex in the outputs, or not known to be.
+REFUSED = {
+    *("ce_signed_weights", "ce_hardest_rows", "ce_flooded", "ce_by_logsumexp", "ce_log_of_softmax"),
+    *("ce_power_still_one", "ce_soft_maximum", "ce_exponential", "ce_squared", "ce_weights_from_prediction"),
+    *("ce_over_all_classes", "ce_own_prediction", "focal", "focal_gamma_still_zero", "generalised_ce"),
+    *("poly_ce", "confidence_penalty", "kl_reversed", "js_divergence", "huber", "poisson", "gaussian_nll"),
+    *("cosine", "dice_per_row", "dice_over_batch", "rank_pairs", "hinge"),
+}
+# Convex in what the loss itself has made of that: similarities of samples, or the log-partition function.
+OF_OTHER_OUTPUTS = {"contrastive", "ce_plus_contrastive", "z_loss", "z_loss_still_zero"}
+REFUSAL = r"convex in the network's outputs.*curvature='hessian'"
+
+
+def check_gauss_newton(case: Case, mode: str) -> None:
+    problem, loss_name = case.problem(), case.name.rsplit("-", 1)[1]
+    loss, layers = observed(problem)
+    options = {"mode": mode, "curvature": "gauss_newton"}
+    if loss_name in REFUSED:
+        with pytest.raises(RuntimeError, match=REFUSAL):
+            relative_flatness(loss, layers, **options)
+        return
+    if loss_name in OF_OTHER_OUTPUTS:
+        assert relative_flatness(loss, layers, **options) >= 0
+        return
+    if loss_name == "linear_loss":  # known to have no curvature where all that follows the layer is linear
+        try:
+            assert relative_flatness(loss, layers, **options) == 0
+        except RuntimeError as error:
+            assert re.search(REFUSAL, str(error))
+        return
+    for measure, wanted in expected_gauss_newton(case).items():
+        what = f"{case.name}, {mode}, {measure}"
+        kappa = relative_flatness(loss, layers, measure=measure, **options)
+        check_value(kappa, wanted.kappa, VALUE, what)
+        got = gradient(kappa, loss, problem.trained())
+        check_gradient(got, wanted.gradient, problem.names(), GRADIENT, what)
+
+
 # ----------------------------------------------------------------------------------------- all cases
 
 
@@ -145,6 +199,16 @@ def test_full_agrees_with_the_definition(case: Case) -> None:
 @by_name([case for case in CASES if "exact" in case.modes])
 def test_exact_agrees_with_the_definition(case: Case) -> None:
     check(case, "exact")
+
+
+@by_name(GRID[::3])
+def test_full_gauss_newton_agrees_with_the_definition(case: Case) -> None:
+    check_gauss_newton(case, "full")
+
+
+@by_name([case for case in GRID if "exact" in case.modes])
+def test_exact_gauss_newton_agrees_with_the_definition(case: Case) -> None:
+    check_gauss_newton(case, "exact")
 
 
 @pytest.fixture

@@ -280,6 +280,38 @@ def test_never_negative_in_any_precision(dtype: torch.dtype) -> None:
             assert kappa >= 0, f"seed {seed}, {layer}, {mode}: {kappa}"
 
 
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_convolutions_before_batch_norm_under_autocast(dtype: torch.dtype, detach: bool) -> None:
+    """Where a convolution's own node computes in low precision, its derivative in the weight does not."""
+
+    def step(enabled: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4, 4, 2),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        ).float()
+        settings = {"curvature": "gauss_newton", "mode": "hutchinson", "detach_hessian": detach}
+        fam = FAM(net.parameters(), torch.optim.SGD, weight_layers(net)[:-1], lam=1.0, lr=1.0, **settings)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = F.cross_entropy(net(torch.randn(4, 3, 5, 5).float()), Y)
+        fam.regularize(loss).backward()
+        assert fam.last_kappa is not None and fam.last_kappa.dtype == torch.float32
+        return fam.last_kappa, torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    (kappa, gradient), (wanted, wanted_gradient) = step(True), step(False)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(kappa, wanted, rtol=8 * eps, atol=0)
+    # BatchNorm's derivatives magnify what the forward has rounded.
+    assert (gradient - wanted_gradient).norm() <= 32 * eps * wanted_gradient.norm()
+
+
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "focal": lambda o: ((1 - o.softmax(1)[:, 0]) ** 2 * F.cross_entropy(o, Y, reduction="none")).mean(),
     "dice": lambda o: 1 - (o.sigmoid() * SOFT).sum() / (o.sigmoid().sum() + SOFT.sum()),

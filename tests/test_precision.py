@@ -519,15 +519,16 @@ def test_the_guard_sees_a_reading() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=name)
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize(
     ("layer", "mode"), [(4, "exact"), (2, "exact"), (0, "exact"), (2, "hutchinson"), (2, "full")]
 )
 def test_a_step_reads_nothing_on_the_host_once_its_tail_is_known(
-    layer: int, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    layer: int, mode: str, curvature: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flags, "reading_waits", lambda tensor: True)  # as on an accelerator
     net = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 4))
-    fam = FAM(net.parameters(), torch.optim.SGD, net[layer], LAM, mode, lr=0.1)
+    fam = FAM(net.parameters(), torch.optim.SGD, net[layer], LAM, mode, curvature=curvature, lr=0.1)
     x, y = four_classes(0, torch.float32)
 
     def closure() -> Tensor:

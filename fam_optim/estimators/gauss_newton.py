@@ -10,9 +10,11 @@ exact        all columns
 hutchinson   random signs r for the columns: ``E ||F^T g_r||^2``, one backward, whatever interacts
 full         T_G from every column by itself: for tests
 
-``g`` is ``sum_a delta_a phi_a^T`` over the rows a of z, ``delta = d<S r, o>/dz``. Of a row by itself
-``||F^T g||^2 = ||phi||^2 ||F^T delta||^2`` takes no (d, m) tensor, and the sum of these has less variance
-than the square of the sum: it is taken where the graph shows that rows do not interact.
+``g`` is ``sum_a delta_a phi_a^T`` over the rows a of z, ``delta = d<S r, o>/dz``. Where the graph shows that
+rows do not interact, or samples, the sum of their squares has less variance than the square of their sum:
+
+    of a row        ||F^T g||^2 = ||phi||^2 ||F^T delta||^2                       takes no (d, m) tensor
+    of a sample     ||F^T g||^2 = sum_ab <phi_a, phi_b> <F^T delta_a, F^T delta_b>    where that is cheap
 
 Source: DESIGN, 7; for cross-entropy the expected squared gradient over labels drawn from the model.
 """
@@ -124,13 +126,13 @@ class Jacobian:
 
     def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
         weight = nodes.weight_of_convolution(edge.node)
-        if weight is None or use.weight.dtype in LOW_PRECISION:
+        if weight is None or nodes.results(edge.node)[0].dtype in LOW_PRECISION:  # under autocast, say
             return use.pull(delta)
         # The forward's own node, which spares the convolution that `pull` builds a graph with.
         (g,) = torch.autograd.grad(
             edge,
             GradientEdge(*weight),
-            delta.reshape(use.shape),
+            delta.reshape(nodes.shape(edge.node, edge.output_nr)),  # a batch of one, if it had none
             create_graph=self.differentiable,
             retain_graph=True,
         )
@@ -185,6 +187,8 @@ def gauss_newton(
             more than `MAX_PRODUCTS` products.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
+    if not jacobian.outputs:  # a loss linear in what the network puts out
+        return [factor.gram().new_zeros(()) for factor in factors]
     if mode == "full":
         return _from_traces(jacobian, factors)
     groups = _common_groups(jacobian)
@@ -196,22 +200,24 @@ def gauss_newton(
                 f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
                 "mode='hutchinson', which is unbiased with one."
             )
-        values = [_squares(jacobian, factors, groups, r) for r in _columns(jacobian, groups)]
+        apart = [groups] * len(factors)
+        values = [_squares(jacobian, factors, apart, r) for r in _columns(jacobian, groups)]
         return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
     like = jacobian.uses[0][0].matrix()
+    apart = [groups if _cheap_apart(jacobian, layer, groups) else 1 for layer in range(len(factors))]
     samples = []
     for _ in range(n_samples):
         r = [rademacher(tuple(output.shape), like, generator) for output in jacobian.outputs]
-        samples.append(_squares(jacobian, factors, groups, r))
+        samples.append(_squares(jacobian, factors, apart, r))
     return [torch.stack(of_layer).mean() for of_layer in zip(*samples, strict=True)]
 
 
-def _squares(jacobian: Jacobian, factors: Sequence[Factor], groups: int, r: Sequence[Tensor]) -> list[Tensor]:
-    """``sum over groups of ||F^T g||^2`` of every layer, for one r."""
-    return [
-        _square(jacobian, layer, found, factor, groups)
-        for layer, (found, factor) in enumerate(zip(jacobian.pull(r), factors, strict=True))
-    ]
+def _squares(
+    jacobian: Jacobian, factors: Sequence[Factor], groups: Sequence[int], r: Sequence[Tensor]
+) -> list[Tensor]:
+    """``sum over groups of ||F^T g||^2`` of every layer, in as many groups as it says for each, for one r."""
+    of_layers = zip(jacobian.pull(r), factors, groups, strict=True)
+    return [_square(jacobian, layer, *of_layer) for layer, of_layer in enumerate(of_layers)]
 
 
 def _square(jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, groups: int) -> Tensor:
@@ -220,6 +226,9 @@ def _square(jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Fac
     if grouping is None or groups == 1:
         return factor.square(jacobian.in_weights(layer, found))
     delta = grouping.gather_outputs([f.delta for f in found])
+    if grouping.size > 1:
+        phi = grouping.gather([use.rows() for use in grouping.uses])
+        return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
     rows = [
         f.through.reshape(*use.lead, -1)
         for f, use in zip(found, grouping.uses, strict=True)
@@ -227,11 +236,7 @@ def _square(jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Fac
     ]
     product = grouping.gather(rows) if len(rows) == len(found) else None
     scale, pulled = factor.pulled(delta, product)
-    if grouping.size == 1:
-        return scale * (grouping.squared_norms()[:, 0] * pulled[:, 0].square().sum(1)).sum()
-    phi = grouping.gather([use.rows() for use in grouping.uses])
-    gram = (phi @ phi.mT) * (pulled @ pulled.mT)
-    return scale * gram.sum().clamp_min(0)
+    return scale * (grouping.squared_norms()[:, 0] * pulled[:, 0].square().sum(1)).sum()
 
 
 def _columns(jacobian: Jacobian, groups: int) -> Iterator[list[Tensor]]:
@@ -267,6 +272,17 @@ def _common_groups(jacobian: Jacobian) -> int:
         if whole and independence.independent(jacobian.tails, groups):
             return groups
     return 1
+
+
+def _cheap_apart(jacobian: Jacobian, layer: int, groups: int) -> bool:
+    """Whether the groups' squares by themselves, which vary less, take at most twice the multiplications that
+    the square of their sum takes."""
+    grouping = _grouping(jacobian.tails[layer], jacobian.uses[layer], groups)
+    if grouping is None or grouping.size == 1:
+        return True
+    d, m = jacobian.uses[layer][0].matrix().shape
+    through_w = min(d * d + grouping.size * d, d * m + grouping.size * m)
+    return grouping.size * m + through_w <= 2 * d * m
 
 
 def _grouping(tail: Tail, uses: Sequence[Use], groups: int) -> Grouping | None:

@@ -3,6 +3,7 @@
     python -m recipes.benchmark                                       # every row
     python -m recipes.benchmark --tasks "resnet18 head 10x512"        # one row; others in the results stay
     python -m recipes.benchmark --smoke                               # seconds: does everything run?
+    python -m recipes.benchmark --accelerator                         # a GPU's rows, in ten minutes
 
 The candidates (recipes.benchmark.candidates) of a row alternate in one process, in an order that rotates;
 every step is compared with the plain step of the same round, so that a busy machine slows both; the table
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from recipes.benchmark import accelerator
 from recipes.benchmark.candidates import CANDIDATES, Build, Candidate, Step, chosen, flatness, layer_alone
 from recipes.benchmark.cases import TASKS
 from recipes.benchmark.memory import alive_bytes, peak_bytes
@@ -36,7 +38,12 @@ from recipes.shared.tables import table as make_table
 from recipes.shared.timing import alternate, median, ratio, timed
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
-ROUNDS = {"tiny 16x16": 400, "resnet50 head 1000x2048": 3}  # cheap and noisy; seconds a step
+ROUNDS = {  # the quick are noisy, the slow are dear
+    "tiny 16x16": 400,
+    "small conv net hidden 128x1568": 150,
+    "perceptron 4x1024 all layers": 40,
+    "resnet50 head 1000x2048": 3,
+}
 TOLERANCE = 1e-4  # of the check, relative, in float32
 CHECK = "FAM hutchinson"  # checks the exact kappa whatever candidates were asked for
 
@@ -144,12 +151,20 @@ def tables(rows: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
         return f"{result['ratio']:.2f} ({low:.2f}-{high:.2f})"
 
     def memory(result: dict[str, Any]) -> str:
-        return f"{result['memory']:.2f}"
+        return f"{result['memory']:.2f}" if "memory" in result else "not measured"
+
+    def peak(result: dict[str, Any]) -> str:
+        return f"{_readable(result['peak_bytes'] / 1e6)} MB" if "memory" in result else "not measured"
 
     return (
-        _table("time", rows, lambda result: f"{1000 * result['seconds']:.3g} ms", ratio),
-        _table("peak memory", rows, lambda result: f"{result['peak_bytes'] / 1e6:.3g} MB", memory),
+        _table("time", rows, lambda result: f"{_readable(1000 * result['seconds'])} ms", ratio),
+        _table("peak memory", rows, peak, memory),
     )
+
+
+def _readable(number: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _table(
@@ -181,8 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_device(reader)
     reader.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     reader.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing, draw these results")
+    reader.add_argument(
+        "--accelerator", action="store_true", help="what is worth measuring on a GPU, in at most ten minutes"
+    )
     add_smoke(reader, "the smallest task, three rounds")
     options = reader.parse_args(arguments)
+    if options.accelerator:
+        run_accelerator(options)
+        return
     if options.smoke:
         options.tasks, options.rounds, options.probes = ["tiny 16x16"], 3, 8
         options.threads = 1  # a test may share the machine
@@ -213,6 +234,23 @@ def run(options: Options) -> Path:
         configuration = {"rounds": options.rounds, "probes": options.probes, "smoke": options.smoke}
         save(path, record("benchmark", configuration, time.perf_counter() - begin, rows, options.device))
     return path
+
+
+def run_accelerator(options: Options) -> None:
+    """Measure, save and print the rows of `recipes.benchmark.accelerator`."""
+    if options.device.type != "cuda" and not options.smoke:
+        sys.exit("benchmark: --accelerator expects a GPU, and torch sees none; with --smoke a CPU does.")
+    path, begin = out(options) / "accelerator.json", time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    for row in accelerator.measure(options.device, smoke=options.smoke):
+        rows.append(row)
+        seconds = time.perf_counter() - begin
+        print(f"{seconds:4.0f} s  {row['task']}: {row.get('left out', 'measured')}")
+        save(path, record("accelerator", {"smoke": options.smoke}, seconds, rows, options.device))
+    show(console(), *tables(rows))
+    print(f"{path} written")
+    if complaint := accelerator.verdict(rows):
+        sys.exit(f"benchmark: {complaint}")
 
 
 if __name__ == "__main__":

@@ -85,10 +85,11 @@ def beside(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The ratios to the plain step, with the measured ones."""
     title = "Operations relative to the plain step's (in brackets: measured time)"
-    result = make_table("task", "plain, GFLOP", *COUNTED, title=title)
+    labels = [label for label in COUNTED if any(label in row["candidates"] for row in rows)]
+    result = make_table("task", "plain, GFLOP", *labels, title=title)
     for row in rows:
         cells = []
-        for label in COUNTED:
+        for label in labels:
             over, time = row["candidates"].get(label), row.get("measured", {}).get(label)
             beside = f" ({time:.2f})" if time is not None else ""
             cells.append("-" if over is None else f"{over / row['plain']:.2f}{beside}")

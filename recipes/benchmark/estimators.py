@@ -1,6 +1,7 @@
 """The spread of Hutchinson's estimator: the error of kappa and of its gradient, and what it costs.
 
     python -m recipes.benchmark.estimators                      # into runs/estimator_spread
+    python -m recipes.benchmark.estimators --curvature gauss_newton --out runs/gauss_newton_spread
     python -m recipes.benchmark.estimators --smoke
     python -m recipes.benchmark.estimators --plot results.json   # redraw
 
@@ -9,6 +10,11 @@ which share a Hessian-vector product. Compared, with equal numbers of products:
 
     library, row       mode="hutchinson" of the observed layer, its check that rows do not interact included
     library, weight    the same of the bare parameter: what a convolution gets
+
+Gauss-Newton curvature has two forms of its estimate, of which each layer gets one:
+
+    library, apart     the sum of squares, of every row or of every sample by itself
+    library, whole     the square of the whole batch's sum
 
 All are unbiased, shown by the mean of the values, and of the gradients along the exact one, in standard
 errors. The standard deviation of the value is relative to kappa; that of the gradient (in all parameters)
@@ -41,27 +47,35 @@ from recipes.tasks.images import fashion_mnist
 
 WIDTH = 64
 BATCH = 128
-"""The network: Linear(784, 64), Tanh, Linear(64, 64), Tanh, Linear(64, 10)."""
 LAYERS = {"hidden 64x64": 2, "head 10x64": 4}
 PRODUCTS = (1, 4, 12)
 Call = Callable[[], Tensor]
 
 
 def network() -> nn.Sequential:
-    """A small multilayer perceptron on images."""
+    """A small multilayer perceptron on images ``(N, 784)``."""
     return nn.Sequential(
         nn.Linear(784, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 10)
     )
 
 
-def spread(problem: Problem, draws: int, products: Sequence[int]) -> list[dict[str, Any]]:
+def convolutional() -> nn.Sequential:
+    """A small convolutional network on images ``(N, 784)``, whose samples do not interact."""
+    first, second = nn.Conv2d(1, 16, 3, 2), nn.Conv2d(16, 32, 3, 2)
+    body = nn.Unflatten(1, (1, 28, 28)), first, nn.Tanh(), second, nn.Tanh(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(32 * 36, 10))
+
+
+def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str) -> list[dict[str, Any]]:
     """One row per estimator and number of products, of one layer; the first is the exact mode."""
     with observe(problem.layer) as layer:
         loss = problem.loss()
-    calls: dict[tuple[str, int], Call] = {("exact", 0): partial(relative_flatness, loss, layer)}
+    kappa = partial(relative_flatness, loss, curvature=curvature)
+    calls: dict[tuple[str, int], Call] = {("exact", 0): partial(kappa, layer)}
+    names = ("row", "weight") if curvature == "hessian" else ("apart", "whole")
     for n in products:
-        for name, of in (("library, row", layer), ("library, weight", problem.weight)):
-            calls[name, n] = partial(relative_flatness, loss, of, mode="hutchinson", n_samples=n)
+        for name, of in zip(names, (layer, problem.weight), strict=True):
+            calls[f"library, {name}", n] = partial(kappa, of, mode="hutchinson", n_samples=n)
     return [
         {"estimator": name, "products": n, **figures}
         for (name, n), figures in errors(calls, problem, draws).items()
@@ -166,24 +180,33 @@ def plot(results: Mapping[str, Any]) -> Figure:
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """Both layers, before training and after."""
+    """The layers of the network, or of both, before training and after."""
     products = PRODUCTS[:1] if options.smoke else PRODUCTS
     images, labels = fashion_mnist("train")
     order = torch.randperm(len(labels))
     batches = [(images[part].flatten(1), labels[part]) for part in torch.split(order, BATCH)]
-    model = network()
+    networks = [(network(), LAYERS)]
+    if options.curvature == "gauss_newton":
+        networks.append((convolutional(), {"convolution 32x144": 3}))
     runs = []
-    for stage, steps in (("untrained", 0), ("trained", options.steps)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        for step in range(steps):
-            x, y = batches[step % len(batches)]
-            optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        for name, index in LAYERS.items():
-            rows = spread(Problem(model, model[index], *batches[0]), options.draws, products)
-            runs += [{"stage": stage, "layer": name, **row} for row in rows]
+    for model, layers in networks:
+        for stage, steps in (("untrained", 0), ("trained", options.steps)):
+            train(model, batches, steps)
+            for name, index in layers.items():
+                problem = Problem(model, model[index], *batches[0])
+                rows = spread(problem, options.draws, products, options.curvature)
+                runs += [{"stage": stage, "layer": name, **row} for row in rows]
     return runs
+
+
+def train(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
+    """With SGD, over and over."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(steps):
+        x, y = batches[step % len(batches)]
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
 
 def bias_found(runs: Sequence[dict[str, Any]]) -> str:
@@ -193,6 +216,7 @@ def bias_found(runs: Sequence[dict[str, Any]]) -> str:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--draws": {"type": positive, "default": 300, "help": "of every estimator"},
+    "--curvature": {"choices": ("hessian", "gauss_newton"), "default": "hessian"},
     "--steps": {"type": positive, "default": 300, "help": "of training, for the trained network"},
 }
 SMOKE = {"draws": 4, "steps": 3}

@@ -62,7 +62,7 @@ def add_smoke(target: argparse.ArgumentParser, what: str) -> None:
 
 
 def out(options: Options) -> Path:
-    """Where results go. A smoke test has a folder of its own, which each begins anew."""
+    """Where results go: a smoke test has a folder of its own, out of the way of real ones."""
     chosen: Path = options.out
     return chosen / "smoke" if options.smoke else chosen
 
@@ -85,7 +85,7 @@ class Recipe:
         plot: of the saved results; None if there is nothing to draw.
         options: arguments of its own, as for argparse.
         smoke: the options' values in a smoke test.
-        summary: a closing line.
+        summary: a closing line, if there is one.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Recipe:
     plot: Callable[[Mapping[str, Any]], Figure] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     smoke: Mapping[str, Any] = field(default_factory=dict)
-    summary: Callable[[Sequence[dict[str, Any]]], str] = lambda runs: ""
+    summary: Callable[[Sequence[dict[str, Any]]], str] | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Measure, save, print, draw."""
@@ -104,10 +104,11 @@ class Recipe:
             path = self.run(options) if options.plot is None else options.plot
             results = load(path)
             show(console(), self.table(results["runs"]))
-            print(self.summary(results["runs"]))
+            if self.summary is not None:
+                print(self.summary(results["runs"]))
             if self.plot is not None:
                 save_picture(self.plot(results), path.with_suffix(".png"))
-                print(f"{path.with_suffix('.png')} written")
+            print(f"{path.with_suffix('')}.* written")
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"{self.name}: {error}")
 

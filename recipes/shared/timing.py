@@ -52,16 +52,11 @@ def turns(
 
 
 def alternate(
-    calls: Mapping[Label, Callable[[], Any]],
-    rounds: int,
-    device: torch.device = CPU,
-    *,
-    warm_up: int = 1,
-    every: Mapping[Label, int] | None = None,
+    calls: Mapping[Label, Callable[[], Any]], rounds: int, device: torch.device = CPU, **options: Any
 ) -> dict[Label, list[float]]:
-    """The seconds of every call by label, in the order of the rounds (see `turns`)."""
+    """The seconds of every call by label, in the order of the rounds; ``options`` as for `turns`."""
     seconds: dict[Label, list[float]] = {label: [] for label in calls}
-    for label, took, _ in turns(calls, rounds, device, warm_up=warm_up, every=every):
+    for label, took, _ in turns(calls, rounds, device, **options):
         seconds[label].append(took)
     return seconds
 
