@@ -177,9 +177,9 @@ def test_a_users_code_is_type_checked(marked: bool, installed: Path, tmp_path: P
         assert wanted in found[number], line
 
 
-def test_changelog_has_the_version_and_names_the_one_before() -> None:
+def test_changelog_says_what_changed_since_which_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    sections = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", changelog, flags=re.MULTILINE)
-    versions = [version for version, date in sections if version != "Unreleased"]
-    assert all(date for version, date in sections if version != "Unreleased")
-    assert fam_optim.__version__ in (versions or ["0.1.0"])
+    heads = re.findall(r"^## \[([\d.]+)\] - \d{4}-\d{2}-\d{2}$", changelog, flags=re.MULTILINE)
+    assert heads[0] == fam_optim.__version__
+    changed = re.findall(r"^### (?:Changed|Fixed)(.*)$", changelog, flags=re.MULTILINE)
+    assert {*changed} <= {f" since {version}" for version in heads[1:]}

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from recipes import report
 from recipes.benchmark import __main__ as benchmark
 from recipes.benchmark import counts, estimators, scaling
+from recipes.paper import __main__ as paper
 from recipes.shared.results import load
 from recipes.shared.tables import markdown
 from recipes.study import __main__ as study
@@ -266,6 +267,7 @@ def saved_tables() -> list[Table]:
         scaling.table(runs("scaling")),
         *(estimators.table(runs(name)) for name in ("estimator_spread", "estimator_spread_gauss_newton")),
     ]
+    made += paper.tables()
     several = {"benchmark": benchmark.tables, "train": report.tables}  # recipes with more than one file
     for path in sorted(RESULTS.glob("*.json")):
         saved = load(path)
