@@ -87,9 +87,11 @@ def test_python_blocks_run_in_order_in_one_namespace(
     monkeypatch.chdir(tmp_path)
     names = readers_names()
     before = names["model"].head.weight.detach().clone()
-    for number, block in enumerate(blocks(page, "python"), 1):
+    shown = blocks(page, "python")
+    for number, block in enumerate(shown, 1):
         exec(compile(block, f"{page.name}, Python block {number}", "exec"), names)
-    assert not torch.equal(names["model"].head.weight, before)
+    trains = any("model" in block for block in shown)
+    assert trains != torch.equal(names["model"].head.weight, before)
 
 
 def test_pages_have_code() -> None:
