@@ -179,12 +179,14 @@ def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
 
 
 def _contains_a_loss(node: Node, path: frozenset[Node]) -> bool:
+    """Whether a cross-entropy or squared error is among what the node is computed from."""
+    losses = _KINDS.keys() - {"Pow"}
     stack, seen = [node], {node}
     while stack:
         for below, _ in stack.pop().next_functions:
             if below in path and below not in seen:
                 assert below is not None
-                if nodes.kind(below) in _KINDS.keys() - {"Pow"}:
+                if nodes.kind(below) in losses:
                     return True
                 seen.add(below)
                 stack.append(below)

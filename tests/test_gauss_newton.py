@@ -101,14 +101,13 @@ def matrix_of(layer: Any) -> Tensor:
 def definition(
     net: nn.Module, x: Tensor, loss_of: Callable[[Tensor], Tensor], layer: Any, measure: str
 ) -> Tensor:
-    outputs = net(x)
-    loss = loss_of(outputs)
-    if not isinstance(layer, nn.ConvTranspose1d):
-        return reference.gauss_newton_traces(outputs, loss, layer.weight, measure)
-    # Rows are outputs: the second axis of the weight. Traces do not mind the order of the columns.
-    weight = layer.weight.transpose(0, 1).contiguous()
-    outputs = torch.func.functional_call(net, {"0.weight": weight.transpose(0, 1)}, (x,))
-    return reference.gauss_newton_traces(outputs, loss_of(outputs), weight, measure)
+    made: list[Tensor] = []
+
+    def loss() -> Tensor:
+        made.append(net(x))
+        return loss_of(made[-1])
+
+    return reference.sum_of_kappas(reference.curvatures(loss, [layer], outputs=lambda: made[-1]), measure)
 
 
 def gradient(value: Tensor, net: nn.Module) -> Tensor:

@@ -188,10 +188,11 @@ def gauss_newton(
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
     if not jacobian.outputs:  # a loss linear in what the network puts out
-        return [factor.gram().new_zeros(()) for factor in factors]
+        return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
     if mode == "full":
         return _from_traces(jacobian, factors)
-    groups = _common_groups(jacobian)
+    apart = _independent_groups(jacobian)
+    groups = apart[0].groups if apart[0] else 1
     if mode == "exact":
         columns = sum(jacobian.sizes) // groups
         if columns > MAX_PRODUCTS:
@@ -200,30 +201,33 @@ def gauss_newton(
                 f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
                 "mode='hutchinson', which is unbiased with one."
             )
-        apart = [groups] * len(factors)
         values = [_squares(jacobian, factors, apart, r) for r in _columns(jacobian, groups)]
         return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
     like = jacobian.uses[0][0].matrix()
-    apart = [groups if _cheap_apart(jacobian, layer, groups) else 1 for layer in range(len(factors))]
+    cheap = [grouping if grouping and _is_cheap(grouping) else None for grouping in apart]
     samples = []
     for _ in range(n_samples):
         r = [rademacher(tuple(output.shape), like, generator) for output in jacobian.outputs]
-        samples.append(_squares(jacobian, factors, apart, r))
+        samples.append(_squares(jacobian, factors, cheap, r))
     return [torch.stack(of_layer).mean() for of_layer in zip(*samples, strict=True)]
 
 
 def _squares(
-    jacobian: Jacobian, factors: Sequence[Factor], groups: Sequence[int], r: Sequence[Tensor]
+    jacobian: Jacobian,
+    factors: Sequence[Factor],
+    groupings: Sequence[Grouping | None],
+    r: Sequence[Tensor],
 ) -> list[Tensor]:
-    """``sum over groups of ||F^T g||^2`` of every layer, in as many groups as it says for each, for one r."""
-    of_layers = zip(jacobian.pull(r), factors, groups, strict=True)
+    """``sum over groups of ||F^T g||^2`` of every layer, for one r; without a grouping there is one group."""
+    of_layers = zip(jacobian.pull(r), factors, groupings, strict=True)
     return [_square(jacobian, layer, *of_layer) for layer, of_layer in enumerate(of_layers)]
 
 
-def _square(jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, groups: int) -> Tensor:
-    """``sum over groups of ||F^T g||^2`` of one layer, by position."""
-    grouping = _grouping(jacobian.tails[layer], jacobian.uses[layer], groups)
-    if grouping is None or groups == 1:
+def _square(
+    jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
+) -> Tensor:
+    """The same of one layer, by position."""
+    if grouping is None:
         return factor.square(jacobian.in_weights(layer, found))
     delta = grouping.gather_outputs([f.delta for f in found])
     if grouping.size > 1:
@@ -259,37 +263,32 @@ def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
     return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 
 
-def _common_groups(jacobian: Jacobian) -> int:
-    """Into how many runs, which do not interact, all layers' outputs and the network's fall."""
-    counts = []
+def _independent_groups(jacobian: Jacobian) -> Sequence[Grouping | None]:
+    """The finest groups of every layer's rows, for all layers as many, that the graph shows not to interact
+    on the way to the loss; None for every layer if there are none."""
+    none = [None] * len(jacobian.tails)
+    by_layer = []
     for tail, uses in zip(jacobian.tails, jacobian.uses, strict=True):
         of_rows = row_uses(tail, uses)
         if of_rows is None:
-            return 1
-        counts.append({Grouping(of_rows, axis).groups for axis in _axes(of_rows)})
-    for groups in sorted(set.intersection(*counts), reverse=True):
+            return none
+        finest_last = reversed([Grouping(of_rows, axis) for axis in _axes(of_rows)])
+        by_layer.append({grouping.groups: grouping for grouping in finest_last})
+    for groups in sorted(set.intersection(*map(set, by_layer)) - {1}, reverse=True):
         whole = all(size % groups == 0 for size in jacobian.sizes)
         if whole and independence.independent(jacobian.tails, groups):
-            return groups
-    return 1
+            return [groupings[groups] for groupings in by_layer]
+    return none
 
 
-def _cheap_apart(jacobian: Jacobian, layer: int, groups: int) -> bool:
+def _is_cheap(grouping: Grouping) -> bool:
     """Whether the groups' squares by themselves, which vary less, take at most twice the multiplications that
     the square of their sum takes."""
-    grouping = _grouping(jacobian.tails[layer], jacobian.uses[layer], groups)
-    if grouping is None or grouping.size == 1:
+    if grouping.size == 1:
         return True
-    d, m = jacobian.uses[layer][0].matrix().shape
+    d, m = grouping.uses[0].d, grouping.uses[0].m
     through_w = min(d * d + grouping.size * d, d * m + grouping.size * m)
     return grouping.size * m + through_w <= 2 * d * m
-
-
-def _grouping(tail: Tail, uses: Sequence[Use], groups: int) -> Grouping | None:
-    of_rows = row_uses(tail, uses)
-    if of_rows is None:
-        return None
-    return next((g for axis in _axes(of_rows) if (g := Grouping(of_rows, axis)).groups == groups), None)
 
 
 def _axes(uses: Sequence[Any]) -> list[int | str]:

@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from pytorch_optimizer import SAM
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fam_optim import dataset_relative_flatness, weight_layers
@@ -92,7 +92,7 @@ def run(trial: Trial) -> dict[str, Any]:
     seed_everything(trial.seed)
     stepper = Stepper(trial)
     evaluated = stepper.evaluated
-    steps = trial.epochs * len(list(batches(trial, data.train, 0)))
+    steps = trial.epochs * len(batches(trial, data.train, 0))
     schedule = LambdaLR(stepper.optimizer, lambda step: cosine(step / steps))
     every = max(1, trial.epochs // EVALUATIONS)
     score = SCORES[TASKS[trial.task].predicts]
@@ -123,9 +123,9 @@ def run(trial: Trial) -> dict[str, Any]:
     return {**result, "seconds": time.perf_counter() - begin}
 
 
-def batches(trial: Trial, train: Samples, epoch: int) -> Iterator[Batch]:
+def batches(trial: Trial, train: Samples, epoch: int) -> DataLoader[Batch]:
     """The training samples in the order of an epoch, the same for every method."""
-    yield from of_epoch(train, trial.batch_size, trial.seed, epoch)
+    return of_epoch(train, trial.batch_size, trial.seed, epoch)
 
 
 @torch.no_grad()

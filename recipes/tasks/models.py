@@ -34,20 +34,6 @@ class SmallConvNet(nn.Module):
         return logits
 
 
-class MultilayerPerceptron(nn.Module):
-    """Two hidden layers of the same width, and a linear classifier."""
-
-    def __init__(self, inputs: int, width: int = 128, classes: int = 10) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.head(self.features(inputs))
-        return logits
-
-
 class WideBlock(nn.Module):
     """Two pre-activated 3 x 3 convolutions with dropout between them, and a shortcut."""
 
