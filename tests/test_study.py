@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -238,13 +239,20 @@ class Bowl:
     """Stands for the trainings: the validation score falls with the distance to a best value."""
 
     best: ClassVar = {"SGD": 0.4, "SAM": 0.8, "label smoothing": 0.01}  # beyond what is tried first
+    decay: ClassVar = {"dropout": 5e-4}  # not SGD's
+    rate: ClassVar = {"dropout": 0.1}  # two steps from SGD's
 
     def __call__(self, trial: Trial) -> dict[str, Any]:
         fields = {name: getattr(trial, name) for name in Trial.__dataclass_fields__}
         value = trial.lr if trial.method.startswith("SGD") else trial.value
         method = METHODS[trial.method]
         best_value = self.best.get(trial.method, (method.start or (0.05,))[-1])
-        return {**fields, "validation": -abs(math.log(value / best_value)) - trial.weight_decay}
+        distances = (
+            math.log(value / best_value),
+            math.log(trial.lr / self.rate.get(trial.method, trial.lr)),
+            trial.weight_decay - self.decay.get(trial.method, 0.0),
+        )
+        return {**fields, "validation": -sum(abs(distance) for distance in distances)}
 
 
 def test_a_condition_is_compared_only_when_it_is_tuned() -> None:
@@ -267,7 +275,16 @@ def test_a_condition_is_compared_only_when_it_is_tuned() -> None:
     assert all(t.tested for t in compared)
     assert {t.value for t in compared if t.method == "SAM"} == {0.8}
     assert {t.value for t in compared if t.method == "label smoothing"} == {0.01}
+    assert {(t.lr, t.weight_decay) for t in compared if t.method == "SAM"} == {(0.4, 0.0)}
+    assert {(t.lr, t.weight_decay) for t in compared if t.method == "dropout"} == {(0.1, 5e-4)}
     assert len(compared) == len(COMPARED) * len(protocol.SEEDS)
+
+
+def test_results_of_an_earlier_choice_are_left_out() -> None:
+    trial = protocol.trial(CONDITIONS[0], "SAM", 0.1, 0, lr=0.1)
+    results = [row(**{**asdict(trial), "value": value}) for value in (0.1, 0.2)]
+    assert protocol.measured(results, [trial]) == results[:1]
+    assert protocol.missing(results, [trial, replace(trial, value=0.3)]) == [replace(trial, value=0.3)]
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from recipes.study.analysis import Results
 from recipes.study.cost import relative_costs
 from recipes.study.methods import METHODS
 from recipes.study.pictures import draw
-from recipes.study.protocol import CONDITIONS, STAGES, missing
+from recipes.study.protocol import CONDITIONS, STAGES, measured, missing
 from recipes.study.report import write
 from recipes.study.tasks import TASKS, samples
 from recipes.study.trial import Trial, run
@@ -49,8 +49,12 @@ def lines(path: Path) -> list[str]:
 
 def pending(stage: str, stages: dict[str, Results], tasks: Sequence[str] = tuple(TASKS)) -> list[Trial]:
     """The stage's trials that were not measured yet."""
-    wanted = STAGES[stage](list(chain(*stages.values())))
-    return missing(stages[stage], (trial for trial in wanted if trial.task in tasks))
+    return missing(stages[stage], (trial for trial in wanted(stage, stages) if trial.task in tasks))
+
+
+def wanted(stage: str, stages: dict[str, Results]) -> Iterator[Trial]:
+    """The stage's trials, given all that was measured so far."""
+    return STAGES[stage](list(chain(*stages.values())))
 
 
 def execute(trials: Sequence[Trial], workers: int) -> Iterator[dict[str, Any]]:
@@ -96,7 +100,8 @@ def report(folder: Path, console: Console) -> None:
     complete = {}
     for stage, results in stages.items():
         lacking = {(trial.task, trial.noise, trial.variant) for trial in pending(stage, stages)}
-        complete[stage] = [r for r in results if (r["task"], r["noise"], r["variant"]) not in lacking]
+        found = measured(results, wanted(stage, stages))
+        complete[stage] = [r for r in found if (r["task"], r["noise"], r["variant"]) not in lacking]
         for task, noise, variant in sorted(lacking):
             console.print(f"{stage}: {task}, {noise:.0%} {variant} is not complete, left out of the report")
     costs = json.loads(path.read_text()) if (path := folder / "cost.json").exists() else {}

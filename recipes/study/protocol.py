@@ -27,6 +27,9 @@ from recipes.study.methods import (
 from recipes.study.tasks import TASKS
 from recipes.study.trial import Trial
 
+Setting = tuple[float, float, float]  # learning rate, weight decay, the method's own value
+Search = Callable[[Results, "Condition", str], Iterable[Setting]]  # what is tried of a method
+
 
 class Condition(NamedTuple):
     """What is learned."""
@@ -52,9 +55,10 @@ CONDITIONS = (  # the most telling first
     Condition("fashion-vit", 0.2, "Fashion-MNIST, transformer, 20 % wrong"),
 )
 TUNING_SEEDS = (100, 101)
-SEEDS = (0, 1, 2, 3, 4)
-MORE_SEEDS = (5, 6, 7, 8, 9)
-DECAY = 5e-4  # weight decay where it is not tuned
+SEEDS = (5, 6, 7, 8, 9)  # of 0 to 4 test scores were known when the search became a joint one
+MORE_SEEDS = (10, 11, 12, 13, 14)
+SETTINGS = ("lr", "weight_decay", "value")
+DECAY = 5e-4  # the usual weight decay
 RATES, DECAYS = (0.0125, 0.05, 0.2), (5e-4, 2e-3, 8e-3)  # of SGD, tried first
 BY_LAYERS_ON: dict[
     tuple[str, float], Iterable[str]
@@ -147,35 +151,74 @@ def base(results: Results, condition: Condition, **fields: Any) -> dict[str, flo
     return {"lr": lr, "weight_decay": decay}
 
 
-def by_value(results: Results, condition: Condition, method: str) -> dict[float, float]:
-    """A method's validation scores, at the learning rate and weight decay that are best for SGD."""
-    found = tuned(results, condition, method)
-    return mean_by(where(found, **base(results, condition)), "value")
+def at_one_rate(results: Results, condition: Condition, method: str) -> list[Setting]:
+    """A method's own value at SGD's best learning rate, with SGD's best weight decay and with the usual one.
+
+    Each line goes on while its best is at an end.
+    """
+    own, sgd = METHODS[method], base(results, condition)
+    scores = mean_by(tuned(results, condition, method), *SETTINGS)
+    lr, found = sgd["lr"], []
+    for decay in dict.fromkeys([sgd["weight_decay"], DECAY]):
+        by_value = {value: score for (*pair, value), score in scores.items() if pair == [lr, decay]}
+        found += [(lr, decay, value) for value in to_try(own.values, own.start, by_value)]
+    return found
 
 
-def values(results: Results, condition: Condition, methods: Iterable[str]) -> Iterator[Trial]:
-    """Tuning trials of the methods' own values, once SGD is tuned."""
+def searched(results: Results, condition: Condition, method: str) -> Iterator[Setting]:
+    """All that is tried of a method: the above, then other learning rates with the best pair."""
+    scores = mean_by(tuned(results, condition, method), *SETTINGS)
+    at_one = at_one_rate(results, condition, method)
+    yield from at_one
+    if set(at_one) <= set(scores):
+        lr, *pair = best({setting: scores[setting] for setting in at_one})
+        by_rate = {rate: score for (rate, *others), score in scores.items() if others == pair}
+        position = LEARNING_RATES.index(lr)
+        beside = LEARNING_RATES[max(0, position - 1) : position + 2]
+        yield from ((rate, pair[0], pair[1]) for rate in to_try(LEARNING_RATES, beside, by_rate))
+
+
+def scores_of(
+    results: Results, condition: Condition, method: str, settings: Search = searched
+) -> dict[Setting, float]:
+    """Validation scores of what is tried of a method, as far as measured."""
+    scores = mean_by(tuned(results, condition, method), *SETTINGS)
+    return {one: scores[one] for one in settings(results, condition, method) if one in scores}
+
+
+def values(
+    results: Results, condition: Condition, methods: Iterable[str], settings: Search
+) -> Iterator[Trial]:
+    """Tuning trials of the methods, once SGD is tuned."""
     if missing(results, sgd_of(results, condition)):
         return
-    settings = base(results, condition)
     for method in methods:
-        own = METHODS[method]
-        if own.kind != "sgd" and applies(method, condition):
-            for value in to_try(own.values, own.start, by_value(results, condition, method)):
-                for seed in TUNING_SEEDS:
-                    yield trial(condition, method, value, seed, **settings)
+        if METHODS[method].kind != "sgd" and applies(method, condition):
+            tried = dict.fromkeys(settings(results, condition, method))
+            for (lr, decay, value), seed in product(tried, TUNING_SEEDS):
+                yield trial(condition, method, value, seed, lr=lr, weight_decay=decay)
 
 
 def missing(results: Results, trials: Iterable[Trial]) -> list[Trial]:
     """Those that were not measured yet."""
-    names = [field.name for field in fields(Trial)]
-    done = {tuple(r[name] for name in names) for r in results}
-    return [one for one in dict.fromkeys(trials) if tuple(asdict(one).values()) not in done]
+    done = {identity(r) for r in results}
+    return [one for one in dict.fromkeys(trials) if identity(asdict(one)) not in done]
+
+
+def measured(results: Results, trials: Iterable[Trial]) -> Results:
+    """The results of these trials; others may be left from an earlier choice."""
+    wanted = {identity(asdict(one)) for one in trials}
+    return [r for r in results if identity(r) in wanted]
+
+
+def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The fields of a result that make it the trial's."""
+    return tuple(result[field.name] for field in fields(Trial))
 
 
 def settled(results: Results, condition: Condition, methods: Iterable[str]) -> bool:
     """Whether the methods are tuned."""
-    wanted = [*sgd_of(results, condition), *values(results, condition, methods)]
+    wanted = [*sgd_of(results, condition), *values(results, condition, methods, searched)]
     return not missing(results, wanted)
 
 
@@ -187,13 +230,13 @@ def applies(method: str, condition: Condition) -> bool:
 def tuning(results: Results) -> Iterator[Trial]:
     """The value of every method that is compared."""
     for condition in CONDITIONS:
-        yield from values(results, condition, COMPARED)
+        yield from values(results, condition, COMPARED, searched)
 
 
 def layers(results: Results) -> Iterator[Trial]:
-    """FAM on every set of layers, by validation only."""
+    """FAM on every set of layers, at one learning rate, by validation only."""
     for (task, noise), extra in BY_LAYERS_ON.items():
-        yield from values(results, of(task, noise), [*BY_LAYERS, *extra])
+        yield from values(results, of(task, noise), [*BY_LAYERS, *extra], at_one_rate)
 
 
 def of(task: str, noise: float) -> Condition:
@@ -203,11 +246,13 @@ def of(task: str, noise: float) -> Condition:
 
 def chosen(results: Results, condition: Condition, method: str, **changes: Any) -> Trial:
     """A trial with what was chosen by validation; the first seed."""
-    without = {"weight_decay": 0.0} if method == "SGD, no weight decay" else {}
-    settings = base(results, condition, **without)
-    value = settings["lr"]
-    if METHODS[method].kind != "sgd":
-        value = best(by_value(results, condition, method))
+    if METHODS[method].kind == "sgd":
+        without = {"weight_decay": 0.0} if method == "SGD, no weight decay" else {}
+        settings = base(results, condition, **without)
+        value = settings["lr"]
+    else:
+        lr, decay, value = best(scores_of(results, condition, method))
+        settings = {"lr": lr, "weight_decay": decay}
     return trial(condition, method, value, SEEDS[0], **settings, tested=True, **changes)
 
 
@@ -245,21 +290,31 @@ def lam(results: Results) -> Iterator[Trial]:
     """One grid of lam for every condition (where tuning left a value out) and variant; by validation only."""
     for condition in CONDITIONS:
         if settled(results, condition, COMPARED):
-            settings = base(results, condition)
             for method in WITH_ONE_LAM:
-                left_out = set(LAMS) - set(by_value(results, condition, method))
+                settings = settings_for_lam(results, condition, method)
+                left_out = set(LAMS) - set(by_lam(results, condition, method))
                 for value, seed in product(sorted(left_out), TUNING_SEEDS):
                     yield trial(condition, method, value, seed, **settings, variant="lam")
     condition = CONDITIONS[0]
     if settled(results, condition, COMPARED):
-        settings = base(results, condition)
-        for name, seed in product(VARIANTS, TUNING_SEEDS):
-            changed = {**settings, **VARIANTS[name], "variant": name}
+        for name, method, seed in product(VARIANTS, ("SGD", *WITH_ONE_LAM), TUNING_SEEDS):
+            changed = {**settings_for_lam(results, condition, method), **VARIANTS[name], "variant": name}
             if name == SLOWER:
-                changed["lr"] = settings["lr"] / 4
-            yield trial(condition, "SGD", changed["lr"], seed, **changed)
-            for method, value in product(WITH_ONE_LAM, LAMS):
+                changed["lr"] /= 4
+            for value in LAMS if METHODS[method].kind == "fam" else (changed["lr"],):
                 yield trial(condition, method, value, seed, **changed)
+
+
+def settings_for_lam(results: Results, condition: Condition, method: str) -> dict[str, float]:
+    """The learning rate and weight decay beside which lams are compared: those that were chosen."""
+    one = chosen(results, condition, method)
+    return {"lr": one.lr, "weight_decay": one.weight_decay}
+
+
+def by_lam(results: Results, condition: Condition, method: str) -> dict[float, float]:
+    """Validation scores that tuning has of a method, by lam, beside what else was chosen."""
+    found = tuned(results, condition, method)
+    return mean_by(where(found, **settings_for_lam(results, condition, method)), "value")
 
 
 def networks(results: Results) -> Iterator[Trial]:

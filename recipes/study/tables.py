@@ -117,21 +117,22 @@ def versus(compared: Results, conditions: Sequence[Condition], ours: str) -> Tab
 
 
 def choices(results: Results) -> Table:
-    """A row per condition, a column per method: the value that was chosen."""
-    table = Table("condition", "learning rate", "weight decay", *list(COMPARED)[1:], box=box.MARKDOWN)
+    """A row per condition, a column per method: value, learning rate and weight decay that were chosen."""
+    table = Table("condition", *COMPARED, box=box.MARKDOWN)
     for condition in CONDITIONS:
         if not protocol.settled(results, condition, COMPARED):
             continue
         cells = []
-        for method in list(COMPARED)[1:]:
+        for method in COMPARED:
             if not protocol.applies(method, condition):
                 cells.append("")
                 continue
-            value = protocol.chosen(results, condition, method).value
-            grid = METHODS[method].values
-            cells.append(f"({value:g})" if grid and value in (grid[0], grid[-1]) else f"{value:g}")
-        settings = protocol.base(results, condition)
-        table.add_row(condition.name, f"{settings['lr']:g}", f"{settings['weight_decay']:g}", *cells)
+            one, grid = protocol.chosen(results, condition, method), METHODS[method].values
+            own = f"{one.value:g}; " if grid else ""
+            if grid and one.value in (grid[0], grid[-1]):
+                own = f"({one.value:g}); "
+            cells.append(f"{own}{one.lr:g}, {one.weight_decay:g}")
+        table.add_row(condition.name, *cells)
     return table
 
 
@@ -144,9 +145,10 @@ def layer_sets(results: Results) -> Table:
     sgd = [mean_by(protocol.tuned(results, c, "SGD"), "lr", "weight_decay") for c in shown]
     table.add_row("SGD", *(f"{max(scores.values()):.1f}" for scores in sgd))
     for method in methods:
-        by_value = [protocol.by_value(results, c, method) for c in shown]
-        if any(by_value):
-            table.add_row(method, *(f"{max(s.values()):.1f} ({best(s):g})" if s else "" for s in by_value))
+        scores = [protocol.scores_of(results, c, method, protocol.at_one_rate) for c in shown]
+        if any(scores):
+            cells = [f"{max(s.values()):.1f} ({best(s)[-1]:g})" if s else "" for s in scores]
+            table.add_row(method, *cells)
     return table
 
 
@@ -169,8 +171,8 @@ def lam_scores(results: Results, method: str) -> dict[str, tuple[float, dict[flo
     """By condition or variant: SGD's validation score, and the method's by lam."""
     found = {}
     for condition in CONDITIONS:
-        settings = protocol.base(results, condition) if protocol.tuned(results, condition, "SGD") else None
-        if settings is not None:
+        if protocol.settled(results, condition, COMPARED):
+            settings = protocol.settings_for_lam(results, condition, method)
             own = where(of(results, condition), method=method, tested=False, **settings)
             scores = mean_by([r for r in own if r["variant"] in ("", "lam")], "value")
             sgd = max(mean_by(protocol.tuned(results, condition, "SGD"), "lr", "weight_decay").values())
@@ -250,12 +252,13 @@ def cost(costs: Mapping[str, Any]) -> Table:
 def details(results: Results) -> Table:
     """A row per method: everything measured."""
     shown = {head: field for head, field in DETAILS.items() if field in results[0]}
-    table = Table("method", "value", "seeds", *shown, box=box.MARKDOWN)
+    table = Table("method", "value", "learning rate", "weight decay", "seeds", *shown, box=box.MARKDOWN)
     for method in COMPARED:
         own = where(results, method=method)
         if own:
             cells = [spread([r[field] for r in own if r.get(field) is not None]) for field in shown.values()]
-            table.add_row(method, f"{own[0]['value']:g}", str(len(own)), *cells)
+            settings = [f"{own[0][name]:g}" for name in ("value", "lr", "weight_decay")]
+            table.add_row(method, *settings, str(len(own)), *cells)
     return table
 
 
