@@ -22,7 +22,8 @@ import pytest
 import fam_optim
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("fam_optim", "tests", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "setup.cfg")
+PAPERS = ("README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.cfg")
+SOURCES = ("fam_optim", "tests", *PAPERS)
 
 
 def python(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -113,6 +114,14 @@ def test_metadata(installed: Path) -> None:
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["torch>=2.6"]
     assert {path.name for path in installed.iterdir()} == {"fam_optim", folder.name}
+
+
+@pytest.mark.slow
+def test_the_source_distribution_is_the_library_alone(installed: Path) -> None:
+    (path,) = (installed.parent / "sources" / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    assert names == {"fam_optim", *PAPERS, "PKG-INFO", "fam_optim.egg-info"}  # the last two are setuptools'
 
 
 GOOD = """
