@@ -56,7 +56,10 @@ class Factor(Protocol):
         """``<F^T x_a, F^T x_b>`` of the rows x of each group ``(..., n, d)``: ``(..., n, n)``."""
 
     def square(self, g: Tensor) -> Tensor:
-        """``||F^T g||_F^2``, ``()``, of g ``(d, m)``; through the smaller Gram matrix, and never negative."""
+        """``||F^T g||_F^2``, ``()``, of g ``(d, m)`` or several side by side; never negative.
+
+        Through the smaller Gram matrix.
+        """
 
     def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
         """``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.

@@ -14,7 +14,7 @@ full         T_G from every column by itself: for tests
 rows do not interact, or samples, the sum of their squares has less variance than the square of their sum:
 
     of a row        ||F^T g||^2 = ||phi||^2 ||F^T delta||^2                       takes no (d, m) tensor
-    of a sample     ||F^T g||^2 = sum_ab <phi_a, phi_b> <F^T delta_a, F^T delta_b>    where that is cheap
+    of a sample     ||F^T g||^2 = sum_ab <phi_a, phi_b> <F^T delta_a, F^T delta_b>,  or from its g if cheaper
 
 Source: DESIGN, 7; for cross-entropy the expected squared gradient over labels drawn from the model.
 """
@@ -232,6 +232,9 @@ def _square(
     delta = grouping.gather_outputs([f.delta for f in found])
     if grouping.size > 1:
         phi = grouping.gather([use.rows() for use in grouping.uses])
+        if _by_weights(grouping) < _by_rows(grouping):
+            g = delta.mT @ phi
+            return factor.square(g.movedim(0, 1).flatten(1))
         return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
     rows = [
         f.through.reshape(*use.lead, -1)
@@ -284,11 +287,19 @@ def _independent_groups(jacobian: Jacobian) -> Sequence[Grouping | None]:
 def _is_cheap(grouping: Grouping) -> bool:
     """Whether the groups' squares by themselves, which vary less, take at most twice the multiplications that
     the square of their sum takes."""
-    if grouping.size == 1:
-        return True
-    d, m = grouping.uses[0].d, grouping.uses[0].m
-    through_w = min(d * d + grouping.size * d, d * m + grouping.size * m)
-    return grouping.size * m + through_w <= 2 * d * m
+    return grouping.size == 1 or _by_rows(grouping) <= 2 * grouping.uses[0].d * grouping.uses[0].m
+
+
+def _by_rows(grouping: Grouping) -> float:
+    """Multiplications, for each row, of the groups' squares from the products of their rows."""
+    d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
+    return size * m + min(d * d + size * d, d * m + size * m)
+
+
+def _by_weights(grouping: Grouping) -> float:
+    """The same from every group's g, ``(d, m)``."""
+    d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
+    return d * m + d * m * min(d, m) / size
 
 
 def _axes(uses: Sequence[Any]) -> list[int | str]:
