@@ -12,6 +12,7 @@ from pytorch_optimizer import SAM
 from torch import Tensor, nn
 
 from fam_optim import FAM
+from recipes.engine.layers import select
 from recipes.engine.task import Task
 
 BASES: dict[str, dict[str, Any]] = {  # with the learning rates that are usual for them
@@ -25,7 +26,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "fam": {"lam": 8e-3},
 }
 OPTIMIZERS = (*BASES, *WRAPPERS)
-FAM_OPTIONS = ("lam", "measure", "mode", "curvature", "normalize", "detach_hessian", "n_samples")
+FAM_OPTIONS = ("layers", "lam", "measure", "mode", "curvature", "normalize", "detach_hessian", "n_samples")
 MEASURING = ("measure", "mode", "curvature", "n_samples")  # of them: what kappa is
 SAM_OPTIONS = ("rho", "adaptive")
 OPTIONS = {"sam": SAM_OPTIONS, "asam": SAM_OPTIONS, "fam": FAM_OPTIONS}  # of a wrapper, not of its base
@@ -49,16 +50,14 @@ def settings(task: Task, optimizer: str, changes: Mapping[str, Any]) -> Settings
     }
 
 
-def build(
-    settings: Settings, model: nn.Module, layer: nn.Module | Sequence[nn.Module]
-) -> torch.optim.Optimizer:
-    """Make the optimizer of a model's parameters; ``layer`` is what FAM regularises."""
+def build(settings: Settings, model: nn.Module, layers: Sequence[str]) -> torch.optim.Optimizer:
+    """Make the optimizer of a model's parameters; FAM regularises these layers, unless it has its own."""
     options = dict(settings)
     name, base = options.pop("optimizer"), torch.optim.Adam if settings["base"] == "adam" else torch.optim.SGD
     del options["base"]
     parameters = model.parameters()
     if name == "fam":
-        return FAM(parameters, base, layer, **options)
+        return FAM(parameters, base, select(model, options.pop("layers", layers)), **options)
     if name in ("sam", "asam"):
         return SAM(parameters, base, **options)
     return base(parameters, **options)

@@ -79,7 +79,7 @@ def train(
     data = task.data(conditions.source, conditions.seed)
     seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
     model = task.model(conditions.source).to(device)
-    optimizer = build(settings, model, select(model, task.layers))
+    optimizer = build(settings, model, task.layers)
     state = folder.load(device)
     if state is None:  # the folder comes after what a wrong setting could stop
         folder.begin(asked, environment(device), rehearse(task, settings, model, data, conditions))

@@ -8,16 +8,18 @@ import torch
 
 from recipes.shared.timing import alternate, median, ratio
 from recipes.study.methods import METHODS
-from recipes.study.protocol import CONDITIONS, trial
+from recipes.study.protocol import CONDITIONS, applies, trial
 from recipes.study.tasks import samples
 from recipes.study.trial import Stepper, batches
 
 ROUNDS = 100
 TIMED = (
     "SGD",
+    "label smoothing",
     "dropout",
     "noise, hidden layers",
     "SAM",
+    "ASAM",
     "FAM, last layer, detached",
     "FAM, last but one, detached",
     "FAM, last but one",
@@ -36,7 +38,8 @@ def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]
 def relative_cost(task: str, rounds: int) -> dict[str, Any]:
     """Of one task's network."""
     condition = next(c for c in CONDITIONS if c.task == task)
-    trials = {name: trial(condition, name, (METHODS[name].start or (0.01,))[0], 0, lr=0.01) for name in TIMED}
+    timed = [name for name in TIMED if applies(name, condition)]
+    trials = {name: trial(condition, name, (METHODS[name].start or (0.01,))[0], 0, lr=0.01) for name in timed}
     steppers = {name: Stepper(one) for name, one in trials.items()}
     train = list(batches(trials["SGD"], samples(task, condition.noise, 0).train, 1))
 

@@ -36,25 +36,21 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
         yield Captioned(
             "Gain over tuned SGD",
             "Points of test score (accuracy; R² of the regression) over SGD with tuned learning rate and "
-            "weight "
-            f"decay, paired by seed: the mean over {len(found)} conditions with its 95 % interval over "
-            "conditions, "
-            "bold where that leaves out zero; and the number of conditions in which the method is better or "
-            "worse at the 5 % level after Holm's correction.",
+            f"weight decay, paired by seed: the mean over {len(found)} conditions with its 95 % interval "
+            "over conditions, bold where that leaves out zero; and the number of conditions in which the "
+            "method is better or worse at the 5 % level after Holm's correction.",
             tables.summary(compared, found),
         )
         yield Captioned(
             "Test score by condition",
             "Percent after the last epoch: mean ± standard deviation over five seeds, or ten where the "
-            "shortlist has "
-            "them.",
+            "shortlist has them.",
             tables.by_condition(compared, found, lambda own, _: tables.spread(values_of(own, "test_score"))),
         )
         yield Captioned(
             "Gain over tuned SGD by condition",
             "Points of test score, paired by seed, with 95 % intervals; bold where the interval leaves out "
-            "zero "
-            "(not corrected for the number of conditions).",
+            "zero (not corrected for the number of conditions).",
             tables.by_condition(
                 compared, found, lambda own, sgd: tables.signed(differences(own, sgd, "test_score"))
             ),
@@ -62,35 +58,30 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
         for ours in WITH_ONE_LAM:
             yield Captioned(
                 f"{ours}: difference to others",
-                f"Points of test score of {ours} minus those of the column's method, paired by seed, with 95 "
-                "% "
-                "intervals; bold where p is below 5 % after Holm's correction for the number of conditions. "
-                "The "
-                "last row is the mean over conditions, with the interval over conditions.",
+                f"Points of test score of {ours} minus those of the column's method, paired by seed, with "
+                "95 % intervals; bold where p is below 5 % after Holm's correction for the number of "
+                "conditions. The last row is the mean over conditions, with the interval over conditions.",
                 tables.versus(compared, found, ours),
             )
     if stages["sgd"]:
         yield Captioned(
             "What was chosen",
-            "Learning rate and weight decay of SGD, and every other method's own value. In brackets where it "
-            "is "
-            "the last that could be tried.",
+            "The method's own value, in brackets where it is the last that could be tried; then learning "
+            "rate and weight decay. All three were searched jointly.",
             tables.choices(everything),
         )
     if stages["layers"]:
         yield Captioned(
             "Which layers",
-            "Best validation score (labels as noisy as in training) of each set of layers, mean of two "
-            "seeds, in "
-            "brackets its lam.",
+            "Best validation score (labels as noisy as in training) of each set of layers at SGD's best "
+            "learning rate, mean of two seeds, in brackets its lam; SGD's own is the best of its whole grid.",
             tables.layer_sets(everything),
         )
     if stages["longer"]:
         yield Captioned(
             "Longer and shorter",
             "Test accuracy in percent with the values chosen for 1 x the epochs: mean ± standard deviation "
-            "over five "
-            "seeds.",
+            "over five seeds.",
             tables.by_epochs([*stages["longer"], *stages["comparison"]]),
         )
     if stages["lam"]:
@@ -98,16 +89,14 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
             yield Captioned(
                 f"One lam: {method}",
                 "Points of validation score (two seeds) that SGD, and that every lam, loses against the best "
-                "of "
-                "these lams in the same row.",
+                "of these lams in the same row.",
                 tables.one_lam(everything, method),
             )
     if stages["networks"]:
         yield Captioned(
             "Kendall's tau with the generalisation gap",
             f"{len(stages['networks'])} perceptrons trained with SGD on MNIST-1D: over all; and within cells "
-            "in which "
-            "the named fields are the same, the mean over cells. n.s.: one-sided p above 1 %.",
+            "in which the named fields are the same, the mean over cells. n.s.: one-sided p above 1 %.",
             tables.correlations(stages["networks"]),
         )
     if costs:
@@ -119,10 +108,8 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
     for condition in found:
         yield Captioned(
             condition.name,
-            "Value chosen; mean ± standard deviation over seeds. Early stopping: test score of the epoch "
-            "with the "
-            "best validation score, of ten that were looked at. Noise, blur, contrast: accuracy on shifted "
-            "images, "
-            "mean of five strengths.",
+            "Values chosen; mean ± standard deviation over seeds. Early stopping: test score of the epoch "
+            "with the best validation score, of ten that were looked at. Noise, blur, contrast: accuracy on "
+            "shifted images, mean of five strengths.",
             tables.details(tables.of(compared, condition)),
         )
