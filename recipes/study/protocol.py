@@ -287,34 +287,35 @@ def longer(results: Results) -> Iterator[Trial]:
 
 
 def lam(results: Results) -> Iterator[Trial]:
-    """One grid of lam for every condition (where tuning left a value out) and variant; by validation only."""
+    """One grid of lam for every condition (where tuning left a value out) and variant; by validation only.
+
+    At SGD's best learning rate, with the usual weight decay: as somebody who has not searched both.
+    """
     for condition in CONDITIONS:
         if settled(results, condition, COMPARED):
             for method in WITH_ONE_LAM:
-                settings = settings_for_lam(results, condition, method)
                 left_out = set(LAMS) - set(by_lam(results, condition, method))
                 for value, seed in product(sorted(left_out), TUNING_SEEDS):
-                    yield trial(condition, method, value, seed, **settings, variant="lam")
+                    yield trial(condition, method, value, seed, **usual(results, condition), variant="lam")
     condition = CONDITIONS[0]
     if settled(results, condition, COMPARED):
-        for name, method, seed in product(VARIANTS, ("SGD", *WITH_ONE_LAM), TUNING_SEEDS):
-            changed = {**settings_for_lam(results, condition, method), **VARIANTS[name], "variant": name}
+        of_method = {"SGD": base(results, condition)} | dict.fromkeys(WITH_ONE_LAM, usual(results, condition))
+        for (method, settings), name, seed in product(of_method.items(), VARIANTS, TUNING_SEEDS):
+            changed: dict[str, Any] = {**settings, **VARIANTS[name], "variant": name}
             if name == SLOWER:
                 changed["lr"] /= 4
-            for value in LAMS if METHODS[method].kind == "fam" else (changed["lr"],):
+            for value in (changed["lr"],) if method == "SGD" else LAMS:
                 yield trial(condition, method, value, seed, **changed)
 
 
-def settings_for_lam(results: Results, condition: Condition, method: str) -> dict[str, float]:
-    """The learning rate and weight decay beside which lams are compared: those that were chosen."""
-    one = chosen(results, condition, method)
-    return {"lr": one.lr, "weight_decay": one.weight_decay}
+def usual(results: Results, condition: Condition) -> dict[str, float]:
+    """SGD's best learning rate, and the usual weight decay."""
+    return {**base(results, condition), "weight_decay": DECAY}
 
 
 def by_lam(results: Results, condition: Condition, method: str) -> dict[float, float]:
-    """Validation scores that tuning has of a method, by lam, beside what else was chosen."""
-    found = tuned(results, condition, method)
-    return mean_by(where(found, **settings_for_lam(results, condition, method)), "value")
+    """Validation scores that tuning has of a method with the usual weight decay, by lam."""
+    return mean_by(where(tuned(results, condition, method), **usual(results, condition)), "value")
 
 
 def networks(results: Results) -> Iterator[Trial]:

@@ -172,7 +172,7 @@ def lam_scores(results: Results, method: str) -> dict[str, tuple[float, dict[flo
     found = {}
     for condition in CONDITIONS:
         if protocol.settled(results, condition, COMPARED):
-            settings = protocol.settings_for_lam(results, condition, method)
+            settings = protocol.usual(results, condition)
             own = where(of(results, condition), method=method, tested=False, **settings)
             scores = mean_by([r for r in own if r["variant"] in ("", "lam")], "value")
             sgd = max(mean_by(protocol.tuned(results, condition, "SGD"), "lr", "weight_decay").values())
