@@ -9,6 +9,7 @@ the last epoch, and the leading metric at the epoch that was best on validation 
 experiment of the paper, or its small form, has a second one with the paper's numbers beside these.
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from recipes.shared.command import parser
 from recipes.shared.pictures import save as save_picture
 from recipes.shared.results import load, save
 from recipes.shared.tables import console as make_console
-from recipes.shared.tables import markdown, show
+from recipes.shared.tables import markdown, show, summary
 from recipes.shared.tables import table as make_table
 
 Run = dict[str, Any]
@@ -131,19 +132,11 @@ def at(run: Run, name: str, index: int) -> float:
 
 
 def best_epoch(run: Run, name: str) -> int:
-    """Index of the first epoch with the best value: the highest accuracy."""
+    """Index of the first epoch with the highest value; one that is not finite is below all others."""
     values = [at(run, name, index) for index in range(len(run["history"][name]))]
-    return values.index(max(values))
-
-
-def summary(name: str, values: Sequence[float]) -> str:
-    """Mean and standard deviation, such as "0.96 ± 0.02"; of an accuracy the maximum too."""
-    text = f"{statistics.fmean(values):.4g}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.2g}"
-    if len(values) > 1 and name.endswith("accuracy"):
-        text += f" (max {max(values):.4g})"
-    return text
+    return max(
+        range(len(values)), key=lambda index: -math.inf if math.isnan(values[index]) else values[index]
+    )
 
 
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:

@@ -54,6 +54,20 @@ def test_several_tasks_have_a_table_each(tmp_path: Path) -> None:
     assert "fashion-mnist-small, a smoke test" in text and "nan" not in text
 
 
+def test_a_run_that_diverged_is_reported_beside_one_that_did_not(tmp_path: Path) -> None:
+    smoke(tmp_path, "quickstart", "--seeds", "0", "1", "--epochs", "2", "--optimizer", "sgd")
+    path = tmp_path / "smoke" / "quickstart" / "sgd" / "seed1" / "epochs.jsonl"
+    first, last = map(json.loads, path.read_text().splitlines())
+    first |= {"validation_accuracy": None, "test_accuracy": 0.0}  # null: not finite
+    last |= dict.fromkeys(("test_nll", "kappa"))
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+    report.main([str(tmp_path), "--out", str(tmp_path / "report")])
+    row = (tmp_path / "report.md").read_text().splitlines()[-1]
+    _, name, _, _, _, test, nll, kappa, best, _, _ = (cell.strip() for cell in row.split("|"))
+    assert name == "sgd" and (nll, kappa) == ("nan", "nan")
+    assert best == test and "±" in test  # the last epoch, not the one without a validation accuracy
+
+
 @pytest.mark.parametrize("source", ["README.md", "none.json", "empty", "other.json"])
 def test_a_report_of_something_else_is_one_sentence(source: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Recipes\n")

@@ -1,7 +1,6 @@
 """The paper's numbers beside those of runs: a row per line of its table, "not run" where it was not."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.table import Table
 from recipes.engine.pictures import title
 from recipes.engine.task import mean
 from recipes.paper.numbers import FIGURE_4, ROWS, STAND_INS, STATED, Row
+from recipes.shared.tables import summary
 from recipes.shared.tables import table as make_table
 
 Run = dict[str, Any]
@@ -51,12 +51,7 @@ def measured(row: Row, name: str, runs: Sequence[Run]) -> str:
     """What the runs have at the line's part of the training, in the paper's unit."""
     if not runs:
         return NOT_RUN
-    values = [row.scale * value_after(run, name, row.part) for run in runs]
-    text = f"{statistics.fmean(values):.4g}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.2g}"
-        text += f" (max {max(values):.4g})" if name.endswith("accuracy") else ""
-    return text
+    return summary(name, [row.scale * value_after(run, name, row.part) for run in runs])
 
 
 def value_after(run: Run, name: str, part: float) -> float:

@@ -1,5 +1,6 @@
 """The study's tables: what a row, a column and a cell are."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -268,7 +269,7 @@ def spread(values: Sequence[float]) -> str:
         return ""
     mean = statistics.fmean(values)
     text = f"{mean:.2f}" if abs(mean) < 10 else f"{mean:.1f}"
-    if len(values) < 2 or abs(mean) == float("inf"):
+    if len(values) < 2 or not math.isfinite(mean):
         return text
     return f"{text} ± {statistics.stdev(values):.{2 if abs(mean) < 10 else 1}f}"
 
