@@ -4,25 +4,23 @@ import json
 import math
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import fam_optim
 
 CPU = torch.device("cpu")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware behind a measurement."""
-    packages = {}
-    for name in ("torch", "fam_optim", "pytorch_optimizer"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            packages[name] = "not installed"
     return {
-        **packages,
+        "torch": version("torch"),
+        "fam_optim": fam_optim.__version__,  # of what runs, which need not be what was installed
+        "pytorch_optimizer": version("pytorch_optimizer"),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpus": os.cpu_count(),
