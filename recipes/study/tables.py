@@ -244,8 +244,9 @@ def cost(costs: Mapping[str, Any]) -> Table:
     for method in dict.fromkeys(chain(*(own["methods"] for own in found.values()))):
         cells = []
         for own in found.values():
-            timed = own["methods"][method]
-            cells.append(f"{timed['ratio']:.2f} ({timed['quartiles'][0]:.2f}-{timed['quartiles'][1]:.2f})")
+            timed = own["methods"].get(method)
+            low, high = timed["quartiles"] if timed else (0, 0)
+            cells.append(f"{timed['ratio']:.2f} ({low:.2f}-{high:.2f})" if timed else "")
         table.add_row(method, *cells)
     return table
 
