@@ -283,7 +283,7 @@ def saved_tables() -> list[Table]:
 # Tables written by hand, by their first column: explanations, and the benchmark's targets and profile, whose
 # old versions are gone. Everything else must be found in the saved results.
 PROSE = {"setting", "`mode`", "`curvature`", "situation", "loop", "target", "phase"}
-PROSE |= {"what you see", "in the paper", "question", "file", "folder", "array"}
+PROSE |= {"label", "what you see", "in the paper", "question", "file", "folder", "array"}
 
 
 @pytest.mark.slow

@@ -88,12 +88,12 @@ COMPARED: dict[str, Method] = {
     "ASAM": Method(*RHO_ADAPTIVE, "sam", options={"adaptive": True}),
     "SAM, half the epochs": Method(*RHO, "sam", epochs=0.5),
     "FAM, last layer, detached": fam("last", **DETACHED),
+    "FAM, last but one": fam("last but one"),
     "FAM, hidden": fam("hidden"),
     "FAM, hidden, detached": fam("hidden", **DETACHED),
 }
-BY_LAYERS: dict[str, Method] = {  # hidden and last, detached, are above
+BY_LAYERS: dict[str, Method] = {  # the others are above
     "FAM, last layer": fam("last"),
-    "FAM, last but one": fam("last but one"),
     "FAM, last but one, detached": fam("last but one", **DETACHED),
     "FAM, first": fam("first"),
     "FAM, first, detached": fam("first", **DETACHED),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 from recipes.shared.pictures import save, tidy
 from recipes.study import protocol
@@ -22,6 +23,7 @@ COLOURS = {
     "SAM": "#0072b2",
     "ASAM": "#56b4e9",
     "FAM, last layer, detached": "#e69f00",
+    "FAM, last but one": "#cc79a7",
     "FAM, hidden": "#d1495b",
     "FAM, hidden, detached": "#7b5ea7",
 }
@@ -61,7 +63,7 @@ def gain_by_method(compared: Results, target: Path) -> None:
 def accuracy_by_time(results: Results, costs: Mapping[str, Any], target: Path) -> None:
     """Test accuracy against training time, one point per length of training; a panel per condition."""
     shown = [c for c in (protocol.of(*key) for key in protocol.LONGER) if timed(results, costs, c)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.4 * len(shown), 3.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(shown), figsize=(2 + 5 * len(shown), 3.8), squeeze=False)
     for axis, condition in zip(axes[0], shown, strict=True):
         ratios = costs["tasks"][condition.task]["methods"]
         for method in protocol.SHORTLIST:
@@ -77,9 +79,10 @@ def accuracy_by_time(results: Results, costs: Mapping[str, Any], target: Path) -
                 times, means, errors, fmt="o-", color=COLOURS[method], label=method, markersize=4, capsize=2
             )
         axis.set(xscale="log", xlabel="training time, in epochs of SGD", ylabel="test accuracy, %")
+        axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_title(condition.name, loc="left", fontsize=9)
         tidy(axis)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     save(figure, target)
 

@@ -77,6 +77,7 @@ SHORTLIST = (
     "SAM",
     "ASAM",
     "FAM, last layer, detached",
+    "FAM, last but one",
     "FAM, hidden",
     "FAM, hidden, detached",
 )
