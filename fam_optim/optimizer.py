@@ -51,14 +51,14 @@ class FAM(OptimizerWrapper):
     Args:
         params: parameters or parameter groups, for the base optimizer.
         base_optimizer: a class or callable ``(params, **base_kwargs) -> torch.optim.Optimizer``.
-        layer: what is kept flat: an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, usually the
-            last or last but one; an nn.Parameter (modes full and hutchinson); or a sequence of these
-            (`weight_layers` lists a model's), whose kappas are added. On a last layer with a convex loss
+        layer: what is kept flat: an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d; an nn.Parameter
+            (modes full and hutchinson); or a sequence of these, such as all but the last,
+            ``weight_layers(model)[:-1]``, whose kappas are added. On a last layer with a convex loss
             kappa is never negative; on layers below it can be, as the loss need not be convex in their
             weights (unless curvature is "gauss_newton").
         lam: weight of kappa, at least 0; may be changed at any time. At 0 the step is the base's, bit
-            for bit. On plain kappa one value does for many widths, learning rates and optimizers: 0.008,
-            with detach_hessian, is the one that lost least against tuning it (recipes/study/README.md).
+            for bit. On a last layer 0.008 with detach_hessian lost least against tuning it
+            (recipes/study/LAST_LAYER.md); on all hidden layers start with 0.003 (recipes/study/README.md).
         mode: "exact", "full" (forms the Hessian; tiny layers) or "hutchinson" (random probes, unbiased).
         measure: "neuronwise" (paper, section 1) or "layerwise" (section 3.2).
         curvature: "hessian" (the paper's) or "gauss_newton": its part that is never negative, on any layer,
