@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fam_optim import FAM
+from fam_optim import FAM, weight_layers
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--lam", type=float, default=0.03, help="weight of kappa")
+parser.add_argument("--lam", type=float, default=0.003, help="weight of kappa")
 parser.add_argument("--epochs", type=int, default=20)
 options = parser.parse_args()
 torch.manual_seed(0)
@@ -34,13 +34,14 @@ wrong = torch.rand(len(y_train)) < 0.4
 y_train[wrong] = (y_train[wrong] + torch.randint(1, 10, (int(wrong.sum()),))) % 10
 loader = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
 
-head = nn.Linear(128, 10)
-model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), head)
+model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = FAM(
     model.parameters(),
     torch.optim.SGD,
-    layer=head,
+    layer=weight_layers(model)[:-1],  # all but the last
     lam=options.lam,
+    curvature="gauss_newton",
+    mode="hutchinson",
     detach_hessian=True,
     lr=0.05,
     momentum=0.9,
