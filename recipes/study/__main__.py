@@ -99,8 +99,9 @@ def report(folder: Path, console: Console) -> None:
     stages = read(folder)
     complete = {}
     for stage, results in stages.items():
-        lacking = {(trial.task, trial.noise, trial.variant) for trial in pending(stage, stages)}
-        found = measured(results, wanted(stage, stages))
+        trials = list(wanted(stage, stages))
+        lacking = {(trial.task, trial.noise, trial.variant) for trial in missing(results, trials)}
+        found = measured(results, trials)
         complete[stage] = [r for r in found if (r["task"], r["noise"], r["variant"]) not in lacking]
         for task, noise, variant in sorted(lacking):
             console.print(f"{stage}: {task}, {noise:.0%} {variant} is not complete, left out of the report")

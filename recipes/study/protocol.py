@@ -145,6 +145,11 @@ def tuned(results: Results, condition: Condition, method: str) -> Results:
     return [r for r in found if seeds[r["lr"], r["weight_decay"], r["value"]] == len(TUNING_SEEDS)]
 
 
+def tuned_scores(results: Results, condition: Condition, method: str) -> dict[Setting, float]:
+    """The validation scores of these trials, by setting."""
+    return mean_by(tuned(results, condition, method), *SETTINGS)
+
+
 def base(results: Results, condition: Condition, **fields: Any) -> dict[str, float]:
     """The learning rate and weight decay that were best for SGD; of these fields only, if there are any."""
     by_both = mean_by(where(tuned(results, condition, "SGD"), **fields), "lr", "weight_decay")
@@ -158,7 +163,7 @@ def at_one_rate(results: Results, condition: Condition, method: str) -> list[Set
     Each line goes on while its best is at an end.
     """
     own, sgd = METHODS[method], base(results, condition)
-    scores = mean_by(tuned(results, condition, method), *SETTINGS)
+    scores = tuned_scores(results, condition, method)
     lr, found = sgd["lr"], []
     for decay in dict.fromkeys([sgd["weight_decay"], DECAY]):
         by_value = {value: score for (*pair, value), score in scores.items() if pair == [lr, decay]}
@@ -168,7 +173,7 @@ def at_one_rate(results: Results, condition: Condition, method: str) -> list[Set
 
 def searched(results: Results, condition: Condition, method: str) -> Iterator[Setting]:
     """All that is tried of a method: the above, then other learning rates with the best pair."""
-    scores = mean_by(tuned(results, condition, method), *SETTINGS)
+    scores = tuned_scores(results, condition, method)
     at_one = at_one_rate(results, condition, method)
     yield from at_one
     if set(at_one) <= set(scores):
@@ -183,7 +188,7 @@ def scores_of(
     results: Results, condition: Condition, method: str, settings: Search = searched
 ) -> dict[Setting, float]:
     """Validation scores of what is tried of a method, as far as measured."""
-    scores = mean_by(tuned(results, condition, method), *SETTINGS)
+    scores = tuned_scores(results, condition, method)
     return {one: scores[one] for one in settings(results, condition, method) if one in scores}
 
 
