@@ -6,5 +6,5 @@ from fam_optim.layers import weight_layers
 from fam_optim.observation import Observation, observe
 from fam_optim.optimizer import FAM
 
-__version__ = "0.2.1"
+__version__ = "0.2.2"
 __all__ = ["FAM", "Observation", "dataset_relative_flatness", "observe", "relative_flatness", "weight_layers"]

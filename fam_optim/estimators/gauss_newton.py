@@ -21,151 +21,25 @@ Source: DESIGN, 7; for cross-entropy the expected squared gradient over labels d
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from fam_optim import failures, independence, nodes, verdicts
-from fam_optim.corrections import exact_backwards
-from fam_optim.curvature import check_differentiable, check_functions
+from fam_optim import independence
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.outputs import find_outputs
+from fam_optim.jacobian import Jacobian, Pulled
 from fam_optim.rows import Grouping, in_order, row_uses
-from fam_optim.use import LOW_PRECISION, LinearUse, at_least_float32, describe
+from fam_optim.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fam_optim.measure import Factor
-    from fam_optim.outputs import Output
     from fam_optim.tail import Tail
-    from fam_optim.use import Use
 
 MAX_PRODUCTS = 1024
 """More vector-Jacobian products than this in one evaluation end in an error instead."""
-
-
-class Jacobian:
-    """Vector-Jacobian products from the outputs under a loss to the outputs z of several layers.
-
-    Cost of a product: one backward from the loss to the lowest layer; with its derivative two more.
-    """
-
-    def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
-        self.tails, self.differentiable = tails, differentiable
-        self.path = frozenset(node for tail in tails for node in tail.path)
-        if differentiable:
-            check_differentiable(self.path)
-        self.outputs = find_outputs(tails, differentiable=differentiable)
-        _check_weights(tails[0], self.outputs)
-        self.sizes = [math.prod(output.shape) for output in self.outputs]
-        self.uses = [
-            tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
-        ]
-        self._below = self._edges_below()
-
-    def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
-        """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
-        edges, vectors = [], []
-        for output, signs in zip(self.outputs, r, strict=True):
-            edges += output.edges
-            vectors += output.root(signs)
-        at_z = [edge for tail in self.tails for edge in tail.edges]
-        at_phi = [edge for edge in self._below.values() if edge is not None]
-        found = self._backward(edges, at_z + at_phi, vectors)
-        deltas = iter(found[: len(at_z)])
-        through = iter(found[len(at_z) :])
-        return [[self._pulled(use, next(deltas), through) for use in uses] for uses in self.uses]
-
-    def _pulled(self, use: Use, gradient: Tensor | None, through: Iterator[Tensor | None]) -> Pulled:
-        below = next(through) if self._below[use] is not None else None
-        if gradient is None:
-            return Pulled(use.matrix().detach().new_zeros(use.shape), None)
-        delta = at_least_float32(gradient).reshape(use.shape)
-        return Pulled(delta, None if below is None else at_least_float32(below))
-
-    def _backward(self, edges: Any, inputs: Any, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        if not edges:
-            return [None] * len(inputs)
-        dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
-        scale = None
-        if torch.float16 in dtypes:  # as much room below as there is above
-            largest = torch.stack([v.detach().abs().max() for v in vectors]).max()
-            scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
-            vectors = [scale * v for v in vectors]
-        vectors = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
-        try:
-            with exact_backwards(self.path if self.differentiable else (), first=False):
-                found: Sequence[Tensor | None] = torch.autograd.grad(
-                    edges,
-                    inputs,
-                    vectors,
-                    create_graph=self.differentiable,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-        except RuntimeError as error:
-            remedy = failures.remedy(error)
-            if remedy is None:
-                raise
-            raise RuntimeError(f"kappa needs derivatives of what follows the layer. {remedy}") from error
-        if self.differentiable:
-            check_functions(self.path, [g for g in found if g is not None])
-        if scale is None:
-            return found
-        return [None if g is None else at_least_float32(g) / scale for g in found]
-
-    def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
-        """g ``(d, m)`` of a layer, by position, through all uses of its weight."""
-        of_uses = zip(self.uses[layer], self.tails[layer].edges, found, strict=True)
-        return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
-
-    def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
-        weight = nodes.weight_of_convolution(edge.node)
-        if weight is None or nodes.results(edge.node)[0].dtype in LOW_PRECISION:  # under autocast, say
-            return use.pull(delta)
-        # The forward's own node, which spares the convolution that `pull` builds a graph with.
-        (g,) = torch.autograd.grad(
-            edge,
-            GradientEdge(*weight),
-            delta.reshape(nodes.shape(edge.node, edge.output_nr)),  # a batch of one, if it had none
-            create_graph=self.differentiable,
-            retain_graph=True,
-        )
-        return use.as_matrix(g)
-
-    def _edges_below(self) -> dict[Use, GradientEdge | None]:
-        """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
-        vectors, if nothing else reads it, in full precision."""
-        above = self.path.union(*(tail.ends for tail in self.tails))
-        readers = Counter(edge for node in above for edge in node.next_functions)
-        below: dict[Use, GradientEdge | None] = {}
-        for tail, uses in zip(self.tails, self.uses, strict=True):
-            for use, edge in zip(uses, tail.edges, strict=True):
-                below[use] = None
-                position = _PRODUCTS.get(nodes.kind(edge.node))
-                if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
-                    continue
-                node, output = edge.node.next_functions[position]
-                if node in self.path and readers[node, output] == 1:
-                    assert node is not None
-                    below[use] = GradientEdge(node, output)
-        return below
-
-
-class Pulled(NamedTuple):
-    """A derivative at one use: ``delta``, in the shape of z, and ``delta W`` if that was formed anyway."""
-
-    delta: Tensor
-    through: Tensor | None
-
-
-_PRODUCTS = {"Addmm": 1, "Mm": 0}
-"""Nodes of a Linear layer on vectors, and which of their operands is phi."""
 
 
 def gauss_newton(
@@ -307,21 +181,3 @@ def _axes(uses: Sequence[Any]) -> list[int | str]:
     axes: list[int | str] = ["row", 0] if all(use.lead for use in uses) else ["row"]
     same = len({use.lead[:1] for use in uses}) == 1
     return [a for a in axes if in_order(uses, a) and (a == "row" or same)]
-
-
-def _check_weights(tail: Tail, outputs: Sequence[Output]) -> None:
-    """Raises RuntimeError if a sample counts less than nothing: the loss is not convex then."""
-    if not outputs:
-        return
-
-    def check(new: bool) -> Tensor:
-        weights = torch.cat([output.weights().detach().flatten().float() for output in outputs])
-        rounding = torch.finfo(torch.float16).eps * weights.abs().max()  # of gradients that cancel
-        return verdicts.outcome((weights >= -rounding).all(), weights.isfinite().all())
-
-    key = verdicts.signature(tail, "weights of samples")
-    if not verdicts.of(tail.layer).holds(key, check, insist=True):
-        raise RuntimeError(
-            "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some sample "
-            "or class counts with a negative weight. Use curvature='hessian' for it."
-        )

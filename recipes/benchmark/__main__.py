@@ -35,7 +35,7 @@ from recipes.shared.problem import Problem
 from recipes.shared.results import load, record, save
 from recipes.shared.tables import console, show
 from recipes.shared.tables import table as make_table
-from recipes.shared.timing import alternate, median, ratio, timed
+from recipes.shared.timing import alternate, median, ratio, timed, with_quartiles
 
 SLOW, SLOW_EVERY = 5.0, 4  # a step of more seconds is timed in every fourth round only
 ROUNDS = {  # the quick are noisy, the slow are dear
@@ -147,8 +147,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
     """Time, with quartiles, and peak memory, both relative to the plain step."""
 
     def ratio(result: dict[str, Any]) -> str:
-        low, high = result["quartiles"]
-        return f"{result['ratio']:.2f} ({low:.2f}-{high:.2f})"
+        return with_quartiles(result["ratio"], result["quartiles"])
 
     def memory(result: dict[str, Any]) -> str:
         return f"{result['memory']:.2f}" if "memory" in result else "not measured"

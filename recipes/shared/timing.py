@@ -70,3 +70,9 @@ def median(values: Sequence[float]) -> tuple[float, list[float]]:
 def ratio(own: Sequence[float], reference: Sequence[float]) -> tuple[float, list[float]]:
     """Median and quartiles of the quotients of seconds that belong to the same rounds."""
     return median([a / b for a, b in zip(own, reference, strict=True)])
+
+
+def with_quartiles(middle: float, quartiles: Sequence[float]) -> str:
+    """A cell of a table: a median, in brackets its quartiles."""
+    low, high = quartiles
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from recipes.shared.timing import with_quartiles
 from recipes.study import protocol
 from recipes.study.analysis import (
     GAPS,
@@ -245,8 +246,7 @@ def cost(costs: Mapping[str, Any]) -> Table:
         cells = []
         for own in found.values():
             timed = own["methods"].get(method)
-            low, high = timed["quartiles"] if timed else (0, 0)
-            cells.append(f"{timed['ratio']:.2f} ({low:.2f}-{high:.2f})" if timed else "")
+            cells.append(with_quartiles(timed["ratio"], timed["quartiles"]) if timed else "")
         table.add_row(method, *cells)
     return table
 
