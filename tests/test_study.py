@@ -280,6 +280,26 @@ def test_a_condition_is_compared_only_when_it_is_tuned() -> None:
     assert len(compared) == len(COMPARED) * len(protocol.SEEDS)
 
 
+def test_at_the_usual_rate_all_are_tuned_there_and_tested_beside_sgds_best() -> None:
+    condition, train = protocol.of("fashion-nobatchnorm", 0.2), Bowl()
+    results: list[dict[str, Any]] = []
+    stages = (protocol.sgd, protocol.usual_rate)
+    while trials := [
+        t
+        for stage in stages
+        for t in protocol.missing(results, stage(results))
+        if t.task == condition.task and not t.tested
+    ]:
+        results += [train(t) for t in trials]
+    assert protocol.base(results, condition) == {"lr": 0.4, "weight_decay": 0.0}
+    tested = [t for t in protocol.usual_rate(results) if t.tested]
+    by_method = {(t.method, t.lr, t.value) for t in tested if t.method in ("SGD", "SAM")}
+    assert by_method == {("SGD", 0.4, 0.4), ("SGD", 0.05, 0.05), ("SAM", 0.05, 0.8)}
+    assert len(tested) == (1 + len(protocol.SHORTLIST)) * len(protocol.USUAL_RATE_SEEDS)
+    assert {t.seed for t in tested}.isdisjoint({*protocol.SEEDS, *protocol.MORE_SEEDS})
+    assert not protocol.tuned(results, condition, "SAM")  # the comparison knows nothing of it
+
+
 def test_results_of_an_earlier_choice_are_left_out() -> None:
     trial = protocol.trial(CONDITIONS[0], "SAM", 0.1, 0, lr=0.1)
     results = [row(**{**asdict(trial), "value": value}) for value in (0.1, 0.2)]

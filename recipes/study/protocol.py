@@ -2,7 +2,8 @@
 
 Values are chosen by the score on validation data after the last epoch, averaged over two seeds that are not
 used again. Validation labels are as noisy as the training labels. Test data are looked at in the stages
-"comparison", "longer" and "networks", once per network, after everything was chosen.
+"comparison", "more_seeds", "longer", "networks" and "usual_rate", once per network, after everything was
+chosen.
 
 A stage is a function of what was measured before; a stage that chooses is asked again until it wants
 nothing more.
@@ -68,7 +69,6 @@ BY_LAYERS_ON: dict[
     ("digits", 0.4): (),
     ("mnist1d-layernorm", 0.2): FORMS,
     ("mnist1d", 0.4): (),
-    ("fashion", 0.4): OF_CONVOLUTIONS,
 }
 SHORTLIST = (
     "SGD",
@@ -85,6 +85,12 @@ TIMES = (2, 4, 0.5, 0.25)  # lengths of training, relative to that which was tun
 LONGER = (("mnist1d", 0.2), ("fashion", 0.4))
 LAMS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SLOWER = "a quarter of the learning rate"
+USUAL_RATE = 0.05  # for these conditions, in which SGD's best learning rate is far below it
+USUAL_RATE_ON: dict[tuple[str, float], Iterable[str]] = {  # and the sets of layers that are compared there
+    ("fashion", 0.4): [*BY_LAYERS, *OF_CONVOLUTIONS],
+    ("fashion-nobatchnorm", 0.2): (),
+}
+USUAL_RATE_SEEDS = (15, 16, 17, 18, 19)
 VARIANTS: dict[str, dict[str, Any]] = {  # of MNIST-1D with 20 % wrong labels: where one lam has to do
     "width 32": {"width": 32},
     "width 512": {"width": 512},
@@ -200,9 +206,13 @@ def values(
         return
     for method in methods:
         if METHODS[method].kind != "sgd" and applies(method, condition):
-            tried = dict.fromkeys(settings(results, condition, method))
-            for (lr, decay, value), seed in product(tried, TUNING_SEEDS):
-                yield trial(condition, method, value, seed, lr=lr, weight_decay=decay)
+            yield from of_settings(condition, method, settings(results, condition, method))
+
+
+def of_settings(condition: Condition, method: str, settings: Iterable[Setting]) -> Iterator[Trial]:
+    """A method's tuning trials with these settings."""
+    for (lr, decay, value), seed in product(dict.fromkeys(settings), TUNING_SEEDS):
+        yield trial(condition, method, value, seed, lr=lr, weight_decay=decay)
 
 
 def missing(results: Results, trials: Iterable[Trial]) -> list[Trial]:
@@ -324,6 +334,35 @@ def by_lam(results: Results, condition: Condition, method: str) -> dict[float, f
     return mean_by(where(tuned(results, condition, method), **usual(results, condition)), "value")
 
 
+def usual_rate(results: Results) -> Iterator[Trial]:
+    """The shortlist tuned at the usual learning rate, and tested beside SGD's best on seeds of its own.
+
+    Added when the comparison was known: with SGD's best rate there was nothing to gain in these conditions.
+    """
+    for key, layers in USUAL_RATE_ON.items():
+        condition = of(*key)
+        if missing(results, sgd_of(results, condition)):
+            continue
+        own = at_usual_rate(results)
+        tried = [
+            replace(one, variant="usual rate")
+            for method in [*SHORTLIST, *layers]
+            if METHODS[method].kind != "sgd"
+            for one in of_settings(condition, method, at_one_rate(own, condition, method))
+        ]
+        yield from tried
+        if not missing(results, tried):
+            tested = [replace(chosen(own, condition, method), variant="usual rate") for method in SHORTLIST]
+            for one, seed in product([chosen(results, condition, "SGD"), *tested], USUAL_RATE_SEEDS):
+                yield replace(one, seed=seed)
+
+
+def at_usual_rate(results: Results) -> Results:
+    """The results as if no other learning rate had been tried."""
+    sgd = where(results, method="SGD", lr=USUAL_RATE, variant="")
+    return [*sgd, *({**r, "variant": ""} for r in where(results, variant="usual rate"))]
+
+
 def networks(results: Results) -> Iterator[Trial]:
     """Plain networks of all kinds: does kappa go with the generalisation gap?"""
     kinds = product((0.2, 0.0, 0.4), (32, 128, 512), (0.0, 5e-4, 5e-3), (32, 64, 256), (0.0125, 0.05))
@@ -341,4 +380,5 @@ STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
     "networks": networks,
     "lam": lam,
     "more_seeds": more_seeds,
+    "usual_rate": usual_rate,
 }

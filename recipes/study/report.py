@@ -10,7 +10,7 @@ from rich.table import Table
 from recipes.shared.tables import markdown
 from recipes.study import tables
 from recipes.study.analysis import Results, differences, values_of
-from recipes.study.protocol import CONDITIONS, WITH_ONE_LAM
+from recipes.study.protocol import CONDITIONS, USUAL_RATE, USUAL_RATE_ON, WITH_ONE_LAM, of
 
 
 class Captioned(NamedTuple):
@@ -77,6 +77,16 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
             "learning rate, mean of two seeds, in brackets its lam; SGD's own is the best of its whole grid.",
             tables.layer_sets(everything),
         )
+    for condition in (of(*key) for key in USUAL_RATE_ON):
+        if tables.of(stages["usual_rate"], condition):
+            yield Captioned(
+                f"At a learning rate of {USUAL_RATE:g}: {condition.name}",
+                "SGD's best of its whole grid, then methods and sets of layers at this learning rate: the "
+                "weight decay (the usual one or SGD's best at this rate) and own value with the best "
+                "validation score (mean of two seeds); test score, mean ± standard deviation over five seeds "
+                "that were used for nothing else, and its difference to SGD's best, paired by seed.",
+                tables.usual_rate(everything, condition),
+            )
     if stages["longer"]:
         yield Captioned(
             "Longer and shorter",

@@ -154,6 +154,29 @@ def layer_sets(results: Results) -> Table:
     return table
 
 
+def usual_rate(results: Results, condition: Condition) -> Table:
+    """SGD's best of all; then a row per method and set of layers at the usual learning rate."""
+    tested = [r for r in of(results, condition) if r["tested"] and r["seed"] in protocol.USUAL_RATE_SEEDS]
+    reference = where(tested, variant="")
+    heads = ("method", "weight decay", "value", "validation", "test score", "over SGD's best")
+    table = Table(*heads, box=box.MARKDOWN)
+
+    def add(name: str, scores: Mapping[protocol.Setting, float], own: Results) -> None:
+        lr, decay, value = best(scores)
+        settings = [f"{decay:g}", "" if value == lr else f"{value:g}"]
+        gain = signed(differences(own, reference, "test_score")) if own and own != reference else ""
+        score = spread(values_of(own, "test_score"))
+        table.add_row(name, *settings, f"{max(scores.values()):.1f}", score, gain)
+
+    scores = protocol.tuned_scores(results, condition, "SGD")
+    add(f"SGD's best, at {best(scores)[0]:g}", scores, reference)
+    at_rate = protocol.at_usual_rate(results)
+    for method in METHODS:
+        if scores := protocol.tuned_scores(at_rate, condition, method):
+            add(method, scores, where(tested, method=method, variant="usual rate"))
+    return table
+
+
 def by_epochs(results: Results) -> Table:
     """A row per condition and method, a column per length of training."""
     times = sorted({1, *protocol.TIMES})
