@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
 
 from fam_optim import FAM, observe, relative_flatness, weight_layers
 from recipes.study import __main__ as study
-from recipes.study import protocol
+from recipes.study import protocol, tables
 from recipes.study.analysis import (
     best,
     differences,
     holm,
-    losses,
     mean_by,
     rank_correlation,
     to_try,
@@ -155,10 +155,6 @@ def test_paired_difference_has_students_interval() -> None:
 
 def test_holm() -> None:
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-
-
-def test_a_shared_value_loses_against_each_best() -> None:
-    assert losses([{1: 70.0, 2: 80.0}, {1: 90.0, 2: 60.0}], 1) == [10, 0]
 
 
 def test_rank_correlation_within_cells() -> None:
@@ -305,6 +301,35 @@ def test_results_of_an_earlier_choice_are_left_out() -> None:
     results = [row(**{**asdict(trial), "value": value}) for value in (0.1, 0.2)]
     assert protocol.measured(results, [trial]) == results[:1]
     assert protocol.missing(results, [trial, replace(trial, value=0.3)]) == [replace(trial, value=0.3)]
+
+
+def test_a_clipped_step_is_no_longer_than_its_norm() -> None:
+    trial = protocol.trial(protocol.of("digits", 0.0), "FAM, hidden", 1.0, 0, lr=1.0, weight_decay=0.0)
+    lengths = []
+    for clip in (0.0, 0.1):
+        torch.manual_seed(0)
+        stepper = Stepper(replace(trial, clip=clip))
+        before = parameters_to_vector(stepper.model.parameters()).detach()
+        stepper.step(torch.rand(8, 64), torch.arange(8))
+        lengths.append((parameters_to_vector(stepper.model.parameters()) - before).norm().item())
+    assert lengths[0] > 1
+    assert lengths[1] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_one_lam_loses_against_the_best_clipped_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, condition = "FAM, hidden", CONDITIONS[0]
+    free = {lam: score for lam, score in zip(protocol.LAMS, (50.0, 60.0, 55.0, 50.0, 10.0), strict=True)}
+    monkeypatch.setattr(tables, "lam_scores", lambda *_: {condition.name: (58.0, free)})
+    of_condition = {"task": condition.task, "noise": condition.noise, "variant": "clipped"}
+    results = [row(**of_condition, method=method, value=lam, validation=61.0) for lam in protocol.LAMS]
+    results.append(row(**of_condition, method="SGD", value=0.1, validation=59.0))
+
+    def lost(clipped: bool) -> list[str]:
+        table = tables.one_lam(results, method, clipped=clipped)
+        return [next(iter(column.cells)) for column in table.columns][1:]
+
+    assert lost(clipped=False) == ["2.0", "10.0", "0.0", "5.0", "10.0", "50.0"]
+    assert lost(clipped=True) == ["2.0", "0.0", "0.0", "0.0", "0.0", "0.0"]
 
 
 @pytest.mark.slow

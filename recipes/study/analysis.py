@@ -80,11 +80,6 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
     return corrected
 
 
-def losses(scores: Sequence[Mapping[float, float]], value: float) -> list[float]:
-    """What a value that is shared by all conditions loses in each against the best one there."""
-    return [max(by_value.values()) - by_value[value] for by_value in scores]
-
-
 GAPS: dict[str, Quantity] = {
     "accuracy": lambda r: r["train_score"] - r["test_score"],
     "loss": lambda r: r["test_loss"] - r["train_loss"],

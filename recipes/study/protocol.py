@@ -100,6 +100,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of MNIST-1D with 20 % wrong labels: w
     SLOWER: {},
     "Adam": {"base": "adam", "lr": 1e-3, "weight_decay": 0.0},
 }
+CLIP = 1.0  # the usual norm at which gradients are clipped
 WITH_ONE_LAM = ("FAM, hidden", "FAM, hidden, detached")
 
 
@@ -228,8 +229,8 @@ def measured(results: Results, trials: Iterable[Trial]) -> Results:
 
 
 def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The fields of a result that make it the trial's."""
-    return tuple(result[field.name] for field in fields(Trial))
+    """The fields of a result that make it the trial's; one that is older than a field has the default."""
+    return tuple(result.get(field.name, field.default) for field in fields(Trial))
 
 
 def settled(results: Results, condition: Condition, methods: Iterable[str]) -> bool:
@@ -324,6 +325,20 @@ def lam(results: Results) -> Iterator[Trial]:
                 yield trial(condition, method, value, seed, **changed)
 
 
+def clipped(results: Results) -> Iterator[Trial]:
+    """The same grid with the gradient of loss + lam * kappa clipped, and SGD at the same settings.
+
+    Added when the stage "lam" had shown that too large a lam ends a training.
+    """
+    for condition in CONDITIONS:
+        if settled(results, condition, COMPARED):
+            settings = usual(results, condition)
+            changed: dict[str, Any] = {**settings, "clip": CLIP, "variant": "clipped"}
+            lams = product(WITH_ONE_LAM, LAMS)
+            for (method, value), seed in product([("SGD", settings["lr"]), *lams], TUNING_SEEDS):
+                yield trial(condition, method, value, seed, **changed)
+
+
 def usual(results: Results, condition: Condition) -> dict[str, float]:
     """SGD's best learning rate, and the usual weight decay."""
     return {**base(results, condition), "weight_decay": DECAY}
@@ -381,4 +396,5 @@ STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
     "lam": lam,
     "more_seeds": more_seeds,
     "usual_rate": usual_rate,
+    "clipped": clipped,
 }

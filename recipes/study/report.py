@@ -10,7 +10,7 @@ from rich.table import Table
 from recipes.shared.tables import markdown
 from recipes.study import tables
 from recipes.study.analysis import Results, differences, values_of
-from recipes.study.protocol import CONDITIONS, USUAL_RATE, USUAL_RATE_ON, WITH_ONE_LAM, of
+from recipes.study.protocol import CLIP, CONDITIONS, USUAL_RATE, USUAL_RATE_ON, WITH_ONE_LAM, of
 
 
 class Captioned(NamedTuple):
@@ -101,6 +101,15 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
                 "Points of validation score (two seeds) that SGD, and that every lam, loses against the best "
                 "of these lams in the same row.",
                 tables.one_lam(everything, method),
+            )
+    if stages["clipped"]:
+        for method in WITH_ONE_LAM:
+            yield Captioned(
+                f"One lam, gradients clipped: {method}",
+                f"The same with the gradient of loss + lam * kappa clipped to a norm of {CLIP:g}; SGD too, "
+                "at the same learning rate and weight decay. Points lost against the best lam of the "
+                "row, clipped or not.",
+                tables.one_lam(everything, method, clipped=True),
             )
     if stages["networks"]:
         yield Captioned(

@@ -18,7 +18,6 @@ from recipes.study.analysis import (
     best,
     differences,
     holm,
-    losses,
     mean_by,
     p_value,
     rank_correlation,
@@ -215,17 +214,30 @@ def lam_scores(results: Results, method: str) -> dict[str, tuple[float, dict[flo
     }
 
 
-def one_lam(results: Results, method: str) -> Table:
-    """A row per condition or variant: what every lam loses there; then means, and the worst."""
-    found = lam_scores(results, method)
+def clipped_scores(results: Results, method: str) -> dict[str, tuple[float, dict[float, float]]]:
+    """By condition, with the gradient clipped: SGD's validation score, and the method's by lam."""
+    found = {}
+    for condition in CONDITIONS:
+        own = where(of(results, condition), variant="clipped")
+        if own:
+            sgd = statistics.fmean(values_of(where(own, method="SGD"), "validation"))
+            found[condition.name] = (sgd, mean_by(where(own, method=method), "value"))
+    return found
+
+
+def one_lam(results: Results, method: str, *, clipped: bool = False) -> Table:
+    """A row per condition or variant: what every lam loses there against the best; then mean and worst."""
+    free = lam_scores(results, method)
+    found = clipped_scores(results, method) if clipped else free
     table = Table("condition", "SGD", *(f"lam {lam:g}" for lam in protocol.LAMS), box=box.MARKDOWN)
+    rows = []
     for name, (sgd, scores) in found.items():
-        top = max(scores.values())
-        table.add_row(name, f"{top - sgd:.1f}", *(f"{top - score:.1f}" for score in scores.values()))
-    of_sgd = [max(scores.values()) - sgd for sgd, scores in found.values()]
-    lost = [losses([scores for _, scores in found.values()], lam) for lam in protocol.LAMS]
-    table.add_row("mean", *(f"{statistics.fmean(column):.2f}" for column in (of_sgd, *lost)))
-    table.add_row("worst", *(f"{max(column):.1f}" for column in (of_sgd, *lost)))
+        top = max(*scores.values(), *free[name][1].values())
+        rows.append([top - sgd, *(top - scores[lam] for lam in protocol.LAMS)])
+        table.add_row(name, *(f"{lost:.1f}" for lost in rows[-1]))
+    columns = list(zip(*rows, strict=True))
+    table.add_row("mean", *(f"{statistics.fmean(column):.2f}" for column in columns))
+    table.add_row("worst", *(f"{max(column):.1f}" for column in columns))
     return table
 
 

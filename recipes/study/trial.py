@@ -43,6 +43,7 @@ class Trial:
     depth: int = 2  # hidden layers
     batch_size: int = 64
     base: str = "sgd"
+    clip: float = 0.0  # largest norm of the whole gradient; 0: any
     variant: str = ""  # name of what differs from the task's ordinary training, if that is on purpose
     tested: bool = False  # whether test data are looked at
 
@@ -59,6 +60,7 @@ class Stepper:
         )
         smoothing = {"label_smoothing": value} if method.kind == "smoothing" else {}
         self._loss, self._options = LOSSES[TASKS[trial.task].predicts], smoothing
+        self._clip = trial.clip
         self.averaged = None
         if method.kind == "average":
             average = get_ema_multi_avg_fn(value)  # type: ignore[no-untyped-call]
@@ -76,6 +78,8 @@ class Stepper:
             self.optimizer.zero_grad()
             loss: Tensor = self._loss(self.model(inputs), targets, **self._options)
             loss.backward()  # type: ignore[no-untyped-call]
+            if self._clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
             return loss
 
         if isinstance(self.optimizer, SAM):  # which wants the gradient at the weights first
