@@ -291,7 +291,7 @@ def test_at_the_usual_rate_all_are_tuned_there_and_tested_beside_sgds_best() -> 
     tested = [t for t in protocol.usual_rate(results) if t.tested]
     by_method = {(t.method, t.lr, t.value) for t in tested if t.method in ("SGD", "SAM")}
     assert by_method == {("SGD", 0.4, 0.4), ("SGD", 0.05, 0.05), ("SAM", 0.05, 0.8)}
-    assert len(tested) == (1 + len(protocol.SHORTLIST)) * len(protocol.USUAL_RATE_SEEDS)
+    assert len(tested) == (1 + len(protocol.SHORTLIST)) * len(protocol.LATER_SEEDS)
     assert {t.seed for t in tested}.isdisjoint({*protocol.SEEDS, *protocol.MORE_SEEDS})
     assert not protocol.tuned(results, condition, "SAM")  # the comparison knows nothing of it
 
@@ -329,7 +329,21 @@ def test_one_lam_loses_against_the_best_clipped_or_not(monkeypatch: pytest.Monke
         return [next(iter(column.cells)) for column in table.columns][1:]
 
     assert lost(clipped=False) == ["2.0", "10.0", "0.0", "5.0", "10.0", "50.0"]
-    assert lost(clipped=True) == ["2.0", "0.0", "0.0", "0.0", "0.0", "0.0"]
+    assert lost(clipped=True) == ["3.0", "2.0", "0.0", "0.0", "0.0", "0.0", "0.0"]
+
+
+def test_what_no_search_gives_is_compared_seed_by_seed() -> None:
+    condition = CONDITIONS[0]
+    of_condition = {"task": condition.task, "noise": condition.noise}
+    scores = {("SGD", ""): (50.0, 51.0), ("SGD", "untuned"): (48.0, 50.0)}
+    scores |= {(method, "untuned"): (51.0, 53.0) for method in protocol.WITH_ONE_LAM}
+    results = [
+        row(**of_condition, method=method, variant=variant, seed=seed, test_score=by_seed[seed])
+        for (method, variant), by_seed in scores.items()
+        for seed in (1, 0)
+    ]
+    cells = [next(iter(column.cells)) for column in tables.untuned(results).columns]
+    assert cells == [condition.name, "50.5 ± 0.7", "-1.5 ± 6.4", "+1.5 ± 6.4", "+1.5 ± 6.4"]
 
 
 @pytest.mark.slow

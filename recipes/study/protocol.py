@@ -2,8 +2,8 @@
 
 Values are chosen by the score on validation data after the last epoch, averaged over two seeds that are not
 used again. Validation labels are as noisy as the training labels. Test data are looked at in the stages
-"comparison", "more_seeds", "longer", "networks" and "usual_rate", once per network, after everything was
-chosen.
+"comparison", "more_seeds", "longer", "networks", "usual_rate" and "untuned", once per network, after
+everything was chosen.
 
 A stage is a function of what was measured before; a stage that chooses is asked again until it wants
 nothing more.
@@ -58,6 +58,7 @@ CONDITIONS = (  # the most telling first
 TUNING_SEEDS = (100, 101)
 SEEDS = (5, 6, 7, 8, 9)  # of 0 to 4 test scores were known when the search became a joint one
 MORE_SEEDS = (10, 11, 12, 13, 14)
+LATER_SEEDS = (15, 16, 17, 18, 19)  # of stages that were added when the comparison was known
 SETTINGS = ("lr", "weight_decay", "value")
 DECAY = 5e-4  # the usual weight decay
 RATES, DECAYS = (0.0125, 0.05, 0.2), (5e-4, 2e-3, 8e-3)  # of SGD, tried first
@@ -90,7 +91,6 @@ USUAL_RATE_ON: dict[tuple[str, float], Iterable[str]] = {  # and the sets of lay
     ("fashion", 0.4): [*BY_LAYERS, *OF_CONVOLUTIONS],
     ("fashion-nobatchnorm", 0.2): (),
 }
-USUAL_RATE_SEEDS = (15, 16, 17, 18, 19)
 VARIANTS: dict[str, dict[str, Any]] = {  # of MNIST-1D with 20 % wrong labels: where one lam has to do
     "width 32": {"width": 32},
     "width 512": {"width": 512},
@@ -101,6 +101,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of MNIST-1D with 20 % wrong labels: w
     "Adam": {"base": "adam", "lr": 1e-3, "weight_decay": 0.0},
 }
 CLIP = 1.0  # the usual norm at which gradients are clipped
+ONE_LAM = 3e-3
 WITH_ONE_LAM = ("FAM, hidden", "FAM, hidden, detached")
 
 
@@ -339,6 +340,20 @@ def clipped(results: Results) -> Iterator[Trial]:
                 yield trial(condition, method, value, seed, **changed)
 
 
+def untuned(results: Results) -> Iterator[Trial]:
+    """One lam, clipped gradients and the usual weight decay, tested beside SGD's best: what if one searches
+    nothing but SGD's learning rate?
+    """
+    for condition in CONDITIONS:
+        if settled(results, condition, COMPARED):
+            settings = usual(results, condition)
+            values = {"SGD": settings["lr"], **dict.fromkeys(WITH_ONE_LAM, ONE_LAM)}
+            changed: dict[str, Any] = {**settings, "clip": CLIP, "variant": "untuned", "tested": True}
+            ours = [trial(condition, *own, LATER_SEEDS[0], **changed) for own in values.items()]
+            for one, seed in product([chosen(results, condition, "SGD"), *ours], LATER_SEEDS):
+                yield replace(one, seed=seed)
+
+
 def usual(results: Results, condition: Condition) -> dict[str, float]:
     """SGD's best learning rate, and the usual weight decay."""
     return {**base(results, condition), "weight_decay": DECAY}
@@ -368,7 +383,7 @@ def usual_rate(results: Results) -> Iterator[Trial]:
         yield from tried
         if not missing(results, tried):
             tested = [replace(chosen(own, condition, method), variant="usual rate") for method in SHORTLIST]
-            for one, seed in product([chosen(results, condition, "SGD"), *tested], USUAL_RATE_SEEDS):
+            for one, seed in product([chosen(results, condition, "SGD"), *tested], LATER_SEEDS):
                 yield replace(one, seed=seed)
 
 
@@ -397,4 +412,5 @@ STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
     "more_seeds": more_seeds,
     "usual_rate": usual_rate,
     "clipped": clipped,
+    "untuned": untuned,
 }

@@ -10,7 +10,16 @@ from rich.table import Table
 from recipes.shared.tables import markdown
 from recipes.study import tables
 from recipes.study.analysis import Results, differences, values_of
-from recipes.study.protocol import CLIP, CONDITIONS, USUAL_RATE, USUAL_RATE_ON, WITH_ONE_LAM, of
+from recipes.study.protocol import (
+    CLIP,
+    CONDITIONS,
+    DECAY,
+    ONE_LAM,
+    USUAL_RATE,
+    USUAL_RATE_ON,
+    WITH_ONE_LAM,
+    of,
+)
 
 
 class Captioned(NamedTuple):
@@ -85,7 +94,7 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
                 "weight decay (the usual one or SGD's best at this rate) and own value with the best "
                 "validation score (mean of two seeds); test score, mean ± standard deviation over five seeds "
                 "that were used for nothing else, and its difference to SGD's best, paired by seed.",
-                tables.usual_rate(everything, condition),
+                tables.usual_rate(everything, stages["usual_rate"], condition),
             )
     if stages["longer"]:
         yield Captioned(
@@ -111,6 +120,16 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
                 "row, clipped or not.",
                 tables.one_lam(everything, method, clipped=True),
             )
+    if stages["untuned"]:
+        yield Captioned(
+            "Without a search",
+            "Test score of SGD with searched learning rate and weight decay; and the points over it, paired "
+            f"by seed, with 95 % intervals, of SGD and of FAM with lam = {ONE_LAM:g}, with gradients clipped "
+            f"to a norm of {CLIP:g}, the usual weight decay of {DECAY:g} and SGD's best learning rate: five "
+            "seeds that were used for nothing else. Bold: the interval leaves out zero. The last row is the "
+            "mean over conditions, with the interval over conditions.",
+            tables.untuned(stages["untuned"]),
+        )
     if stages["networks"]:
         yield Captioned(
             "Kendall's tau with the generalisation gap",

@@ -153,9 +153,9 @@ def layer_sets(results: Results) -> Table:
     return table
 
 
-def usual_rate(results: Results, condition: Condition) -> Table:
+def usual_rate(results: Results, own_stage: Results, condition: Condition) -> Table:
     """SGD's best of all; then a row per method and set of layers at the usual learning rate."""
-    tested = [r for r in of(results, condition) if r["tested"] and r["seed"] in protocol.USUAL_RATE_SEEDS]
+    tested = where(of(own_stage, condition), tested=True)
     reference = where(tested, variant="")
     heads = ("method", "weight decay", "value", "validation", "test score", "over SGD's best")
     table = Table(*heads, box=box.MARKDOWN)
@@ -214,6 +214,27 @@ def lam_scores(results: Results, method: str) -> dict[str, tuple[float, dict[flo
     }
 
 
+def untuned(own_stage: Results) -> Table:
+    """A row per condition: SGD's best, and what is gained over it without a search."""
+    methods = ("SGD", *protocol.WITH_ONE_LAM)
+    table = Table("condition", "SGD, searched", *methods, box=box.MARKDOWN)
+    found: dict[str, list[float]] = {method: [] for method in methods}
+    for condition in CONDITIONS:
+        results = of(own_stage, condition)
+        reference = where(results, variant="")
+        if not reference:
+            continue
+        cells = []
+        for method in methods:
+            own = where(results, method=method, variant="untuned")
+            gained = differences(own, reference, "test_score")
+            found[method].append(statistics.fmean(gained))
+            cells.append(signed(gained))
+        table.add_row(condition.name, spread(values_of(reference, "test_score")), *cells)
+    table.add_row("mean over conditions", "", *(signed(gained) for gained in found.values()))
+    return table
+
+
 def clipped_scores(results: Results, method: str) -> dict[str, tuple[float, dict[float, float]]]:
     """By condition, with the gradient clipped: SGD's validation score, and the method's by lam."""
     found = {}
@@ -229,11 +250,14 @@ def one_lam(results: Results, method: str, *, clipped: bool = False) -> Table:
     """A row per condition or variant: what every lam loses there against the best; then mean and worst."""
     free = lam_scores(results, method)
     found = clipped_scores(results, method) if clipped else free
-    table = Table("condition", "SGD", *(f"lam {lam:g}" for lam in protocol.LAMS), box=box.MARKDOWN)
+    of_sgd = ("SGD, searched", "SGD") if clipped else ("SGD",)
+    table = Table("condition", *of_sgd, *(f"lam {lam:g}" for lam in protocol.LAMS), box=box.MARKDOWN)
     rows = []
     for name, (sgd, scores) in found.items():
-        top = max(*scores.values(), *free[name][1].values())
-        rows.append([top - sgd, *(top - scores[lam] for lam in protocol.LAMS)])
+        searched, others = free[name]
+        top = max(*scores.values(), *others.values())
+        known = [*([searched] if clipped else []), sgd, *(scores[lam] for lam in protocol.LAMS)]
+        rows.append([top - score for score in known])
         table.add_row(name, *(f"{lost:.1f}" for lost in rows[-1]))
     columns = list(zip(*rows, strict=True))
     table.add_row("mean", *(f"{statistics.fmean(column):.2f}" for column in columns))
