@@ -9,7 +9,7 @@ from rich.table import Table
 
 from recipes.shared.tables import markdown
 from recipes.study import tables
-from recipes.study.analysis import Results, differences, values_of
+from recipes.study.analysis import Results, differences, values_of, where
 from recipes.study.protocol import (
     CLIP,
     CONDITIONS,
@@ -87,7 +87,7 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
             tables.layer_sets(everything),
         )
     for condition in (of(*key) for key in USUAL_RATE_ON):
-        if tables.of(stages["usual_rate"], condition):
+        if where(tables.of(stages["usual_rate"], condition), variant="usual rate"):
             yield Captioned(
                 f"At a learning rate of {USUAL_RATE:g}: {condition.name}",
                 "SGD's best of its whole grid, then methods and sets of layers at this learning rate: the "

@@ -221,13 +221,12 @@ def untuned(own_stage: Results) -> Table:
     found: dict[str, list[float]] = {method: [] for method in methods}
     for condition in CONDITIONS:
         results = of(own_stage, condition)
-        reference = where(results, variant="")
-        if not reference:
+        reference, without_search = where(results, variant=""), where(results, variant="untuned")
+        if not reference or not without_search:  # one may be complete before the other
             continue
         cells = []
         for method in methods:
-            own = where(results, method=method, variant="untuned")
-            gained = differences(own, reference, "test_score")
+            gained = differences(where(without_search, method=method), reference, "test_score")
             found[method].append(statistics.fmean(gained))
             cells.append(signed(gained))
         table.add_row(condition.name, spread(values_of(reference, "test_score")), *cells)
