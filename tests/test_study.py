@@ -361,7 +361,7 @@ def test_the_study_runs_goes_on_and_reports(
     monkeypatch.setattr(protocol, "DECAYS", (5e-4,))
     monkeypatch.setattr(protocol, "LEARNING_RATES", (0.05,))
     monkeypatch.setattr(protocol, "WEIGHT_DECAYS", (0.0, 5e-4))
-    for stage in ("longer", "networks", "lam", "layers"):
+    for stage in ("longer", "networks", "lam", "layers", "usual_rate", "clipped", "untuned"):
         monkeypatch.setitem(protocol.STAGES, stage, lambda results: iter(()))
     task = TASKS["digits"]
     monkeypatch.setitem(protocol.TASKS, "digits", type(task)(task.load, task.sizes, task.network, epochs=1))

@@ -16,9 +16,7 @@ from recipes.study.protocol import (
     DECAY,
     ONE_LAM,
     USUAL_RATE,
-    USUAL_RATE_ON,
     WITH_ONE_LAM,
-    of,
 )
 
 
@@ -86,7 +84,7 @@ def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterat
             "learning rate, mean of two seeds, in brackets its lam; SGD's own is the best of its whole grid.",
             tables.layer_sets(everything),
         )
-    for condition in (of(*key) for key in USUAL_RATE_ON):
+    for condition in CONDITIONS:
         if where(tables.of(stages["usual_rate"], condition), variant="usual rate"):
             yield Captioned(
                 f"At a learning rate of {USUAL_RATE:g}: {condition.name}",
