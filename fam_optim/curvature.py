@@ -236,7 +236,7 @@ def _grad(
     outputs: Sequence[Tensor], tail: Tail, grad_outputs: Sequence[Tensor] | None, *, create_graph: bool
 ) -> Any:
     """autograd.grad with respect to the layer's outputs, with errors that name the remedy."""
-    try:
+    with failures.explained("second derivatives"):
         return torch.autograd.grad(
             outputs,
             tail.edges,
@@ -245,8 +245,3 @@ def _grad(
             retain_graph=True,
             allow_unused=True,
         )
-    except RuntimeError as error:
-        remedy = failures.remedy(error)
-        if remedy is None:
-            raise
-        raise RuntimeError(f"kappa needs second derivatives of what follows the layer. {remedy}") from error

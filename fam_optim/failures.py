@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MATH_ATTENTION = (
     "Fused attention has no second derivative: run the forward under "
@@ -47,6 +52,18 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def explained(needed: str) -> Iterator[None]:
+    """Raises torch's errors again with the remedy, if it is known; ``needed``: what kappa asked for."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = remedy(error)
+        if text is None:
+            raise
+        raise RuntimeError(f"kappa needs {needed} of what follows the layer. {text}") from error
 
 
 def remedy(error: RuntimeError) -> str | None:

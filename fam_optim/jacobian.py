@@ -73,21 +73,16 @@ class Jacobian:
             scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
             vectors = [scale * v for v in vectors]
         vectors = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
-        try:
-            with exact_backwards(self.path if self.differentiable else (), first=False):
-                found: Sequence[Tensor | None] = torch.autograd.grad(
-                    edges,
-                    inputs,
-                    vectors,
-                    create_graph=self.differentiable,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-        except RuntimeError as error:
-            remedy = failures.remedy(error)
-            if remedy is None:
-                raise
-            raise RuntimeError(f"kappa needs derivatives of what follows the layer. {remedy}") from error
+        exact = exact_backwards(self.path if self.differentiable else (), first=False)
+        with failures.explained("derivatives"), exact:
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                edges,
+                inputs,
+                vectors,
+                create_graph=self.differentiable,
+                retain_graph=True,
+                allow_unused=True,
+            )
         if self.differentiable:
             check_functions(self.path, [g for g in found if g is not None])
         if scale is None:

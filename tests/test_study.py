@@ -323,6 +323,8 @@ def test_one_lam_loses_against_the_best_clipped_or_not(monkeypatch: pytest.Monke
     of_condition = {"task": condition.task, "noise": condition.noise, "variant": "clipped"}
     results = [row(**of_condition, method=method, value=lam, validation=61.0) for lam in protocol.LAMS]
     results.append(row(**of_condition, method="SGD", value=0.1, validation=59.0))
+    other = {**of_condition, "task": CONDITIONS[2].task, "noise": CONDITIONS[2].noise}  # not known unclipped
+    results += [row(**other, method=name, value=0.1, validation=59.0) for name in ("SGD", method)]
 
     def lost(clipped: bool) -> list[str]:
         table = tables.one_lam(results, method, clipped=clipped)

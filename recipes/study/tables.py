@@ -249,6 +249,7 @@ def one_lam(results: Results, method: str, *, clipped: bool = False) -> Table:
     """A row per condition or variant: what every lam loses there against the best; then mean and worst."""
     free = lam_scores(results, method)
     found = clipped_scores(results, method) if clipped else free
+    found = {name: found[name] for name in free if name in found}  # one may be complete before the other
     of_sgd = ("SGD, searched", "SGD") if clipped else ("SGD",)
     table = Table("condition", *of_sgd, *(f"lam {lam:g}" for lam in protocol.LAMS), box=box.MARKDOWN)
     rows = []
