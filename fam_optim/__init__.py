@@ -2,8 +2,8 @@
 
 from fam_optim.evaluation import dataset_relative_flatness
 from fam_optim.flatness import relative_flatness
+from fam_optim.layer.record import Observation, observe
 from fam_optim.layers import weight_layers
-from fam_optim.observation import Observation, observe
 from fam_optim.optimizer import FAM
 
 __version__ = "0.2.2"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fam_optim import nodes
 from fam_optim.compilation import opaque
+from fam_optim.graph import nodes
 from fam_optim.interception import BackwardInterception
 from fam_optim.penalty import penalties_in, scalars_below, without_penalties
 

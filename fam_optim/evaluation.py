@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fam_optim.flatness import Settings, check_mode, layers_flatness
-from fam_optim.observation import observe
+from fam_optim.layer.record import observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fam_optim import verdicts
-from fam_optim.curvature import Curvature, undifferentiable, without_gradient
+from fam_optim.estimators.curvature import Curvature, undifferentiable, without_gradient
 from fam_optim.estimators.exact import exact
 from fam_optim.estimators.full import full
 from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
+from fam_optim.estimators.measure import MEASURES
 from fam_optim.estimators.softmax import softmax_curvature
-from fam_optim.measure import MEASURES
-from fam_optim.observation import Observation
+from fam_optim.graph import verdicts
+from fam_optim.graph.softmax_heads import find_softmax_heads
+from fam_optim.graph.trace import Tail, find_tail
+from fam_optim.layer.record import Observation
+from fam_optim.layer.use import describe
 from fam_optim.parallel import lasting, local_derivatives
-from fam_optim.softmax_heads import find_softmax_heads
-from fam_optim.tail import Tail, find_tail
-from fam_optim.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fam_optim import flags
+from fam_optim.graph import flags
+from fam_optim.layer.use import is_sharded
 from fam_optim.layers import weights_of
-from fam_optim.use import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

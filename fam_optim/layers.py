@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from fam_optim.kinds import base_type, parameter_use
-from fam_optim.observation import Observation, parametrization
-from fam_optim.use import describe
+from fam_optim.layer.kinds import base_type, parameter_use
+from fam_optim.layer.record import Observation, parametrization
+from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
     from fam_optim.flatness import Layer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fam_optim import nodes
+from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fam_optim.tail import Tail
+    from fam_optim.graph.trace import Tail
 
 
 def local_derivatives(tails: Sequence[Tail]) -> AbstractContextManager[None]:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fam_optim import nodes
 from fam_optim.flatness import Settings, check_mode, tails_flatness
+from fam_optim.graph import nodes
+from fam_optim.graph.trace import LayerNotUsedError, find_tail
+from fam_optim.layer.record import Observation, release
+from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of
-from fam_optim.observation import Observation, release
-from fam_optim.tail import LayerNotUsedError, find_tail
-from fam_optim.use import LayerUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from torch.autograd.graph import Node
 
-    from fam_optim.tail import Tail
+    from fam_optim.graph.trace import Tail
 
 _MARK = "fam_optim.regularized"
 _serial_numbers = itertools.count()

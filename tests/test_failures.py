@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fam_optim import FAM, failures, observe, relative_flatness
+from fam_optim import FAM, observe, relative_flatness
+from fam_optim.graph import errors
 from tests import reference
 
 if TYPE_CHECKING:
@@ -96,11 +97,11 @@ def test_no_second_derivative(tail: Callable[[Tensor], Tensor], message: str, mo
 def test_remedies_belong_to_what_they_are_for() -> None:
     """ "rnn" is in many words."""
     message = "derivative for aten::learned_journey_backward is not implemented"
-    text = failures.remedy(RuntimeError(message))
+    text = errors.remedy(RuntimeError(message))
     assert text is not None and "learned_journey_backward" in text and "recurrent" not in text
-    assert failures.remedy(RuntimeError("internal error: turn nothing")) is None
+    assert errors.remedy(RuntimeError("internal error: turn nothing")) is None
     for rnn in ("derivative for aten::_cudnn_rnn_backward is not implemented", "CuDNN RNN double backward"):
-        assert "recurrent" in (failures.remedy(RuntimeError(rnn)) or "")
+        assert "recurrent" in (errors.remedy(RuntimeError(rnn)) or "")
 
 
 def test_functions_named_as_operations_are_not_taken_for_them(float64: None) -> None:

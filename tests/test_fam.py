@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fam_optim import FAM, observation, observe, relative_flatness
+from fam_optim import FAM, observe, relative_flatness
+from fam_optim.layer import record
 from tests.support import (
     LAM,
     STYLES,
@@ -486,10 +487,10 @@ def test_forwards_that_are_never_regularized_do_not_pile_up() -> None:
     for _ in range(50):
         F.cross_entropy(model(x), y)
     gc.collect()
-    assert not observation._live[model.head]
+    assert not record._live[model.head]
     with torch.no_grad():
         model(x)
-    assert not observation._live[model.head]
+    assert not record._live[model.head]
     returns_loss(model, fam, x, y)
 
 

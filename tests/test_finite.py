@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import FAM, flags
+from fam_optim import FAM
+from fam_optim.graph import flags
 
 Y = torch.tensor([0, 1, 2, 0])
 

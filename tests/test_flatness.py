@@ -214,7 +214,7 @@ def test_exact_gauss_newton_agrees_with_the_definition(case: Case) -> None:
 @pytest.fixture
 def many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The closed form that is meant for many classes, also where there are few."""
-    monkeypatch.setattr("fam_optim.variance.few_classes", lambda n, d, m: False)
+    monkeypatch.setattr("fam_optim.estimators.variance.few_classes", lambda n, d, m: False)
 
 
 @by_name([case for case in CASES if "exact" in case.modes and "ce_" in case.name])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fam_optim import FAM, dataset_relative_flatness, flags, observe, relative_flatness, weight_layers
+from fam_optim import FAM, dataset_relative_flatness, observe, relative_flatness, weight_layers
 from fam_optim.estimators import gauss_newton as module
+from fam_optim.graph import flags
 from tests import reference
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from fam_optim import FAM, relative_flatness
-from fam_optim.curvature import Curvature
 from fam_optim.estimators import hutchinson as estimator
+from fam_optim.estimators.curvature import Curvature
 from tests import reference
 from tests.cases import (
     GRID,

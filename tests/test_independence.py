@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import independence, observe, relative_flatness
-from fam_optim.curvature import Curvature
-from fam_optim.rows import Grouping, shown_independent
-from fam_optim.tail import find_tail
+from fam_optim import observe, relative_flatness
+from fam_optim.estimators.curvature import Curvature
+from fam_optim.estimators.rows import Grouping, shown_independent
+from fam_optim.graph import independence
+from fam_optim.graph.trace import find_tail
 from tests.cases import GRID, Case, observed
 from tests.special_cases import SPECIAL
 
@@ -121,7 +122,7 @@ def test_random_tails() -> None:
             continue
         tail = find_tail(loss, layer)
         for groups in {math.prod(x.shape[:-1]), x.shape[0]} - {1}:
-            if independence.independent([tail], groups):
+            if independence.independent(frozenset(tail.path), tail.ends, groups):
                 proven += 1
                 assert mixed(loss, z, groups) == 0, (
                     f"seed {seed}, {groups} groups: {[n.name() for n in tail.path]}"
@@ -169,7 +170,8 @@ def test_common_tails_are_shown(tail_of: Callable[[Tensor], Tensor]) -> None:
     linear = nn.Linear(3, 4)
     with observe(linear) as layer:
         loss = tail_of(linear(torch.randn(6, 3)))
-    assert independence.independent([find_tail(loss, layer)], 6)
+    tail = find_tail(loss, layer)
+    assert independence.independent(frozenset(tail.path), tail.ends, 6)
 
 
 def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
@@ -178,7 +180,7 @@ def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
     with observe(convolution) as layer:
         loss = convolution(torch.randn(2, 4)).softmax(1).square().sum()
     tail = find_tail(loss, layer)
-    assert independence.independent([tail], 4), "of channels it is true"
+    assert independence.independent(frozenset(tail.path), tail.ends, 4), "of channels it is true"
     curvature = Curvature(tail, differentiable=False)
     for axis in ("row", 0):
         assert not shown_independent(curvature, Grouping(curvature.uses, axis))

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fam_optim import FAM, flags, observe, relative_flatness
+from fam_optim import FAM, observe, relative_flatness
+from fam_optim.graph import flags
 from tests import reference
 from tests.support import Batch, assert_same, samples, seeded
 
@@ -189,7 +190,7 @@ def test_many_classes_keep_their_digits(
     dtype: torch.dtype, surplus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The closed form has two ways; the other tests are small, and take that for few classes."""
-    monkeypatch.setattr("fam_optim.variance.few_classes", lambda n, d, m: False)
+    monkeypatch.setattr("fam_optim.estimators.variance.few_classes", lambda n, d, m: False)
     setting = trained("mlp", surplus)
     check(setting, setting.layers[-1], dtype, "exact", F.cross_entropy, parameters_too=False)
 

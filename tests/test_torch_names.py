@@ -17,7 +17,8 @@ import torch.utils.weak
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fam_optim import nodes, parallel
+from fam_optim import parallel
+from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

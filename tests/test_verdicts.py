@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import flags, observe, relative_flatness, rows, verdicts
-from fam_optim.curvature import Curvature
+from fam_optim import observe, relative_flatness
 from fam_optim.estimators import exact as exact_module
+from fam_optim.estimators import rows
+from fam_optim.estimators.curvature import Curvature
+from fam_optim.graph import flags, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import observation
+from fam_optim.layer import record
 from tests.sandwich import MODES, Sandwich, assert_step, check, data, definition, fam_on, loss_of
 from tests.support import seeded
 
@@ -25,13 +25,13 @@ def test_evaluation_leaves_no_trace() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             model(x)
-            assert len(observation._live[model.layer]) == 1
+            assert len(record._live[model.layer]) == 1
     fam.regularize(loss).backward()
     fam.step()
     assert_step(model, fam, kappa, moved)
     del loss
     gc.collect()
-    assert not observation._live[model.layer]
+    assert not record._live[model.layer]
 
 
 @MODES

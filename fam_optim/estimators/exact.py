@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fam_optim import failures, verdicts
-from fam_optim.rows import find_grouping
-from fam_optim.use import describe
+from fam_optim.estimators.rows import find_grouping
+from fam_optim.graph import errors, verdicts
+from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from fam_optim.curvature import Curvature
-    from fam_optim.measure import Factor
-    from fam_optim.rows import Grouping
-    from fam_optim.tail import Tail
+    from fam_optim.estimators.curvature import Curvature
+    from fam_optim.estimators.measure import Factor
+    from fam_optim.estimators.rows import Grouping
+    from fam_optim.graph.trace import Tail
 
 MAX_PRODUCTS = 1024
 """More Hessian-vector products than this in one evaluation end in an error instead."""
@@ -109,7 +109,7 @@ def _each(along: Callable[[Tensor, Tensor], Tensor], u: Tensor, v: Tensor, curva
         try:
             return torch.vmap(along, in_dims=1, chunk_size=size)(u, v)
         except RuntimeError as error:  # some operations cannot: an autograd.Function, say
-            if failures.is_out_of_memory(error):
+            if errors.is_out_of_memory(error):
                 raise
     result = torch.stack([along(*pair) for pair in zip(u.unbind(1), v.unbind(1), strict=True)])
     memory.remember(key, False)  # one at a time it went

@@ -14,8 +14,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fam_optim.curvature import Curvature
-    from fam_optim.measure import Factor
+    from fam_optim.estimators.curvature import Curvature
+    from fam_optim.estimators.measure import Factor
 
 
 def full(curvature: Curvature, factor: Factor) -> Tensor:

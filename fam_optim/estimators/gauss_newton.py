@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fam_optim import independence
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.jacobian import Jacobian, Pulled
-from fam_optim.rows import Grouping, in_order, row_uses
-from fam_optim.use import describe
+from fam_optim.estimators.jacobian import Jacobian, Pulled
+from fam_optim.estimators.rows import Grouping, in_order, row_uses
+from fam_optim.graph import independence
+from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fam_optim.measure import Factor
-    from fam_optim.tail import Tail
+    from fam_optim.estimators.measure import Factor
+    from fam_optim.graph.trace import Tail
 
 MAX_PRODUCTS = 1024
 """More vector-Jacobian products than this in one evaluation end in an error instead."""
@@ -153,7 +153,7 @@ def _independent_groups(jacobian: Jacobian) -> Sequence[Grouping | None]:
         by_layer.append({grouping.groups: grouping for grouping in finest_last})
     for groups in sorted(set.intersection(*map(set, by_layer)) - {1}, reverse=True):
         whole = all(size % groups == 0 for size in jacobian.sizes)
-        if whole and independence.independent(jacobian.tails, groups):
+        if whole and independence.independent(jacobian.path, jacobian.ends, groups):
             return [groupings[groups] for groupings in by_layer]
     return none
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fam_optim.rows import Grouping, shown_rows
+from fam_optim.estimators.rows import Grouping, shown_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fam_optim.curvature import Curvature
-    from fam_optim.measure import Factor
+    from fam_optim.estimators.curvature import Curvature
+    from fam_optim.estimators.measure import Factor
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fam_optim import nodes
-from fam_optim.softmax_heads import SoftmaxHead, keeps_order, ones, scales, to_softmaxes
-from fam_optim.use import at_least_float32
+from fam_optim.graph import nodes
+from fam_optim.graph.softmax_heads import SoftmaxHead, keeps_order, ones, scales, to_softmaxes
+from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fam_optim.measure import Factor
-    from fam_optim.tail import Tail
+    from fam_optim.estimators.measure import Factor
+    from fam_optim.graph.trace import Tail
 
 
 def softmax_curvature(

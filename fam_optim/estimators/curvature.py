@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fam_optim import failures, nodes
-from fam_optim.corrections import exact_backwards
-from fam_optim.use import at_least_float32
+from fam_optim.graph import errors, nodes
+from fam_optim.graph.corrections import exact_backwards
+from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch.autograd.graph import Node
 
-    from fam_optim.tail import Tail
+    from fam_optim.graph.trace import Tail
 
 
 class Curvature:
@@ -236,7 +236,7 @@ def _grad(
     outputs: Sequence[Tensor], tail: Tail, grad_outputs: Sequence[Tensor] | None, *, create_graph: bool
 ) -> Any:
     """autograd.grad with respect to the layer's outputs, with errors that name the remedy."""
-    with failures.explained("second derivatives"):
+    with errors.explained("second derivatives"):
         return torch.autograd.grad(
             outputs,
             tail.edges,

@@ -16,15 +16,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fam_optim import nodes
+from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
     from torch.autograd.graph import Node
-
-    from fam_optim.tail import Tail
 
     Shape = Sequence[int]
 
@@ -57,19 +55,23 @@ _SAME_RUNS = {"View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Alias", 
 _SAME_RUNS |= {nodes.DDP_SINK}
 
 
-def independent(tails: Sequence[Tail], groups: int) -> bool:
+def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) -> bool:
     """Whether the graph shows that the `groups` runs of z do not interact; False proves nothing.
 
     z is the output of a layer, or of several uses of several layers, each of as many runs.
 
-    Cost: a few microseconds per node of the tail, no arithmetic.
+    Args:
+        between: the nodes between z and the loss.
+        ends: those that make z.
+        groups: how many runs.
+
+    Cost: a few microseconds per node between, no arithmetic.
     """
-    between = {node for tail in tails for node in tail.path}
-    path = between.union(*(tail.ends for tail in tails))
+    path = between | ends
     return all(_preserves(node, path, groups) for node in between)
 
 
-def _preserves(node: Node, path: set[Node], groups: int) -> bool:
+def _preserves(node: Node, path: frozenset[Node], groups: int) -> bool:
     """Whether one operation keeps groups apart; or is a part of the sum that the loss is over them."""
     inputs = [
         (position, nodes.shape(below, output))

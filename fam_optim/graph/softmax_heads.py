@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim import nodes, verdicts
-from fam_optim.linear import descend
-from fam_optim.use import LayerUse, at_least_float32
+from fam_optim.graph import nodes, verdicts
+from fam_optim.graph.linear import descend
+from fam_optim.layer.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import Node
 
-    from fam_optim.tail import Tail
+    from fam_optim.graph.trace import Tail
 
 # Kinds of nodes.
 _ORDER_KEEPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias"}

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.utils import parametrize
 
-from fam_optim import nodes, verdicts
 from fam_optim.compilation import OBSERVED, opaque
+from fam_optim.graph import nodes, verdicts
 from fam_optim.interception import unseen
-from fam_optim.kinds import base_type, overridden, use_type
-from fam_optim.use import describe
+from fam_optim.layer.kinds import base_type, overridden, use_type
+from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fam_optim.use import LayerUse
+    from fam_optim.layer.use import LayerUse
 
 _KEY = "fam_optim.use"
 _watchers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fam_optim import independence, verdicts
-from fam_optim.curvature import inner, undifferentiable
-from fam_optim.failures import has_no_derivative
-from fam_optim.use import LayerUse, at_least_float32
+from fam_optim.estimators.curvature import inner, undifferentiable
+from fam_optim.graph import independence, verdicts
+from fam_optim.graph.errors import has_no_derivative
+from fam_optim.layer.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from fam_optim.curvature import Curvature
-    from fam_optim.tail import Tail
-    from fam_optim.use import Use
+    from fam_optim.estimators.curvature import Curvature
+    from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
 _generators: dict[torch.device, torch.Generator] = {}
 
@@ -156,8 +156,9 @@ def shown_independent(curvature: Curvature, grouping: Grouping) -> bool:
     """Whether the graph shows that groups do not interact; one group has nothing to interact with."""
     if grouping.groups == 1:
         return True
+    tail = curvature.tail
     runs = in_order(grouping.uses, grouping.axis)
-    return runs and independence.independent([curvature.tail], grouping.groups)
+    return runs and independence.independent(frozenset(tail.path), tail.ends, grouping.groups)
 
 
 def _tested_independent(curvature: Curvature, grouping: Grouping, *, insist: bool) -> bool:

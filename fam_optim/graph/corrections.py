@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fam_optim import nodes
-from fam_optim.use import LOW_PRECISION, at_least_float32
+from fam_optim.graph import nodes
+from fam_optim.layer.use import LOW_PRECISION, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

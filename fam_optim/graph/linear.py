@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fam_optim import nodes
+from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Set

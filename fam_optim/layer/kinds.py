@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fam_optim.use import (
+from fam_optim.layer.use import (
     CONVOLUTIONS,
     TRANSPOSED,
     ConvTransposeUse,
@@ -21,7 +21,7 @@ from fam_optim.use import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fam_optim.use import LayerUse
+    from fam_optim.layer.use import LayerUse
 
 
 def use_type(module: nn.Module) -> type[LayerUse]:

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
-from fam_optim import failures, nodes, verdicts
-from fam_optim.corrections import exact_backwards
-from fam_optim.curvature import check_differentiable, check_functions
-from fam_optim.outputs import find_outputs
-from fam_optim.use import LOW_PRECISION, LinearUse, at_least_float32
+from fam_optim.estimators.curvature import check_differentiable, check_functions
+from fam_optim.graph import errors, nodes, verdicts
+from fam_optim.graph.corrections import exact_backwards
+from fam_optim.graph.losses import find_outputs
+from fam_optim.layer.use import LOW_PRECISION, LinearUse, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fam_optim.outputs import Output
-    from fam_optim.tail import Tail
-    from fam_optim.use import Use
+    from fam_optim.graph.losses import Output
+    from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
 
 class Jacobian:
@@ -33,9 +33,12 @@ class Jacobian:
     def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
         self.tails, self.differentiable = tails, differentiable
         self.path = frozenset(node for tail in tails for node in tail.path)
+        self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
         if differentiable:
             check_differentiable(self.path)
-        self.outputs = find_outputs(tails, differentiable=differentiable)
+        self.outputs = find_outputs(
+            tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
+        )
         _check_weights(tails[0], self.outputs)
         self.sizes = [math.prod(output.shape) for output in self.outputs]
         self.uses = [
@@ -74,7 +77,7 @@ class Jacobian:
             vectors = [scale * v for v in vectors]
         vectors = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
         exact = exact_backwards(self.path if self.differentiable else (), first=False)
-        with failures.explained("derivatives"), exact:
+        with errors.explained("derivatives"), exact:
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 edges,
                 inputs,
@@ -111,7 +114,7 @@ class Jacobian:
     def _edges_below(self) -> dict[Use, GradientEdge | None]:
         """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
         vectors, if nothing else reads it, in full precision."""
-        above = self.path.union(*(tail.ends for tail in self.tails))
+        above = self.path | self.ends
         readers = Counter(edge for node in above for edge in node.next_functions)
         below: dict[Use, GradientEdge | None] = {}
         for tail, uses in zip(self.tails, self.uses, strict=True):

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fam_optim import flags, nodes
-from fam_optim.use import describe
+from fam_optim.graph import flags, nodes
+from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from torch import Tensor, nn
 
-    from fam_optim.tail import Tail
+    from fam_optim.graph.trace import Tail
 
 DIFFERS, SAME, UNKNOWN = 0, 1, 2
 RETRIED_EVERY = 64

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from fam_optim import nodes
-from fam_optim.kinds import parameter_use
-from fam_optim.observation import Observation, recorded_use
-from fam_optim.use import Use, describe
+from fam_optim.graph import nodes
+from fam_optim.layer.kinds import parameter_use
+from fam_optim.layer.record import Observation, recorded_use
+from fam_optim.layer.use import Use, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from torch import nn
 
-    from fam_optim.use import LayerUse
+    from fam_optim.layer.use import LayerUse
 
 
 _COMPILED = (

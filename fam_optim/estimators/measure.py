@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from fam_optim.variance import trace_of_covariance, variance_of_indicator
+from fam_optim.estimators.variance import trace_of_covariance, variance_of_indicator
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,17 +19,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim import nodes
-from fam_optim.linear import descend
-from fam_optim.use import at_least_float32
+from fam_optim.graph import nodes
+from fam_optim.graph.linear import descend
+from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
     from torch.autograd.graph import Node
-
-    from fam_optim.tail import Tail
 
 
 class Output(Protocol):
@@ -50,15 +46,20 @@ class Output(Protocol):
         """The a, none of which may be negative."""
 
 
-def find_outputs(tails: Sequence[Tail], *, differentiable: bool) -> list[Output]:
-    """The outputs that the loss of the tails is a convex function of, as far as it depends on their layers.
+def find_outputs(
+    loss: Tensor, path: frozenset[Node], ends: frozenset[Node], *, differentiable: bool
+) -> list[Output]:
+    """The outputs that the loss is a convex function of, as far as it depends on some layers.
+
+    Args:
+        loss: the scalar.
+        path: the nodes between the loss and the layers, the layers' own included.
+        ends: the layers' own.
+        differentiable: whether what is returned carries gradients.
 
     Raises:
         RuntimeError: if the loss is not known to be convex in them.
     """
-    loss = tails[0].loss
-    ends = frozenset[Any]().union(*(tail.ends for tail in tails))
-    path = ends.union(*(tail.path for tail in tails))
     descent = descend(loss, path, ends, _KINDS.keys())
     made = []
     for node in () if descent is None else descent.leaves:
