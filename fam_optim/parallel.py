@@ -4,7 +4,7 @@ kappa takes derivatives of the loss before the step's one backward. They are loc
 averaged over processes is the gradient of ``loss + lam * kappa``, by the wrapper and once. But a wrapper's
 hooks on the graph take any derivative that passes them for the step's backward, and must be told.
 
-The attributes used here are torch's own and not public; tests/test_torch_names.py guards each of them.
+The attributes used here are torch's own and not public; test_torch_names.py guards each of them.
 """
 
 from __future__ import annotations

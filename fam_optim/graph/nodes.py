@@ -1,5 +1,5 @@
 """What may be asked of a node of the autograd graph: all names of nodes and of their attributes, most of
-them private to torch, stand here (tests/test_torch_names.py says what each is needed for).
+them private to torch, stand here (test_torch_names.py says what each is needed for).
 
 A node stands for one operation of the forward. Its *outputs* are the operation's results, its *inputs*
 the nodes (with the number of their output) that made the operands.

@@ -13,7 +13,7 @@ from recipes.benchmark import counts
 from recipes.benchmark.candidates import CANDIDATES, chosen
 from recipes.benchmark.cases import TASKS, Head
 from recipes.shared.problem import Problem
-from tests.test_recipes import same
+from tests.recipes.test_recipes import same
 
 
 def head(classes: int, features: int, rows: int) -> Problem:
