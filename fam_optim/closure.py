@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from fam_optim.penalty import Penalty
+    from fam_optim.proximal import Proximal
 
 
 class RegularizedClosure:
@@ -140,6 +141,50 @@ class RegularizedClosure:
         if isinstance(result, float):
             return result + float(penalties)
         return result.detach() + penalties - (0 if contained is None else contained)
+
+
+class SeenClosure:
+    """The closure of one proximal step: shows every loss that is backpropagated to `proximal`.
+
+    Args:
+        closure: the user's.
+        proximal: what takes A of a loss before its backward.
+        zero_grad: empties the gradients.
+
+    Attributes:
+        evaluations: how often the base has evaluated it.
+        returned: what the user's closure returned first.
+    """
+
+    def __init__(self, closure: Callable[[], Any], proximal: Proximal, zero_grad: Callable[[], None]) -> None:
+        self.closure, self.proximal, self.zero_grad = closure, proximal, zero_grad
+        self.evaluations = 0
+        self.returned: Any = None
+
+    def __call__(self) -> Any:
+        return _untraced(self._evaluate)
+
+    def _evaluate(self) -> Any:
+        self.evaluations += 1
+        if self.evaluations > 1:  # the base tries again, from other weights
+            self.proximal.forget_backpropagated()
+        with torch.enable_grad(), BackwardInterception(self._see) as backward:
+            result = self.closure()
+            only_steps = result is None and self.proximal.given  # Lightning's manual optimisation
+            if not backward.seen and not only_steps:
+                _check_returned(result)
+                if self.evaluations > 1:
+                    self.zero_grad()
+                result.backward()
+        if self.proximal.due:
+            self.proximal.check()
+        if self.evaluations == 1:
+            self.returned = result
+        return result.detach() if isinstance(result, Tensor) else result
+
+    def _see(self, loss: Tensor) -> Tensor:
+        self.proximal.see(loss)
+        return loss
 
 
 class _Backward:

@@ -5,18 +5,20 @@ Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import LBFGS, Optimizer
 
 from fam_optim.backup import Backup
-from fam_optim.closure import RegularizedClosure
+from fam_optim.closure import RegularizedClosure, SeenClosure
 from fam_optim.flatness import Settings
 from fam_optim.gradients import FiniteGuard, check_complete, mark_stepped_on
-from fam_optim.interception import unseen
-from fam_optim.layers import name_of, weights_of
+from fam_optim.layer.use import describe
+from fam_optim.layers import name_of, weight_layers, weights_of
 from fam_optim.penalty import Penalty
+from fam_optim.proximal import Proximal
 from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
@@ -92,44 +94,106 @@ class FAM(OptimizerWrapper):
         params: Any,
         base_optimizer: Callable[..., Optimizer],
         layer: nn.Module | nn.Parameter | Sequence[nn.Module | nn.Parameter],
-        lam: float = 8e-3,
-        mode: str = "exact",
+        lam: float | None = None,
+        mode: Literal["proximal", "exact", "full", "hutchinson"] = "exact",
         *,
-        measure: str = "neuronwise",
-        curvature: str = "hessian",
-        normalize: bool = False,
-        detach_hessian: bool = False,
+        every: int | None = None,
+        measure: Literal["neuronwise", "layerwise"] | None = None,
+        curvature: Literal["hessian", "gauss_newton"] | None = None,
+        normalize: bool | None = None,
+        detach_hessian: bool | None = None,
         n_samples: int = 1,
         generator: torch.Generator | None = None,
         **base_kwargs: Any,
     ) -> None:
-        settings = Settings(measure, mode, normalize, n_samples, generator, detach_hessian, curvature)
-        self.penalty = Penalty(layer, lam, settings)
-        self._start(_build_base(base_optimizer, params, base_kwargs))
+        form = {
+            "measure": measure,
+            "curvature": curvature,
+            "normalize": normalize,
+            "detach_hessian": detach_hessian,
+        }
+        given: dict[str, Any] = {name: value for name, value in form.items() if value is not None}
+        self.penalty: Penalty | None = None
+        self.proximal: Proximal | None = None
+        if mode == "proximal":
+            _refuse_penalty_arguments(given)
+            own = 10 if every is None else every
+            layers = layer if isinstance(layer, (list, tuple)) else (layer,)
+            self.proximal = Proximal(layers, _checked(1.0 if lam is None else lam), own, n_samples, generator)
+        else:
+            if every is not None:
+                raise ValueError(
+                    f"expected `every` with mode='proximal' alone, got it with mode={mode!r}, whose "
+                    "penalty is in every step. Leave it out."
+                )
+            settings = Settings(mode=mode, n_samples=n_samples, generator=generator, **given)
+            self.penalty = Penalty(layer, _checked(8e-3 if lam is None else lam), settings)
+        self._start(_build_base(base_optimizer, params, base_kwargs, mode == "proximal"))
         self._warn_untrained()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        base_optimizer: Callable[..., Optimizer],
+        *,
+        lam: float = 1.0,
+        every: int = 10,
+        params: Any = None,
+        **base_kwargs: Any,
+    ) -> FAM:
+        """The recommended settings: all weight layers but the last, ``mode="proximal"``.
+
+        >>> optimizer = FAM.for_model(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+
+        Args:
+            model: its weight layers are those of `weight_layers`.
+            base_optimizer: as in `FAM`.
+            lam, every: as in `FAM`.
+            params: parameters or parameter groups for the base optimizer; by default all of the model's.
+            **base_kwargs: for the base optimizer: lr, momentum, ...
+
+        Raises:
+            ValueError: if the model has fewer than two weight layers.
+        """
+        hidden = weight_layers(model)[:-1]
+        if not hidden:
+            raise ValueError(
+                "expected a model with at least two weight layers, of which all but the last are kept flat, "
+                f"got {describe(model)}. Name the layer: FAM(params, base_optimizer, layer, mode='proximal')."
+            )
+        trained = model.parameters() if params is None else params
+        return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
 
     def _start(self, base_optimizer: Optimizer) -> None:
         """What a new, copied or unpickled FAM needs beside its attributes."""
         self._wrap(base_optimizer)
-        self.penalty.start()
+        if self.penalty is not None:
+            self.penalty.start()
         self._guard = FiniteGuard()
         self._evaluations = 0  # of a closure, at most in one step
 
-    # The penalty
+    # The regulariser
+
+    @property
+    def _regularizer(self) -> Penalty | Proximal:
+        found = self.proximal or self.penalty
+        assert found is not None
+        return found
 
     @property
     def lam(self) -> float:
-        """Weight of kappa."""
-        return self.penalty.lam
+        """How far kappa pulls the weights, relative to the loss; of the penalty, the weight of kappa."""
+        return self._regularizer.lam
 
     @lam.setter
     def lam(self, value: float) -> None:
-        self.penalty.lam = value
+        self._regularizer.lam = _checked(value)
 
     @property
     def last_kappa(self) -> Tensor | None:
-        """kappa as it last entered the penalty, detached."""
-        return self.penalty.last_kappa
+        """kappa of the last due step's loss, or as it last entered the penalty; detached."""
+        return self._regularizer.last_kappa
 
     def regularize(self, loss: Tensor) -> Tensor:
         """``loss + lam * kappa``, differentiable: for loops that call backward themselves.
@@ -146,13 +210,18 @@ class FAM(OptimizerWrapper):
         Raises:
             RuntimeError: if the loss does not depend on the layer, and as `relative_flatness`.
         """
-        regularized = self.penalty.add(loss) if self.lam else loss
-        self.penalty.given = True
-        return regularized
+        if self.proximal is not None:
+            self.proximal.see(loss)
+        elif self.penalty is not None and self.lam:
+            loss = self.penalty.add(loss)
+        self._regularizer.given = True
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the gradients, as the base optimizer does."""
-        unseen(super().zero_grad, set_to_none)  # it asks for every parameter's gradient, and sets it
+        super().zero_grad(set_to_none)
+        if self.proximal is not None:
+            self.proximal.forget_backpropagated()
 
     # The step
 
@@ -171,43 +240,61 @@ class FAM(OptimizerWrapper):
                 are as before the step.
         """
         if closure is None:
-            if self.lam and not self.penalty.given and self._trains():
+            if self.lam and not self._regularizer.given and self._trains():
                 raise RuntimeError(
                     "FAM.step() without a closure expects gradients of loss + lam * kappa, but regularize() "
                     "was not called since the last step. Use optimizer.regularize(loss).backward() before "
                     "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
                     "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
                 )
-            self._guard.check(self.penalty, self._parameters())
-            result = self._base_step()
-            self._finish()
-            return result
+            return self._step_on_gradients()
         regularized = self._regularized(closure)
         backup = Backup(self) if self._may_reevaluate() else None
+        before = None if self.proximal is None else self.proximal.before()
         try:
             result = self._base_step(regularized)
         except BaseException:
             if backup is not None:
                 backup.restore()
-            self.penalty.forget()
+            self._regularizer.forget()
             raise
         finally:
             self._evaluations = max(self._evaluations, regularized.evaluations)
-        self._finish()
+        self._finish(before)
         return regularized.returned if regularized.evaluations else result
 
-    def _regularized(self, closure: Callable[[], Any]) -> RegularizedClosure:
+    def _step_on_gradients(self) -> Any:
+        """The step without a closure."""
+        before = None
+        if self.penalty is not None:
+            self._guard.check(self.penalty, self._parameters())
+        elif self.proximal is not None:
+            if self.proximal.due and self.proximal.given:
+                self.proximal.check()
+            before = self.proximal.before()
+        result = self._base_step()
+        self._finish(before)
+        return result
+
+    def _regularized(self, closure: Callable[[], Any]) -> RegularizedClosure | SeenClosure:
+        if self.penalty is None:
+            assert self.proximal is not None
+            return SeenClosure(closure, self.proximal, self.zero_grad)
+        penalty = self.penalty
         return RegularizedClosure(
             closure,
-            self.penalty,
-            before=lambda: check_complete(self.penalty, self._parameters()),
-            after=lambda: self._guard.check(self.penalty, self._parameters()),
+            penalty,
+            before=lambda: check_complete(penalty, self._parameters()),
+            after=lambda: self._guard.check(penalty, self._parameters()),
             zero_grad=self.zero_grad,
         )
 
-    def _finish(self) -> None:
-        self.penalty.forget()
-        mark_stepped_on(self.penalty, self._parameters())
+    def _finish(self, before: list[Tensor] | None) -> None:
+        if self.proximal is not None:
+            self.proximal.after(before)
+        elif self.penalty is not None:
+            self.penalty.forget()
+            mark_stepped_on(self.penalty, self._parameters())
 
     def _may_reevaluate(self) -> bool:
         """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS
@@ -224,43 +311,80 @@ class FAM(OptimizerWrapper):
     # Copies and checkpoints
 
     def _own_state(self) -> dict[str, Any]:
-        generator = self.penalty.settings.generator
-        state = None if generator is None else generator.get_state()
-        return {_CHECKPOINT_KEY: {"lam": self.lam, "generator": state}}
+        own: dict[str, Any] = {"lam": self.lam}
+        if self.proximal is not None:
+            own["proximal"] = self.proximal.state()
+        elif self.penalty is not None:
+            generator = self.penalty.settings.generator
+            own["generator"] = None if generator is None else generator.get_state()
+        return {_CHECKPOINT_KEY: own}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         saved = own.get(_CHECKPOINT_KEY)
         if saved is None:  # of a plain base optimizer: lam stays as it is
             return
         self.lam = saved["lam"]
-        generator = self.penalty.settings.generator
-        if generator is not None and saved["generator"] is not None:
+        if self.proximal is not None and "proximal" in saved:
+            self.proximal.load(saved["proximal"])
+        generator = None if self.penalty is None else self.penalty.settings.generator
+        if generator is not None and saved.get("generator") is not None:
             generator.set_state(saved["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"penalty": self.penalty, "base_optimizer": self.base_optimizer}
+        return {
+            "penalty": self.penalty,
+            "proximal": self.proximal,
+            "base_optimizer": self.base_optimizer,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.penalty = state["penalty"]
+        self.penalty, self.proximal = state["penalty"], state["proximal"]
         self._start(state["base_optimizer"])
 
     def __repr__(self) -> str:
-        mode = self.penalty.settings.mode
-        return f"FAM(lam={self.lam}, mode={mode!r}, layer={self.penalty.names}, base={self.base_optimizer})"
+        if self.proximal is not None:
+            settings = f"mode='proximal', lam={self.lam}, every={self.proximal.every}"
+        else:
+            assert self.penalty is not None
+            settings = f"mode={self.penalty.settings.mode!r}, lam={self.lam}"
+        return f"FAM({settings}, layer={self._regularizer.names}, base={self.base_optimizer})"
 
     def _warn_untrained(self) -> None:
         trained = {id(p) for p in self._parameters()}
-        for layer in self.penalty.layers:
-            if not any(id(p) in trained for p in weights_of(layer)):
+        layers = [] if self.penalty is None else self.penalty.layers
+        named = [(name_of(layer), weights_of(layer)) for layer in layers]
+        if self.proximal is not None:
+            named = [(w.name, [w.parameter]) for w in self.proximal.weights]
+        for name, weights in named:
+            if not any(id(p) in trained for p in weights):
                 warnings.warn(
-                    f"the weight of `layer` {name_of(layer)} is not among the parameters given to FAM: its "
-                    "kappa is computed and regularises the others, but it is not trained. Add it to `params` "
-                    "if it should be.",
+                    f"the weight of `layer` {name} is not among the parameters given to FAM: it is not "
+                    "trained (as a penalty its kappa still regularises the others). Add it to `params`, or "
+                    "leave it out of `layer`.",
                     stacklevel=3,
                 )
 
 
-def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -> Optimizer:
+def _checked(lam: float) -> float:
+    if not (math.isfinite(lam) and lam >= 0):
+        raise ValueError(f"expected `lam` to be finite and at least 0, got {lam!r}.")
+    return float(lam)
+
+
+def _refuse_penalty_arguments(given: dict[str, Any]) -> None:
+    """Raises ValueError for what the proximal step has no use for."""
+    meaningless = {
+        name: value for name, value in given.items() if (name, value) != ("curvature", "gauss_newton")
+    }
+    if meaningless:
+        listed = ", ".join(f"{name}={value!r}" for name, value in meaningless.items())
+        raise ValueError(
+            f"got {listed} with mode='proximal', which is neuronwise, with Gauss-Newton curvature that is "
+            "held constant, and has no unit. Leave that out, or use mode='hutchinson'."
+        )
+
+
+def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any], proximal: bool) -> Optimizer:
     if isinstance(base_optimizer, Optimizer):
         raise TypeError(
             "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got an "
@@ -273,6 +397,11 @@ def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -
             f"{base_optimizer!r}."
         )
     base = base_optimizer(params, **base_kwargs)
+    if proximal and isinstance(base, LBFGS):
+        raise ValueError(
+            "mode='proximal' moves the weights between steps, and LBFGS's history of them would be wrong. "
+            "Use another base optimizer, or mode='hutchinson' with curvature='gauss_newton'."
+        )
     if not isinstance(base, Optimizer):
         raise TypeError(
             "expected `base_optimizer` to make a torch.optim.Optimizer, got a "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Independent signs, in `like`'s dtype and on its device."""
     device = like.device if generator is None else generator.device
-    bits = torch.randint(0, 2, shape, generator=generator, device=device)
+    bits = torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
     return (2 * bits - 1).to(device=like.device, dtype=like.dtype)
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from fam_optim.estimators.curvature import check_differentiable, check_functions
 from fam_optim.graph import errors, nodes, verdicts
 from fam_optim.graph.corrections import exact_backwards
-from fam_optim.graph.losses import find_outputs
+from fam_optim.graph.losses import cotangents, find_outputs
 from fam_optim.layer.use import LOW_PRECISION, LinearUse, at_least_float32
 
 if TYPE_CHECKING:
@@ -48,13 +48,10 @@ class Jacobian:
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
         """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
-        edges, vectors = [], []
-        for output, signs in zip(self.outputs, r, strict=True):
-            edges += output.edges
-            vectors += output.root(signs)
+        edges, vectors, scale = cotangents(self.outputs, r)
         at_z = [edge for tail in self.tails for edge in tail.edges]
         at_phi = [edge for edge in self._below.values() if edge is not None]
-        found = self._backward(edges, at_z + at_phi, vectors)
+        found = self._backward(edges, at_z + at_phi, vectors, scale)
         deltas = iter(found[: len(at_z)])
         through = iter(found[len(at_z) :])
         return [[self._pulled(use, next(deltas), through) for use in uses] for uses in self.uses]
@@ -66,16 +63,11 @@ class Jacobian:
         delta = at_least_float32(gradient).reshape(use.shape)
         return Pulled(delta, None if below is None else at_least_float32(below))
 
-    def _backward(self, edges: Any, inputs: Any, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def _backward(
+        self, edges: Any, inputs: Any, vectors: Sequence[Tensor], scale: Any
+    ) -> Sequence[Tensor | None]:
         if not edges:
             return [None] * len(inputs)
-        dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
-        scale = None
-        if torch.float16 in dtypes:  # as much room below as there is above
-            largest = torch.stack([v.detach().abs().max() for v in vectors]).max()
-            scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
-            vectors = [scale * v for v in vectors]
-        vectors = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
         exact = exact_backwards(self.path if self.differentiable else (), first=False)
         with errors.explained("derivatives"), exact:
             found: Sequence[Tensor | None] = torch.autograd.grad(
@@ -88,7 +80,7 @@ class Jacobian:
             )
         if self.differentiable:
             check_functions(self.path, [g for g in found if g is not None])
-        if scale is None:
+        if isinstance(scale, float):
             return found
         return [None if g is None else at_least_float32(g) / scale for g in found]
 

@@ -24,6 +24,8 @@ from fam_optim.graph.linear import descend
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.autograd.graph import Node
 
@@ -76,6 +78,24 @@ def find_outputs(
             f"{loss.grad_fn.name() if loss.grad_fn else loss}. Use curvature='hessian' for it."
         )
     return made
+
+
+def cotangents(
+    outputs: Sequence[Output], r: Sequence[Tensor]
+) -> tuple[list[GradientEdge], list[Tensor], Any]:
+    """``S r`` at every edge of the outputs, in the edge's precision, and the factor that it was scaled by.
+
+    The factor is 1 but for float16, which has as much room below the largest entry then as there is above.
+    """
+    edges = [edge for output in outputs for edge in output.edges]
+    vectors = [v for output, signs in zip(outputs, r, strict=True) for v in output.root(signs)]
+    dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
+    scale: Any = 1.0
+    if torch.float16 in dtypes:
+        largest = torch.stack([v.detach().abs().max() for v in vectors]).max()
+        scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
+        vectors = [scale * v for v in vectors]
+    return edges, [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)], scale
 
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:

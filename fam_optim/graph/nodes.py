@@ -69,6 +69,18 @@ def weight_of_convolution(node: Node) -> tuple[Node, int] | None:
     return None if below is None else (below, output)
 
 
+def is_unscaled(node: Node) -> bool:
+    """Whether a matrix product, with a bias or without, comes without a factor of its own."""
+    return bool(getattr(node, "_saved_alpha", 1) == 1)
+
+
+def first_factor(node: Node) -> torch.Tensor:
+    """What an Addmm or Mm multiplies with its second factor, whose derivative needs it."""
+    name = "_saved_mat1" if kind(node) == "Addmm" else "_saved_self"
+    factor: torch.Tensor = getattr(node, name)
+    return factor
+
+
 def metadata(node: Node) -> dict[str, Any]:
     """What Python may attach to a graph node: it lives as long as the node."""
     return node.metadata  # type: ignore[return-value]  # a property that torch declares as a method
@@ -161,3 +173,8 @@ def communicates(node: Node) -> bool:
     home = function.__module__
     averages = home.startswith("torch.distributed.fsdp.")
     return (home.startswith("torch.distributed.") and not averages) or function.__name__ == "SyncBatchNorm"
+
+
+def in_derivative() -> bool:
+    """Whether this thread is inside a derivative that autograd takes, as what a checkpoint runs again is."""
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -1,0 +1,139 @@
+"""A, a random root of the Gauss-Newton ``T[s,u] = Tr(G_{s,u})``, ``E A A^T = T``, from one ordinary backward.
+
+With random signs r and the root S of `graph.losses`,
+
+    A    =  g = d<S r, o>/dW                (d, m)   any weight, whatever interacts
+    A^T  =  rows ||phi_a|| d<S r, o>/dz_a   (N, d)   Linear on N < min(d, m) vectors that do not interact
+
+Rows vary less, and take a solve of their own number. Micro-batches with signs of their own have one A
+together, that of the whole batch: g adds up, rows are stacked.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from fam_optim.estimators.hutchinson import rademacher
+from fam_optim.graph import errors, nodes
+from fam_optim.graph.independence import independent
+from fam_optim.graph.losses import cotangents
+from fam_optim.graph.reach import above, product_on_vectors
+from fam_optim.graph.recomputation import counted_once
+from fam_optim.layer.use import at_least_float32
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch.autograd.graph import Node
+
+    from fam_optim.graph.losses import Output
+    from fam_optim.graph.reach import Reach
+    from fam_optim.layer.weights import WeightMatrix
+
+
+class Rows(NamedTuple):
+    """What A is made of where rows do not interact: delta ``(N, d)`` and phi ``(N, m)``."""
+
+    delta: Tensor
+    phi: Tensor
+
+
+Root = Tensor | Rows
+Roots = dict[int, list[Root]]
+"""A of several weights by number, one for each sample."""
+
+
+def sample_roots(
+    reached: Reach,
+    outputs: Sequence[Output],
+    weights: Sequence[WeightMatrix],
+    products: Mapping[int, Node],
+    generator: Callable[[torch.device], torch.Generator],
+    n_samples: int,
+) -> Roots:
+    """A of every weight that a loss depends on.
+
+    Args:
+        reached: the way from the loss to the weights.
+        outputs: what the loss is a convex function of.
+        products: where A is made of rows, as `products_of_rows` found it.
+        generator: of the signs, by device.
+
+    Cost: a backward from the outputs to the weights for each sample.
+    """
+    numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
+    ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
+    roots: Roots = {}
+    for _ in range(n_samples):
+        likes = [output.weights() for output in outputs]
+        pairs = zip(outputs, likes, strict=True)
+        signs = [rademacher(tuple(o.shape), like, generator(like.device)) for o, like in pairs]
+        edges, vectors, scale = cotangents(outputs, signs)
+        if not edges:
+            return {}
+        with errors.explained("first derivatives"), counted_once():
+            found: Any = torch.autograd.grad(
+                edges, [GradientEdge(end, 0) for end in ends], vectors, retain_graph=True, allow_unused=True
+            )
+        for i, g in zip(numbers, found, strict=True):
+            if g is None:
+                continue
+            if i in products:
+                phi = at_least_float32(nodes.first_factor(products[i]))
+                roots.setdefault(i, []).append(Rows(at_least_float32(g) / scale, phi))
+            else:
+                whole = weights[i].of(g.to_dense() if g.is_sparse else g)
+                roots.setdefault(i, []).append(whole / scale)
+    return roots
+
+
+def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[int, Node]:
+    """The products ``z = phi W^T``, by weight, whose rows are fewer than d and m and do not interact.
+
+    Read off the graph. Left out are weights with a hook on their gradient, which would not see rows.
+    """
+    products: dict[int, Node] = {}
+    for i, w in enumerate(weights):
+        leaf = reached.leaves.get(w.parameter)
+        if leaf is None or w.is_hooked:
+            continue
+        product = product_on_vectors(leaf, reached, transposed=w.is_transposed)
+        if product is not None and nodes.shape(product, 0)[0] < min(w.d, w.m):
+            products[i] = product
+    sizes = {nodes.shape(product, 0)[0] for product in products.values()}
+    ends = frozenset(products.values())
+    apart = len(sizes) == 1 and independent(above(ends, reached.parents), ends, sizes.pop())
+    return products if apart else {}
+
+
+def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:
+    """A of two micro-batches together."""
+    both = {**left, **right}
+    for i in left.keys() & right.keys():
+        fewest = min(weights[i].d, weights[i].m)
+        both[i] = [_added(a, b, fewest) for a, b in zip(left[i], right[i], strict=True)]
+    return both
+
+
+def _added(left: Root, right: Root, fewest: int) -> Root:
+    if isinstance(left, Rows) and isinstance(right, Rows) and len(left.phi) + len(right.phi) < fewest:
+        return Rows(torch.cat([left.delta, right.delta]), torch.cat([left.phi, right.phi]))
+    return _whole(left) + _whole(right)
+
+
+def _whole(root: Root) -> Tensor:
+    return root.delta.mT @ root.phi if isinstance(root, Rows) else root
+
+
+def joined(samples: Sequence[Root]) -> Tensor:
+    """A ``(d, q)`` of all samples side by side."""
+    parts = [
+        (root.phi.norm(dim=1, keepdim=True) * root.delta).mT if isinstance(root, Rows) else root
+        for root in samples
+    ]
+    return torch.cat(parts, dim=1) / math.sqrt(len(parts)) if len(parts) > 1 else parts[0]

@@ -1,0 +1,38 @@
+"""A checkpoint runs a part of the forward again at every derivative, and what it counts must count once."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from fam_optim.graph import nodes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def counted_once() -> Iterator[None]:
+    """Within this context the buffers of modules that a derivative runs again are as they were, afterwards.
+
+    Such as the running statistics of BatchNorm, which would follow a step's batch more than once.
+    """
+    before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(module: Any, args: Any) -> None:
+        if nodes.in_derivative():
+            for buffer in module._buffers.values():
+                if buffer is not None and id(buffer) not in before:
+                    before[id(buffer)] = (buffer, buffer.clone())
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for buffer, value in before.values():
+                buffer.copy_(value)

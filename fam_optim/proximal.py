@@ -1,0 +1,281 @@
+"""The proximal step: flat layers at the price of a plain step, and one ``lam`` for all.
+
+The base optimizer steps on the plain loss, from W' to W. After every k-th step each weight matrix is moved to
+the minimum of kappa's quadratic, as far as the loss moves it:
+
+    W  <-  argmin_V  <V V^T, T> + ||V - W||^2 / (2 c)  =  (I + 2 c T)^-1 W
+    c   =  lam k ||W - W'||_F / ||2 T W||_F                              (0 where that is not finite)
+
+T ``(d, d)`` is the running mean over due steps of ``A A^T``, A of `estimators.roots` from the step's batch;
+where A is made of rows it is ``A A^T`` itself. The eigenvalues of the factor lie in (0, 1], so no weight
+grows, whatever c is. Nothing depends on the unit of the loss, of the learning rate or of W, nor on the base.
+
+Sources: kappa, Petzka et al. 2021. Proximal operator, Parikh and Boyd 2014. A penalty apart from the loss,
+Loshchilov and Hutter 2019. Its length by the trust ratio, You et al. 2017. Gauss-Newton curvature from
+sampled outputs every 10 steps, Liu et al. 2024.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fam_optim.compilation import opaque
+from fam_optim.estimators.resolvent import Dense, LowRank
+from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
+from fam_optim.graph.losses import find_outputs
+from fam_optim.graph.reach import reach
+from fam_optim.layer.weights import weight_matrix
+from fam_optim.parallel import Replicas, unsunk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+from fam_optim.estimators.roots import Roots
+
+KEPT = 0.75
+"""Part of T's running mean that a due step keeps. (A correction at the start is a factor, which c undoes.)"""
+FACTORS = 4
+"""How many A make up the mean where they are smaller than T; they count the same."""
+
+
+class Taken:
+    """A of one loss, or of several that were backpropagated.
+
+    Attributes:
+        roots: A by weight.
+        backpropagated: whether the loss's backward has begun.
+    """
+
+    def __init__(self, roots: Roots) -> None:
+        self.roots, self.backpropagated = roots, False
+
+    def note(self, gradient: Tensor) -> None:
+        """Hook on the loss: its backward has begun."""
+        self.backpropagated = True
+
+
+class Proximal:
+    """The proximal step of some weights, and what it keeps from step to step.
+
+    It is one object beside the optimizer, as `Penalty` is, and for the same reason.
+
+    Attributes:
+        weights: the weight matrices, each once.
+        lam: how far kappa pulls each weight, relative to the loss; at least 0.
+        every: steps of the base from one proximal step to the next.
+        steps: of the base, so far.
+        seed: of the signs, together with the number of the step and the process.
+        means: by weight, T's running mean ``(d, d)``, or the last A ``(d, m)`` where these are smaller.
+        last_kappa: ``||A^T W'||_F^2`` of the last due step, over all weights: an unbiased kappa of its loss.
+        given: whether `regularize` was called since the last step.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        lam: float,
+        every: int,
+        n_samples: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        for name, value in (("every", every), ("n_samples", n_samples)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"expected `{name}` to be a positive integer, got {value!r}.")
+        self.weights = list({id(w.parameter): w for w in map(weight_matrix, layers)}.values())
+        self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
+        # torch's own generator is asked for its seed and not advanced.
+        self.seed = torch.initial_seed() if generator is None else _draw_seed(generator)
+        self.means: dict[int, Tensor | list[Tensor]] = {}
+        self.last_kappa: Tensor | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a new, copied or unpickled one needs beside its state."""
+        self._recognised = False  # whether a loss of these weights has been seen
+        self._replicas = Replicas([w.parameter for w in self.weights])
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was taken, as after a step."""
+        self.given = False
+        self._taken: list[Taken] = []
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def forget_backpropagated(self) -> None:
+        """When gradients are zeroed: whatever was taken with them is of a step that was not made."""
+        self._taken = [taken for taken in self._taken if not taken.backpropagated]
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step is followed by a proximal one."""
+        return self.lam > 0 and (self.steps + 1) % self.every == 0
+
+    # Before the loss's backward: A
+
+    def see(self, loss: Tensor) -> None:
+        """Takes A of a loss that is about to be backpropagated, if the step is due.
+
+        Raises:
+            RuntimeError: if the loss is not known to be convex in the network's outputs. The first loss is
+                looked at too, so that this does not wait for a due step.
+        """
+        if self.due or (self.lam and not self._recognised):
+            _untraced(self, loss)
+
+    def _see(self, loss: Tensor) -> None:
+        reached = reach(loss, [w.parameter for w in self.weights])
+        if not reached.leaves:
+            return
+        ends = frozenset(reached.leaves.values())
+        with torch.autocast(loss.device.type, enabled=False), unsunk(reached.path):
+            outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
+            self._recognised = True
+            if not self.due:
+                return
+            # g has the same size on all processes, however many rows they have.
+            rows = products_of_rows(reached, self.weights) if self._replicas.group is None else {}
+            taken = Taken(sample_roots(reached, outputs, self.weights, rows, self._generator, self.n_samples))
+        loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
+        for earlier in self._taken:
+            if earlier.backpropagated:  # a micro-batch
+                taken.roots = added(earlier.roots, taken.roots, self.weights)
+        self.forget_backpropagated()
+        self._taken.append(taken)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Of the coming step's signs."""
+        if device not in self._generators:
+            seed = self.seed + (self.steps << 20) + self._replicas.rank
+            self._generators[device] = torch.Generator(device).manual_seed(seed % 2**63)
+        return self._generators[device]
+
+    # Around the base's step: the proximal one
+
+    def before(self) -> list[Tensor] | None:
+        """W' of every weight, if the coming step is due."""
+        return [w.parameter.detach().clone() for w in self.weights] if self.due else None
+
+    def check(self) -> None:
+        """Before a due step: raises RuntimeError if no loss, or another than was seen, was backpropagated."""
+        if self._taken and not any(taken.backpropagated for taken in self._taken):
+            raise RuntimeError(
+                "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
+                "returned: optimizer.regularize(loss).backward()."
+            )
+        if not self._recognised:
+            raise RuntimeError(
+                f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "
+                "keep flat. Expected layers of the model that is trained, whose weights require gradients."
+            )
+
+    def after(self, before: list[Tensor] | None) -> None:
+        """Counts the step, and makes the proximal one if it was due."""
+        self.steps += 1
+        if before is not None:
+            roots: Roots = {}
+            for taken in self._taken:
+                if taken.backpropagated:
+                    roots = added(roots, taken.roots, self.weights)
+            self._pull(roots, before)
+        self.forget()
+
+    @torch.no_grad()
+    def _pull(self, roots: Roots, before: list[Tensor]) -> None:
+        kappas = []
+        for i, a, of_rows, used in self._of_all_processes(roots):
+            weight = self.weights[i]
+            w, old = weight.of(weight.parameter), weight.of(before[i])
+            live = a.isfinite().all() & used
+            a = torch.where(live, a, 0)
+            sample: Dense | LowRank = LowRank(a) if of_rows or self._is_narrow(i) else Dense(a @ a.mT)
+            t = sample if of_rows else self._mean(i, sample)
+            twice_c = self.lam * self.every * (w - old).norm() / t.times(w).norm()
+            twice_c = torch.where(live & twice_c.isfinite(), twice_c, 0)
+            weight.parameter.copy_(weight.back(t.solve(twice_c, w)))
+            kappas.append((sample.times(old) * old).sum())
+        if kappas:
+            self.last_kappa = torch.stack([kappa.to(kappas[0]) for kappa in kappas]).sum()
+
+    def _is_narrow(self, i: int) -> bool:
+        """Whether the A that make up the mean are smaller together than T."""
+        return FACTORS * self.weights[i].m * self.n_samples < self.weights[i].d
+
+    def _mean(self, i: int, sample: Dense | LowRank) -> Dense | LowRank:
+        """T's running mean with ``A A^T`` in it. A that is zero, for want of a finite one, only scales it."""
+        if isinstance(sample, LowRank):
+            factors = [*self.means.get(i, []), sample.a][-FACTORS:]
+            self.means[i] = factors
+            return LowRank(torch.cat(factors, dim=1))
+        t = self.means.setdefault(i, torch.zeros_like(sample.t))
+        assert isinstance(t, Tensor)
+        return Dense(t.lerp_(sample.t, 1 - KEPT))
+
+    def _of_all_processes(self, roots: Roots) -> Iterator[tuple[int, Tensor, bool, Any]]:
+        """A of the whole batch: number of the weight, A, whether of rows, whether the weight is used."""
+        if self._replicas.group is None:
+            for i, samples in roots.items():
+                yield i, joined(samples), isinstance(samples[0], Rows), True
+            return
+        parts, flags = [], []
+        for i, w in enumerate(self.weights):
+            zero = w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples)
+            parts.append(joined(roots[i]) if i in roots else zero)
+            flags.append(zero.new_full((1,), float(i in roots)))
+        for i, (a, flag) in enumerate(zip(*self._replicas.joined(parts, flags), strict=True)):
+            yield i, a, False, flag[0] > 0
+
+    # Copies and checkpoints
+
+    @property
+    def names(self) -> str:
+        """The layers, for messages."""
+        return ", ".join(w.name for w in self.weights)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"seed": self.seed, "steps": self.steps, "means": self.means}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ValueError: if it is of other layers.
+        """
+        means = {int(i): mean for i, mean in state["means"].items()}
+        rows = {i: len(mean) if isinstance(mean, Tensor) else len(mean[0]) for i, mean in means.items()}
+        own = {i: w.d for i, w in enumerate(self.weights)}
+        if not rows.items() <= own.items():
+            raise ValueError(
+                f"expected the checkpoint of a FAM with the same layers, of {list(own.values())} outputs; it "
+                f"has means for {list(rows.values())}. Build FAM with the layers that it was saved with."
+            )
+        self.seed, self.steps = state["seed"], state["steps"]
+        self.means = {i: self._own(i, mean) for i, mean in means.items()}
+        self.forget()
+
+    def _own(self, i: int, mean: Any) -> Any:
+        """A mean of the checkpoint's, as a copy on the weight's device."""
+        if isinstance(mean, Tensor):
+            return mean.to(self.weights[i].parameter.device, copy=True)
+        return [self._own(i, factor) for factor in mean]
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")
+        return {name: vars(self)[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+@partial(opaque, reason="fam_optim looks into the graph of the loss")
+def _untraced(proximal: Proximal, loss: Tensor) -> None:
+    proximal._see(loss)
