@@ -189,7 +189,7 @@ class Proximal:
         for i, a, of_rows, used in self._of_all_processes(roots):
             weight = self.weights[i]
             w, old = weight.of(weight.parameter), weight.of(before[i])
-            live = a.isfinite().all() & used
+            live = a.isfinite().all() & a.any() & used  # not zero: an expert may be run on no tokens
             a = torch.where(live, a, 0)
             sample: Dense | LowRank = LowRank(a) if of_rows or self._is_narrow(i) else Dense(a @ a.mT)
             t = sample if of_rows else self._mean(i, sample)

@@ -271,3 +271,48 @@ def gauss_newton_traces(outputs: Tensor, loss: Tensor, weight: Tensor, measure: 
     """``<F F^T, T>``, T[s,u] = Tr(G_{s,u}), of ``G = J^T B J`` in one weight, differentiable."""
     w = weight.flatten(1)
     return kappa(w, brute_force_gauss_newton(loss, outputs, weight).reshape(*w.shape, *w.shape), measure)
+
+
+# ------------------------------------------------------------------------------- the proximal step
+
+
+def trace_matrix(hessian: Tensor) -> Tensor:
+    """T ``(d, d)``, ``T[s,u] = Tr(H_{s,u})``, of H ``(d, m, d, m)``."""
+    d, m = hessian.shape[:2]
+    return torch.stack(
+        [torch.stack([sum(hessian[s, t, u, t] for t in range(m)) for u in range(d)]) for s in range(d)]
+    )
+
+
+def root_of_cross_entropy(logits: Tensor, signs: Tensor) -> Tensor:
+    """``S r`` of the mean cross-entropy of rows, entry by entry: ``sqrt(a) (sqrt(p) r - p <sqrt(p), r>)``."""
+    n, classes = logits.shape
+    result = torch.zeros_like(logits)
+    for i in range(n):
+        p = logits[i].exp() / logits[i].exp().sum()
+        along = sum(p[k].sqrt() * signs[i, k] for k in range(classes))
+        for k in range(classes):
+            result[i, k] = (p[k].sqrt() * signs[i, k] - p[k] * along) / n**0.5
+    return result
+
+
+def minimiser(weight: Tensor, trace: Tensor, c: Tensor) -> Tensor:
+    """The V with the least ``<V V^T, T> + ||V - W||^2 / (2 c)``: where its derivative is zero."""
+    d, m = weight.shape
+    system, right = weight.new_zeros(d * m, d * m), weight.new_zeros(d * m)
+    for s in range(d):
+        for t in range(m):
+            for u in range(d):
+                system[s * m + t, u * m + t] += 2 * trace[s, u]
+            system[s * m + t, s * m + t] += 1 / c
+            right[s * m + t] = weight[s, t] / c
+    return torch.linalg.solve(system, right).reshape(d, m)
+
+
+def proximal(weight: Tensor, before: Tensor, trace: Tensor, lam: float, every: int) -> Tensor:
+    """The proximal step from W, to which the base came from W', with its c written out."""
+    pull = 2 * trace @ weight
+    if not pull.any() or not (weight - before).any():
+        return weight
+    moved = (weight - before).square().sum().sqrt()
+    return minimiser(weight, trace, lam * every * moved / pull.square().sum().sqrt())

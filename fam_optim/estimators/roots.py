@@ -103,7 +103,7 @@ def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[in
         if leaf is None or w.is_hooked:
             continue
         product = product_on_vectors(leaf, reached, transposed=w.is_transposed)
-        if product is not None and nodes.shape(product, 0)[0] < min(w.d, w.m):
+        if product is not None and 0 < nodes.shape(product, 0)[0] < min(w.d, w.m):
             products[i] = product
     sizes = {nodes.shape(product, 0)[0] for product in products.values()}
     ends = frozenset(products.values())
