@@ -28,6 +28,7 @@ from fam_optim.estimators.resolvent import Dense, LowRank
 from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import reach
+from fam_optim.graph.trace import check_scalar
 from fam_optim.layer.weights import weight_matrix
 from fam_optim.parallel import Replicas, unsunk
 
@@ -107,7 +108,13 @@ class Proximal:
 
     def forget_backpropagated(self) -> None:
         """When gradients are zeroed: whatever was taken with them is of a step that was not made."""
-        self._taken = [taken for taken in self._taken if not taken.backpropagated]
+        self._taken = self._pending()
+        if not self._taken:
+            self._generators.clear()
+
+    def _pending(self) -> list[Taken]:
+        """What was taken of losses whose backward is still to come."""
+        return [taken for taken in self._taken if not taken.backpropagated]
 
     @property
     def due(self) -> bool:
@@ -127,6 +134,7 @@ class Proximal:
             _untraced(self, loss)
 
     def _see(self, loss: Tensor) -> None:
+        check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])
         if not reached.leaves:
             return
@@ -143,8 +151,7 @@ class Proximal:
         for earlier in self._taken:
             if earlier.backpropagated:  # a micro-batch
                 taken.roots = added(earlier.roots, taken.roots, self.weights)
-        self.forget_backpropagated()
-        self._taken.append(taken)
+        self._taken = [*self._pending(), taken]
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """Of the coming step's signs."""

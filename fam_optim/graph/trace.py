@@ -79,7 +79,7 @@ def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
         RuntimeError: if it contains a derivative (a gradient penalty) of something that torch or we cannot
             differentiate further.
     """
-    _check_scalar(loss)
+    check_scalar(loss)
     if isinstance(layer, Observation):
         live = layer.live_uses()
         parents, found = _walk(loss, lambda node: _observed(node, live), stop=len(live) <= 1)
@@ -156,7 +156,7 @@ def _accumulator(node: Node, parameter: Tensor, use: Use) -> tuple[Use, Gradient
     return None
 
 
-def _check_scalar(loss: Tensor) -> None:
+def check_scalar(loss: Tensor) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"expected `loss` to be a scalar tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
