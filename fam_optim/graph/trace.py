@@ -157,6 +157,7 @@ def _accumulator(node: Node, parameter: Tensor, use: Use) -> tuple[Use, Gradient
 
 
 def check_scalar(loss: Tensor) -> None:
+    """Raises TypeError, ValueError or LayerNotUsedError unless `loss` is a single number with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"expected `loss` to be a scalar tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
