@@ -185,14 +185,14 @@ class Replicas:
         """This process's place among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def joined(self, parts: Sequence[Tensor], flags: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def joined(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each tensor over the processes, over the root of their number.
 
         Of A, which is that of a share of the batch each, it is A of the whole batch, whose loss is the mean.
 
         Cost: one all-reduce for all of one precision.
         """
-        result = [*parts, *flags]
+        result = list(parts)
         for kind in dict.fromkeys((t.device, t.dtype) for t in result):
             alike = [i for i, t in enumerate(result) if (t.device, t.dtype) == kind]
             flat = torch.cat([result[i].flatten() for i in alike])
@@ -201,4 +201,4 @@ class Replicas:
             sizes = [result[i].numel() for i in alike]
             for i, piece in zip(alike, torch.split(flat, sizes), strict=True):
                 result[i] = piece.view_as(result[i])
-        return result[: len(parts)], result[len(parts) :]
+        return result

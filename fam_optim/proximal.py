@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fam_optim.compilation import opaque
-from fam_optim.estimators.resolvent import Dense, LowRank
+from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
 from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import reach
@@ -33,7 +33,7 @@ from fam_optim.layer.weights import weight_matrix
 from fam_optim.parallel import Replicas, unsunk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 from fam_optim.estimators.roots import Roots
 
@@ -41,6 +41,8 @@ KEPT = 0.75
 """Part of T's running mean that a due step keeps. (A correction at the start is a factor, which c undoes.)"""
 FACTORS = 4
 """How many A make up the mean where they are smaller than T; they count the same."""
+STACKED = 1 << 16
+"""Weights of one shape with no more entries than this are stacked, to spare calls."""
 
 
 class Taken:
@@ -70,7 +72,7 @@ class Proximal:
         every: steps of the base from one proximal step to the next.
         steps: of the base, so far.
         seed: of the signs, together with the number of the step and the process.
-        means: by weight, T's running mean ``(d, d)``, or the last A ``(d, m)`` where these are smaller.
+        means: by weight, T's running mean ``(d, d)``, or the last A side by side where these are smaller.
         last_kappa: ``||A^T W'||_F^2`` of the last due step, over all weights: an unbiased kappa of its loss.
         given: whether `regularize` was called since the last step.
     """
@@ -90,7 +92,7 @@ class Proximal:
         self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
         # torch's own generator is asked for its seed and not advanced.
         self.seed = torch.initial_seed() if generator is None else _draw_seed(generator)
-        self.means: dict[int, Tensor | list[Tensor]] = {}
+        self.means: dict[int, Tensor] = {}
         self.last_kappa: Tensor | None = None
         self._prepare()
 
@@ -192,48 +194,70 @@ class Proximal:
 
     @torch.no_grad()
     def _pull(self, roots: Roots, before: list[Tensor]) -> None:
-        kappas = []
-        for i, a, of_rows, used in self._of_all_processes(roots):
-            weight = self.weights[i]
-            w, old = weight.of(weight.parameter), weight.of(before[i])
-            live = a.isfinite().all() & a.any() & used  # not zero: an expert may be run on no tokens
-            a = torch.where(live, a, 0)
-            sample: Dense | LowRank = LowRank(a) if of_rows or self._is_narrow(i) else Dense(a @ a.mT)
-            t = sample if of_rows else self._mean(i, sample)
-            twice_c = self.lam * self.every * (w - old).norm() / t.times(w).norm()
-            twice_c = torch.where(live & twice_c.isfinite(), twice_c, 0)
-            weight.parameter.copy_(weight.back(t.solve(twice_c, w)))
-            kappas.append((sample.times(old) * old).sum())
+        of_rows = {i for i, samples in roots.items() if isinstance(samples[0], Rows)}
+        whole = self._of_all_processes({i: joined(samples) for i, samples in roots.items()})
+        stacks: dict[Any, list[int]] = {}
+        for i, a in whole.items():  # small weights of one shape make the step at once
+            shapes = (a.shape, self.weights[i].m, self._mean(i, a).shape, i in of_rows)
+            alone = i if a.numel() > STACKED else None
+            stacks.setdefault((*shapes, a.dtype, a.device, alone), []).append(i)
+        kappas = [
+            self._pull_alike(numbers, [whole[i] for i in numbers], before, numbers[0] in of_rows)
+            for numbers in stacks.values()
+        ]
         if kappas:
             self.last_kappa = torch.stack([kappa.to(kappas[0]) for kappa in kappas]).sum()
+
+    def _pull_alike(
+        self, numbers: list[int], roots: list[Tensor], before: list[Tensor], of_rows: bool
+    ) -> Tensor:
+        """The step of weights of one shape; returns the sum of their kappas."""
+        weights = [self.weights[i] for i in numbers]
+        a, w = _stack(roots), _stack([x.of(x.parameter) for x in weights])
+        old = _stack([x.of(before[i]) for i, x in zip(numbers, weights, strict=True)])
+        size = frobenius(a)
+        live = (size > 0) & (size < torch.inf)  # an expert may be run on no tokens
+        a = torch.where(live[:, None, None], a, 0)
+        t: Dense | LowRank
+        if of_rows or self._is_narrow(numbers[0]):
+            t = LowRank(a if of_rows else self._keep(numbers, a), w)
+            kappa = (a.mT @ old).square().sum()
+        else:
+            squared = a @ a.mT
+            t = Dense(self._keep(numbers, squared), w)
+            kappa = ((squared @ old) * old).sum()
+        twice_c = self.lam * self.every * frobenius(w - old) / t.pull
+        moved = t.solve(torch.where(live & twice_c.isfinite(), twice_c, 0))
+        for x, new in zip(weights, moved, strict=True):
+            x.parameter.copy_(x.back(new))
+        return kappa
 
     def _is_narrow(self, i: int) -> bool:
         """Whether the A that make up the mean are smaller together than T."""
         return FACTORS * self.weights[i].m * self.n_samples < self.weights[i].d
 
-    def _mean(self, i: int, sample: Dense | LowRank) -> Dense | LowRank:
-        """T's running mean with ``A A^T`` in it. A that is zero, for want of a finite one, only scales it."""
-        if isinstance(sample, LowRank):
-            factors = [*self.means.get(i, []), sample.a][-FACTORS:]
-            self.means[i] = factors
-            return LowRank(torch.cat(factors, dim=1))
-        t = self.means.setdefault(i, torch.zeros_like(sample.t))
-        assert isinstance(t, Tensor)
-        return Dense(t.lerp_(sample.t, 1 - KEPT))
+    def _mean(self, i: int, a: Tensor) -> Tensor:
+        """T's running mean, or the A that it is of, before A is added."""
+        d = self.weights[i].d
+        return self.means[i] if i in self.means else a.new_zeros(d, 0 if self._is_narrow(i) else d)
 
-    def _of_all_processes(self, roots: Roots) -> Iterator[tuple[int, Tensor, bool, Any]]:
-        """A of the whole batch: number of the weight, A, whether of rows, whether the weight is used."""
+    def _keep(self, numbers: list[int], new: Tensor) -> Tensor:
+        """The means with what is new in them. A zero, for want of a finite A, only scales T."""
+        old = _stack([self._mean(i, a) for i, a in zip(numbers, new, strict=True)])
+        if self._is_narrow(numbers[0]):
+            means = torch.cat([old, new], -1)[..., -FACTORS * new.shape[-1] :]
+        else:
+            means = torch.lerp(old, new, 1 - KEPT)
+        self.means.update(zip(numbers, means, strict=True))
+        return means
+
+    def _of_all_processes(self, roots: dict[int, Tensor]) -> dict[int, Tensor]:
+        """A of the whole batch: zero of a weight that no process uses."""
         if self._replicas.group is None:
-            for i, samples in roots.items():
-                yield i, joined(samples), isinstance(samples[0], Rows), True
-            return
-        parts, flags = [], []
-        for i, w in enumerate(self.weights):
-            zero = w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples)
-            parts.append(joined(roots[i]) if i in roots else zero)
-            flags.append(zero.new_full((1,), float(i in roots)))
-        for i, (a, flag) in enumerate(zip(*self._replicas.joined(parts, flags), strict=True)):
-            yield i, a, False, flag[0] > 0
+            return roots
+        zeros = (w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples) for w in self.weights)
+        mine = [roots.get(i, zero) for i, zero in enumerate(zeros)]
+        return dict(enumerate(self._replicas.joined(mine)))
 
     # Copies and checkpoints
 
@@ -252,23 +276,17 @@ class Proximal:
         Raises:
             ValueError: if it is of other layers.
         """
-        means = {int(i): mean for i, mean in state["means"].items()}
-        rows = {i: len(mean) if isinstance(mean, Tensor) else len(mean[0]) for i, mean in means.items()}
-        own = {i: w.d for i, w in enumerate(self.weights)}
-        if not rows.items() <= own.items():
+        means: dict[int, Tensor] = state["means"]
+        outputs = dict(enumerate(w.d for w in self.weights))
+        saved = {i: len(mean) for i, mean in means.items()}
+        if not saved.items() <= outputs.items():
             raise ValueError(
-                f"expected the checkpoint of a FAM with the same layers, of {list(own.values())} outputs; it "
-                f"has means for {list(rows.values())}. Build FAM with the layers that it was saved with."
+                f"expected a checkpoint of the same layers, of {list(outputs.values())} outputs, got means for "
+                f"{list(saved.values())}. Build FAM with the layers that it was saved with."
             )
         self.seed, self.steps = state["seed"], state["steps"]
-        self.means = {i: self._own(i, mean) for i, mean in means.items()}
+        self.means = {i: mean.to(self.weights[i].parameter.device, copy=True) for i, mean in means.items()}
         self.forget()
-
-    def _own(self, i: int, mean: Any) -> Any:
-        """A mean of the checkpoint's, as a copy on the weight's device."""
-        if isinstance(mean, Tensor):
-            return mean.to(self.weights[i].parameter.device, copy=True)
-        return [self._own(i, factor) for factor in mean]
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")
@@ -277,6 +295,10 @@ class Proximal:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
 def _draw_seed(generator: torch.Generator) -> int:

@@ -83,12 +83,13 @@ def sample_roots(
         for i, g in zip(numbers, found, strict=True):
             if g is None:
                 continue
+            unscaled = at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
+            root: Root
             if i in products:
-                phi = at_least_float32(nodes.first_factor(products[i]))
-                roots.setdefault(i, []).append(Rows(at_least_float32(g) / scale, phi))
+                root = Rows(unscaled, at_least_float32(nodes.first_factor(products[i])))
             else:
-                whole = weights[i].of(g.to_dense() if g.is_sparse else g)
-                roots.setdefault(i, []).append(whole / scale)
+                root = weights[i].of(unscaled.to_dense() if g.is_sparse else unscaled)
+            roots.setdefault(i, []).append(root)
     return roots
 
 

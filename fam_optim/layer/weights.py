@@ -37,11 +37,15 @@ class WeightMatrix:
 
     def of(self, t: Tensor) -> Tensor:
         """What has the parameter's shape as a matrix ``(d, m)``, in at least float32."""
+        if not self._outputs:
+            return at_least_float32(t).flatten(1)
         by_group = at_least_float32(t).reshape(self._grouped)
         return by_group.transpose(1, self._outputs + 1).reshape(self.d, self.m)
 
     def back(self, matrix: Tensor) -> Tensor:
         """A matrix ``(d, m)`` in the parameter's shape: the inverse of `of`."""
+        if not self._outputs:
+            return matrix.reshape(self.parameter.shape)
         shape = list(self._grouped)
         shape[1], shape[self._outputs + 1] = shape[self._outputs + 1], shape[1]
         return matrix.reshape(shape).transpose(1, self._outputs + 1).reshape(self.parameter.shape)

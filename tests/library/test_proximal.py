@@ -226,8 +226,9 @@ def test_resolvent_is_the_minimiser(q: int, c: float) -> None:
     w, a = torch.randn(5, 4), torch.randn(5, q)
     right = reference.minimiser(w, a @ a.mT, torch.tensor(c))
     twice_c = torch.tensor(2 * c)
-    assert torch.allclose(Dense(a @ a.mT).solve(twice_c, w), right, rtol=0, atol=1e-12)
-    assert torch.allclose(LowRank(a).solve(twice_c, w), right, rtol=0, atol=1e-10)
+    for t, tolerance in ((Dense(a @ a.mT, w), 1e-12), (LowRank(a, w), 1e-10)):
+        assert torch.allclose(t.solve(twice_c), right, rtol=0, atol=tolerance)
+        assert t.pull.item() == pytest.approx((a @ a.mT @ w).norm().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -237,7 +238,7 @@ def test_resolvent_never_lengthens(form: type, dtype: torch.dtype) -> None:
         torch.manual_seed(seed)
         w, a = torch.randn(6, 5, dtype=dtype), torch.randn(6, 1 + seed % 6, dtype=dtype)
         t = a @ a.mT
-        moved = form(t if form is Dense else a).solve(torch.tensor(10.0**exponent, dtype=dtype), w)
+        moved = form(t if form is Dense else a, w).solve(torch.tensor(10.0**exponent, dtype=dtype))
         rounding = 1 + 64 * torch.finfo(dtype).eps
         assert moved.isfinite().all()
         assert moved.norm() <= w.norm() * rounding

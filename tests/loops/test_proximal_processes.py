@@ -56,7 +56,6 @@ def test_is_one_process_with_the_same_signs(wrapper: str, n_samples: int) -> Non
             m.parameters(),
             torch.optim.SGD,
             [m.body[0], m.middle],
-            mode="proximal",
             n_samples=n_samples,
             **SETTINGS,
         )
