@@ -281,8 +281,8 @@ class Proximal:
         saved = {i: len(mean) for i, mean in means.items()}
         if not saved.items() <= outputs.items():
             raise ValueError(
-                f"expected a checkpoint of the same layers, of {list(outputs.values())} outputs, got means for "
-                f"{list(saved.values())}. Build FAM with the layers that it was saved with."
+                f"expected a checkpoint of the same layers, of {list(outputs.values())} outputs; it has "
+                f"means for {list(saved.values())}. Build FAM with the layers that it was saved with."
             )
         self.seed, self.steps = state["seed"], state["steps"]
         self.means = {i: mean.to(self.weights[i].parameter.device, copy=True) for i, mean in means.items()}
