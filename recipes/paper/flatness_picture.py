@@ -27,7 +27,7 @@ from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import cast, first, ordered
 from recipes.engine.layers import select
 from recipes.engine.optimizers import settings
-from recipes.engine.pictures import colours
+from recipes.shared.pictures import looks
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.task import Batch, Source, Task
 from recipes.engine.training import Conditions, train
