@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,37 +20,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_optim import weight_layers
-from recipes.benchmark.candidates import GAUSS_NEWTON, Candidate, Step, fam, flatness, plain, sam
-from recipes.benchmark.memory import alive_bytes, peak_bytes
+from recipes.benchmark.candidates import BASE, CANDIDATES, DETACHED, PENALTY, Candidate, Step, flatness
+from recipes.benchmark.measuring import prepared, repeated, timings
+from recipes.engine.optimizers import GAUSS_NEWTON
 from recipes.shared.problem import Problem
 from recipes.shared.results import CPU
-from recipes.shared.timing import alternate, median, ratio, timed
 
 LIMIT = 570.0  # seconds for everything; a row that would take longer is left out
 RESERVE = {"float32": 40.0, "bfloat16": 40.0, "bfloat16, compiled": 120.0}  # seconds that a row may need
 TIMING = 12.0  # seconds for the rounds of a row
-ROUNDS = (5, 40)  # at least, at most
-WARM_UP = 3  # steps: the optimizer's state, what FAM finds out once, what is compiled
 TOLERANCE = 1e-3  # of kappa, relative to the CPU's, in float32 without TF32
 
 
-@dataclass(frozen=True)
-class Way:
-    """A training step, the layers that it regularises, and whether it is measured with a compiled model."""
-
-    candidate: Candidate
-    layers: Callable[[nn.Module], list[nn.Module]] = lambda model: weight_layers(model)[-1:]
-    compiled: bool = False
+def penalty(about: str, layers: str, **options: Any) -> Candidate:
+    """FAM's penalty of these layers."""
+    return Candidate(about, {**PENALTY, **options, "layers": [layers]})
 
 
-WAYS = {
-    "plain": Way(Candidate(plain), compiled=True),
-    "FAM exact": Way(fam(), compiled=True),
-    "FAM exact, detached": Way(fam(detach_hessian=True)),
-    "FAM Gauss-Newton, last two": Way(fam(**GAUSS_NEWTON), lambda model: weight_layers(model)[-2:]),
-    "FAM Gauss-Newton, all, detached": Way(fam(**GAUSS_NEWTON, detach_hessian=True), weight_layers),
-    "SAM": Way(sam()),
+CANDIDATES_HERE = {
+    "plain": CANDIDATES["plain"],
+    "FAM proximal": Candidate(
+        "as recommended",
+        {"optimizer": "fam", **BASE, "layers": ["hidden"], "mode": "proximal", "lam": 1.0, "every": 10},
+        period=10,
+    ),
+    "FAM exact": penalty("the last layer", "last"),
+    "FAM Gauss-Newton, detached": penalty("all layers", "all", **GAUSS_NEWTON, **DETACHED),
+    "SAM": CANDIDATES["SAM"],
 }
+COMPILED = ("plain", "FAM proximal", "FAM exact")
 
 
 class Logits(nn.Module):
@@ -131,23 +128,24 @@ def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, 
     """A row per network and precision, the compiled ones last, until the time is over."""
     end = time.perf_counter() + LIMIT
     for precision, reserve in RESERVE.items():
-        for name, build in NETWORKS.items():
+        for name, network in NETWORKS.items():
             row: dict[str, Any] = {"task": f"{name}, {precision}", "candidates": {}}
             if time.perf_counter() + reserve > end:
                 yield {**row, "left out": "the ten minutes were over"}
                 continue
             torch.manual_seed(0)
-            task = replace(build(smoke).copy(device=device), loss_fn=cross_entropy)
+            problem = replace(network(smoke).copy(device=device), loss_fn=cross_entropy)
             if precision == "float32":
-                row["check"] = check(task)
+                row["check"] = check(problem)
             else:
-                task = replace(task, model=Autocast(task.model, device.type))
-            yield {**row, **steps(task, device, compiled="compiled" in precision, smoke=smoke)}
+                problem = replace(problem, model=Autocast(problem.model, device.type))
+            yield {**row, "candidates": steps(problem, device, "compiled" in precision, smoke)}
 
 
-def check(task: Problem) -> dict[str, float]:
+def check(problem: Problem) -> dict[str, float]:
     """kappa of the last layer on two samples, on the device and on the CPU."""
-    part = _with_layers(task.part(2).copy(), WAYS["FAM exact"])
+    part = problem.part(2).copy()
+    part = replace(part, regularised=weight_layers(part.model)[-1:])
     part.model.eval()
     on_cpu = part.copy(device=CPU)
     exact = torch.backends.cudnn.allow_tf32
@@ -159,71 +157,36 @@ def check(task: Problem) -> dict[str, float]:
     return {"device": here, "cpu": there}
 
 
-def _with_layers(task: Problem, way: Way) -> Problem:
-    return replace(task, regularised=way.layers(task.model))
+def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -> dict[str, Any]:
+    """Of every candidate: whether its step waits, its time and its peak memory."""
 
-
-def steps(task: Problem, device: torch.device, *, compiled: bool, smoke: bool) -> dict[str, Any]:
-    """Of every way to step: whether it waits, its time relative to the plain step, and its peak memory."""
-    built: dict[str, Step] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for label, way in WAYS.items():
-        if compiled and not way.compiled:
-            continue
-        others = alive_bytes(device) if device.type == "cuda" else 0
-        twin = task.copy()
-        step = way.candidate.build(_with_layers(twin, way))
+    def before(model: nn.Module) -> None:
         if compiled:
-            twin.model.compile(backend="eager" if smoke else "inductor")
-        try:
-            for _ in range(WARM_UP):
-                step()
-            found[label] = {"waits": what_waits(step, device)}
-        except RuntimeError as error:  # a refusal is an answer too
-            found[label] = {"refused": str(error)}
-            continue
-        built[label] = step
-        if device.type == "cuda":  # the CPU's allocator keeps no peak
-            found[label]["peak_bytes"] = peak_bytes(step, device) - others
-            found[label]["memory"] = found[label]["peak_bytes"] / found["plain"]["peak_bytes"]
-    if "plain" not in built:
-        return {"candidates": found}
-    once = sum(timed(step, device)[0] for step in built.values())
-    least, most = (2, 2) if smoke else ROUNDS
-    seconds = alternate(built, max(least, min(most, int(TIMING / once))), device)
-    for label, own in seconds.items():
-        middle, quartiles = ratio(own, seconds["plain"])
-        found[label] |= {
-            "ratio": middle,
-            "quartiles": quartiles,
-            "rounds": len(own),
-            "seconds": median(own)[0],
-        }
-    return {"candidates": found}
+            model.compile(backend="eager" if smoke else "inductor")
 
-
-@contextmanager
-def no_waiting(device: torch.device) -> Iterator[None]:
-    """Makes it an error to wait for the device, where torch can tell."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    names = COMPILED if compiled else tuple(CANDIDATES_HERE)
+    candidates = {name: CANDIDATES_HERE[name] for name in names}
+    built, found = prepared(problem, candidates, device, before=before, counted=False)
+    for label, step in built.items():
+        found[label]["waits"] = what_waits(repeated(step, candidates[label].period), device)
+    for label, timed in timings(built, candidates, 0.0 if smoke else TIMING, device).items():
+        found[label] |= timed
+    return found
 
 
 def what_waits(step: Step, device: torch.device) -> str:
-    """Why a step makes the host wait for the device; empty if it does not."""
+    """Why a step makes the host wait for the device; empty if it does not, or torch cannot tell."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        with no_waiting(device):
-            step()
+        step()
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
         return str(error)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
     return ""
 
 

@@ -44,7 +44,7 @@ def of_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def fewest(runs: Sequence[Run]) -> list[Run]:
-    """The runs that a picture has room for: of many labels the best by the first leading metric at the end."""
+    """The runs that a picture has room for: of many labels those with the best first metric at the end."""
     labels = list(dict.fromkeys(run["label"] for run in runs))
     if len(labels) > SERIES:
         lead = quantities(runs)[0]
@@ -126,7 +126,7 @@ def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: dict[str, dict[str,
 
 
 def scale(axis: Axes, name: str, curves: Sequence[NDArray[np.float64]]) -> None:
-    """kappa by its order of magnitude, also below zero; of a metric what the second half of training shows."""
+    """kappa by its order of magnitude, also below zero; of a metric what the second half shows."""
     values = np.concatenate([values[len(values) // 2 :] for values in curves])
     if name == "kappa" and values.size:
         if values.min() > 0:
@@ -139,7 +139,9 @@ def scale(axis: Axes, name: str, curves: Sequence[NDArray[np.float64]]) -> None:
     elif name.rpartition("_")[2] in LEADING and values.size:
         low, high = np.quantile(values, (0.25, 0.75))
         reach = 3 * (high - low) + 0.02 * abs(high)  # a run that failed is not shown, the others are
-        axis.set_ylim(max(values.min(), low - reach) - 0.1 * reach, min(values.max(), high + reach) + 0.1 * reach)
+        axis.set_ylim(
+            max(values.min(), low - reach) - 0.1 * reach, min(values.max(), high + reach) + 0.1 * reach
+        )
 
 
 def curve(run: Run, name: str) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recipes.engine.layers import select
 from recipes.engine.optimizers import Settings, build, plain, take_step
 from recipes.engine.task import Batch, Task
 from recipes.shared.timing import alternate, median, ratio
@@ -24,7 +25,7 @@ def relative_step_time(
 
     def stepping(chosen: Settings) -> Callable[[], Tensor]:
         twin = copy.deepcopy(model).train()
-        optimizer, remaining = build(chosen, twin, task.layers), iter(batches)
+        optimizer, remaining = build(chosen, twin, select(twin, task.layers)), iter(batches)
         return lambda: take_step(optimizer, twin, task.loss, *next(remaining))
 
     calls = {"plain": stepping(plain(settings)), "own": stepping(settings)}

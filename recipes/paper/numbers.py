@@ -120,10 +120,6 @@ STATED: dict[str, dict[str, Any]] = {  # of a run's configuration and settings, 
 STAND_INS = {  # tasks that are small forms of the paper's experiments: experiment, what else differs
     "skulls-small": ("skulls", "20 generated shells of 32³"),
     "fashion-mnist-small": ("fashion-mnist", "small network"),
-    "fashion-mnist-shipped": (
-        "fashion-mnist",
-        "small network, 4,000 images",
-    ),
 }
 
 FIGURE_4 = {  # appendix A.1: how many times faster than the one before, on an NVIDIA RTX A6000

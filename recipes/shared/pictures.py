@@ -22,7 +22,7 @@ SERIES = 8  # in one picture, at most
 # Colours that people with any kind of colour vision can tell apart (Okabe and Ito, 2008, and darker ones).
 GREY, BLUE, SKY, ORANGE, RED = "#555555", "#0072b2", "#56b4e9", "#e69f00", "#d1495b"
 GREEN, PINK, VIOLET, BROWN, TEAL = "#009e73", "#cc79a7", "#7b5ea7", "#8c6d31", "#1b9e9e"
-# A word of the label, in small letters -> the method's colour and marker. The first word that is in it counts.
+# A word of the label, in small letters -> the method's colour and marker. The first word in it counts.
 METHODS = {
     "proximal": (RED, "o"),
     "looksam": (SKY, "v"),
@@ -47,12 +47,14 @@ MARKERS = "o^sDvP>X<p*h."
 
 
 def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of every label, as matplotlib takes them: a method's own, in shades if it has several."""
+    """Colour and marker of every label, as matplotlib takes them: its method's, in shades for several."""
     by_look: dict[tuple[str, str], list[str]] = {}
     labels = list(dict.fromkeys(labels))
     for label in labels:
         text = label.lower().replace("_", " ")
-        by_look.setdefault(next((look for word, look in METHODS.items() if word in text), OTHER), []).append(label)
+        by_look.setdefault(next((look for word, look in METHODS.items() if word in text), OTHER), []).append(
+            label
+        )
     chosen = {}
     for (colour, marker), own in by_look.items():
         markers = [marker, *(other for other in MARKERS if other != marker)]

@@ -36,8 +36,6 @@ DIFFERENCES = (
 def rte() -> Task:
     """Fine-tuning as in the paper and transformers' run_glue.py, whose AdamW has no weight decay: Adam."""
     return Task(
-        name="rte",
-        about="bert-base-cased fine-tuned on GLUE RTE (Table 3, Figure 3)",
         data=_data,
         model=_model,
         layers=("bert.classifier",),

@@ -201,11 +201,7 @@ def skulls(small: bool = False) -> Task:
             return generated(SMOKE if source.smoke else SMALL)
         return stored(source, setting)
 
-    instead = ", 20 generated shells of 32 x 32 x 32 voxels instead of 100 skulls of 64 x 64 x 64"
     return Task(
-        name="skulls-small" if small else "skulls",
-        about="a 3D autoencoder completes skulls with a defect (paper: Table 2, Figures 1 and 2)"
-        + (instead if small else ""),
         data=data,
         model=lambda source: network(SMOKE if source.smoke else setting),
         layers=("from_latent",),

@@ -90,8 +90,6 @@ def cifar10() -> Task:
     """ResNet-18 on CIFAR10."""
     train = transform(v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), **CIFAR)
     return Task(
-        name="cifar10",
-        about="ResNet-18 with a CIFAR stem on CIFAR10 (paper, Table 1)",
         data=pair("cifar10", datasets.CIFAR10, train, transform(**CIFAR), 32, 10),
         model=lambda source: resnet18_cifar(),
         layers=("fc",),
@@ -132,8 +130,6 @@ def cifar100() -> Task:
         return network
 
     return Task(
-        name="cifar100",
-        about="EfficientNet-B7 with ImageNet weights on CIFAR100 at 224 x 224 (paper, Table 1)",
         data=pair("cifar100", datasets.CIFAR100, train, transform(resize, **IMAGENET), 32, 100),
         model=model,
         layers=("classifier.2",),
@@ -175,8 +171,6 @@ def svhn() -> Task:
         return datasets.SVHN(folder, "train" if train else "test", **options)
 
     return Task(
-        name="svhn",
-        about="WideResNet-28-10 with a penultimate layer of 64 neurons on SVHN (paper, Table 1)",
         data=pair("svhn", make, train, transform(**CIFAR), 32, 10),
         model=wide_resnet,
         layers=("head",),
@@ -211,8 +205,6 @@ def fashion_mnist() -> Task:
         return both("Fashion-MNIST", datasets.FashionMNIST, folder, train, test, source)
 
     return Task(
-        name="fashion-mnist",
-        about="WideResNet-28-10 with a penultimate layer of 64 neurons on Fashion-MNIST (paper, Table 1)",
         data=data,
         model=wide_resnet,
         layers=("head",),

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from recipes import quickstart, report, train
+from recipes.benchmark import __main__ as benchmark
+from recipes.benchmark.candidates import CANDIDATES
+from recipes.benchmark.cases import CASES
+from recipes.engine import progress
 from recipes.engine.run_folder import RunFolder
 from recipes.study import __main__ as study
-from recipes.tasks import small
+from recipes.tasks import TASKS, small
 
 FOLDER = Path("quickstart", "fam", "seed0")
 
@@ -20,7 +25,7 @@ FOLDER = Path("quickstart", "fam", "seed0")
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runs, on as many images as a smoke test has."""
-    monkeypatch.setattr(small.quickstart, "__defaults__", (256,))
+    monkeypatch.setattr(small.quickstart, "__defaults__", (0.0, 256))
 
 
 def run(path: Path, *arguments: str) -> None:
@@ -45,7 +50,16 @@ def test_misuse_is_one_sentence(arguments: list[str], message: str, tmp_path: Pa
         smoke(tmp_path, *arguments)
 
 
+TOO_LARGE = "expected a batch size of at most the 256 training samples, got 100000"
 REFUSED = {
+    "no learning rate": (["--lr", "nan"], "--lr: expected a finite number, got 'nan'"),
+    "no number": (["--lam", "a"], "--lam: expected a finite number, got 'a'"),
+    "a seed twice": (["--seeds", "0", "0"], "--seeds: expected every value once, got 0 0"),
+    "a value twice": (["--lam", "0.1", "0.1"], "--lam: expected every value once, got 0.1 0.1"),
+    "per cent": (["--noise", "40"], "--noise: expected a fraction from 0 to 1, such as 0.4, got '40'"),
+    "a level twice": (["--noise", "0", "0"], "--noise: expected every value once, got 0.0 0.0"),
+    "more than there are": (["--train-size", "3001"], "expected from 64 to 3000 images, got 3001"),
+    "less than a batch": (["--train-size", "5"], "expected from 64 to 3000 images, got 5"),
     "no epoch": (["--epochs", "0"], "--epochs: expected a whole number from 1 on, got '0'"),
     "fewer than none": (["--epochs", "-3"], "--epochs: expected a whole number from 1 on, got '-3'"),
     "an empty batch": (["--batch-size", "0"], "--batch-size: expected a whole number from 1 on, got '0'"),
@@ -62,13 +76,17 @@ if not torch.cuda.is_available():
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("command", [train.main, quickstart.main])
 def test_an_impossible_argument_is_refused(
-    arguments: list[str], message: str, command: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if command is quickstart.main and arguments[0] in ("--batch-size", "--n-samples"):
-        pytest.skip("the quick start has no such option")
+    apart = {
+        train.main: ("--noise", "--train-size"),
+        quickstart.main: ("--batch-size", "--n-samples", "--lr", "--lam"),
+    }
+    if arguments[0] in apart[command]:
+        pytest.skip("it has no such option")
     task = ["quickstart"] if command is train.main else []
     with pytest.raises(SystemExit):
-        command([*task, *arguments, "--out", str(tmp_path)])  # type: ignore[operator]
+        command([*task, *arguments, "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert re.search(message, error.splitlines()[-1]), error
     assert not list(tmp_path.iterdir())
@@ -97,10 +115,21 @@ def test_a_smoke_test_is_out_of_the_way(tmp_path: Path, capsys: pytest.CaptureFi
         run(tmp_path, "--epochs", "2")
 
 
-def test_what_is_asked_for_twice_is_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    smoke(tmp_path, "--seeds", "0", "0", "--lam", "0.1", "0.1", "--optimizer", "fam", "fam")
-    assert len(list(tmp_path.rglob("config.json"))) == 1
-    assert "stopped" not in capsys.readouterr().out
+def test_a_batch_larger_than_the_data_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"quickstart: {TOO_LARGE}"):
+        run(tmp_path, "--batch-size", "100000")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [train.main, benchmark.main])
+def test_help_says_what_every_task_is(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    printed = capsys.readouterr().out
+    for name, entry in (TASKS if command is train.main else CASES).items():
+        assert name in printed and entry.about in printed
+    if command is benchmark.main:
+        assert all(label in printed and candidate.about in printed for label, candidate in CANDIDATES.items())
 
 
 def test_measure_only_prints_whole_numbers_and_keeps_them(
@@ -131,23 +160,20 @@ def test_a_pipe_gets_one_line_per_epoch(tmp_path: Path, capsys: pytest.CaptureFi
     assert lines[-1].endswith("0:00:00 left")
 
 
-def test_a_terminal_of_80_columns_shows_bar_percentage_and_time(
+def test_a_long_epoch_is_heard_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    smoke(tmp_path, "--lam", "0.0006", "--detach-hessian", "--epochs", "2")
-    output = capsys.readouterr().out
-    assert "100%" in output and "0:00:00" in output and "━" in output
-    assert "test accuracy" in output and "kappa" in output and "…" not in output
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    smoke(tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
+    assert len(lines) >= 2 and "epoch 0/1" in lines[0] and "epoch 1/1" in lines[-1]
 
 
 def test_stopping_by_hand_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(train, "train_aloud", interrupted)
     with pytest.raises(SystemExit, match="--resume goes on"):
         smoke(tmp_path)
 
