@@ -57,8 +57,12 @@ CANDIDATES: dict[str, Candidate] = {
         *({"optimizer": "looksam", **BASE, "rho": 0.05, "k": 10}, HIDDEN, 10),
     ),
     "FAM exact": Candidate("FAM's penalty, kappa in closed form or by all products", PENALTY, ONE),
-    "FAM exact, detached": Candidate("FAM exact with the Hessian as a constant", {**PENALTY, **DETACHED}, ONE),
-    "FAM hutchinson": Candidate("FAM's penalty, kappa by one random probe", {**PENALTY, "mode": "hutchinson"}, ONE),
+    "FAM exact, detached": Candidate(
+        "FAM exact with the Hessian as a constant", {**PENALTY, **DETACHED}, ONE
+    ),
+    "FAM hutchinson": Candidate(
+        "FAM's penalty, kappa by one random probe", {**PENALTY, "mode": "hutchinson"}, ONE
+    ),
     "FAM hutchinson, detached": Candidate(
         "FAM hutchinson with the Hessian as a constant", {**PENALTY, "mode": "hutchinson", **DETACHED}, ONE
     ),
@@ -66,7 +70,9 @@ CANDIDATES: dict[str, Candidate] = {
         "FAM's penalty, Gauss-Newton kappa by one random vector", {**PENALTY, **GAUSS_NEWTON}, INNER
     ),
     "FAM Gauss-Newton, detached": Candidate(
-        "FAM Gauss-Newton with the curvature as a constant", {**PENALTY, **GAUSS_NEWTON, **DETACHED}, INNER | HIDDEN
+        "FAM Gauss-Newton with the curvature as a constant",
+        {**PENALTY, **GAUSS_NEWTON, **DETACHED},
+        INNER | HIDDEN,
     ),
 }
 

@@ -210,7 +210,8 @@ CASES: dict[str, Case] = {
         partial(vit, hidden, fused=True),
     ),
     "bert-small hidden": Case(
-        "encoder of 4 blocks of width 512, 16 sentences of 64 tokens; all layers but the last", partial(bert, hidden)
+        "encoder of 4 blocks of width 512, 16 sentences of 64 tokens; all layers but the last",
+        partial(bert, hidden),
     ),
     "perceptron 3x1024 hidden": Case(
         "784-1024-1024-1024-10, 256 samples; all layers but the last",
@@ -248,9 +249,12 @@ CASES: dict[str, Case] = {
         "GPT-2's head, tied to the embedding, over one block, 256 tokens", tied_language_model
     ),
     "bert-small pooler 512x512": Case(
-        "encoder of 4 blocks of width 512, 16 sentences; its last layer but one", partial(bert, module("pooler"))
+        "encoder of 4 blocks of width 512, 16 sentences; its last layer but one",
+        partial(bert, module("pooler")),
     ),
-    "bert-small classifier 2x512": Case("encoder of 4 blocks of width 512, 16 sentences; its last layer", partial(bert, module("classifier"))),
+    "bert-small classifier 2x512": Case(
+        "encoder of 4 blocks of width 512, 16 sentences; its last layer", partial(bert, module("classifier"))
+    ),
     "skull decoder linear 512x8": Case(
         "a 3D autoencoder, 4 volumes; the layer behind its code", skull_autoencoder
     ),
@@ -265,7 +269,9 @@ CASES: dict[str, Case] = {
     "resnet18 last conv and head": Case(
         "ResNet-18 for CIFAR, 64 images; its last two layers", partial(images, resnet18_cifar, part(-2, None))
     ),
-    "resnet18 all layers": Case("ResNet-18 for CIFAR, 64 images; all layers", partial(images, resnet18_cifar, every)),
+    "resnet18 all layers": Case(
+        "ResNet-18 for CIFAR, 64 images; all layers", partial(images, resnet18_cifar, every)
+    ),
     "small conv net hidden 128x1568": Case(
         "the quick start's network, 64 images; its last layer but one", small_convolutional
     ),
@@ -274,7 +280,8 @@ CASES: dict[str, Case] = {
         partial(perceptron, every, 256, *[1024] * 5, 10),
     ),
     "vit middle mlp 192x768": Case(
-        "ViT of 6 blocks, 32 images of 65 tokens; a layer in its middle", partial(vit, module("blocks.2.down"))
+        "ViT of 6 blocks, 32 images of 65 tokens; a layer in its middle",
+        partial(vit, module("blocks.2.down")),
     ),
     "vit all layers": Case("ViT of 6 blocks, 32 images of 65 tokens; all layers", partial(vit, every)),
     "tiny 16x16": Case(

@@ -15,7 +15,7 @@ TOLERANCE = 1e-4  # relative, in float32
 def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dict[str, Any]:
     """Of every curvature that a candidate penalises: kappa, and mean and standard error of its estimates.
 
-    Where samples interact, exact Gauss-Newton takes a product for each of their outputs: it is checked on four.
+    Where samples interact, exact Gauss-Newton takes a product for each output: it is checked on four.
 
     Raises:
         AssertionError: if the two are more than five standard errors and the tolerance apart.

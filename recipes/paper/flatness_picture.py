@@ -27,12 +27,11 @@ from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import cast, first, ordered
 from recipes.engine.layers import select
 from recipes.engine.optimizers import settings
-from recipes.shared.pictures import looks
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.task import Batch, Source, Task
 from recipes.engine.training import Conditions, train
 from recipes.shared.command import Options, Recipe, fresh, out, positive
-from recipes.shared.pictures import panels, tidy
+from recipes.shared.pictures import legend_above, looks, panels, tidy
 from recipes.shared.results import CPU
 from recipes.shared.tables import table as make_table
 from recipes.tasks import load_task
@@ -138,20 +137,20 @@ def plot(results: Mapping[str, Any]) -> Figure:
     runs, strengths = results["runs"], np.array(results["configuration"]["strengths"])
     figure, axes = panels(1, 1, 6.4, 4.4)
     axis = axes[0, 0]
-    chosen = colours(runs)
+    chosen = looks(run["label"] for run in runs)
     for run in runs:
-        colour = chosen[run["label"]]
-        label = f"{run['label']}: kappa {run['kappa']:.3g}"
+        look, label = chosen[run["label"]], f"{run['label']}: kappa {run['kappa']:.3g}"
         extra, error = (np.array(run[name]) for name in ("extra_loss", "standard_error"))
-        axis.errorbar(strengths, extra, error, color=colour, marker="o", markersize=3, label=label)
-        axis.plot(strengths, strengths**2 / 2 * run["kappa"], color=colour, linestyle="--", linewidth=0.9)
+        axis.errorbar(strengths, extra, error, **look, markersize=4, label=label)
+        axis.plot(
+            strengths, strengths**2 / 2 * run["kappa"], color=look["color"], linestyle="--", linewidth=0.9
+        )
     axis.set_xlabel("strength of the noise per coordinate (a fraction of the features' norm)")
     axis.set_ylabel("extra loss (nats)")
     tidy(axis, "extra loss under relative feature noise; dashed: ½ strength² kappa", log="xy")
     lowest = min(min(value for value in run["extra_loss"] if value > 0) for run in runs)
     axis.set_ylim(bottom=lowest / 2, top=4 * max(max(run["extra_loss"]) for run in runs))
-    axis.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
+    legend_above(figure, axis, 2)
     return figure
 
 

@@ -58,16 +58,19 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
     chosen = {}
     for (colour, marker), own in by_look.items():
         markers = [marker, *(other for other in MARKERS if other != marker)]
-        for number, label in enumerate(own):
-            shade = to_hex(mixed(colour, number / max(1, len(own) - 1))) if len(own) > 1 else colour
-            chosen[label] = {"color": shade, "marker": markers[number % len(markers)]}
+        lightest = 0.5 if len(own) < 3 else 0.0
+        for label, darkness in zip(
+            own, np.linspace(lightest, 1 if own[1:] else lightest, len(own)), strict=True
+        ):
+            look = {"color": mixed(colour, darkness), "marker": markers[own.index(label) % len(markers)]}
+            chosen[label] = look
     return {label: chosen[label] for label in labels}
 
 
-def mixed(colour: str, darkness: float) -> NDArray[Any]:
+def mixed(colour: str, darkness: float) -> str:
     """From a light shade at 0 over the colour itself at 1/2 to a dark one at 1."""
     other, part = (np.ones(3), 0.5 - darkness) if darkness < 0.5 else (np.zeros(3), darkness - 0.5)
-    return np.array(to_rgb(colour)) * (1 - 1.2 * part) + other * 1.2 * part
+    return to_hex(np.array(to_rgb(colour)) * (1 - 1.2 * part) + other * 1.2 * part)
 
 
 def panels(
