@@ -54,16 +54,18 @@ def _table(
     relative: Callable[[Result], str] | None = None,
 ) -> Table:
     """A row per case, a column per candidate of which there is something to say."""
-    plain = "operations" if quantity == "count" else "peak_bytes" if quantity == "memory" else "seconds"
-    measured = [row for row in rows if plain in row["candidates"].get("plain", {})]
+    measured = [row for row in rows if quantity in row["candidates"].get("plain", {})]
     found = [label for row in measured for label, own in row["candidates"].items() if quantity in own]
-    labels = ["plain", *dict.fromkeys(label for label in found if label != "plain")]
-    table = make_table("task", *labels, title=f"{title} of a step, relative to the plain step")
+    labels = [label for label in dict.fromkeys(found) if label != "plain"]
+    table = make_table("task", "plain", *labels, title=f"{title} of a step, relative to the plain step")
     for row in measured:
-        cells = []
-        for label in labels[1:]:
-            result = row["candidates"].get(label, {})
-            said = relative(result) if relative and quantity in result else f"{result.get(quantity, 0):.2f}"
-            cells.append("refused" if "refused" in result else said if quantity in result else "")
+        own = {label: row["candidates"].get(label, {}) for label in labels}
+        cells = [
+            "refused" if "refused" in result
+            else "" if quantity not in result
+            else relative(result) if relative
+            else f"{result[quantity]:.2f}"
+            for result in own.values()
+        ]  # fmt: skip
         table.add_row(row["task"], absolute(row["candidates"]["plain"]), *cells)
     return table

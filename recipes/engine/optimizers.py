@@ -86,7 +86,7 @@ def take_step(
         # accuracy by at most 0.1 (40 % noise, rho 0.05 and 0.1, two seeds), so it is used as documented.
         # LookSAM needs the second gradient in every k-th step alone; its step() would take it in every one.
         loss = closure()
-        if isinstance(optimizer, LookSAM) and optimizer.get_step() % optimizer.k:
+        if isinstance(optimizer, LookSAM) and optimizer.get_step() % optimizer.k:  # type: ignore[no-untyped-call]
             optimizer.second_step()
         else:
             optimizer.step(closure)

@@ -70,7 +70,8 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
 def mixed(colour: str, darkness: float) -> str:
     """From a light shade at 0 over the colour itself at 1/2 to a dark one at 1."""
     other, part = (np.ones(3), 0.5 - darkness) if darkness < 0.5 else (np.zeros(3), darkness - 0.5)
-    return to_hex(np.array(to_rgb(colour)) * (1 - 1.2 * part) + other * 1.2 * part)
+    red, green, blue = np.array(to_rgb(colour)) * (1 - 1.2 * part) + other * 1.2 * part
+    return to_hex((red, green, blue))
 
 
 def panels(
