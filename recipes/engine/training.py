@@ -27,7 +27,7 @@ from recipes.engine.step_time import relative_step_time
 from recipes.engine.task import Batch, Data, Evaluation, Source, Task
 from recipes.shared.results import environment
 
-TIMED_STEPS = 11  # pairs of steps behind the relative step time, the first a warm-up
+TIMED_BATCHES = 10  # behind the relative step time
 WATCHED = 20  # how often a run is watched, where its task has something quick to watch
 SHOWN_EVERY = 10  # steps between two updates of the progress bar: reading the loss waits for the device
 
@@ -146,8 +146,7 @@ def rehearse(
         ValueError: if the layers, the loss and what is asked of kappa do not go together.
     """
     batches = moved(epoch_batches(data, conditions, 0), conditions.device)
-    timed = list(islice(batches, TIMED_STEPS))
-    timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
+    timed = list(islice(batches, TIMED_BATCHES))
     try:
         kappa(task, model, timed[:1])
         return relative_step_time(task, settings, model, timed, conditions.device)
