@@ -25,7 +25,7 @@ def relative_step_time(
     """
     if settings == plain(settings):
         return {"median": 1.0, "quartiles": [1.0, 1.0], "steps": 0}
-    size = settings.get("every", settings.get("k", 1))
+    size: int = settings.get("every") or settings.get("k") or 1
 
     def block(chosen: Settings) -> Callable[[], None]:
         twin = copy.deepcopy(model).train()
