@@ -4,7 +4,6 @@
     python -m recipes.train cifar10 --optimizer fam --mode proximal           # FAM as recommended
     python -m recipes.train skulls --optimizer fam --lam 0 0.0006 0.002 0.02 0.1 0.7
     python -m recipes.train cifar10 --optimizer fam --resume                  # go on after a stop
-    python -m recipes.train cifar10 --optimizer fam --measure-only            # kappa of what was trained
     python -m recipes.train cifar10 --smoke                                   # does everything run?
 
 Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0, which
@@ -16,7 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from typing import Any
 from rich.console import Console
 
 from recipes.engine import marks
-from recipes.engine.measure import keep, measure, table
 from recipes.engine.optimizers import (
     FAM_OPTIONS,
     MEASURING,
@@ -40,7 +37,6 @@ from recipes.engine.task import Missing, Source, Task
 from recipes.engine.training import Conditions
 from recipes.shared import command
 from recipes.shared.tables import console as make_console
-from recipes.shared.tables import show
 from recipes.tasks import TASKS, load_task
 
 SWEPT = ("lr", "weight_decay", "lam", "rho")  # these take several values, each a run of its own
@@ -81,8 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     command.add_device(parser)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--resume", action="store_true", help="go on with the runs that were begun")
-    parser.add_argument("--measure-only", action="store_true", help="measure the runs' checkpoints")
-    parser.add_argument("--float64", action="store_true", help="with --measure-only: in double precision")
+    parser.add_argument("--keep", type=command.positive, metavar="N", help="every Nth epoch's network too")
     command.add_smoke(parser, "one epoch of a few samples")
     return parser.parse_args(arguments)
 
@@ -126,9 +121,8 @@ def conditions(task: Task, options: argparse.Namespace, seed: int) -> Conditions
     """The task's own where nothing else was asked."""
     epochs = options.epochs or (1 if options.smoke else task.epochs)
     source = Source(options.data, options.download, options.smoke)
-    return Conditions(
-        seed, epochs, options.batch_size or task.batch_size, source, options.device, options.workers
-    )
+    size = options.batch_size or task.batch_size
+    return Conditions(seed, epochs, size, source, options.device, options.workers, options.keep)
 
 
 def changed(options: argparse.Namespace) -> set[str]:
@@ -140,7 +134,7 @@ def changed(options: argparse.Namespace) -> set[str]:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Train, or measure, every combination with every seed."""
+    """Train every combination with every seed."""
     task = adapted(load_task(options.task), options)
     console.print(f"[bold]{task.name}[/]: {task.about}")
     for line in marks.lines(task, without=changed(options)):
@@ -148,24 +142,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if task.differences:
         console.print(f"Paper and released code differ: {task.differences}", markup=False, highlight=False)
     folder = command.out(options) / task.name
-    measured: list[dict[str, Any]] = []
-    begin = time.perf_counter()
     for (label, chosen), seed in itertools.product([*combinations(task, options)], options.seeds):
         path = folder / label / f"seed{seed}"
         asked = conditions(task, options, seed)
-        if options.measure_only:
-            found = measure(task, asked, path, double=options.float64)
-            measured.append({"label": label, "seed": seed, **found})
-            continue
         if options.smoke and not options.resume:
             command.fresh(path)
         train_aloud(f"{label}, seed {seed}", task, chosen, asked, path, console, resume=options.resume)
-    if measured:
-        keep(folder / "measured", task.name, measured, time.perf_counter() - begin, options.float64)
-        show(console, table(task.name, measured))
-        console.print(f"{folder / 'measured'}.json and .md written", soft_wrap=True)
-    else:
-        console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
+    console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -129,12 +129,9 @@ def module(name: str) -> Layers:
     return lambda model: model.get_submodule(name)
 
 
-def part(*limits: int | None) -> Layers:
-    """A slice of all that can be regularised."""
-    return lambda model: weight_layers(model)[slice(*limits)]
-
-
-every, hidden = part(None), part(-1)
+def hidden(model: nn.Module) -> list[nn.Module]:
+    """All but the last."""
+    return weight_layers(model)[:-1]
 
 
 def images(
@@ -166,10 +163,10 @@ def tied_language_model() -> Problem:
     return Problem(model, model.head, torch.randint(0, 50257, (2, 128)), torch.randint(0, 50257, (256,)))
 
 
-def bert(layers: Layers) -> Problem:
-    """16 sentences of 64 tokens."""
+def bert(layers: Layers, number: int = 16) -> Problem:
+    """Sentences of 64 tokens."""
     model = Encoder()
-    return Problem(model, layers(model), torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
+    return Problem(model, layers(model), torch.randn(number, 64, 512), torch.randint(0, 2, (number,)))
 
 
 def vit(layers: Layers, depth: int = 6, fused: bool = False) -> Problem:
@@ -178,11 +175,11 @@ def vit(layers: Layers, depth: int = 6, fused: bool = False) -> Problem:
     return Problem(model, layers(model), torch.randn(32, 65, 192), torch.randint(0, 10, (32,)))
 
 
-def perceptron(layers: Layers, rows: int, *widths: int, bias: bool = True) -> Problem:
+def perceptron(layers: Layers, rows: int, *widths: int) -> Problem:
     """Linear layers of these widths with ReLU."""
     modules: list[nn.Module] = []
     for a, b in pairwise(widths):
-        modules += [nn.Linear(a, b, bias), nn.ReLU()]
+        modules += [nn.Linear(a, b), nn.ReLU()]
     model = nn.Sequential(*modules[:-1])
     return Problem(model, layers(model), torch.randn(rows, widths[0]), torch.randint(0, widths[-1], (rows,)))
 
@@ -201,108 +198,57 @@ def skull_autoencoder() -> Problem:
 
 
 wide_resnet = partial(WideResNet, depth=16, widening=4)
-CASES: dict[str, Case] = {
-    "resnet18 hidden": Case(
-        "ResNet-18 for CIFAR, 64 images; all layers but the last", partial(images, resnet18_cifar, hidden)
-    ),
-    "vit hidden": Case(
-        "ViT of 6 blocks of width 192, 32 images of 65 tokens, fused attention; all layers but the last",
-        partial(vit, hidden, fused=True),
-    ),
-    "bert-small hidden": Case(
-        "encoder of 4 blocks of width 512, 16 sentences of 64 tokens; all layers but the last",
-        partial(bert, hidden),
-    ),
+RESNET, ENCODER = "ResNet-18 for CIFAR, 64 images", "BERT-small's encoder, 16 sentences of 64 tokens"
+VIT = "vision transformer of 6 blocks of width 192, 32 images of 65 tokens"
+HIDDEN_ROWS = {
+    "resnet18 hidden": Case(RESNET, partial(images, resnet18_cifar, hidden)),
+    "vit hidden": Case(f"{VIT}, fused attention", partial(vit, hidden, fused=True)),
+    "bert-small hidden": Case(ENCODER, partial(bert, hidden)),
     "perceptron 3x1024 hidden": Case(
-        "784-1024-1024-1024-10, 256 samples; all layers but the last",
-        partial(perceptron, hidden, 256, 784, 1024, 1024, 1024, 10),
+        "784-1024-1024-1024-10, 256 samples", partial(perceptron, hidden, 256, 784, 1024, 1024, 1024, 10)
     ),
     "perceptron 2x256 hidden": Case(
-        "784-256-256-10, 64 samples, about 1 ms a step; all layers but the last",
-        partial(perceptron, hidden, 64, 784, 256, 256, 10),
+        "784-256-256-10, 64 samples, about 1 ms a step", partial(perceptron, hidden, 64, 784, 256, 256, 10)
     ),
     "151 layers of 16 hidden": Case(
-        "151 linear layers of 16 units, 64 samples; all layers but the last",
-        partial(perceptron, hidden, 64, *[16] * 152),
+        "151 linear layers of 16 units, 64 samples", partial(perceptron, hidden, 64, *[16] * 152)
     ),
-    "resnet18 head 10x512": Case(
-        "ResNet-18 for CIFAR, 64 images; its last layer", partial(images, resnet18_cifar, module("fc"))
-    ),
+}
+OTHER_ROWS = {
+    "resnet18 head 10x512": Case(f"{RESNET}; the last layer", partial(images, resnet18_cifar, module("fc"))),
     "wide resnet penultimate 64x256": Case(
-        "WideResNet-16-4, 64 images; its last layer but one",
+        "WideResNet-16-4, 64 images; the last layer but one",
         partial(images, wide_resnet, module("penultimate")),
-    ),
-    "efficientnet head 100x256": Case(
-        "a classifier of 100 classes alone, 32 samples", partial(head, 100, 256, 32)
     ),
     "imagenet head 1000x2048": Case(
         "a classifier of 1,000 classes alone, 256 samples", partial(head, 1000, 2048, 256)
     ),
     "resnet50 head 1000x2048": Case(
-        "ResNet-50 for ImageNet, 8 images; its last layer",
-        partial(images, resnet50, module("fc"), 8, 224, 1000),
+        "ResNet-50, 8 images; the last layer", partial(images, resnet50, module("fc"), 8, 224, 1000)
     ),
     "masked lm head 30522x768": Case(
         "BERT's language head alone, 512 tokens", partial(head, 30522, 768, 512)
     ),
-    "gpt2 tied head 50257x768": Case(
-        "GPT-2's head, tied to the embedding, over one block, 256 tokens", tied_language_model
-    ),
-    "bert-small pooler 512x512": Case(
-        "encoder of 4 blocks of width 512, 16 sentences; its last layer but one",
-        partial(bert, module("pooler")),
-    ),
-    "bert-small classifier 2x512": Case(
-        "encoder of 4 blocks of width 512, 16 sentences; its last layer", partial(bert, module("classifier"))
-    ),
-    "skull decoder linear 512x8": Case(
-        "a 3D autoencoder, 4 volumes; the layer behind its code", skull_autoencoder
-    ),
-    "vit mlp 192x768": Case(
-        "ViT of one block, 32 images of 65 tokens; its last hidden layer",
-        partial(vit, module("blocks.0.down"), depth=1),
-    ),
-    "resnet18 last conv 512x4608": Case(
-        "ResNet-18 for CIFAR, 64 images; its last convolution",
-        partial(images, resnet18_cifar, module("layer4.1.conv2")),
-    ),
-    "resnet18 last conv and head": Case(
-        "ResNet-18 for CIFAR, 64 images; its last two layers", partial(images, resnet18_cifar, part(-2, None))
-    ),
-    "resnet18 all layers": Case(
-        "ResNet-18 for CIFAR, 64 images; all layers", partial(images, resnet18_cifar, every)
-    ),
+    "gpt2 tied head 50257x768": Case("GPT-2's head, tied, over one block, 256 tokens", tied_language_model),
+    "bert-small pooler 512x512": Case(f"{ENCODER}; the last layer but one", partial(bert, module("pooler"))),
+    "skull decoder linear 512x8": Case("a 3D autoencoder; the layer behind its code", skull_autoencoder),
     "small conv net hidden 128x1568": Case(
-        "the quick start's network, 64 images; its last layer but one", small_convolutional
+        "the quick start's network, 64 images; the last layer but one", small_convolutional
     ),
-    "perceptron 4x1024 all layers": Case(
-        "1024-1024-1024-1024-1024-10, 256 samples; all layers",
-        partial(perceptron, every, 256, *[1024] * 5, 10),
-    ),
-    "vit middle mlp 192x768": Case(
-        "ViT of 6 blocks, 32 images of 65 tokens; a layer in its middle",
-        partial(vit, module("blocks.2.down")),
-    ),
-    "vit all layers": Case("ViT of 6 blocks, 32 images of 65 tokens; all layers", partial(vit, every)),
+    "vit middle mlp 192x768": Case(f"{VIT}; one in the middle", partial(vit, module("blocks.2.down"))),
     "tiny 16x16": Case(
-        "16-16-16, 8 samples: overhead alone; its last layer",
-        partial(perceptron, module("2"), 8, 16, 16, 16),
+        "16-16-16, 8 samples: overhead alone; the last layer", partial(perceptron, module("2"), 8, 16, 16, 16)
     ),
 }
-HIDDEN = frozenset(name for name in CASES if name.endswith(" hidden"))
-SEVERAL = HIDDEN | {
-    "resnet18 last conv and head",
-    "resnet18 all layers",
-    "perceptron 4x1024 all layers",
-    "vit all layers",
+CASES = {
+    **{
+        name: case._replace(about=f"{case.about}; all layers but the last")
+        for name, case in HIDDEN_ROWS.items()
+    },
+    **OTHER_ROWS,
 }
-ONE = frozenset(CASES) - SEVERAL
-INNER = (SEVERAL - HIDDEN) | {
-    "wide resnet penultimate 64x256",
-    "bert-small pooler 512x512",
-    "small conv net hidden 128x1568",
-    "vit mlp 192x768",
-    "vit middle mlp 192x768",
-    "resnet18 last conv 512x4608",
-    "tiny 16x16",
+HIDDEN, ONE = frozenset(HIDDEN_ROWS), frozenset(OTHER_ROWS)
+INNER = HIDDEN | {  # where the Hessian is not Gauss-Newton's
+    *("wide resnet penultimate 64x256", "bert-small pooler 512x512", "small conv net hidden 128x1568"),
+    *("vit middle mlp 192x768", "tiny 16x16"),
 }

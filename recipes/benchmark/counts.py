@@ -15,23 +15,10 @@ import torch
 
 from recipes.benchmark.candidates import CANDIDATES, chosen
 from recipes.benchmark.cases import CASES
-from recipes.benchmark.measuring import flops, relative, repeated
+from recipes.benchmark.measuring import prepared
 from recipes.benchmark.tables import count_table
-from recipes.shared.command import Options, Recipe
-from recipes.shared.problem import Problem
-
-
-def counted(problem: Problem, labels: list[str], name: str) -> dict[str, dict[str, Any]]:
-    """The candidates' operations a step, after a first period, which finds out what is remembered."""
-    results: dict[str, dict[str, Any]] = {}
-    for label, candidate in chosen(labels, name).items():
-        try:
-            period = repeated(candidate.build(problem.copy()), candidate.period)
-            period()
-            results[label] = {"operations": flops(period) / candidate.period}
-        except RuntimeError as error:
-            results[label] = {"refused": str(error)}
-    return relative(results, {"count": "operations"})
+from recipes.shared.command import Distinct, Options, Recipe
+from recipes.shared.results import CPU
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
@@ -39,16 +26,14 @@ def measure(options: Options) -> list[dict[str, Any]]:
     rows = []
     for name in options.tasks:
         torch.manual_seed(options.seed)
-        found = counted(CASES[name].build(), list(CANDIDATES), name)
+        _, found = prepared(CASES[name].build(), chosen(list(CANDIDATES), name), CPU)
         rows.append({"task": name, "candidates": found})
     return rows
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--tasks": {"nargs": "+", "choices": CASES, "default": list(CASES), "metavar": "TASK"},
-}
-SMOKE = {"tasks": ["tiny 16x16", "151 layers of 16 hidden"]}
-RECIPE = Recipe("benchmark.counts", __doc__, measure, count_table, None, OPTIONS, SMOKE)
+TASKS = {"nargs": "+", "action": Distinct, "choices": CASES, "default": list(CASES), "metavar": "TASK"}
+SMOKE = {"tasks": ["tiny 16x16"]}
+RECIPE = Recipe("benchmark.counts", __doc__, measure, count_table, None, {"--tasks": TASKS}, SMOKE)
 main = RECIPE.main
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Conditions:
     source: Source
     device: torch.device
     workers: int = 0  # processes that load the samples
+    keep: int | None = None  # the network after every so many epochs, beside the last checkpoint
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def train(
                 "schedule": schedule.state_dict(),
             },
         )
+        if conditions.keep and epoch % conditions.keep == 0:
+            torch.save(model.state_dict(), path / f"epoch{epoch}.pt")
         show(epoch * per_epoch, losses[-1])
 
 

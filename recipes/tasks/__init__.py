@@ -1,11 +1,15 @@
-"""The experiments by name."""
+"""The experiments by name, and what a run has made of one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.engine.task import Task
+from torch import nn
+
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.task import Data, Source, Task
 
 
 class Entry(NamedTuple):
@@ -47,6 +51,34 @@ TASKS = {
 
 def load_task(name: str) -> Task:
     """Build a task; raises ``recipes.engine.task.Missing`` where a package is not there."""
+    if name not in TASKS:
+        raise ValueError(f"expected a task that recipes.train knows ({', '.join(TASKS)}), got {name!r}")
     entry = TASKS[name]
     make: Callable[..., Task] = getattr(import_module(f"recipes.tasks.{entry.module}"), entry.function)
     return dataclasses.replace(make(**entry.arguments), name=name, about=entry.about)
+
+
+class Trained(NamedTuple):
+    """What a run's folder holds, with the task and the data that it was trained on."""
+
+    task: Task
+    data: Data
+    config: Mapping[str, Any]
+    label: str
+    networks: Mapping[int, nn.Module]  # by epoch, on the CPU
+
+
+def trained(path: Path, folder: Path) -> Trained:
+    """Read a run's folder, and its data from the folder of data sets.
+
+    Raises:
+        FileNotFoundError: if it is none, or has no checkpoint.
+    """
+    run = RunFolder(path)
+    config = run.read("config.json")
+    task, source = load_task(config["task"]), Source(folder, smoke=config["smoke"])
+    networks = {}
+    for epoch, state in run.networks().items():
+        networks[epoch] = task.model(source)
+        networks[epoch].load_state_dict(state)
+    return Trained(task, task.data(source, config["seed"]), config, path.resolve().parent.name, networks)

@@ -201,7 +201,7 @@ def skulls(small: bool = False) -> Task:
                 "n_samples": 1,
                 "curvature": "hessian",
                 "detach_hessian": False,
-            },
+            }
         },
         schedule=constant,
         loss=DiceLoss(sigmoid=True, squared_pred=True),  # Milletari et al.; the mean over the skulls

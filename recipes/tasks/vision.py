@@ -137,10 +137,7 @@ def cifar100() -> Task:
         batch_size=32,
         base="adam",
         options={"lr": 1e-6, "weight_decay": 1e-5},
-        methods={
-            "fam": {"lam": 1.0, **FAM},
-            "sam": {"base": "nesterov", "lr": 1e-5, "weight_decay": 1e-4},
-        },
+        methods={"fam": {"lam": 1.0, **FAM}, "sam": {"base": "nesterov", "lr": 1e-5, "weight_decay": 1e-4}},
         schedule=cosine,
         facts={
             "network": "EfficientNet-B7, ImageNet weights",

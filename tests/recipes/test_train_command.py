@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes import quickstart, report, train
+from recipes import flatness, quickstart, report, train
 from recipes.benchmark import __main__ as benchmark
 from recipes.benchmark.candidates import CANDIDATES
 from recipes.benchmark.cases import CASES
@@ -39,7 +39,6 @@ def smoke(path: Path, *arguments: str) -> None:
 MISUSE = {
     "other settings": (["--resume", "--epochs", "7"], "begun with another.*epochs: 1 there, 7"),
     "an option that nobody takes": (["--rho", "0.1"], r"--rho: none of.*\(fam\) takes it"),
-    "nothing to measure": (["--measure-only", "--seeds", "3"], "no checkpoint: train first"),
 }
 
 
@@ -135,24 +134,22 @@ def test_help_says_what_every_task_is(command: Any, capsys: pytest.CaptureFixtur
         assert all(label in printed and candidate.about in printed for label, candidate in CANDIDATES.items())
 
 
-def test_measure_only_prints_whole_numbers_and_keeps_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    smoke(tmp_path, "--seeds", "0", "1")
-    capsys.readouterr()
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal of 80 columns
-    smoke(tmp_path, "--seeds", "0", "1", "--measure-only", "--float64")
-    output = capsys.readouterr().out
-    folder = tmp_path / "smoke" / "quickstart"
-    saved = json.loads((folder / "measured.json").read_text())
-    assert [run["seed"] for run in saved["runs"]] == [0, 1]
-    for run in saved["runs"]:
-        (record,) = RunFolder(folder / "fam" / f"seed{run['seed']}").epochs()
-        assert run["neuronwise"] == pytest.approx(record["kappa"], rel=1e-3)
-        shown = f"{run['neuronwise']:.4g}"
-        assert shown[:5] in output and shown[:5] in (folder / "measured.md").read_text()
-    assert "…" not in output
+def test_flatness_of_every_layer_of_two_runs_and_over_training(tmp_path: Path) -> None:
+    smoke(tmp_path, "--optimizer", "sgd", "fam", "--epochs", "4", "--keep", "2")
+    folders = [str(tmp_path / "smoke" / "quickstart" / name / "seed0") for name in ("sgd", "fam")]
+    flatness.main([*folders, "--out", str(tmp_path / "flat")])
+    rows = json.loads((tmp_path / "flat" / "flatness.json").read_text())["runs"]
+    layers = ["features.0", "features.4", "features.9", "head"]
+    assert [(row["label"], row["epoch"], row["layer"]) for row in rows] == [
+        (label, epoch, layer) for label in ("sgd", "fam") for epoch in (2, 4) for layer in layers
+    ]
+    assert all(row["kappa"] > 0 for row in rows)
+    (record,) = (record for record in RunFolder(Path(folders[0])).epochs() if record["epoch"] == 4)
+    (head,) = (row for row in rows if (row["label"], row["epoch"], row["layer"]) == ("sgd", 4, "head"))
+    assert head["kappa"] == pytest.approx(record["kappa"], rel=0.5)  # an estimate beside the exact number
+    for name, message in ((tmp_path / "nothing", "expected a run's folder"), (None, "the folder of one run")):
+        with pytest.raises(SystemExit, match=message):
+            flatness.main([*([str(name)] if name else []), "--out", str(tmp_path / "flat")])
 
 
 def test_a_pipe_gets_one_line_per_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
