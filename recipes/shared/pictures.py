@@ -55,22 +55,19 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
         by_look.setdefault(next((look for word, look in METHODS.items() if word in text), OTHER), []).append(
             label
         )
-    chosen = {}
+    chosen, markers = {}, [m for m in MARKERS if m not in {marker for _, marker in by_look}]
     for (colour, marker), own in by_look.items():
-        markers = [marker, *(other for other in MARKERS if other != marker)]
-        lightest = 0.5 if len(own) < 3 else 0.0
-        for label, darkness in zip(
-            own, np.linspace(lightest, 1 if own[1:] else lightest, len(own)), strict=True
-        ):
-            look = {"color": mixed(colour, darkness), "marker": markers[own.index(label) % len(markers)]}
-            chosen[label] = look
+        shades = np.linspace(0.5 if len(own) < 3 else 0.0, 1 if own[1:] else 0.5, len(own))
+        for number, label in enumerate(own):
+            another = markers.pop(0) if number and markers else marker
+            chosen[label] = {"color": mixed(colour, shades[number]), "marker": another}
     return {label: chosen[label] for label in labels}
 
 
 def mixed(colour: str, darkness: float) -> str:
     """From a light shade at 0 over the colour itself at 1/2 to a dark one at 1."""
     other, part = (np.ones(3), 0.5 - darkness) if darkness < 0.5 else (np.zeros(3), darkness - 0.5)
-    red, green, blue = np.array(to_rgb(colour)) * (1 - 1.2 * part) + other * 1.2 * part
+    red, green, blue = np.array(to_rgb(colour)) * (1 - part) + other * part
     return to_hex((red, green, blue))
 
 
