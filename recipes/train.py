@@ -1,20 +1,20 @@
 """Train a task with one optimizer or several, with one seed or several.
 
     python -m recipes.train cifar10 --optimizer sgd sam fam --seeds 0 1 2     # the paper's settings
+    python -m recipes.train cifar10 --optimizer fam --mode proximal           # FAM as recommended
     python -m recipes.train skulls --optimizer fam --lam 0 0.0006 0.002 0.02 0.1 0.7
     python -m recipes.train cifar10 --optimizer fam --resume                  # go on after a stop
-    python -m recipes.train cifar10 --optimizer fam --measure-only            # kappa of what was trained
     python -m recipes.train cifar10 --smoke                                   # does everything run?
 
 Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0, which
 ``recipes.report`` turns into tables and pictures. Options not given are the task's: the paper's settings.
+With ``--mode proximal`` they are FAM's own: all layers but the last, lam 1, every 10 steps.
 """
 
 import argparse
 import dataclasses
 import itertools
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,43 +22,51 @@ from typing import Any
 from rich.console import Console
 
 from recipes.engine import marks
-from recipes.engine.measure import keep, measure, table
 from recipes.engine.optimizers import (
     FAM_OPTIONS,
     MEASURING,
     OPTIMIZERS,
     OPTIONS,
+    PROXIMAL,
     SAM_OPTIONS,
     Settings,
     settings,
 )
-from recipes.engine.progress import progress_bar
+from recipes.engine.progress import train_aloud
 from recipes.engine.task import Missing, Source, Task
-from recipes.engine.training import Conditions, train
+from recipes.engine.training import Conditions
 from recipes.shared import command
 from recipes.shared.tables import console as make_console
-from recipes.shared.tables import show
 from recipes.tasks import TASKS, load_task
 
 SWEPT = ("lr", "weight_decay", "lam", "rho")  # these take several values, each a run of its own
-CHOSEN = ("normalize", "detach_hessian")  # these take one, and are FAM's alone
+CHOSEN = ("every", "normalize", "detach_hessian")  # these take one, and are FAM's alone
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = command.parser("train", __doc__)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["fam"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights, order, splits, noise")
+    parser = command.parser("train", __doc__, {name: task.about for name, task in TASKS.items()})
+    parser.add_argument("task", choices=TASKS, metavar="task", help="one of those below")
+    parser.add_argument(
+        "--optimizer", nargs="+", action=command.Distinct, choices=OPTIMIZERS, default=["fam"]
+    )
+    command.add_seeds(parser)
     parser.add_argument("--epochs", type=command.positive)
     parser.add_argument("--batch-size", type=command.positive)
     for name in SWEPT:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, nargs="+", metavar=name.upper())
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=command.number,
+            nargs="+",
+            action=command.Distinct,
+            metavar=name.upper(),
+        )
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="module names, or: all, hidden, last")
     parser.add_argument("--curvature", choices=("hessian", "gauss_newton"))
     parser.add_argument("--measure", choices=("neuronwise", "layerwise"))
-    parser.add_argument("--mode", choices=("exact", "hutchinson", "full"))
-    parser.add_argument("--n-samples", type=command.positive, help="probes of mode hutchinson")
+    parser.add_argument("--mode", choices=("exact", "hutchinson", "full", "proximal"))
+    parser.add_argument("--every", type=command.positive, help="steps between two proximal ones")
+    parser.add_argument("--n-samples", type=command.positive, help="random vectors of an estimate")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide kappa by m")
     parser.add_argument(
         "--detach-hessian", action=argparse.BooleanOptionalAction, help="as the released code"
@@ -69,8 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     command.add_device(parser)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--resume", action="store_true", help="go on with the runs that were begun")
-    parser.add_argument("--measure-only", action="store_true", help="measure the runs' checkpoints")
-    parser.add_argument("--float64", action="store_true", help="with --measure-only: in double precision")
+    parser.add_argument("--keep", type=command.positive, metavar="N", help="every Nth epoch's network too")
     command.add_smoke(parser, "one epoch of a few samples")
     return parser.parse_args(arguments)
 
@@ -82,8 +89,9 @@ def kappa_asked(options: argparse.Namespace) -> dict[str, Any]:
 
 def adapted(task: Task, options: argparse.Namespace) -> Task:
     """The task with the layers and the kappa that were asked for."""
-    fam = {**task.methods.get("fam", {}), **kappa_asked(options)}
-    layers = tuple(options.layer or task.layers)
+    proximal = options.mode == "proximal"
+    fam = {**(PROXIMAL if proximal else task.methods.get("fam", {})), **kappa_asked(options)}
+    layers = tuple(options.layer or (("hidden",) if proximal else task.layers))
     return dataclasses.replace(task, layers=layers, methods={**task.methods, "fam": fam})
 
 
@@ -113,9 +121,8 @@ def conditions(task: Task, options: argparse.Namespace, seed: int) -> Conditions
     """The task's own where nothing else was asked."""
     epochs = options.epochs or (1 if options.smoke else task.epochs)
     source = Source(options.data, options.download, options.smoke)
-    return Conditions(
-        seed, epochs, options.batch_size or task.batch_size, source, options.device, options.workers
-    )
+    size = options.batch_size or task.batch_size
+    return Conditions(seed, epochs, size, source, options.device, options.workers, options.keep)
 
 
 def changed(options: argparse.Namespace) -> set[str]:
@@ -127,7 +134,7 @@ def changed(options: argparse.Namespace) -> set[str]:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Train, or measure, every combination with every seed."""
+    """Train every combination with every seed."""
     task = adapted(load_task(options.task), options)
     console.print(f"[bold]{task.name}[/]: {task.about}")
     for line in marks.lines(task, without=changed(options)):
@@ -135,26 +142,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if task.differences:
         console.print(f"Paper and released code differ: {task.differences}", markup=False, highlight=False)
     folder = command.out(options) / task.name
-    measured: list[dict[str, Any]] = []
-    begin = time.perf_counter()
-    chosen_by_label = dict(combinations(task, options))  # what is asked for twice is run once
-    for (label, chosen), seed in itertools.product(chosen_by_label.items(), dict.fromkeys(options.seeds)):
+    for (label, chosen), seed in itertools.product([*combinations(task, options)], options.seeds):
         path = folder / label / f"seed{seed}"
         asked = conditions(task, options, seed)
-        if options.measure_only:
-            found = measure(task, asked, path, double=options.float64)
-            measured.append({"label": label, "seed": seed, **found})
-            continue
         if options.smoke and not options.resume:
             command.fresh(path)
-        with progress_bar(f"{label}, seed {seed}", task, console) as on_progress:
-            train(task, chosen, asked, path, resume=options.resume, on_progress=on_progress)
-    if measured:
-        keep(folder / "measured", task.name, measured, time.perf_counter() - begin, options.float64)
-        show(console, table(task.name, measured))
-        console.print(f"{folder / 'measured'}.json and .md written", soft_wrap=True)
-    else:
-        console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
+        train_aloud(f"{label}, seed {seed}", task, chosen, asked, path, console, resume=options.resume)
+    console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from recipes import report
-from recipes.benchmark import __main__ as benchmark
-from recipes.benchmark import counts, estimators, scaling
+from recipes.benchmark import estimators, scaling
+from recipes.benchmark import tables as benchmark_tables
 from recipes.paper import __main__ as paper
 from recipes.shared.results import load
 from recipes.shared.tables import markdown
@@ -262,16 +262,14 @@ def saved_tables() -> list[Table]:
     def runs(name: str) -> Any:
         return load(RESULTS / f"{name}.json")["runs"]
 
-    made = [
-        *(
-            counts.table(counts.beside(runs(f"{name}_counts"), runs(name)))
-            for name in ("benchmark", "benchmark_gauss_newton")
-        ),
-        scaling.table(runs("scaling")),
-        *(estimators.table(runs(name)) for name in ("estimator_spread", "estimator_spread_gauss_newton")),
-    ]
+    made = [scaling.table(runs("scaling"))]
+    made += [estimators.table(runs(name)) for name in ("estimators", "estimators_gauss_newton")]
     made += paper.tables()
-    several = {"benchmark": benchmark.tables, "train": report.tables}  # recipes with more than one file
+    several = {
+        "benchmark": benchmark_tables.tables,
+        "counts": benchmark_tables.tables,
+        "train": report.tables,
+    }
     for path in sorted(RESULTS.glob("*.json")):
         saved = load(path)
         if saved["recipe"] in several:

@@ -3,66 +3,47 @@
     python -m recipes.benchmark --accelerator            # results in runs/benchmark/accelerator.json
     python -m recipes.benchmark --accelerator --smoke    # tiny networks, on a CPU too: does everything run?
 
-Networks that people train there, in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is
-compared with the CPU's; every step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which
-finds those that make the host wait for the device; then the steps take turns; peak memory is measured too.
+Networks in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is compared with the CPU's; every
+step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds those that make the host wait
+for the device; then the steps take turns; peak memory is measured too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import weight_layers
-from recipes.benchmark.candidates import GAUSS_NEWTON, Candidate, Step, fam, flatness, plain, sam
-from recipes.benchmark.memory import alive_bytes, peak_bytes
+from recipes.benchmark.candidates import CANDIDATES, PENALTY, Candidate, Step, flatness
+from recipes.benchmark.cases import bert, hidden, images, perceptron, resnet50, vit
+from recipes.benchmark.measuring import prepared, repeated, timings
 from recipes.shared.problem import Problem
 from recipes.shared.results import CPU
-from recipes.shared.timing import alternate, median, ratio, timed
+from recipes.tasks.models import resnet18_cifar
 
 LIMIT = 570.0  # seconds for everything; a row that would take longer is left out
 RESERVE = {"float32": 40.0, "bfloat16": 40.0, "bfloat16, compiled": 120.0}  # seconds that a row may need
 TIMING = 12.0  # seconds for the rounds of a row
-ROUNDS = (5, 40)  # at least, at most
-WARM_UP = 3  # steps: the optimizer's state, what FAM finds out once, what is compiled
 TOLERANCE = 1e-3  # of kappa, relative to the CPU's, in float32 without TF32
-
-
-@dataclass(frozen=True)
-class Way:
-    """A training step, the layers that it regularises, and whether it is measured with a compiled model."""
-
-    candidate: Candidate
-    layers: Callable[[nn.Module], list[nn.Module]] = lambda model: weight_layers(model)[-1:]
-    compiled: bool = False
-
-
-WAYS = {
-    "plain": Way(Candidate(plain), compiled=True),
-    "FAM exact": Way(fam(), compiled=True),
-    "FAM exact, detached": Way(fam(detach_hessian=True)),
-    "FAM Gauss-Newton, last two": Way(fam(**GAUSS_NEWTON), lambda model: weight_layers(model)[-2:]),
-    "FAM Gauss-Newton, all, detached": Way(fam(**GAUSS_NEWTON, detach_hessian=True), weight_layers),
-    "SAM": Way(sam()),
+COLUMNS = {
+    **{label: CANDIDATES[label] for label in ("plain", "FAM proximal", "SAM")},
+    "FAM exact": Candidate("the penalty of the last layer", {**PENALTY, "layers": ["last"]}),
 }
-
-
-class Logits(nn.Module):
-    """A model of transformers' that returns its logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Any:
-        return self.model(tokens).logits
+COMPILED = ("plain", "FAM proximal", "FAM exact")
+NETWORKS = {
+    "ResNet-18": partial(images, resnet18_cifar, hidden, 256),
+    "ResNet-50": partial(images, resnet50, hidden, 64, 224, 1000),
+    "BERT-small": partial(bert, hidden, 64),
+    "vision transformer": partial(vit, hidden, fused=True),
+}
+SMOKE = {
+    name: partial(perceptron, hidden, 8, *widths) for name, widths in (("a", (6, 5, 4)), ("b", (9, 9, 3)))
+}
 
 
 class Autocast(nn.Module):
@@ -77,173 +58,84 @@ class Autocast(nn.Module):
             return self.model(x)
 
 
-def resnet18(smoke: bool) -> Problem:
-    from torchvision.models import resnet18
-
-    return _images(resnet18(num_classes=10), 2 if smoke else 256, 32, 10)
-
-
-def resnet50(smoke: bool) -> Problem:
-    from torchvision.models import resnet18, resnet50
-
-    model = resnet18(num_classes=20) if smoke else resnet50()
-    return _images(model, 2 if smoke else 64, 32 if smoke else 224, 20 if smoke else 1000)
-
-
-def _images(model: nn.Module, number: int, size: int, classes: int) -> Problem:
-    return Problem(model, [], torch.randn(number, 3, size, size), torch.randint(0, classes, (number,)))
-
-
-def bert(smoke: bool) -> Problem:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig()
-    if smoke:
-        config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    model = Logits(BertForSequenceClassification(config))
-    number, length = (2, 8) if smoke else (32, 128)
-    return Problem(model, [], torch.randint(1000, (number, length)), torch.randint(0, 2, (number,)))
-
-
-def gpt2(smoke: bool) -> Problem:
-    """With the next token as the target of each; its head is tied to the embedding."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50) if smoke else GPT2Config()
-    tokens = torch.randint(config.vocab_size, (2, 8) if smoke else (4, 513))
-    return Problem(Logits(GPT2LMHeadModel(config)), [], tokens[:, :-1], tokens[:, 1:])
-
-
-NETWORKS: dict[str, Callable[[bool], Problem]] = {
-    "ResNet-18": resnet18,
-    "ResNet-50": resnet50,
-    "BERT-base": bert,
-    "GPT-2 small": gpt2,
-}
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of one class per row, or per token; in float32, as autocast takes it."""
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
-
-
 def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, Any]]:
     """A row per network and precision, the compiled ones last, until the time is over."""
     end = time.perf_counter() + LIMIT
     for precision, reserve in RESERVE.items():
-        for name, build in NETWORKS.items():
+        for name, network in (SMOKE if smoke else NETWORKS).items():
             row: dict[str, Any] = {"task": f"{name}, {precision}", "candidates": {}}
             if time.perf_counter() + reserve > end:
                 yield {**row, "left out": "the ten minutes were over"}
                 continue
             torch.manual_seed(0)
-            task = replace(build(smoke).copy(device=device), loss_fn=cross_entropy)
+            problem = network().copy(device=device)
             if precision == "float32":
-                row["check"] = check(task)
+                row["check"] = check(problem)
             else:
-                task = replace(task, model=Autocast(task.model, device.type))
-            yield {**row, **steps(task, device, compiled="compiled" in precision, smoke=smoke)}
+                problem = replace(problem, model=Autocast(problem.model, device.type))
+            yield {**row, "candidates": steps(problem, device, "compiled" in precision, smoke)}
 
 
-def check(task: Problem) -> dict[str, float]:
-    """kappa of the last layer on two samples, on the device and on the CPU."""
-    part = _with_layers(task.part(2).copy(), WAYS["FAM exact"])
+def check(problem: Problem) -> dict[str, float]:
+    """kappa of the last hidden layer on two samples, on the device and on the CPU."""
+    part = problem.part(2).copy()
+    part = replace(part, regularised=part.layers[-1])
     part.model.eval()
-    on_cpu = part.copy(device=CPU)
-    exact = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    kappa: dict[str, Any] = {"curvature": "gauss_newton"}
+    exact, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        (here,), (there,) = flatness(part), flatness(on_cpu)
+        (here,), (there,) = flatness(part, **kappa), flatness(part.copy(device=CPU), **kappa)
     finally:
         torch.backends.cudnn.allow_tf32 = exact
     return {"device": here, "cpu": there}
 
 
-def _with_layers(task: Problem, way: Way) -> Problem:
-    return replace(task, regularised=way.layers(task.model))
+def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -> dict[str, Any]:
+    """Of every candidate: whether its step waits, its time and its peak memory."""
 
-
-def steps(task: Problem, device: torch.device, *, compiled: bool, smoke: bool) -> dict[str, Any]:
-    """Of every way to step: whether it waits, its time relative to the plain step, and its peak memory."""
-    built: dict[str, Step] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for label, way in WAYS.items():
-        if compiled and not way.compiled:
-            continue
-        others = alive_bytes(device) if device.type == "cuda" else 0
-        twin = task.copy()
-        step = way.candidate.build(_with_layers(twin, way))
+    def before(model: nn.Module) -> None:
         if compiled:
-            twin.model.compile(backend="eager" if smoke else "inductor")
-        try:
-            for _ in range(WARM_UP):
-                step()
-            found[label] = {"waits": what_waits(step, device)}
-        except RuntimeError as error:  # a refusal is an answer too
-            found[label] = {"refused": str(error)}
-            continue
-        built[label] = step
-        if device.type == "cuda":  # the CPU's allocator keeps no peak
-            found[label]["peak_bytes"] = peak_bytes(step, device) - others
-            found[label]["memory"] = found[label]["peak_bytes"] / found["plain"]["peak_bytes"]
-    if "plain" not in built:
-        return {"candidates": found}
-    once = sum(timed(step, device)[0] for step in built.values())
-    least, most = (2, 2) if smoke else ROUNDS
-    seconds = alternate(built, max(least, min(most, int(TIMING / once))), device)
-    for label, own in seconds.items():
-        middle, quartiles = ratio(own, seconds["plain"])
-        found[label] |= {
-            "ratio": middle,
-            "quartiles": quartiles,
-            "rounds": len(own),
-            "seconds": median(own)[0],
-        }
-    return {"candidates": found}
+            model.compile(backend="eager" if smoke else "inductor")
 
-
-@contextmanager
-def no_waiting(device: torch.device) -> Iterator[None]:
-    """Makes it an error to wait for the device, where torch can tell."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    candidates = {name: COLUMNS[name] for name in (COMPILED if compiled else COLUMNS)}
+    built, found = prepared(problem, candidates, device, before=before, counted=False)
+    for label, step in built.items():
+        found[label]["waits"] = what_waits(repeated(step, candidates[label].period), device)
+    for label, timed in timings(built, candidates, 0.0 if smoke else TIMING, device).items():
+        found[label] |= timed
+    return found
 
 
 def what_waits(step: Step, device: torch.device) -> str:
-    """Why a step makes the host wait for the device; empty if it does not."""
+    """Why a step makes the host wait for the device; empty if it does not, or torch cannot tell."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        with no_waiting(device):
-            step()
+        step()
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
         return str(error)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
     return ""
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """What is wrong, in a sentence or two; empty if nothing is."""
-    differing = [
-        f"{row['check']['device']} on {row['task']} (the CPU: {row['check']['cpu']})"
-        for row in rows
-        if "check" in row
-        and not abs(row["check"]["device"] - row["check"]["cpu"]) <= TOLERANCE * abs(row["check"]["cpu"])
-    ]
-    waiting = [
-        f"{label} on {row['task']}"
-        for row in rows
-        for label, result in row["candidates"].items()
-        if result.get("waits") and label.startswith("FAM") and not row["candidates"]["plain"].get("waits")
-    ]
     sentences = []
-    if differing:
-        sentences.append(f"expected the CPU's kappa, got {', '.join(differing)}.")
-    if waiting:
-        sentences.append(f"expected no step to wait for the device, but these do: {', '.join(waiting)}.")
+    for row in rows:
+        check = row.get("check", {"device": 0.0, "cpu": 0.0})
+        if not abs(check["device"] - check["cpu"]) <= TOLERANCE * abs(check["cpu"]):
+            sentences.append(
+                f"{row['task']}: expected the CPU's kappa {check['cpu']}, got {check['device']}."
+            )
+        for label, result in row["candidates"].items():
+            if (
+                result.get("waits")
+                and label.startswith("FAM")
+                and not row["candidates"]["plain"].get("waits")
+            ):
+                sentences.append(f"{row['task']}: expected no step to wait for the device, but {label} does.")
     return " ".join(sentences)

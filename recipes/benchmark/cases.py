@@ -1,10 +1,11 @@
-"""The networks of the benchmark, each with the layer that is regularised and one batch."""
+"""The rows of the benchmark: networks, each with the layers that are regularised and one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +60,18 @@ class Encoder(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """One block of a vision transformer; attention without fused kernels, which have no second derivative."""
+    """One block of a vision transformer; FAM's penalty takes attention without fused kernels."""
 
-    def __init__(self, width: int = 192) -> None:
+    def __init__(self, width: int, fused: bool) -> None:
         super().__init__()
+        self.backends = [SDPBackend.MATH] if not fused else [*SDPBackend.__members__.values()]
         self.attention = nn.MultiheadAttention(width, 3, batch_first=True)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Any:
         y = self.norms[0](x)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(self.backends):
             x = x + self.attention(y, y, y, need_weights=False)[0]
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
@@ -77,9 +79,9 @@ class VisionBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Blocks on 65 tokens and a classifier of their mean."""
 
-    def __init__(self, depth: int, width: int = 192, classes: int = 10) -> None:
+    def __init__(self, depth: int, fused: bool = False, width: int = 192, classes: int = 10) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(VisionBlock(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(VisionBlock(width, fused) for _ in range(depth)))
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Any:
@@ -112,133 +114,141 @@ def soft_dice(logits: Tensor, targets: Tensor) -> Tensor:
     return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
 
 
-def _images(n: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, 3, size, size), torch.randint(0, classes, (n,))
+class Case(NamedTuple):
+    """A row: its sentence, and what builds it."""
+
+    about: str
+    build: Callable[[], Problem]
 
 
-def resnet18_head() -> Problem:
-    model = resnet18_cifar()
-    return Problem(model, model.get_submodule("fc"), *_images(64, 32, 10))
+Layers = Callable[[nn.Module], Any]  # those of a model that are regularised
 
 
-def resnet18_last_convolution() -> Problem:
-    model = resnet18_cifar()
-    return Problem(model, model.get_submodule("layer4.1.conv2"), *_images(64, 32, 10))
+def module(name: str) -> Layers:
+    """The one of that name."""
+    return lambda model: model.get_submodule(name)
 
 
-def wide_resnet_penultimate() -> Problem:
-    model = WideResNet(depth=16, widening=4)
-    return Problem(model, model.penultimate, *_images(64, 32, 10))
+def hidden(model: nn.Module) -> list[nn.Module]:
+    """All but the last."""
+    return weight_layers(model)[:-1]
 
 
-def efficientnet_head() -> Problem:
-    return _head(100, 256, 32)
+def images(
+    model: Callable[[], nn.Module], layers: Layers, number: int = 64, size: int = 32, classes: int = 10
+) -> Problem:
+    """A network on coloured images."""
+    network = model()
+    inputs, targets = torch.randn(number, 3, size, size), torch.randint(0, classes, (number,))
+    return Problem(network, layers(network), inputs, targets)
 
 
-def imagenet_head() -> Problem:
-    return _head(1000, 2048, 256)
+def resnet50() -> nn.Module:
+    """torchvision's."""
+    from torchvision import models
+
+    network: nn.Module = models.resnet50()
+    return network
 
 
-def masked_language_model_head() -> Problem:
-    return _head(30522, 768, 512)
-
-
-def _head(classes: int, features: int, rows: int) -> Problem:
+def head(classes: int, features: int, rows: int) -> Problem:
+    """A classifier alone."""
     model = Head(classes, features, rows)
     return Problem(model, model.head, torch.zeros(()), torch.randint(0, classes, (rows,)))
 
 
-def resnet50_imagenet() -> Problem:
-    from torchvision.models import resnet50
-
-    model = resnet50()
-    return Problem(model, model.get_submodule("fc"), *_images(8, 224, 1000))
-
-
 def tied_language_model() -> Problem:
+    """The size of GPT-2's head."""
     model = TiedLanguageModel(50257, 768)
     return Problem(model, model.head, torch.randint(0, 50257, (2, 128)), torch.randint(0, 50257, (256,)))
 
 
-def bert_pooler() -> Problem:
+def bert(layers: Layers, number: int = 16) -> Problem:
+    """Sentences of 64 tokens."""
     model = Encoder()
-    return Problem(model, model.pooler, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
+    return Problem(model, layers(model), torch.randn(number, 64, 512), torch.randint(0, 2, (number,)))
 
 
-def bert_classifier() -> Problem:
-    model = Encoder()
-    return Problem(model, model.classifier, torch.randn(16, 64, 512), torch.randint(0, 2, (16,)))
+def vit(layers: Layers, depth: int = 6, fused: bool = False) -> Problem:
+    """32 images of 65 tokens."""
+    model = VisionTransformer(depth, fused)
+    return Problem(model, layers(model), torch.randn(32, 65, 192), torch.randint(0, 10, (32,)))
 
 
-def vision_transformer_mlp() -> Problem:
-    model = VisionTransformer(1)
-    return Problem(model, model.get_submodule("blocks.0.down"), *_tokens())
+def perceptron(layers: Layers, rows: int, *widths: int) -> Problem:
+    """Linear layers of these widths with ReLU."""
+    modules: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        modules += [nn.Linear(a, b), nn.ReLU()]
+    model = nn.Sequential(*modules[:-1])
+    return Problem(model, layers(model), torch.randn(rows, widths[0]), torch.randint(0, widths[-1], (rows,)))
 
 
-def vision_transformer_middle() -> Problem:
-    model = VisionTransformer(6)
-    return Problem(model, model.get_submodule("blocks.2.down"), *_tokens())
-
-
-def vision_transformer_all() -> Problem:
-    model = VisionTransformer(6)
-    return Problem(model, weight_layers(model), *_tokens())
-
-
-def _tokens() -> tuple[Tensor, Tensor]:
-    return torch.randn(32, 65, 192), torch.randint(0, 10, (32,))
-
-
-def resnet18_last_two() -> Problem:
-    model = resnet18_cifar()
-    return Problem(model, weight_layers(model)[-2:], *_images(64, 32, 10))
-
-
-def resnet18_all() -> Problem:
-    model = resnet18_cifar()
-    return Problem(model, weight_layers(model), *_images(64, 32, 10))
-
-
-def small_convolutional_hidden() -> Problem:
+def small_convolutional() -> Problem:
+    """The quick start's."""
     model = SmallConvNet()
     return Problem(model, weight_layers(model)[-2], torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,)))
 
 
-def perceptron_all() -> Problem:
-    hidden = [layer for _ in range(3) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
-    model = nn.Sequential(*hidden, nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-    return Problem(model, weight_layers(model), torch.randn(256, 1024), torch.randint(0, 10, (256,)))
-
-
 def skull_autoencoder() -> Problem:
+    """Four volumes with a Dice loss."""
     model = SkullAutoencoder()
     volumes = (torch.rand(4, 1, 64, 64, 64) < 0.2).float()
     return Problem(model, model.expand, volumes, volumes, soft_dice)
 
 
-def tiny() -> Problem:
-    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    return Problem(model, model[2], torch.randn(8, 16), torch.randint(0, 16, (8,)))
-
-
-TASKS: dict[str, Callable[[], Problem]] = {
-    "resnet18 head 10x512": resnet18_head,
-    "wide resnet penultimate 64x256": wide_resnet_penultimate,
-    "efficientnet head 100x256": efficientnet_head,
-    "imagenet head 1000x2048": imagenet_head,
-    "resnet50 head 1000x2048": resnet50_imagenet,
-    "masked lm head 30522x768": masked_language_model_head,
-    "gpt2 tied head 50257x768": tied_language_model,
-    "bert-small pooler 512x512": bert_pooler,
-    "bert-small classifier 2x512": bert_classifier,
-    "skull decoder linear 512x8": skull_autoencoder,
-    "vit mlp 192x768": vision_transformer_mlp,
-    "resnet18 last conv 512x4608": resnet18_last_convolution,
-    "resnet18 last conv and head": resnet18_last_two,
-    "resnet18 all layers": resnet18_all,
-    "small conv net hidden 128x1568": small_convolutional_hidden,
-    "perceptron 4x1024 all layers": perceptron_all,
-    "vit middle mlp 192x768": vision_transformer_middle,
-    "vit all layers": vision_transformer_all,
-    "tiny 16x16": tiny,
+wide_resnet = partial(WideResNet, depth=16, widening=4)
+RESNET, ENCODER = "ResNet-18 for CIFAR, 64 images", "BERT-small's encoder, 16 sentences of 64 tokens"
+VIT = "vision transformer of 6 blocks of width 192, 32 images of 65 tokens"
+HIDDEN_ROWS = {
+    "resnet18 hidden": Case(RESNET, partial(images, resnet18_cifar, hidden)),
+    "vit hidden": Case(f"{VIT}, fused attention", partial(vit, hidden, fused=True)),
+    "bert-small hidden": Case(ENCODER, partial(bert, hidden)),
+    "perceptron 3x1024 hidden": Case(
+        "784-1024-1024-1024-10, 256 samples", partial(perceptron, hidden, 256, 784, 1024, 1024, 1024, 10)
+    ),
+    "perceptron 2x256 hidden": Case(
+        "784-256-256-10, 64 samples, about 1 ms a step", partial(perceptron, hidden, 64, 784, 256, 256, 10)
+    ),
+    "151 layers of 16 hidden": Case(
+        "151 linear layers of 16 units, 64 samples", partial(perceptron, hidden, 64, *[16] * 152)
+    ),
+}
+OTHER_ROWS = {
+    "resnet18 head 10x512": Case(f"{RESNET}; the last layer", partial(images, resnet18_cifar, module("fc"))),
+    "wide resnet penultimate 64x256": Case(
+        "WideResNet-16-4, 64 images; the last layer but one",
+        partial(images, wide_resnet, module("penultimate")),
+    ),
+    "imagenet head 1000x2048": Case(
+        "a classifier of 1,000 classes alone, 256 samples", partial(head, 1000, 2048, 256)
+    ),
+    "resnet50 head 1000x2048": Case(
+        "ResNet-50, 8 images; the last layer", partial(images, resnet50, module("fc"), 8, 224, 1000)
+    ),
+    "masked lm head 30522x768": Case(
+        "BERT's language head alone, 512 tokens", partial(head, 30522, 768, 512)
+    ),
+    "gpt2 tied head 50257x768": Case("GPT-2's head, tied, over one block, 256 tokens", tied_language_model),
+    "bert-small pooler 512x512": Case(f"{ENCODER}; the last layer but one", partial(bert, module("pooler"))),
+    "skull decoder linear 512x8": Case("a 3D autoencoder; the layer behind its code", skull_autoencoder),
+    "small conv net hidden 128x1568": Case(
+        "the quick start's network, 64 images; the last layer but one", small_convolutional
+    ),
+    "vit middle mlp 192x768": Case(f"{VIT}; one in the middle", partial(vit, module("blocks.2.down"))),
+    "tiny 16x16": Case(
+        "16-16-16, 8 samples: overhead alone; the last layer", partial(perceptron, module("2"), 8, 16, 16, 16)
+    ),
+}
+CASES = {
+    **{
+        name: case._replace(about=f"{case.about}; all layers but the last")
+        for name, case in HIDDEN_ROWS.items()
+    },
+    **OTHER_ROWS,
+}
+HIDDEN, ONE = frozenset(HIDDEN_ROWS), frozenset(OTHER_ROWS)
+INNER = HIDDEN | {  # where the Hessian is not Gauss-Newton's
+    *("wide resnet penultimate 64x256", "bert-small pooler 512x512", "small conv net hidden 128x1568"),
+    *("vit middle mlp 192x768", "tiny 16x16"),
 }

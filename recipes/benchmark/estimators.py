@@ -1,55 +1,50 @@
-"""The spread of Hutchinson's estimator: the error of kappa and of its gradient, and what it costs.
+"""The spread of a random estimate of kappa: its error, that of its gradient, and what it costs.
 
-    python -m recipes.benchmark.estimators                      # into runs/estimator_spread
-    python -m recipes.benchmark.estimators --curvature gauss_newton --out runs/gauss_newton_spread
+    python -m recipes.benchmark.estimators                      # into runs/estimators
+    python -m recipes.benchmark.estimators --curvature gauss_newton --out runs/gauss_newton
     python -m recipes.benchmark.estimators --smoke
     python -m recipes.benchmark.estimators --plot results.json   # redraw
 
-kappa is a trace, of one large matrix in weight space or of a sum of small ones, one per row of z, all of
-which share a Hessian-vector product. Compared, with equal numbers of products:
+Compared with the exact mode, with equal numbers of products:
 
-    library, row       mode="hutchinson" of the observed layer, its check that rows do not interact included
+    library, row       Hutchinson's estimate of the observed layer, signs of their own for every row
     library, weight    the same of the bare parameter: what a convolution gets
-
-Gauss-Newton curvature has two forms of its estimate, of which each layer gets one:
-
-    library, apart     the sum of squares, of every row or of every sample by itself
-    library, whole     the square of the whole batch's sum
+    library, apart     Gauss-Newton: the sum of squares, of every row or of every sample by itself
+    library, whole     Gauss-Newton: the square of the whole batch's sum
 
 All are unbiased, shown by the mean of the values, and of the gradients along the exact one, in standard
-errors. The standard deviation of the value is relative to kappa; that of the gradient (in all parameters)
-is the root mean square distance from the exact gradient, relative to its norm. The time is that of the
-estimate and its gradient, without the forward that they share with the loss. The figure of merit is the
-standard deviation at one millisecond, ``deviation * sqrt(milliseconds)``: means of independent estimates
-stay on one such line. Before training and after.
+errors. The deviation of the value is relative to kappa; the error of the gradient (in all parameters) is the
+root mean square distance from the exact gradient, relative to its norm. The time is that of the estimate and
+its gradient, without the forward that they share with the loss. Means of independent estimates keep
+``error * sqrt(milliseconds)``, the error at one millisecond. Before training and after.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
 from recipes.shared.command import Options, Recipe, positive
-from recipes.shared.pictures import legend_above, panels, tidy
-from recipes.shared.problem import Problem
+from recipes.shared.pictures import BLUE, ORANGE, legend_above, panels, tidy
+from recipes.shared.problem import Problem, train_plainly
 from recipes.shared.tables import table as make_table
 from recipes.shared.timing import turns
 from recipes.tasks.images import fashion_mnist
 
-WIDTH = 64
-BATCH = 128
+WIDTH, BATCH = 64, 128
 LAYERS = {"hidden 64x64": 2, "head 10x64": 4}
 PRODUCTS = (1, 4, 12)
-Call = Callable[[], Tensor]
+NAMES = {"hessian": ("row", "weight"), "gauss_newton": ("apart", "whole")}
+BIASES = ("bias_in_standard_errors", "gradient_bias_in_standard_errors")
+Key = tuple[str, int]  # an estimator and its number of products
 
 
 def network() -> nn.Sequential:
@@ -71,10 +66,9 @@ def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str
     with observe(problem.layer) as layer:
         loss = problem.loss()
     kappa = partial(relative_flatness, loss, curvature=curvature)
-    calls: dict[tuple[str, int], Call] = {("exact", 0): partial(kappa, layer)}
-    names = ("row", "weight") if curvature == "hessian" else ("apart", "whole")
+    calls: dict[Key, Callable[[], Tensor]] = {("exact", 0): partial(kappa, layer)}
     for n in products:
-        for name, of in zip(names, (layer, problem.weight), strict=True):
+        for name, of in zip(NAMES[curvature], (layer, problem.weight), strict=True):
             calls[f"library, {name}", n] = partial(kappa, of, mode="hutchinson", n_samples=n)
     return [
         {"estimator": name, "products": n, **figures}
@@ -83,20 +77,18 @@ def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str
 
 
 def errors(
-    calls: Mapping[tuple[str, int], Call], problem: Problem, draws: int
-) -> dict[tuple[str, int], dict[str, float]]:
+    calls: Mapping[Key, Callable[[], Tensor]], problem: Problem, draws: int
+) -> dict[Key, dict[str, float]]:
     """Values, gradients and times of all estimators in alternation, beside the first one, which is exact."""
-    first = next(iter(calls))
-    exact = calls[first]()
-    exact_gradient = problem.gradient(exact, retain_graph=True)
-    kappa, norm = exact.item(), exact_gradient.norm().item()
-    drawn: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {key: [] for key in calls}
 
-    def with_gradient(call: Call) -> tuple[Tensor, Tensor]:
+    def with_gradient(call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         value = call()
         return value, problem.gradient(value, retain_graph=True)
 
     pairs = {key: partial(with_gradient, call) for key, call in calls.items()}
+    exact, exact_gradient = next(iter(pairs.values()))()
+    kappa, norm = exact.item(), exact_gradient.norm().item()
+    drawn: dict[Key, list[tuple[float, float, float, float]]] = {key: [] for key in calls}
     for key, seconds, (value, gradient) in turns(pairs, draws):
         along = (gradient @ exact_gradient).item() / norm**2
         distance = (gradient - exact_gradient).norm().item() / norm
@@ -104,18 +96,12 @@ def errors(
     figures = {}
     for key, samples in drawn.items():
         values, alongs, distances, milliseconds = zip(*samples, strict=True)
-        took = statistics.median(milliseconds)
-        deviation = statistics.stdev(values)
-        error = math.sqrt(statistics.fmean(distance**2 for distance in distances))
         figures[key] = {
             "kappa": kappa,
-            "value": deviation,
-            "gradient": error,
-            "milliseconds": took,
-            "value_at_one_millisecond": deviation * math.sqrt(took),
-            "gradient_at_one_millisecond": error * math.sqrt(took),
-            "bias_in_standard_errors": bias(values),
-            "gradient_bias_in_standard_errors": bias(alongs),
+            "value": statistics.stdev(values),
+            "gradient": math.sqrt(statistics.fmean(distance**2 for distance in distances)),
+            "milliseconds": statistics.median(milliseconds),
+            **{name: bias(ratios) for name, ratios in zip(BIASES, (values, alongs), strict=True)},
         }
     return figures
 
@@ -129,53 +115,34 @@ def bias(ratios: Sequence[float]) -> float:
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """A row per estimator and number of products, a column per network: the gradient's error, and at 1 ms."""
     networks = list(dict.fromkeys((run["stage"], run["layer"]) for run in runs))
-    by_key: dict[tuple[str, int], dict[tuple[str, str], Mapping[str, Any]]] = {}
+    cells: dict[Key, dict[tuple[str, str], str]] = {}
     for run in runs:
-        by_key.setdefault((run["estimator"], run["products"]), {})[run["stage"], run["layer"]] = run
+        error, took = run["gradient"], run["milliseconds"]
+        text = f"{error:.2f} in {took:.1f} ({error * math.sqrt(took):.2f})"
+        cells.setdefault((run["estimator"], run["products"]), {})[run["stage"], run["layer"]] = text
     heads = [f"{layer}, {stage}: error in ms (at 1 ms)" for stage, layer in networks]
     result = make_table("estimator", "products", *heads)
-    for (name, products), found in by_key.items():
-        cells = [
-            f"{r['gradient']:.2f} in {r['milliseconds']:.1f} ({r['gradient_at_one_millisecond']:.2f})"
-            if (r := found.get(network))
-            else ""
-            for network in networks
-        ]
-        result.add_row(name, str(products) if products else "", *cells)
+    for (name, products), found in cells.items():
+        result.add_row(name, str(products or ""), *(found.get(network, "") for network in networks))
     return result
 
 
-def largest_bias(runs: Sequence[Mapping[str, Any]]) -> float:
-    """Of all values and gradients, in standard errors."""
-    names = ("bias_in_standard_errors", "gradient_bias_in_standard_errors")
-    return max(abs(float(run[name])) for run in runs for name in names)
-
-
 def plot(results: Mapping[str, Any]) -> Figure:
-    """Errors by milliseconds, a column per network, values above and gradients below."""
+    """The gradient's error by milliseconds, a panel per network."""
     runs = [run for run in results["runs"] if run["estimator"] != "exact"]
     networks = list(dict.fromkeys((run["stage"], run["layer"]) for run in runs))
     names = list(dict.fromkeys(run["estimator"] for run in runs))
-    colours = dict(zip(names, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
-    figure, axes = panels(2, len(networks), 2.6 * len(networks), 6.2)
-    for column, (stage, layer) in zip(axes.T, networks, strict=True):
-        for axis, quantity in zip(column, ("value", "gradient"), strict=True):
-            for name in names:
-                key = (stage, layer, name)
-                chosen = [run for run in runs if (run["stage"], run["layer"], run["estimator"]) == key]
-                axis.plot(
-                    [run["milliseconds"] for run in chosen],
-                    [run[quantity] for run in chosen],
-                    "s-" if "weight" in name else "o-",
-                    color=colours[name],
-                    markersize=3.5,
-                    linewidth=1,
-                    label=name,
-                )
-            what = "deviation of kappa" if quantity == "value" else "error of the gradient"
-            axis.set(xlabel="time of an estimate (ms)", ylabel=f"relative {what}")
-            tidy(axis, f"{layer}, {stage}", log="xy")
-    legend_above(figure, axes[0, 0], 4)
+    figure, axes = panels(1, len(networks), 0.8 + 2.2 * len(networks), 3, sharey=True)
+    for axis, (stage, layer) in zip(axes[0], networks, strict=True):
+        for name, colour, marker in zip(names, (ORANGE, BLUE), "os", strict=True):
+            key = (stage, layer, name)
+            own = [run for run in runs if (run["stage"], run["layer"], run["estimator"]) == key]
+            times, values = [run["milliseconds"] for run in own], [run["gradient"] for run in own]
+            axis.plot(times, values, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+        axis.set_xlabel("time (ms)")
+        tidy(axis, f"{layer}, {stage}", log="xy")
+    axes[0, 0].set_ylabel("error of the gradient (a fraction)")
+    legend_above(figure, axes[0, 0], len(names))
     return figure
 
 
@@ -191,7 +158,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     runs = []
     for model, layers in networks:
         for stage, steps in (("untrained", 0), ("trained", options.steps)):
-            train(model, batches, steps)
+            train_plainly(model, islice(cycle(batches), steps), momentum=0.9)
             for name, index in layers.items():
                 problem = Problem(model, model[index], *batches[0])
                 rows = spread(problem, options.draws, products, options.curvature)
@@ -199,19 +166,10 @@ def measure(options: Options) -> list[dict[str, Any]]:
     return runs
 
 
-def train(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
-    """With SGD, over and over."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(steps):
-        x, y = batches[step % len(batches)]
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-
-def bias_found(runs: Sequence[dict[str, Any]]) -> str:
-    """The largest, for the reader."""
-    return f"largest bias: {largest_bias(runs):.1f} standard errors, of {2 * len(runs)}"
+def largest_bias(runs: Sequence[dict[str, Any]]) -> str:
+    """Of all values and gradients, for the reader."""
+    found = max(abs(float(run[name])) for run in runs for name in BIASES)
+    return f"largest bias: {found:.1f} standard errors, of {2 * len(runs)}"
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -220,7 +178,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--steps": {"type": positive, "default": 300, "help": "of training, for the trained network"},
 }
 SMOKE = {"draws": 4, "steps": 3}
-RECIPE = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, SMOKE, bias_found)
+RECIPE = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, SMOKE, largest_bias)
 main = RECIPE.main
 
 if __name__ == "__main__":

@@ -3,56 +3,41 @@
 python -m recipes.benchmark --plot runs/benchmark/benchmark.json
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recipes.shared.pictures import (
-    BLUE,
-    BROWN,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    SKY,
-    VIOLET,
-    legend_above,
-    panels,
-    tidy,
-)
+from recipes.shared.pictures import SERIES, legend_above, looks, panels, tidy
 
-COLOURS = {
-    "FAM exact": ORANGE,
-    "FAM exact, detached": RED,
-    "FAM hutchinson": VIOLET,
-    "FAM hutchinson, detached": "#b8a3d9",
-    "FAM full": BROWN,
-    "SAM": BLUE,
-    "ASAM": SKY,
-    "vectorised Hessian": GREY,
-    "autograd-loop Hessian": "#999999",
-    "curvlinops trace (value only)": GREEN,
-    "PyHessian trace (value only)": "#8fd3b6",
-}
-OTHERS = ("#7a1f4b", "#1b9e9e", "#b2df8a", "#cc79a7")  # of candidates that came later
-TICKS = [2.0**k for k in range(-2, 14)]
-GAP = 1.5  # lines between two tasks
+TICKS = (0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
+QUANTITIES = {"ratio": "time of a step", "memory": "peak memory of a step"}
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """A line of its own for every candidate of every task: left the time with quartiles, right the memory."""
+    """A line per task, a mark per candidate: left the time with quartiles, right the memory."""
     rows = results["runs"]
-    colours = chosen(rows)
-    lines = sum(len(measured(row)) + GAP for row in rows)
-    figure, axes = panels(1, 2, 9, 1.6 + 0.1 * lines, sharey=True)
-    for axis, quantity in zip(axes[0], ("ratio", "memory"), strict=True):
-        centres = draw(axis, rows, quantity, colours)
-        what = "time" if quantity == "ratio" else "peak memory"
-        axis.set_xlabel(f"{what} of a step (times that of the plain step)")
-    axes[0, 0].set_yticks(centres, [row["task"] for row in rows])
-    axes[0, 0].set_ylim(lines, -GAP)
+    labels = list(dict.fromkeys(label for row in rows for label in measured(row)))[:SERIES]
+    chosen = looks(labels)
+    figure, axes = panels(1, 2, 9, 1.4 + 0.42 * len(rows), sharey=True)
+    for axis, (quantity, what) in zip(axes[0], QUANTITIES.items(), strict=True):
+        for line, row in enumerate(rows):
+            own = {label: result for label, result in measured(row).items() if quantity in result}
+            for label in (label for label in labels if label in own):
+                # Apart from each other, so that equal ones are seen; the same place in every line.
+                place = line + 0.6 * (labels.index(label) + 0.5) / len(labels) - 0.3
+                draw(axis, own[label], quantity, place, chosen[label], label)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlabel(f"{what} (times that of the plain step)")
+        tidy(axis)
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        shown = [tick for tick in TICKS if low <= tick <= high]
+        axis.set_xticks(shown, [f"{tick:g}" for tick in shown])
+        axis.set_xticks([], minor=True)
+    axes[0, 0].set_yticks(range(len(rows)), [row["task"] for row in rows])
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     legend_above(figure, axes[0, 0], 4)
     return figure
 
@@ -63,31 +48,10 @@ def measured(row: Mapping[str, Any]) -> dict[str, Any]:
     return {label: result for label, result in found if "ratio" in result and label != "plain"}
 
 
-def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A colour for every candidate."""
-    new = dict.fromkeys(label for row in rows for label in measured(row) if label not in COLOURS)
-    return COLOURS | dict(zip(new, OTHERS * len(new), strict=False))
-
-
 def draw(
-    axis: Axes, rows: Sequence[Mapping[str, Any]], quantity: str, colours: Mapping[str, str]
-) -> list[float]:
-    """Draw one mark per candidate and task. Returns where the tasks are."""
-    centres, line = [], 0.0
-    for row in rows:
-        own = [(label, result) for label in colours if (result := measured(row).get(label))]
-        centres.append(line + (len(own) - 1) / 2)
-        for label, result in own:
-            axis.plot(result[quantity], line, "o", color=colours[label], markersize=4, label=label)
-            if quantity == "ratio":
-                axis.plot(result["quartiles"], (line, line), color=colours[label], linewidth=1.4)
-            line += 1
-        line += GAP
-    axis.axvline(1, color="black", linewidth=0.8)
-    tidy(axis)
-    axis.set_xscale("log", base=2)
-    low, high = axis.get_xlim()
-    shown = [tick for tick in TICKS if low <= tick <= high]
-    axis.set_xticks(shown, [f"{tick:g}" for tick in shown])
-    axis.grid(visible=False, axis="y")
-    return centres
+    axis: Axes, result: Mapping[str, Any], quantity: str, place: float, look: dict[str, str], label: str
+) -> None:
+    """One mark, of a time with its quartiles."""
+    axis.plot(result[quantity], place, **look, linestyle="", markersize=5, label=label)  # type: ignore[arg-type]
+    if quantity == "ratio":
+        axis.plot(result["quartiles"], (place, place), color=look["color"], linewidth=1.4)

@@ -17,7 +17,7 @@ The exponents are fitted to the largest sizes, and stand beside those that the o
 An exponent below the prediction is a size at which other terms, or the calls themselves, still count.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,11 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
-from torch.nn.functional import cross_entropy
 
-from fam_optim import observe, relative_flatness
 from recipes.benchmark.memory import alive_bytes, peak_bytes
 from recipes.shared.command import Options, Recipe, positive
-from recipes.shared.pictures import BLUE, GREY, ORANGE, VIOLET, panels, tidy
+from recipes.shared.pictures import legend_above, looks, panels, tidy
+from recipes.shared.problem import Problem
 from recipes.shared.results import CPU
 from recipes.shared.tables import table as make_table
 from recipes.shared.timing import alternate, median
@@ -46,22 +45,20 @@ SWEEPS = {
     "hutchinson": (HEAD, 5, LINEAR),
     "full": (TINY, 4, {"d": (2, 2), "m": (2, 1), "N": (1, 1)}),
 }
-COLOURS = {"exact": ORANGE, "hutchinson": VIOLET, "full": BLUE, "plain": GREY}
+LETTERS = {"d": "d, the classes", "m": "m, the inputs", "N": "N, the rows of the batch"}
+QUANTITIES = {"seconds": ("time (s)", 1.0), "bytes": ("peak memory (MB)", 1e-6)}
 
 
-def gradient(mode: str, sizes: Sequence[int]) -> Any:
+def gradient(mode: str, sizes: Sequence[int]) -> Callable[[], Any]:
     """A call that computes the gradient of ``loss + kappa`` (of the loss alone for "plain")."""
     d, m, n = sizes
     torch.manual_seed(0)
     layer = nn.Linear(m, d)
-    inputs, targets = torch.randn(n, m, requires_grad=True), torch.randint(0, d, (n,))
+    problem = Problem(layer, layer, torch.randn(n, m, requires_grad=True), torch.randint(0, d, (n,)))
 
     def call() -> None:
-        with observe(layer) as observed:
-            loss = cross_entropy(layer(inputs), targets)
-        if mode != "plain":
-            loss = loss + relative_flatness(loss, observed, mode=mode)
-        torch.autograd.grad(loss, [layer.weight, inputs])
+        loss = problem.loss() if mode == "plain" else sum(problem.penalised(mode=mode))
+        torch.autograd.grad(loss, [layer.weight, problem.inputs])  # type: ignore[arg-type]
 
     return call
 
@@ -72,24 +69,18 @@ def sweep(mode: str, letter: str, options: Options) -> list[dict[str, Any]]:
     rows = []
     for halvings in range(1 if options.smoke else count, -1, -1):
         shift = halvings + (4 if options.smoke else 0)
-        sizes = [
-            max(2, size >> (shift if name == letter else 0))
+        sizes = {
+            name: max(2, size >> (shift if name == letter else 0))
             for name, size in zip("dmN", largest[letter], strict=True)
-        ]
-        calls = {name: gradient(name, sizes) for name in ("plain", mode)}
+        }
+        calls = {name: gradient(name, [*sizes.values()]) for name in ("plain", mode)}
         seconds = alternate(calls, options.rounds)
         others = alive_bytes(CPU)
-        rows.append(
-            {
-                "mode": mode,
-                "swept": letter,
-                **dict(zip("dmN", sizes, strict=True)),
-                "seconds": median(seconds[mode])[0],
-                "plain_seconds": median(seconds["plain"])[0],
-                "bytes": peak_bytes(calls[mode], CPU) - others,
-                "plain_bytes": peak_bytes(calls["plain"], CPU) - others,
-            }
-        )
+        row: dict[str, Any] = {"mode": mode, "swept": letter, **sizes}
+        for name, prefix in ((mode, ""), ("plain", "plain_")):
+            row[f"{prefix}seconds"] = median(seconds[name])[0]
+            row[f"{prefix}bytes"] = peak_bytes(calls[name], CPU) - others
+        rows.append(row)
     return rows
 
 
@@ -113,43 +104,31 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     columns = ("mode", "grows", "time", "predicted", "plain time", "memory", "predicted", "plain memory")
     result = make_table(*columns, "time / plain", "memory / plain")
     for (mode, letter), rows in groups(runs).items():
-        last = rows[-1]
-        seconds, plain_seconds, peak, plain_peak = (
-            f"{exponent(rows, quantity):.2f}"
-            for quantity in ("seconds", "plain_seconds", "bytes", "plain_bytes")
-        )
-        in_time, in_memory = map(str, SWEEPS[mode][2][letter])
-        result.add_row(
-            *(mode, f"{letter} to {last[letter]}"),
-            *(seconds, in_time, plain_seconds, peak, in_memory, plain_peak),
-            f"{last['seconds'] / last['plain_seconds']:.2f}",
-            f"{last['bytes'] / last['plain_bytes']:.2f}",
-        )
+        cells, ratios = [], []
+        for quantity, predicted in zip(QUANTITIES, SWEEPS[mode][2][letter], strict=True):
+            own, plain = (f"{exponent(rows, name):.2f}" for name in (quantity, f"plain_{quantity}"))
+            cells += [own, str(predicted), plain]
+            ratios.append(f"{rows[-1][quantity] / rows[-1][f'plain_{quantity}']:.2f}")
+        result.add_row(mode, f"{letter} to {rows[-1][letter]}", *cells, *ratios)
     return result
-
-
-LETTERS = {"d": "d, the classes", "m": "m, the inputs", "N": "N, the rows of the batch"}
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
     """Time above and memory below, a column per size that grows."""
     grouped = groups(results["runs"])
     letters = list(dict.fromkeys(letter for _, letter in grouped))
-    figure, axes = panels(2, len(letters), 3.2 * len(letters), 6)
+    chosen = looks([*SWEEPS, "plain"])
+    figure, axes = panels(2, len(letters), 1 + 2.8 * len(letters), 5.4, sharex="col")
     for column, letter in zip(axes.T, letters, strict=True):
-        for axis, quantity in zip(column, ("seconds", "bytes"), strict=True):
-            for mode, colour in COLOURS.items():
+        for axis, (quantity, (what, unit)) in zip(column, QUANTITIES.items(), strict=True):
+            for mode, look in chosen.items():
                 rows = grouped.get((mode if mode != "plain" else "exact", letter), [])
                 name = quantity if mode != "plain" else f"plain_{quantity}"
-                if rows:
-                    sizes, values = [row[letter] for row in rows], [row[name] for row in rows]
-                    label = f"{mode} ({exponent(rows, name):.2f})"
-                    axis.plot(sizes, values, "o-", color=colour, markersize=3, label=label)
-            what = "time" if quantity == "seconds" else "peak memory"
-            axis.set(xlabel=f"{LETTERS[letter]} (number)", ylabel=f"{what} ({quantity})")
+                values = [unit * row[name] for row in rows]
+                axis.plot([row[letter] for row in rows], values, **look, markersize=4, label=mode)
+            axis.set(xlabel=f"{LETTERS[letter]} (number)", ylabel=what)
             tidy(axis, log="xy")
-            axis.legend(frameon=False, fontsize=7, title="mode (exponent)", title_fontsize=7)
-    figure.tight_layout()
+    legend_above(figure, axes[0, 0], len(chosen))
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The optimizers that every task can be trained with: SGD, Nesterov, Adam; SAM, ASAM and FAM around them.
+"""The optimizers that every task can be trained with: SGD, Nesterov, Adam; SAM's kin and FAM around them.
 
 Settings are flat data, such as ``{"optimizer": "fam", "base": "sgd", "lr": 0.03, "lam": 0.1}``; a run's
 folder holds them as JSON, and ``build`` makes the optimizer.
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 
 from fam_optim import FAM
@@ -23,13 +23,17 @@ BASES: dict[str, dict[str, Any]] = {  # with the learning rates that are usual f
 WRAPPERS: dict[str, dict[str, Any]] = {
     "sam": {"rho": 0.05},
     "asam": {"rho": 0.5, "adaptive": True},
+    "looksam": {"rho": 0.05, "k": 10},
     "fam": {"lam": 8e-3},
 }
 OPTIMIZERS = (*BASES, *WRAPPERS)
-FAM_OPTIONS = ("layers", "lam", "measure", "mode", "curvature", "normalize", "detach_hessian", "n_samples")
-MEASURING = ("measure", "mode", "curvature", "n_samples")  # of them: what kappa is
-SAM_OPTIONS = ("rho", "adaptive")
-OPTIONS = {"sam": SAM_OPTIONS, "asam": SAM_OPTIONS, "fam": FAM_OPTIONS}  # of a wrapper, not of its base
+MEASURING = ("measure", "mode", "curvature", "n_samples")  # of FAM's options: what kappa is
+FAM_OPTIONS = ("layers", "lam", "every", "normalize", "detach_hessian", *MEASURING)
+SAM_OPTIONS = ("rho", "adaptive", "k")
+OPTIONS = {"fam": FAM_OPTIONS, **dict.fromkeys(("sam", "asam", "looksam"), SAM_OPTIONS)}  # not of their base
+# The proximal step needs no settings of a task; the curvature that it flattens is measured so.
+PROXIMAL: dict[str, Any] = {"mode": "proximal", "lam": 1.0, "every": 10}
+GAUSS_NEWTON: dict[str, Any] = {"curvature": "gauss_newton", "mode": "hutchinson"}
 
 Settings = dict[str, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -37,30 +41,25 @@ Loss = Callable[[Any, Any], Tensor]
 
 def settings(task: Task, optimizer: str, changes: Mapping[str, Any]) -> Settings:
     """What an optimizer is built with: its own defaults, the task's values, then the changes to them."""
-    base = task.methods.get(optimizer, {}).get("base", task.base) if optimizer in WRAPPERS else optimizer
+    of_task = task.methods.get(optimizer, {})
+    base = of_task.get("base", task.base) if optimizer in WRAPPERS else optimizer
     own = task.options if base == task.base else {}  # a learning rate for SGD says nothing of Adam's
-    return {
-        "optimizer": optimizer,
-        "base": base,
-        **BASES[base],
-        **own,
-        **WRAPPERS.get(optimizer, {}),
-        **task.methods.get(optimizer, {}),
-        **changes,
-    }
+    wrapper = {**WRAPPERS.get(optimizer, {}), **of_task}
+    return {"optimizer": optimizer, "base": base, **BASES[base], **own, **wrapper, **changes}
 
 
-def build(settings: Settings, model: nn.Module, layers: Sequence[str]) -> torch.optim.Optimizer:
-    """Make the optimizer of a model's parameters; FAM regularises these layers, unless it has its own."""
+def build(settings: Settings, model: nn.Module, layers: Sequence[nn.Module]) -> torch.optim.Optimizer:
+    """Make the optimizer of a model's parameters; FAM regularises these layers, unless it names its own."""
     options = dict(settings)
     name, base = options.pop("optimizer"), torch.optim.Adam if settings["base"] == "adam" else torch.optim.SGD
     del options["base"]
     parameters = model.parameters()
     if name == "fam":
-        return FAM(parameters, base, select(model, options.pop("layers", layers)), **options)
+        own = options.pop("layers", None)
+        return FAM(parameters, base, select(model, own) if own else list(layers), **options)
     if name in ("sam", "asam"):
         return SAM(parameters, base, **options)
-    return base(parameters, **options)
+    return LookSAM(parameters, base, **options) if name == "looksam" else base(parameters, **options)
 
 
 def plain(settings: Settings) -> Settings:
@@ -80,13 +79,17 @@ def take_step(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    if isinstance(optimizer, SAM):
+    if isinstance(optimizer, (SAM, LookSAM)):
         # pytorch_optimizer's SAM wants the gradient at the weights first; its step() calls the closure once
         # more, at the perturbed weights, and returns None. That second forward pass updates BatchNorm's
         # running statistics too. Stopping it (disable_running_stats) moved the last epoch's validation
         # accuracy by at most 0.1 (40 % noise, rho 0.05 and 0.1, two seeds), so it is used as documented.
+        # LookSAM needs the second gradient in every k-th step alone; its step() would take it in every one.
         loss = closure()
-        optimizer.step(closure)
+        if isinstance(optimizer, LookSAM) and optimizer.get_step() % optimizer.k:  # type: ignore[no-untyped-call]
+            optimizer.second_step()
+        else:
+            optimizer.step(closure)
     else:
         loss = optimizer.step(closure)  # FAM adds lam * kappa to what the closure backpropagates
     plain_loss: Tensor = loss.detach()

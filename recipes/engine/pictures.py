@@ -1,35 +1,18 @@
 """The pictures of a report: what changed by epoch, and the spread over samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, SymmetricalLogLocator
 from numpy.typing import NDArray
 
-from recipes.shared.pictures import (
-    BLUE,
-    BROWN,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    VIOLET,
-    legend_above,
-    panels,
-    tidy,
-)
+from recipes.shared.pictures import SERIES, legend_above, looks, panels, tidy
 
 Run = dict[str, Any]
-COLOURS = {"sgd": GREY, "nesterov": BROWN, "adam": GREEN, "sam": BLUE, "asam": SKY, "fam": ORANGE}
-OTHERS = (RED, VIOLET, PINK, "#7a1f4b", "#1b9e9e", "#b2df8a")
 WIDTH = 8.2  # inches, about 1,000 pixels: what a README shows
 NAMES = {  # of quantities, by the end of their name, with the unit
     "train_loss": "training loss",
@@ -40,7 +23,7 @@ NAMES = {  # of quantities, by the end of their name, with the unit
     "nll": "NLL (nats)",
     "kappa": "kappa",
 }
-FEW = 12  # points that are marked
+MARKED = 6  # points of a curve, at most
 LEADING = ("accuracy", "dsc")  # of the metrics, those that have a panel
 
 
@@ -60,9 +43,26 @@ def of_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return grouped
 
 
+def fewest(runs: Sequence[Run]) -> list[Run]:
+    """The runs that a picture has room for: of many labels those with the best first metric at the end."""
+    labels = list(dict.fromkeys(run["label"] for run in runs))
+    if len(labels) > SERIES:
+        lead = quantities(runs)[0]
+        ends = {label: [last(run, lead) for run in runs if run["label"] == label] for label in labels}
+        labels = sorted(labels, key=lambda label: -np.mean(ends[label]))[:SERIES]
+    return [run for run in runs if run["label"] in labels]
+
+
+def last(run: Run, name: str) -> float:
+    """A quantity after the last epoch that has it; the lowest of all where none has."""
+    values = curve(run, name)
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else -np.inf
+
+
 def plot_curves(runs: Sequence[Run]) -> Figure:
     """Small multiples, a row or two per task: what was measured by epoch; a faint line per seed."""
-    tasks = of_task(runs)
+    tasks = {task: fewest(own) for task, own in of_task(runs).items()}
     names = {task: quantities(own) for task, own in tasks.items()}
     most = max(map(len, names.values()))
     columns = 2 if most in (2, 4) else min(3, most)
@@ -70,13 +70,14 @@ def plot_curves(runs: Sequence[Run]) -> Figure:
     count = sum(rows.values())
     figure, axes = panels(count, columns, WIDTH, 0.6 + 2.3 * count)
     lines = iter(axes)
+    chosen = looks(run["label"] for own in tasks.values() for run in own)
     for task, own in tasks.items():
         block = [axis for _ in range(rows[task]) for axis in next(lines)]
         for axis, name in zip_longest(block, names[task]):
             if name is None:
                 axis.axis("off")
                 continue
-            draw(axis, own, name, colours(runs))
+            draw(axis, own, name, chosen)
             unit = f" ({loss_unit(own)})" if name in ("train_loss", "kappa") else ""
             axis.set(xlabel="epoch (number)", ylabel=title(name) + unit)
             tidy(axis, task if axis is block[0] else "")
@@ -97,44 +98,56 @@ def quantities(runs: Sequence[Run]) -> list[str]:
     return [*(tested or leading), *(name for name in ("train_loss", "kappa") if name in known)]
 
 
-def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: Mapping[str, str]) -> None:
+def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: dict[str, dict[str, str]]) -> None:
     """Draw each optimizer's mean over its seeds, and the seeds themselves, faint."""
-    length = max(len(run["history"]["epoch"]) for run in runs)
-    epochs = np.arange(1, length + 1)
-    for label in dict.fromkeys(run["label"] for run in runs):
-        curves = np.stack([curve(run, name, length) for run in runs if run["label"] == label])
-        mean = curves.mean(0)
+    shown = []
+    for number, label in enumerate(dict.fromkeys(run["label"] for run in runs)):
+        own = [curve(run, name) for run in runs if run["label"] == label]
+        length = max(map(len, own))
+        curves = np.stack([np.pad(c, (0, length - len(c)), constant_values=np.nan) for c in own])
+        epochs, mean = np.arange(1, length + 1), curves.mean(0)
         known = np.isfinite(mean)
         if len(curves) > 1:
             for seed in curves:
-                axis.plot(epochs[known], seed[known], color=chosen[label], linewidth=0.8, alpha=0.35)
-        marker = "o" if known.sum() <= FEW else ""  # a line through a single point would not be seen
-        axis.plot(epochs[known], mean[known], marker=marker, markersize=3, color=chosen[label], label=label)
+                axis.plot(epochs[known], seed[known], color=chosen[label]["color"], linewidth=0.8, alpha=0.3)
+        step = max(1, known.sum() // MARKED)
+        axis.plot(
+            epochs[known],
+            mean[known],
+            **chosen[label],  # type: ignore[arg-type]
+            markersize=4,
+            markevery=(number % step, step),
+            linewidth=1.3,
+            label=label,
+        )
+        shown.append(mean[known])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if name == "kappa" and all(np.nanmin(curve(run, name, length)) > 0 for run in runs):
-        tidy(axis, log="y")
+    scale(axis, name, shown)
 
 
-def colours(runs: Sequence[Run]) -> dict[str, str]:
-    """A colour per label, the same in every panel, and no colour twice."""
-    labels = list(dict.fromkeys(run["label"] for run in runs))
-    chosen: dict[str, str] = {}
-    for label in labels:
-        own = COLOURS.get(label.split("-")[0])
-        if own is not None and own not in chosen.values():
-            chosen[label] = own
-    rest = [label for label in labels if label not in chosen]
-    free = [colour for colour in (*OTHERS, *COLOURS.values()) if colour not in chosen.values()]
-    if len(rest) > len(free):
-        free = [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0.05, 0.95, len(rest)))]
-    return chosen | dict(zip(rest, free, strict=False))
+def scale(axis: Axes, name: str, curves: Sequence[NDArray[np.float64]]) -> None:
+    """kappa by its order of magnitude, also below zero; of a metric what the second half shows."""
+    values = np.concatenate([values[len(values) // 2 :] for values in curves])
+    if name == "kappa" and values.size:
+        if values.min() > 0:
+            axis.set_yscale("log")
+            tidy(axis, log="y")
+        else:
+            axis.set_yscale("symlog", linthresh=1.0)
+            axis.yaxis.set_major_locator(SymmetricalLogLocator(base=100, linthresh=1.0))
+            axis.yaxis.set_minor_locator(NullLocator())
+    elif name.rpartition("_")[2] in LEADING and values.size:
+        low, high = np.quantile(values, (0.25, 0.75))
+        reach = 3 * (high - low) + 0.02 * abs(high)  # a run that failed is not shown, the others are
+        axis.set_ylim(
+            max(values.min(), low - reach) - 0.1 * reach, min(values.max(), high + reach) + 0.1 * reach
+        )
 
 
-def curve(run: Run, name: str, length: int) -> NDArray[np.float64]:
+def curve(run: Run, name: str) -> NDArray[np.float64]:
     """A quantity by epoch; nan where it was not measured or not finite, which is left out of the picture."""
     values = run["history"].get(name, [])
-    known = [np.nan if value is None else np.mean(value) for value in values]
-    return np.array(known + [np.nan] * (length - len(known)), dtype=np.float64)
+    return np.array([np.nan if value is None else np.mean(value) for value in values], dtype=np.float64)
 
 
 def plot_boxes(runs: Sequence[Run]) -> Figure | None:
@@ -143,7 +156,7 @@ def plot_boxes(runs: Sequence[Run]) -> Figure | None:
     runs = [run for run in runs if names and isinstance(run["history"].get(names[0], [None])[-1], list)]
     if not runs:
         return None
-    chosen = colours(runs)
+    chosen = looks(run["label"] for run in fewest(runs))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure, axes = panels(rows, columns, WIDTH + 1, rows * (0.8 + 0.28 * len(chosen)), sharey=True)
@@ -153,16 +166,11 @@ def plot_boxes(runs: Sequence[Run]) -> Figure | None:
             for label in chosen
         ]
         boxes = axis.boxplot(
-            samples,
-            orientation="horizontal",
-            manage_ticks=False,
-            patch_artist=True,
-            widths=0.6,
-            medianprops={"color": "black"},
-            flierprops={"markersize": 3},
-        )
-        for box, colour in zip(boxes["boxes"], chosen.values(), strict=True):
-            box.set(facecolor=colour, alpha=0.6)
+            samples, orientation="horizontal", manage_ticks=False, patch_artist=True, widths=0.6,
+            medianprops={"color": "black"}, flierprops={"markersize": 3},
+        )  # fmt: skip
+        for box, look in zip(boxes["boxes"], chosen.values(), strict=True):
+            box.set(facecolor=look["color"], alpha=0.6)
         axis.set_xlabel(title(name))
         tidy(axis)
     axes[0, 0].set_yticks(range(1, len(chosen) + 1), list(chosen))

@@ -1,57 +1,46 @@
-"""How a run is doing: a bar in a terminal, a line per epoch where the output is a file or a pipe."""
+"""How a run is doing: a line per epoch, and one a minute where an epoch takes longer."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from recipes.engine.optimizers import Settings
 from recipes.engine.task import Task, mean
-from recipes.engine.training import Progress
+from recipes.engine.training import Conditions, Progress, train
 
-BAR = 10  # columns of the bar itself
-FIXED = BAR + len(" 100% ") + len("0:00:00 ")  # what stands before the numbers
-
-
-@contextmanager
-def progress_bar(title: str, task: Task, console: Console) -> Iterator[Callable[[Progress], None]]:
-    """Yield the callback that shows where the run is; kappa and metrics are those of the last epoch."""
-    if not console.is_terminal:
-        yield line_per_epoch(title, task, console)
-        return
-    console.print(title, markup=False, highlight=False)
-    columns = (
-        BarColumn(bar_width=BAR),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    with Bar(*columns, console=console) as bar:
-        line = bar.add_task(title, total=None, state="")
-
-        def show(progress: Progress) -> None:
-            state = fitting(numbers(progress, task), console.width - FIXED)
-            bar.update(line, total=progress.steps, completed=progress.step, state=state)
-
-        yield show
+PATIENCE = 60.0  # seconds
 
 
-def line_per_epoch(title: str, task: Task, console: Console) -> Callable[[Progress], None]:
-    """The callback that prints a line whenever an epoch is finished."""
-    begin, first, printed = time.monotonic(), None, 0
+def train_aloud(
+    title: str,
+    task: Task,
+    settings: Settings,
+    conditions: Conditions,
+    path: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+) -> None:
+    """Train into the folder ``path``, saying how it goes."""
+    train(task, settings, conditions, path, resume=resume, on_progress=telling(title, task, console))
+
+
+def telling(title: str, task: Task, console: Console) -> Callable[[Progress], None]:
+    """The callback that prints the lines; kappa and metrics are those of the last epoch."""
+    begin = said = time.monotonic()
+    first, epoch = None, 0
 
     def show(progress: Progress) -> None:
-        nonlocal first, printed
+        nonlocal first, epoch, said
         first = progress.step if first is None else first
-        epoch = progress.record.get("epoch", 0)
-        if epoch == printed:
+        finished, now = progress.record.get("epoch", 0), time.monotonic()
+        if finished == epoch and now - said < PATIENCE:
             return
-        printed = epoch
-        taken = max(1, progress.step - first)
-        left = (time.monotonic() - begin) / taken * (progress.steps - progress.step)
+        epoch, said = finished, now
+        left = (now - begin) / max(1, progress.step - first) * (progress.steps - progress.step)
         what = [title, f"epoch {epoch}/{progress.epochs}", *numbers(progress, task)]
         what.append(f"{timedelta(seconds=round(left))} left")
         console.print("  ".join(what), markup=False, highlight=False, soft_wrap=True)
@@ -68,14 +57,3 @@ def numbers(progress: Progress, task: Task) -> list[str]:
     if "kappa" in progress.record:
         shown.append(f"kappa {progress.record['kappa']:.3g}")
     return [*shown, f"step {progress.step_time:.2f}x"]
-
-
-def fitting(parts: list[str], width: int) -> str:
-    """As many of the parts as there is room for; none is cut."""
-    text = ""
-    for part in parts:
-        longer = f"{text}  {part}" if text else part
-        if len(longer) > width:
-            break
-        text = longer
-    return text

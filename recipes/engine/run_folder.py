@@ -5,6 +5,7 @@ environment.json   versions and hardware
 epochs.jsonl       what was measured after each epoch
 step_time.json     cost of a step relative to the plain one
 checkpoint.pt      model, optimizer and schedule after the last finished epoch
+epoch10.pt, ...    the network after earlier epochs, where that was asked for (--keep)
 """
 
 import json
@@ -84,9 +85,16 @@ class RunFolder:
         state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
         return state
 
-    def trained(self, device: torch.device) -> dict[str, Any]:
-        """The last checkpoint; raises FileNotFoundError before the first."""
-        state = self.load(device)
-        if state is None:
+    def networks(self) -> dict[int, dict[str, Any]]:
+        """The state of the network by epoch, of those that were kept and of the last.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        cpu = torch.device("cpu")
+        kept = {int(path.stem[5:]): path for path in self.path.glob("epoch*.pt")}
+        found = {epoch: torch.load(kept[epoch], cpu, weights_only=True) for epoch in sorted(kept)}
+        last = self.load(cpu)
+        if last is None:
             raise FileNotFoundError(f"{self.path} holds no checkpoint: train first, with recipes.train")
-        return state
+        return {**found, last["epoch"]: last["model"]}

@@ -2,38 +2,45 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from recipes.engine.layers import select
 from recipes.engine.optimizers import Settings, build, plain, take_step
 from recipes.engine.task import Batch, Task
 from recipes.shared.timing import alternate, median, ratio
+
+STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; blocks, where some steps are dearer
 
 
 def relative_step_time(
     task: Task, settings: Settings, model: nn.Module, batches: Sequence[Batch], device: torch.device
 ) -> dict[str, Any]:
-    """Median and quartiles, over the batches, of the ratio of the two steps on the same batch.
+    """Median and quartiles of the ratio of the two steps on the same batches, on copies of the model.
 
-    The two alternate on copies of the model. The first batch is a warm-up and does not count.
+    The two take turns. A step that is dearer every so often is measured in blocks of so many.
     """
     if settings == plain(settings):
         return {"median": 1.0, "quartiles": [1.0, 1.0], "steps": 0}
+    size: int = settings.get("every") or settings.get("k") or 1
 
-    def stepping(chosen: Settings) -> Callable[[], Tensor]:
+    def block(chosen: Settings) -> Callable[[], None]:
         twin = copy.deepcopy(model).train()
-        optimizer, remaining = build(chosen, twin, task.layers), iter(batches)
-        return lambda: take_step(optimizer, twin, task.loss, *next(remaining))
+        optimizer, remaining = build(chosen, twin, select(twin, task.layers)), cycle(batches)
 
-    calls = {"plain": stepping(plain(settings)), "own": stepping(settings)}
-    seconds = alternate(calls, len(batches) - 1, device)
+        def steps() -> None:
+            for _ in range(size):
+                take_step(optimizer, twin, task.loss, *next(remaining))
+
+        return steps
+
+    calls = {"plain": block(plain(settings)), "own": block(settings)}
+    rounds = STEPS if size == 1 else BLOCKS
+    seconds = alternate(calls, rounds, device)
     middle, quartiles = ratio(seconds["own"], seconds["plain"])
-    milliseconds = 1000 * median(seconds["plain"])[0]
-    return {
-        "median": middle,
-        "quartiles": quartiles,
-        "steps": len(batches) - 1,
-        "plain_milliseconds": milliseconds,
-    }
+    milliseconds = 1000 * median(seconds["plain"])[0] / size
+    steps = rounds * size
+    return {"median": middle, "quartiles": quartiles, "steps": steps, "plain_milliseconds": milliseconds}

@@ -68,13 +68,13 @@ def classification(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
 class Task:
     """An experiment, with the paper's settings as its defaults where it is one of the paper's."""
 
-    name: str
-    about: str  # one line: what is trained on what, and where the paper has it
     data: Callable[[Source, int], Data]  # (source, seed); raises Missing
     model: Callable[[Source], nn.Module]  # maps a batch's inputs to the loss's outputs
     layers: tuple[str, ...]  # names of the modules whose relative flatness FAM regularises, or "all", ...
     epochs: int
     batch_size: int
+    name: str = ""  # the key in recipes.tasks.TASKS, which knows the sentence too
+    about: str = ""  # what is trained on what, and where the paper has it
     base: str = "sgd"  # the optimizer inside SAM, ASAM and FAM: "sgd", "nesterov" or "adam"
     options: Mapping[str, Any] = field(default_factory=dict)  # of the base optimizer
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what an --optimizer changes

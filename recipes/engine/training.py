@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import first, move, of_epoch, ordered
 from recipes.engine.layers import select
-from recipes.engine.optimizers import MEASURING, Settings, build, take_step
+from recipes.engine.optimizers import GAUSS_NEWTON, MEASURING, Settings, build, take_step
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.step_time import relative_step_time
 from recipes.engine.task import Batch, Data, Evaluation, Source, Task
 from recipes.shared.results import environment
 
-TIMED_STEPS = 11  # pairs of steps behind the relative step time, the first a warm-up
+TIMED_BATCHES = 10  # behind the relative step time
 WATCHED = 20  # how often a run is watched, where its task has something quick to watch
 SHOWN_EVERY = 10  # steps between two updates of the progress bar: reading the loss waits for the device
 
@@ -42,6 +42,7 @@ class Conditions:
     source: Source
     device: torch.device
     workers: int = 0  # processes that load the samples
+    keep: int | None = None  # the network after every so many epochs, beside the last checkpoint
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,22 @@ def train(
     Raises:
         Missing: if the task's data are not there.
         FileExistsError: if the folder holds a run and ``resume`` is False.
-        ValueError: if the folder's run was begun with another configuration, or what is asked of kappa is
+        ValueError: if the folder's run was begun with another configuration, or what is asked for is
             not possible: then there is no folder.
     """
     folder, device = RunFolder(path), conditions.device
     asked = configuration(task, settings, conditions)
     folder.check(asked, resume)
     data = task.data(conditions.source, conditions.seed)
+    count = len(data.train)  # type: ignore[arg-type]
+    if conditions.batch_size > count and not conditions.source.smoke:
+        raise ValueError(
+            f"expected a batch size of at most the {count} training samples, got {conditions.batch_size}: "
+            "give a smaller --batch-size"
+        )
     seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
     model = task.model(conditions.source).to(device)
-    optimizer = build(settings, model, task.layers)
+    optimizer = build(settings, model, select(model, task.layers))
     state = folder.load(device)
     if state is None:  # the folder comes after what a wrong setting could stop
         folder.begin(asked, environment(device), rehearse(task, settings, model, data, conditions))
@@ -126,6 +133,8 @@ def train(
                 "schedule": schedule.state_dict(),
             },
         )
+        if conditions.keep and epoch % conditions.keep == 0:
+            torch.save(model.state_dict(), path / f"epoch{epoch}.pt")
         show(epoch * per_epoch, losses[-1])
 
 
@@ -140,8 +149,7 @@ def rehearse(
         ValueError: if the layers, the loss and what is asked of kappa do not go together.
     """
     batches = moved(epoch_batches(data, conditions, 0), conditions.device)
-    timed = list(islice(batches, TIMED_STEPS))
-    timed = timed if len(timed) > 1 else timed * 2  # the first is a warm-up
+    timed = list(islice(batches, TIMED_BATCHES))
     try:
         kappa(task, model, timed[:1])
         return relative_step_time(task, settings, model, timed, conditions.device)
@@ -204,7 +212,10 @@ def measured_on(task: Task, data: Data, conditions: Conditions) -> DataLoader[Ba
 
 def kappa_options(task: Task) -> dict[str, Any]:
     """Measure, mode, curvature and number of probes, where the task has its own."""
-    return {name: value for name, value in task.methods.get("fam", {}).items() if name in MEASURING}
+    fam = task.methods.get("fam", {})
+    if fam.get("mode") == "proximal":
+        return GAUSS_NEWTON
+    return {name: value for name, value in fam.items() if name in MEASURING}
 
 
 def kappa(task: Task, model: nn.Module, batches: Iterable[Batch]) -> float:

@@ -1,6 +1,7 @@
 """The paper on one page: the settings of its experiments with their marks, and its numbers beside ours.
 
     python -m recipes.paper
+    python -m recipes.paper --out recipes/results/paper.md
 
 The numbers are those of the results that lie beside the recipes.
 """
@@ -48,9 +49,12 @@ def tables() -> list[Table]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables as Markdown."""
-    parser("paper", __doc__).parse_args(arguments)
-    print(markdown(*tables()))
+    """Print the tables as Markdown, or write them."""
+    reader = parser("paper", __doc__)
+    reader.add_argument("--out", type=Path, metavar="FILE", help="write them there")
+    out: Path | None = reader.parse_args(arguments).out
+    text = markdown(*tables())
+    print(text) if out is None else out.write_text(text)
 
 
 if __name__ == "__main__":

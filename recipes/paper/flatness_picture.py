@@ -14,7 +14,6 @@ a trace of the Hessian does not know how large the features are.
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,17 +25,12 @@ from torch import Tensor, nn
 from fam_optim import dataset_relative_flatness
 from recipes.engine.batches import cast, first, ordered
 from recipes.engine.layers import select
-from recipes.engine.optimizers import settings
-from recipes.engine.pictures import colours
-from recipes.engine.run_folder import RunFolder
-from recipes.engine.task import Batch, Source, Task
-from recipes.engine.training import Conditions, train
-from recipes.shared.command import Options, Recipe, fresh, out, positive
-from recipes.shared.pictures import panels, tidy
-from recipes.shared.results import CPU
+from recipes.engine.task import Batch, Task
+from recipes.flatness import OF_RUNS, runs_asked
+from recipes.shared.command import Options, Recipe, positive
+from recipes.shared.pictures import legend_above, looks, panels, tidy
 from recipes.shared.tables import table as make_table
-from recipes.tasks import load_task
-from recipes.tasks.small import quickstart
+from recipes.tasks import Trained
 
 STRENGTHS = np.geomspace(1e-3, 1, 13).tolist()  # standard deviation of a coordinate, relative to ||phi||
 SAMPLES = 250  # of the training set, on which loss and kappa are taken
@@ -67,18 +61,15 @@ def mean_loss(task: Task, model: nn.Module, batches: Sequence[Batch]) -> float:
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
-def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
+def extra_loss(run: Trained, draws: int) -> dict[str, Any]:
     """The curve of one run: mean and standard error of the extra loss over the draws, in double precision."""
-    config, state = folder.read("config.json"), folder.trained(torch.device("cpu"))
-    task = load_task(config["task"])
-    data = task.data(source, config["seed"])
-    model = task.model(source)
-    model.load_state_dict(state["model"])
-    layer, *others = select(model.double().eval(), config["layers"])
+    task, (*_, model) = run.task, run.networks.values()
+    layer, *others = select(model.double().eval(), run.config["layers"])
     if others or not isinstance(layer, nn.Linear):
-        raise ValueError(f"expected {folder.path} to have one nn.Linear as its layer, got {config['layers']}")
-    batches = [cast(batch, torch.float64) for batch in ordered(first(data.train, SAMPLES), SAMPLES)]
-    kappa = dataset_relative_flatness(model, layer, task.loss, batches).item()
+        raise ValueError(
+            f"expected {run.label} to have one nn.Linear as its layer, got {run.config['layers']}"
+        )
+    batches = [cast(batch, torch.float64) for batch in ordered(first(run.data.train, SAMPLES), SAMPLES)]
     plain = mean_loss(task, model, batches)
     means, errors = [], []
     for strength in STRENGTHS:
@@ -92,10 +83,10 @@ def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
         means.append(statistics.fmean(extra))
         errors.append(statistics.stdev(extra) / draws**0.5)
     return {
-        "task": task.name,
-        "label": folder.path.parent.name,
-        "seed": config["seed"],
-        "kappa": kappa,
+        "task": run.config["task"],
+        "label": run.label,
+        "seed": run.config["seed"],
+        "kappa": dataset_relative_flatness(model, layer, task.loss, batches).item(),
         "loss": plain,
         "extra_loss": means,
         "standard_error": errors,
@@ -105,26 +96,7 @@ def extra_loss(folder: RunFolder, source: Source, draws: int) -> dict[str, Any]:
 def measure(options: Options) -> list[dict[str, Any]]:
     """One curve per run."""
     options.strengths = STRENGTHS  # saved with the results
-    folders = options.runs or (smoke_runs(out(options) / "runs") if options.smoke else [])
-    if not folders:
-        raise ValueError(
-            "expected the folders of one run or more, such as runs/quickstart/fam/seed0, or --plot"
-        )
-    curves = []
-    for folder in map(RunFolder, folders):
-        source = Source(options.data, smoke=folder.read("config.json")["smoke"])
-        curves.append(extra_loss(folder, source, options.draws))
-    return curves
-
-
-def smoke_runs(folder: Path) -> list[Path]:
-    """Folders of two runs that were trained for an epoch, for a smoke test without any."""
-    task, paths = quickstart(0), []
-    for optimizer in ("sgd", "fam"):
-        conditions = Conditions(0, 1, task.batch_size, Source(smoke=True), CPU)
-        paths.append(fresh(folder / optimizer / "seed0"))
-        train(task, settings(task, optimizer, {}), conditions, paths[-1])
-    return paths
+    return [extra_loss(run, options.draws) for run in runs_asked(options)]
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
@@ -138,28 +110,25 @@ def plot(results: Mapping[str, Any]) -> Figure:
     runs, strengths = results["runs"], np.array(results["configuration"]["strengths"])
     figure, axes = panels(1, 1, 6.4, 4.4)
     axis = axes[0, 0]
-    chosen = colours(runs)
+    chosen = looks(run["label"] for run in runs)
     for run in runs:
-        colour = chosen[run["label"]]
-        label = f"{run['label']}: kappa {run['kappa']:.3g}"
+        look, label = chosen[run["label"]], f"{run['label']}: kappa {run['kappa']:.3g}"
         extra, error = (np.array(run[name]) for name in ("extra_loss", "standard_error"))
-        axis.errorbar(strengths, extra, error, color=colour, marker="o", markersize=3, label=label)
-        axis.plot(strengths, strengths**2 / 2 * run["kappa"], color=colour, linestyle="--", linewidth=0.9)
+        axis.errorbar(strengths, extra, error, **look, markersize=4, label=label)
+        axis.plot(
+            strengths, strengths**2 / 2 * run["kappa"], color=look["color"], linestyle="--", linewidth=0.9
+        )
     axis.set_xlabel("strength of the noise per coordinate (a fraction of the features' norm)")
     axis.set_ylabel("extra loss (nats)")
     tidy(axis, "extra loss under relative feature noise; dashed: ½ strength² kappa", log="xy")
     lowest = min(min(value for value in run["extra_loss"] if value > 0) for run in runs)
     axis.set_ylim(bottom=lowest / 2, top=4 * max(max(run["extra_loss"]) for run in runs))
-    axis.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
+    legend_above(figure, axis, 2)
     return figure
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "runs": {"nargs": "*", "type": Path, "help": "folders such as runs/quickstart/fam/seed0"},
-    "--draws": {"type": positive, "default": 10, "help": "of the noise, per strength; from 2 on"},
-    "--data": {"type": Path, "default": Path("data"), "help": "folder of the data sets"},
-}
+DRAWS = {"type": positive, "default": 10, "help": "of the noise, per strength; from 2 on"}
+OPTIONS: dict[str, dict[str, Any]] = {**OF_RUNS, "--draws": DRAWS}
 RECIPE = Recipe("paper.flatness_picture", __doc__, measure, table, plot, OPTIONS, {"draws": 2})
 main = RECIPE.main
 

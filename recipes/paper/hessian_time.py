@@ -16,28 +16,17 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
 Before a size is timed (float32), kappa of each Hessian is compared with relative_flatness in float64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from recipes.paper.comparison import figure_4
-from recipes.paper.layer_timing import OPTIONS, SMOKE, TITLES, Method, draw, plain_step, sweep, table
+from recipes.paper.layer_timing import OPTIONS, SMOKE, Method, plain_step, plot, sweep, table
 from recipes.shared.command import Options, Recipe
-from recipes.shared.pictures import BLUE, GREEN, GREY, ORANGE, RED, SKY, panels
 from recipes.shared.problem import Problem
 from recipes.shared.tables import markdown
-
-COLOURS = {
-    "autograd loop": BLUE,
-    "vectorised autograd": SKY,
-    "torch.func": GREEN,
-    "exact, gradient": RED,
-    "exact kappa": ORANGE,
-    "plain step": GREY,
-}
 
 
 def autograd_loop(problem: Problem) -> Tensor:
@@ -90,16 +79,6 @@ METHODS = {
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row per layer and method."""
     return [row for _, row in sweep(METHODS, Problem.flatness, options)]
-
-
-def plot(results: Mapping[str, Any]) -> Figure:
-    """One panel per family: seconds by number of weights, a line per method."""
-    figure, axes = panels(1, len(TITLES), 9, 4.4, sharex=True, sharey=True)
-    for axis, (family, title) in zip(axes[0], TITLES.items(), strict=True):
-        draw(axis, [run for run in results["runs"] if run["family"] == family], COLOURS)
-        axis.set_title(title, loc="left", fontsize=10)
-    figure.tight_layout()
-    return figure
 
 
 def factors(runs: Sequence[dict[str, Any]]) -> str:

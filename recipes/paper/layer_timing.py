@@ -1,4 +1,4 @@
-"""Shared by hessian_time and trace_time: networks by size, a check, and what is timed on them.
+"""Shared by hessian_time and trace_time: networks by size, a check, what is timed on them, and the picture.
 
 Two families of networks, the measured layer ``(d, m)`` in brackets:
 
@@ -12,34 +12,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
 
 from recipes.shared import timing
-from recipes.shared.command import Options, device, positive
-from recipes.shared.pictures import tidy
+from recipes.shared.command import Options, device, number, positive
+from recipes.shared.pictures import legend_above, looks, panels, tidy
 from recipes.shared.problem import Problem
 from recipes.shared.tables import table as make_table
 
-BATCH = 64
-CLASSES = 10
+BATCH, CLASSES = 64, 10
 FEATURES = 32  # what the body of the "last" family sees
-SIZES = {
+SIZES = {  # m by family
     "hidden": (4, 8, 16, 32, 64, 80, 128, 256, 512),
     "last": (2, 8, 32, 128, 400, 640, 2048, 8192, 26000),
 }
-"""m by family."""
 TITLES = {"hidden": "hidden layer, d = m", "last": "last layer, d = 10 classes"}
+QUANTITIES = {"seconds": "time of a call (s)", "error": "error of the trace (a fraction)"}
 # weights: a Hessian is 0.4 GB in float64 there, its computation takes several times that
 QUADRATIC_LIMIT = 7000
 TOLERANCE = 1e-6  # of the check, relative
-FITTED = 3  # the largest sizes, to which the slope is fitted
 OPTIONS: dict[str, dict[str, Any]] = {  # of both recipes
     "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
-    "--limit": {"type": float, "default": 20, "help": "seconds; slower methods end at that size"},
+    "--limit": {"type": number, "default": 20.0, "help": "seconds; slower methods end at that size"},
     "--device": {"type": device, "default": torch.device("cpu"), "help": "cpu (default), cuda, ..."},
 }
 SMOKE = {"rounds": 3}
@@ -115,8 +112,7 @@ def check(problem: Problem, methods: Mapping[str, Method], expected: Callable[[P
 def alternate(problem: Problem, methods: Mapping[str, Method], options: Options) -> dict[str, list[float]]:
     """Seconds of every call, the methods in alternation.
 
-    A first call of each warms up (the library remembers what it verified of a graph, as in training); one
-    that takes over the limit is not repeated.
+    A first call of each warms up; one that takes over the limit is not repeated.
     """
     calls = {label: lambda run=method.run: run(problem) for label, method in methods.items()}
     first = timing.alternate(calls, 1, options.device, warm_up=0)
@@ -138,32 +134,25 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
-def draw(axis: Axes, runs: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> None:
-    """Draw seconds by number of weights: medians as lines, quartiles as bands, slopes in the legend."""
-    for method, colour in colours.items():
-        chosen = [run for run in runs if run["method"] == method]
-        if not chosen:
-            continue
-        weights, seconds = [run["weights"] for run in chosen], [run["seconds"] for run in chosen]
-        low, high = zip(*(run["quartiles"] for run in chosen), strict=True)
-        style = ":" if method == "plain step" else "-"
-        label = f"{method} ({slope(weights, seconds):.1f})"
-        axis.plot(weights, seconds, style, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
-        axis.fill_between(weights, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlabel="weights of the layer (number)", ylabel="time of a call (seconds)")
-    tidy(axis, log="xy")
-    axis.legend(
-        loc="upper left",
-        bbox_to_anchor=(0, -0.18),
-        ncols=2,
-        frameon=False,
-        fontsize=8,
-        title=f"method (slope of its {FITTED} largest sizes)",
-        title_fontsize=8,
-        alignment="left",
-    )
-
-
-def slope(weights: Sequence[int], seconds: Sequence[float]) -> float:
-    """The exponent p of ``seconds = c weights^p``, by least squares on the largest sizes."""
-    return float(np.polyfit(np.log(weights[-FITTED:]), np.log(seconds[-FITTED:]), 1)[0])
+def plot(results: Mapping[str, Any]) -> Figure:
+    """A column per family, a row per quantity, a line per method: medians, with quartiles as bands."""
+    runs = results["runs"]
+    chosen = looks(run["method"] for run in runs)
+    rows = [name for name in QUANTITIES if any(name in run for run in runs)]
+    figure, axes = panels(len(rows), len(TITLES), 9, 0.8 + 3.2 * len(rows), sharex="col", sharey="row")
+    for line, quantity in zip(axes, rows, strict=True):
+        for axis, (family, title) in zip(line, TITLES.items(), strict=True):
+            for method, look in chosen.items():
+                own = [r for r in runs if (r["family"], r["method"]) == (family, method) and quantity in r]
+                weights = [run["weights"] for run in own]
+                values = [run[quantity] for run in own]
+                if not own:
+                    continue
+                axis.plot(weights, values, **look, linewidth=1.6, markersize=4, label=method)
+                if quantity == "seconds":
+                    low, high = zip(*(run["quartiles"] for run in own), strict=True)
+                    axis.fill_between(weights, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axis.set(xlabel="weights of the layer (number)", ylabel=QUANTITIES[quantity])
+            tidy(axis, title, log="xy")
+    legend_above(figure, axes[0, 0], 4)
+    return figure

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,7 +29,8 @@ from torch.nn.functional import cross_entropy
 
 from fam_optim import dataset_relative_flatness
 from recipes.shared.command import Options, Recipe, positive
-from recipes.shared.pictures import BLUE, GREY, ORANGE, panels, tidy
+from recipes.shared.pictures import BLUE, GREY, ORANGE, legend_above, panels, tidy
+from recipes.shared.problem import train_plainly
 from recipes.shared.tables import table as make_table
 from recipes.tasks.images import fashion_mnist
 
@@ -38,8 +38,9 @@ WIDTH = 64
 """The network: Linear(784, 64), ReLU, Linear(64, 10)."""
 LAYERS = {"hidden": 1, "last": 3}
 EXPONENTS = tuple(k / 3 for k in range(-12, 13))  # alpha = 2^exponent, from 1/16 to 16
-LR, BATCH_SIZE = 0.1, 64
+BATCH_SIZE = 64
 COLOURS = {"kappa": ORANGE, "kappa_hat": BLUE, "trace": GREY}
+STYLES = {"trace": "-", "kappa": "-", "kappa_hat": "o"}
 NAMES = {"kappa": "kappa", "kappa_hat": "||W||² Tr(H)", "trace": "Tr(H)"}
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -47,17 +48,6 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 def network() -> nn.Sequential:
     """A small multilayer perceptron on images."""
     return nn.Sequential(nn.Flatten(), nn.Linear(784, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
-
-
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """Plain SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    for _ in range(epochs):
-        order = torch.randperm(len(labels))
-        for x, y in batches(images[order], labels[order], BATCH_SIZE):
-            optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
 
 
 def batches(images: Tensor, labels: Tensor, size: int = 250) -> Batches:
@@ -99,7 +89,9 @@ def sweep(options: Options) -> list[dict[str, Any]]:
     images, labels = (tensor[: options.images] for tensor in fashion_mnist("train"))
     torch.manual_seed(options.seed)
     model = network()
-    train(model, images, labels, options.epochs)
+    for _ in range(options.epochs):
+        order = torch.randperm(len(labels))
+        train_plainly(model, batches(images[order], labels[order], BATCH_SIZE))
     model.double()
     training = batches(images.double(), labels)
     test_images, test_labels = fashion_mnist("test")
@@ -137,26 +129,20 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def plot(results: Mapping[str, Any]) -> Figure:
     """One panel per layer: each quantity relative to its value at alpha = 1, by alpha."""
-    figure, axes = panels(1, len(LAYERS), 8, 3.6, sharey=True)
+    figure, axes = panels(1, len(LAYERS), 8, 3.8, sharey=True)
     for axis, layer in zip(axes[0], LAYERS, strict=True):
-        draw(axis, [run for run in results["runs"] if run["layer"] == layer])
-        axis.set_title(f"{layer} layer", loc="left", fontsize=10)
+        runs = [run for run in results["runs"] if run["layer"] == layer]
+        alphas = np.array([run["alpha"] for run in runs])
+        for name, style in STYLES.items():  # kappa_hat as dots, since it lies on kappa
+            relative = 1 + np.array([run[f"{name}_change"] for run in runs])
+            axis.plot(alphas, relative, style, color=COLOURS[name], markersize=4, label=NAMES[name])
+        axis.set_xlabel("alpha, the factor of the hidden layer's weights")
+        tidy(axis, f"{layer} layer", log="y")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda alpha, _: f"{alpha:g}" if alpha >= 1 else f"1/{1 / alpha:g}")
     axes[0, 0].set_ylabel("value relative to alpha = 1 (a factor)")
-    axes[0, 0].legend(frameon=False)
-    figure.tight_layout()
+    legend_above(figure, axes[0, 0], len(NAMES))
     return figure
-
-
-def draw(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
-    """Draw the quantities of one layer; kappa_hat as dots, since it lies on kappa."""
-    alphas = np.array([run["alpha"] for run in runs])
-    for name, style in (("trace", "-"), ("kappa", "-"), ("kappa_hat", "o")):
-        relative = 1 + np.array([run[f"{name}_change"] for run in runs])
-        axis.plot(alphas, relative, style, color=COLOURS[name], linewidth=2, markersize=4, label=NAMES[name])
-    tidy(axis, log="y")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda alpha, _: f"{alpha:g}" if alpha >= 1 else f"1/{1 / alpha:g}")
-    axis.set_xlabel("alpha, the factor of the hidden layer's weights")
 
 
 def largest_deviation(runs: Sequence[dict[str, Any]]) -> str:

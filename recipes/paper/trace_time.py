@@ -19,30 +19,18 @@ The hidden layer's trace can be near zero by chance, since its curvatures have b
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from recipes.paper.layer_timing import OPTIONS, SMOKE, TITLES, Method, draw, plain_step, sweep, table
+from recipes.paper.layer_timing import OPTIONS, SMOKE, Method, plain_step, plot, sweep, table
 from recipes.shared.command import Options, Recipe
-from recipes.shared.pictures import BLUE, GREEN, GREY, ORANGE, panels, tidy
 from recipes.shared.problem import Problem
 
 REPEATS = 20  # draws behind the error of an estimator
 CHUNK = 256  # basis vectors in one vmap, so that no Hessian is formed
-COLOURS = {
-    "torch.func, Hessian": BLUE,
-    "torch.func, products": GREEN,
-    "hutchinson, 100": "#7a1f4b",
-    "hutchinson, 10": "#b8578a",
-    "hutchinson, 1": "#e3a3c5",
-    "exact": ORANGE,
-    "plain step": GREY,
-}
 
 
 def diagonal_of_hessian(problem: Problem) -> Tensor:
@@ -107,39 +95,6 @@ def measure(options: Options) -> list[dict[str, Any]]:
             row["error_repeats"] = repeats
         runs.append(row)
     return runs
-
-
-def draw_errors(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
-    """Draw the relative error of each estimator by number of weights."""
-    for method in ESTIMATORS:
-        chosen = [run for run in runs if run["method"] == method]
-        weights, errors = [run["weights"] for run in chosen], [run["error"] for run in chosen]
-        axis.plot(weights, errors, color=COLOURS[method], linewidth=1.8, marker="o", markersize=3)
-        axis.annotate(
-            f"n = {method.rpartition(' ')[2]}",
-            (weights[-1], errors[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=COLOURS[method],
-        )
-    axis.set(xlabel="weights of the layer (number)", ylabel="relative error (a fraction)")
-    tidy(axis, log="xy")
-
-
-def plot(results: Mapping[str, Any]) -> Figure:
-    """One column per family: seconds above, the estimators' error below."""
-    figure, axes = panels(2, len(TITLES), 9, 7.6, sharey="row", gridspec_kw={"height_ratios": (3, 2)})
-    for (upper, lower), (family, title) in zip(axes.T, TITLES.items(), strict=True):
-        chosen = [run for run in results["runs"] if run["family"] == family]
-        draw(upper, chosen, COLOURS)
-        draw_errors(lower, chosen)
-        lower.set_xlim(upper.get_xlim())
-        upper.set_title(title, loc="left", fontsize=10)
-        lower.set_title("error of hutchinson with n probes", loc="left", fontsize=10)
-    figure.tight_layout()
-    return figure
 
 
 RECIPE = Recipe("paper.trace_time", __doc__, measure, table, plot, OPTIONS, SMOKE)

@@ -1,6 +1,7 @@
 """The command line that the recipes share, and the course of one that measures, saves, prints and draws."""
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -21,10 +22,15 @@ Options = argparse.Namespace
 NOT_CONFIGURATION = ("out", "plot", "device", "data", "runs", "measured")  # of the options: where, not what
 
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """For ``python -m recipes.<name>``, described by the first line of its docstring."""
+def parser(name: str, doc: str | None, listed: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
+    """For ``python -m recipes.<name>``: its docstring's first line, and below the options what is listed."""
+    lines = [f"  {key}\n      {what}" for key, what in (listed or {}).items()]
     return argparse.ArgumentParser(
-        prog=f"python -m recipes.{name}", description=(doc or "").split("\n")[0], allow_abbrev=False
+        prog=f"python -m recipes.{name}",
+        description=(doc or "").split("\n")[0],
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -33,6 +39,48 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number, for argparse."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return found
+
+
+def fraction(text: str) -> float:
+    """A part of a whole, for argparse."""
+    if not 0 <= (found := number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, such as 0.4, got {text!r}")
+    return found
+
+
+class Distinct(argparse.Action):
+    """Several values, none of them twice."""
+
+    def __call__(
+        self, reader: argparse.ArgumentParser, space: Options, values: Any, option: str | None = None
+    ) -> None:
+        if len(set(values)) < len(values):
+            told = " ".join(map(str, values))
+            raise argparse.ArgumentError(self, f"expected every value once, got {told}")
+        setattr(space, self.dest, values)
+
+
+def add_seeds(target: argparse.ArgumentParser) -> None:
+    """--seeds, a run each."""
+    target.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        action=Distinct,
+        default=[0],
+        help="of weights, order, split and noise",
+    )
 
 
 def device(text: str) -> torch.device:

@@ -1,23 +1,74 @@
-"""The look that all pictures share; they are drawn to files and need no display."""
+"""The look that all pictures share: one colour and marker for a method on all pages, units, no box."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # they are drawn to files and need no display
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 DPI = 120
+SERIES = 8  # in one picture, at most
 # Colours that people with any kind of colour vision can tell apart (Okabe and Ito, 2008, and darker ones).
 GREY, BLUE, SKY, ORANGE, RED = "#555555", "#0072b2", "#56b4e9", "#e69f00", "#d1495b"
-GREEN, PINK, VIOLET, BROWN = "#009e73", "#cc79a7", "#7b5ea7", "#8c6d31"
+GREEN, PINK, VIOLET, BROWN, TEAL = "#009e73", "#cc79a7", "#7b5ea7", "#8c6d31", "#1b9e9e"
+# A word of the label, in small letters -> the method's colour and marker. The first word in it counts.
+METHODS = {
+    "proximal": (RED, "o"),
+    "looksam": (SKY, "v"),
+    "asam": (TEAL, "<"),
+    "sam": (BLUE, "^"),
+    "decay": (BROWN, "X"),
+    "smoothing": ("#b8860b", "p"),
+    "noise": (GREEN, "P"),
+    "last but one": (PINK, ">"),
+    "hidden": (VIOLET, "D"),
+    "gauss-newton": (VIOLET, "D"),
+    "hutchinson": (PINK, ">"),
+    "fam": (ORANGE, "s"),
+    "exact": (ORANGE, "s"),
+    "sgd": (GREY, "."),
+    "adam": (GREY, "."),
+    "nesterov": (GREY, "."),
+    "plain": (GREY, "."),
+}
+OTHER = (TEAL, "h")  # of what is not in the list
+MARKERS = "o^sDvP>X<p*h."
+
+
+def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of every label, as matplotlib takes them: its method's, in shades for several."""
+    by_look: dict[tuple[str, str], list[str]] = {}
+    labels = list(dict.fromkeys(labels))
+    for label in labels:
+        text = label.lower().replace("_", " ")
+        by_look.setdefault(next((look for word, look in METHODS.items() if word in text), OTHER), []).append(
+            label
+        )
+    chosen, markers = {}, [m for m in MARKERS if m not in {marker for _, marker in by_look}]
+    for (colour, marker), own in by_look.items():
+        shades = np.linspace(0.5 if len(own) < 3 else 0.0, 1 if own[1:] else 0.5, len(own))
+        for number, label in enumerate(own):
+            another = markers.pop(0) if number and markers else marker
+            chosen[label] = {"color": mixed(colour, shades[number]), "marker": another}
+    return {label: chosen[label] for label in labels}
+
+
+def mixed(colour: str, darkness: float) -> str:
+    """From a light shade at 0 over the colour itself at 1/2 to a dark one at 1."""
+    other, part = (np.ones(3), 0.5 - darkness) if darkness < 0.5 else (np.zeros(3), darkness - 0.5)
+    red, green, blue = np.array(to_rgb(colour)) * (1 - part) + other * part
+    return to_hex((red, green, blue))
 
 
 def panels(
@@ -47,7 +98,7 @@ def tidy(axis: Axes, title: str = "", *, log: str = "") -> None:
 
 def label(axis: Axis, low: float, high: float) -> None:
     """A logarithmic axis: labels at powers of ten, and where these are few at 2 and 5 times them too."""
-    if high < 300 * low:
+    if high < 100 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())

@@ -1,7 +1,7 @@
 """A network, some of its layers, a batch and a loss: what the recipes on cost and on figures compute with."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,3 +87,12 @@ class Problem:
             value, list(self.model.parameters()), allow_unused=True, materialize_grads=True, **options
         )
         return torch.cat([part.flatten() for part in parts])
+
+
+def train_plainly(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], momentum: float = 0.0) -> None:
+    """A step of SGD on the cross-entropy of each batch: for recipes whose subject is not the training."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()

@@ -1,31 +1,84 @@
-"""The experiments by name."""
+"""The experiments by name, and what a run has made of one."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from recipes.engine.task import Task
+from torch import nn
 
-# name -> module, function, arguments; imported when asked for, so that a task needs its own packages alone
-TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "quickstart": ("small", "quickstart", {"noise": 0.0}),
-    "quickstart-noise40": ("small", "quickstart", {"noise": 0.4}),
-    "fashion-mnist-small": ("small", "fashion_mnist_small", {}),
-    "fashion-mnist-small-tuning": ("small", "fashion_mnist_small", {"tuning": True}),
-    "fashion-mnist-shipped": ("small", "fashion_mnist_small", {"shipped": True}),
-    "fashion-mnist-shipped-tuning": ("small", "fashion_mnist_small", {"shipped": True, "tuning": True}),
-    "cifar10": ("vision", "cifar10", {}),
-    "cifar100": ("vision", "cifar100", {}),
-    "svhn": ("vision", "svhn", {}),
-    "fashion-mnist": ("vision", "fashion_mnist", {}),
-    "skulls": ("skulls", "skulls", {}),
-    "skulls-small": ("skulls", "skulls", {"small": True}),
-    "rte": ("rte", "rte", {}),
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.task import Data, Source, Task
+
+
+class Entry(NamedTuple):
+    """A task's sentence, and the function that makes it, imported when it is asked for."""
+
+    about: str
+    module: str  # below recipes.tasks
+    function: str
+    arguments: Mapping[str, Any] = {}
+
+
+SMALL = "a small convolutional network on"
+TASKS = {
+    "quickstart": Entry(f"{SMALL} 2,000 shipped images of Fashion-MNIST", "small", "quickstart"),
+    "quickstart-noise40": Entry("the same with 40 % wrong labels", "small", "quickstart", {"noise": 0.4}),
+    "fashion-mnist-small": Entry(
+        f"{SMALL} all 60,000 images of Fashion-MNIST (in place of Table 1)", "small", "fashion_mnist_small"
+    ),
+    "fashion-mnist-small-tuning": Entry(
+        "10,000 of them, and 5,000 to validate on: to choose lam and rho with",
+        *("small", "fashion_mnist_small", {"tuning": True}),
+    ),
+    "cifar10": Entry("ResNet-18 on CIFAR10 (paper, Table 1)", "vision", "cifar10"),
+    "cifar100": Entry(
+        "EfficientNet-B7 with ImageNet weights on CIFAR100 (paper, Table 1)", "vision", "cifar100"
+    ),
+    "svhn": Entry("WideResNet-28-10 on SVHN (paper, Table 1)", "vision", "svhn"),
+    "fashion-mnist": Entry("WideResNet-28-10 on Fashion-MNIST (paper, Table 1)", "vision", "fashion_mnist"),
+    "skulls": Entry(
+        "a 3D autoencoder completes skulls with a defect (paper, Table 2, Figures 1 and 2)",
+        *("skulls", "skulls"),
+    ),
+    "skulls-small": Entry(
+        "the same on 20 generated shells of 32 x 32 x 32 voxels", "skulls", "skulls", {"small": True}
+    ),
+    "rte": Entry("BERT fine-tuned on GLUE's RTE (paper, Table 3, Figure 3)", "rte", "rte"),
 }
 
 
 def load_task(name: str) -> Task:
     """Build a task; raises ``recipes.engine.task.Missing`` where a package is not there."""
-    module, function, arguments = TASKS[name]
-    make: Callable[..., Task] = getattr(import_module(f"recipes.tasks.{module}"), function)
-    return make(**arguments)
+    if name not in TASKS:
+        raise ValueError(f"expected a task that recipes.train knows ({', '.join(TASKS)}), got {name!r}")
+    entry = TASKS[name]
+    make: Callable[..., Task] = getattr(import_module(f"recipes.tasks.{entry.module}"), entry.function)
+    return dataclasses.replace(make(**entry.arguments), name=name, about=entry.about)
+
+
+class Trained(NamedTuple):
+    """What a run's folder holds, with the task and the data that it was trained on."""
+
+    task: Task
+    data: Data
+    config: Mapping[str, Any]
+    label: str
+    networks: Mapping[int, nn.Module]  # by epoch, on the CPU
+
+
+def trained(path: Path, folder: Path) -> Trained:
+    """Read a run's folder, and its data from the folder of data sets.
+
+    Raises:
+        FileNotFoundError: if it is none, or has no checkpoint.
+    """
+    run = RunFolder(path)
+    config = run.read("config.json")
+    task, source = load_task(config["task"]), Source(folder, smoke=config["smoke"])
+    networks = {}
+    for epoch, state in run.networks().items():
+        networks[epoch] = task.model(source)
+        networks[epoch].load_state_dict(state)
+    return Trained(task, task.data(source, config["seed"]), config, path.resolve().parent.name, networks)

@@ -1,10 +1,11 @@
 """RTE: does the first sentence entail the second? BERT is fine-tuned to tell (Table 3, Figure 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, tensor
 from torch.utils.data import StackDataset
 
 from recipes.engine.schedules import linear
@@ -18,26 +19,29 @@ except ImportError as error:
     raise Missing('RTE needs transformers and datasets: pip install -e ".[paper]".') from error
 
 MAX_LENGTH = 128  # tokens of a pair; what is longer is cut, what is shorter is padded
-ENTAILMENT, NO_ENTAILMENT = 0, 1
-
-# Where the numbers come from: a 768 x 2 classifier with weights of deviation 0.02 on simulated inputs of size
-# 0.8, and 60 Adam steps (learning rate 1e-3) of the smoke model, which fits its data with a lam up to 10 and
-# keeps a loss of ln 2 from 1e3 on. The effect on the pretrained network has not been measured.
+FAM = {
+    "lam": 3e6,
+    "measure": "neuronwise",
+    "mode": "exact",
+    "curvature": "hessian",
+    "detach_hessian": False,
+    "normalize": True,
+}
+# kappa / m is about 0.06 at the start: of a 768 x 2 classifier with weights of deviation 0.02 on simulated
+# inputs of size 0.8. The smoke model fits its data with a lam up to 10 in 60 steps of Adam (learning rate
+# 1e-3) and keeps a loss of ln 2 from 1e3 on. The effect on the pretrained network has not been measured.
 DIFFERENCES = (
     "lam is 3e6 in the paper and in the released code, whose regularizer is another number: it takes "
     "H[:, j, i, :] of a Hessian that is stored as (d, m, d, m), which makes it hundreds to thousands of "
-    "times smaller than kappa / m here, and detaches the Hessian. With the correct kappa / m, about 0.06 at "
-    "the start, 3e6 drowns the loss and should keep the network at chance; --lam 1 and --lam 10 let a small "
-    "model learn. The released script also clips gradients at norm 1 and uses float16, and stops at a call "
-    "of FAMreg with an argument too few, so that it does not say which measure was used."
+    "times smaller than kappa / m here, and detaches the Hessian. With the correct kappa / m 3e6 drowns the "
+    "loss; --lam 1 and --lam 10 let a small model learn. The released script also clips gradients at norm 1 "
+    "and uses float16, and stops at a call of FAMreg with an argument too few."
 )
 
 
 def rte() -> Task:
     """Fine-tuning as in the paper and transformers' run_glue.py, whose AdamW has no weight decay: Adam."""
     return Task(
-        name="rte",
-        about="bert-base-cased fine-tuned on GLUE RTE (Table 3, Figure 3)",
         data=_data,
         model=_model,
         layers=("bert.classifier",),
@@ -45,16 +49,7 @@ def rte() -> Task:
         batch_size=32,
         base="adam",
         options={"lr": 2e-5},
-        methods={
-            "fam": {
-                "lam": 3e6,
-                "measure": "neuronwise",
-                "mode": "exact",
-                "curvature": "hessian",
-                "detach_hessian": False,
-                "normalize": True,
-            }
-        },
+        methods={"fam": FAM},
         schedule=linear,
         facts={
             "network": "BERT base, 110M parameters",
@@ -76,7 +71,6 @@ class PairClassifier(nn.Module):
     """A BERT with a linear classifier on top, from a dict of token tensors to logits."""
 
     def __init__(self, bert: transformers.BertForSequenceClassification) -> None:
-        """Wrap the network."""
         super().__init__()
         self.bert = bert
 
@@ -87,62 +81,50 @@ class PairClassifier(nn.Module):
 
 
 def _model(source: Source) -> nn.Module:
-    """Return the pretrained network, or a tiny random one, with a random classifier."""
+    """The pretrained network, or a tiny random one, with a random classifier."""
     _silence()
     if source.smoke:
-        config = transformers.BertConfig(
-            vocab_size=len(_smoke_vocabulary()),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=MAX_LENGTH,
-        )
+        size: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }
+        config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=MAX_LENGTH, **size)
         return PairClassifier(transformers.BertForSequenceClassification(config))
     folder = _pretrained(source)
     return PairClassifier(transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=2))
 
 
 def _data(source: Source, seed: int) -> Data:
-    """Return the training set and the development set, the only other one with labels."""
+    """The training set and the development set, the only other one with labels."""
     _silence()
     if source.smoke:
-        splits = _smoke_splits()
-        tokenizer = transformers.BertTokenizer(vocab=_smoke_vocabulary(), do_lower_case=False)
+        vocabulary = {token: number for number, token in enumerate(WORDS)}
+        tokenizer = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=False)
+        train, development = PAIRS[::2], PAIRS[1::2]
     else:
-        splits = _glue_splits(source)
         tokenizer = transformers.BertTokenizer.from_pretrained(_pretrained(source))
-    return Data(
-        train=_samples(splits["train"], tokenizer),
-        evaluation={"development": _samples(splits["validation"], tokenizer)},
-    )
+        train, development = (_glue(source, split) for split in ("train", "validation"))
+    return Data(_samples(train, tokenizer), {"development": _samples(development, tokenizer)})
 
 
-def _samples(split: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase) -> Samples:
-    """Tokenise all pairs: samples of (dict of token tensors, label)."""
-    columns = split[:]
-    tokens = tokenizer(
-        columns["sentence1"],
-        columns["sentence2"],
-        padding="max_length",
-        truncation=True,
-        max_length=MAX_LENGTH,
-        return_tensors="pt",
-    )
-    return StackDataset(StackDataset(**tokens), split.with_format("torch")["label"][:])
+Pairs = Sequence[tuple[str, str, int]]  # premise, hypothesis, label
 
 
-# Real data and weights, from the Hugging Face hub
+def _samples(pairs: Pairs, tokenizer: transformers.PreTrainedTokenizerBase) -> Samples:
+    """Samples of (dict of token tensors, label)."""
+    premises, hypotheses, labels = zip(*pairs, strict=True)
+    padding: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": MAX_LENGTH}
+    tokens = tokenizer([*premises], [*hypotheses], return_tensors="pt", **padding)
+    return StackDataset(StackDataset(**tokens), tensor(labels))  # type: ignore[arg-type]
 
 
-def _glue_splits(source: Source) -> dict[str, datasets.Dataset]:
+def _glue(source: Source, split: str) -> Pairs:
     folder = _from_hub(source, "nyu-mll/glue", "dataset", ["rte/train-*", "rte/validation-*"]) / "rte"
-    return {
-        split: datasets.Dataset.from_parquet(
-            [str(file) for file in folder.glob(f"{split}-*.parquet")], cache_dir=str(_cache(source))
-        )
-        for split in ("train", "validation")
-    }
+    files = [str(file) for file in folder.glob(f"{split}-*.parquet")]
+    columns = datasets.Dataset.from_parquet(files, cache_dir=str(_cache(source)))[:]
+    return list(zip(columns["sentence1"], columns["sentence2"], columns["label"], strict=True))
 
 
 def _pretrained(source: Source) -> Path:
@@ -151,7 +133,7 @@ def _pretrained(source: Source) -> Path:
 
 
 def _from_hub(source: Source, repository: str, kind: str, files: list[str]) -> Path:
-    """Return the folder with a repository's files; the hub is asked only if a download is wanted."""
+    """The folder with a repository's files; the hub is asked only if a download is wanted."""
     try:
         folder = Path(
             snapshot_download(
@@ -165,10 +147,7 @@ def _from_hub(source: Source, repository: str, kind: str, files: list[str]) -> P
         if not all(any(folder.glob(pattern)) for pattern in files):
             raise FileNotFoundError(f"{folder} is incomplete")  # an interrupted download
     except Exception as error:  # of the file system, the hub or one of its transports: no common class
-        if source.download:
-            remedy = "it could not be downloaded from huggingface.co, check the connection."
-        else:
-            remedy = "fetch it with --download."
+        remedy = "it could not be downloaded, check the connection." if source.download else "--download it."
         raise Missing(f"{repository} is missing from {_cache(source)}: {remedy}") from error
     return folder
 
@@ -184,26 +163,12 @@ def _silence() -> None:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-# Smoke data: generated pairs in the columns of GLUE
-
-
-def _smoke_splits() -> dict[str, datasets.Dataset]:
-    pairs = [
-        (f"the {animal} {deed} in the {place}", f"{article} {animal} {deed}", label)
-        for article, label in (("the", ENTAILMENT), ("no", NO_ENTAILMENT))
-        for animal, deed in product(("dog", "cat"), ("sleeps", "eats"))
-        for place in ("house", "garden", "street")
-    ]
-    premises, hypotheses, labels = zip(*pairs, strict=True)
-    columns = {"sentence1": premises, "sentence2": hypotheses, "label": labels, "idx": range(len(pairs))}
-    everything = datasets.Dataset.from_dict(columns)
-    return {
-        "train": everything.shard(2, 0, contiguous=False),
-        "validation": everything.shard(2, 1, contiguous=False),
-    }
-
-
-def _smoke_vocabulary() -> dict[str, int]:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = ["the", "no", "in", "dog", "cat", "sleeps", "eats", "house", "garden", "street"]
-    return {token: number for number, token in enumerate(special + words)}
+# A smoke test's pairs: "the dog sleeps in the house" entails "the dog sleeps" (0), not "no dog sleeps" (1).
+PAIRS: Pairs = [
+    (f"the {animal} {deed} in the {place}", f"{article} {animal} {deed}", label)
+    for label, article in enumerate(("the", "no"))
+    for animal, deed in product(("dog", "cat"), ("sleeps", "eats"))
+    for place in ("house", "garden", "street")
+]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = (*SPECIAL, *("the", "no", "in", "dog", "cat", "sleeps", "eats", "house", "garden", "street"))

@@ -1,7 +1,5 @@
 """Completing the shape of skulls with a 3D autoencoder: the paper's Table 2 and Figures 1 and 2.
 
-Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2307.02337).
-
 The network sees a skull with a defect and gives back the complete skull. It is trained on one kind of defect
 and evaluated on one set of other skulls, each with two defects: one of this kind, one of another.
 
@@ -36,7 +34,7 @@ try:
 except ImportError as error:
     raise Missing(f'the task "skulls" needs {error.name}: pip install -e ".[paper]"') from error
 
-LATENT = 8
+LATENT = 8  # numbers of the code, from which a linear layer makes 64
 TRAINED = {"defective": "round"}  # folder -> defect of the generated shells
 EVALUATED = {"same_defect": "round", "other_defect": "window"}
 
@@ -74,21 +72,14 @@ Norm.add_factory_callable("instance_as_groups", lambda spatial_dims: InstanceNor
 class LatentAutoEncoder(AutoEncoder):
     """Stride-2 convolutions, two linear layers with a latent code between them, as many deconvolutions."""
 
-    def __init__(self, channels: tuple[int, ...], size: int, latent: int = LATENT) -> None:
+    def __init__(self, setting: Setting) -> None:
         """Build the network for volumes ``(N, 1, size, size, size)``; it returns logits of that shape."""
-        strides = (2,) * len(channels)
-        super().__init__(
-            spatial_dims=3,
-            in_channels=1,
-            out_channels=1,
-            channels=channels,
-            strides=strides,
-            norm="instance_as_groups",
-        )
-        self.code_size = size // 2 ** len(channels)
-        features = channels[-1] * self.code_size**3
-        self.to_latent = nn.Linear(features, latent)
-        self.from_latent = nn.Linear(latent, features)
+        strides = (2,) * len(setting.channels)
+        super().__init__(3, 1, 1, setting.channels, strides, norm="instance_as_groups")
+        self.code_size = setting.size // 2 ** len(strides)
+        features = setting.channels[-1] * self.code_size**3
+        self.to_latent = nn.Linear(features, LATENT)
+        self.from_latent = nn.Linear(LATENT, features)
 
     def forward(self, volumes: Tensor) -> Tensor:
         """Return the logits of the complete skulls."""
@@ -96,11 +87,6 @@ class LatentAutoEncoder(AutoEncoder):
         code = self.from_latent(latent).relu().unflatten(1, (-1, *[self.code_size] * 3))
         logits: Tensor = self.decode(code)
         return logits
-
-
-def network(setting: Setting) -> nn.Module:
-    """The autoencoder; from its code of 8 numbers a linear layer makes 64, in either size."""
-    return LatentAutoEncoder(setting.channels, setting.size)
 
 
 def stored(source: Source, setting: Setting) -> Data:
@@ -169,19 +155,16 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
 
     An empty prediction has no distance to anything: it counts as the volume's diagonal.
     """
-    dsc: list[Tensor] = []
-    hd: list[Tensor] = []
-    hd95: list[Tensor] = []
+    columns: dict[str, list[Tensor]] = {"dsc": [], "hd": [], "hd95": []}
     for inputs, targets in batches:
         predictions = (model(inputs) > 0).float()  # logits: a probability over 1/2
-        dsc.append(compute_dice(predictions, targets))
+        columns["dsc"].append(compute_dice(predictions, targets))
         diagonal = targets.shape[-1] * 3**0.5
-        for distances, percentile in ((hd, None), (hd95, 95)):
+        for name, percentile in (("hd", None), ("hd95", 95)):
             distance = compute_hausdorff_distance(
                 predictions, targets, include_background=True, percentile=percentile
             )
-            distances.append(distance.nan_to_num(nan=diagonal, posinf=diagonal))
-    columns = {"dsc": dsc, "hd": hd, "hd95": hd95}
+            columns[name].append(distance.nan_to_num(nan=diagonal, posinf=diagonal))
     return {name: torch.cat(values).flatten().tolist() for name, values in columns.items()}
 
 
@@ -201,13 +184,9 @@ def skulls(small: bool = False) -> Task:
             return generated(SMOKE if source.smoke else SMALL)
         return stored(source, setting)
 
-    instead = ", 20 generated shells of 32 x 32 x 32 voxels instead of 100 skulls of 64 x 64 x 64"
     return Task(
-        name="skulls-small" if small else "skulls",
-        about="a 3D autoencoder completes skulls with a defect (paper: Table 2, Figures 1 and 2)"
-        + (instead if small else ""),
         data=data,
-        model=lambda source: network(SMOKE if source.smoke else setting),
+        model=lambda source: LatentAutoEncoder(SMOKE if source.smoke else setting),
         layers=("from_latent",),
         epochs=160 if small else 200,
         batch_size=1,
@@ -222,7 +201,7 @@ def skulls(small: bool = False) -> Task:
                 "n_samples": 1,
                 "curvature": "hessian",
                 "detach_hessian": False,
-            },
+            }
         },
         schedule=constant,
         loss=DiceLoss(sigmoid=True, squared_pred=True),  # Milletari et al.; the mean over the skulls

@@ -90,8 +90,6 @@ def cifar10() -> Task:
     """ResNet-18 on CIFAR10."""
     train = transform(v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), **CIFAR)
     return Task(
-        name="cifar10",
-        about="ResNet-18 with a CIFAR stem on CIFAR10 (paper, Table 1)",
         data=pair("cifar10", datasets.CIFAR10, train, transform(**CIFAR), 32, 10),
         model=lambda source: resnet18_cifar(),
         layers=("fc",),
@@ -132,8 +130,6 @@ def cifar100() -> Task:
         return network
 
     return Task(
-        name="cifar100",
-        about="EfficientNet-B7 with ImageNet weights on CIFAR100 at 224 x 224 (paper, Table 1)",
         data=pair("cifar100", datasets.CIFAR100, train, transform(resize, **IMAGENET), 32, 100),
         model=model,
         layers=("classifier.2",),
@@ -141,10 +137,7 @@ def cifar100() -> Task:
         batch_size=32,
         base="adam",
         options={"lr": 1e-6, "weight_decay": 1e-5},
-        methods={
-            "fam": {"lam": 1.0, **FAM},
-            "sam": {"base": "nesterov", "lr": 1e-5, "weight_decay": 1e-4},
-        },
+        methods={"fam": {"lam": 1.0, **FAM}, "sam": {"base": "nesterov", "lr": 1e-5, "weight_decay": 1e-4}},
         schedule=cosine,
         facts={
             "network": "EfficientNet-B7, ImageNet weights",
@@ -165,6 +158,30 @@ def cifar100() -> Task:
     )
 
 
+def wide_resnet(
+    data: Callable[[Source, int], Data], batch_size: int, epochs: int, lr: float, **own: Any
+) -> Task:
+    """What SVHN and Fashion-MNIST share: WideResNet-28-10, its smallest relative for a smoke test."""
+    facts = {
+        "network": "WideResNet-28-10, one more layer of 64 neurons",
+        "dropout": "0.3",
+        **own.pop("facts"),
+    }
+    return Task(
+        data=data,
+        model=lambda source: WideResNet(10, 1) if source.smoke else WideResNet(28, 10),
+        layers=("head",),
+        epochs=epochs,
+        batch_size=batch_size,
+        base="nesterov",
+        options={"lr": lr, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+        methods={"fam": {"lam": 0.1, **FAM}},
+        schedule=Steps(0.3, 0.6, 0.8, factor=0.2),
+        facts={**facts, "loss": "cross-entropy", "seeds": "any (--seeds)"},
+        **own,
+    )
+
+
 def svhn() -> Task:
     """WideResNet-28-10 on SVHN."""
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.SVHN)
@@ -174,26 +191,10 @@ def svhn() -> Task:
     def make(folder: str, train: bool, **options: Any) -> Any:
         return datasets.SVHN(folder, "train" if train else "test", **options)
 
-    return Task(
-        name="svhn",
-        about="WideResNet-28-10 with a penultimate layer of 64 neurons on SVHN (paper, Table 1)",
-        data=pair("svhn", make, train, transform(**CIFAR), 32, 10),
-        model=wide_resnet,
-        layers=("head",),
-        epochs=100,
-        batch_size=128,
-        base="nesterov",
-        options={"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-        methods={"fam": {"lam": 0.1, **FAM}},
-        schedule=Steps(0.3, 0.6, 0.8, factor=0.2),
-        facts={
-            "network": "WideResNet-28-10, one more layer of 64 neurons",
-            "dropout": "0.3",
-            "input": "AutoAugment SVHN, random crop, flip, cutout 1 x 16",
-            "normalisation": "CIFAR10's",
-            "loss": "cross-entropy",
-            "seeds": "any (--seeds)",
-        },
+    return wide_resnet(
+        pair("svhn", make, train, transform(**CIFAR), 32, 10),
+        *(128, 100, 0.1),
+        facts={"input": "AutoAugment SVHN, random crop, flip, cutout 1 x 16", "normalisation": "CIFAR10's"},
         paper=("network", "input", *BASE, "fam lam", *FAM_PAPER),
         code=("dropout", "normalisation", *CODE),
         differences=f"{RELEASED}; it has lam 0.2 (--lam 0.2) and cuts out before it normalises.",
@@ -210,35 +211,15 @@ def fashion_mnist() -> Task:
         folder = Path(smoke_fashion_mnist().name) if source.smoke else source.folder
         return both("Fashion-MNIST", datasets.FashionMNIST, folder, train, test, source)
 
-    return Task(
-        name="fashion-mnist",
-        about="WideResNet-28-10 with a penultimate layer of 64 neurons on Fashion-MNIST (paper, Table 1)",
-        data=data,
-        model=wide_resnet,
-        layers=("head",),
-        epochs=200,
-        batch_size=64,
-        base="nesterov",
-        options={"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-        methods={"fam": {"lam": 0.1, **FAM}},
-        schedule=Steps(0.3, 0.6, 0.8, factor=0.2),
-        facts={
-            "network": "WideResNet-28-10, one more layer of 64 neurons",
-            "dropout": "0.3",
-            "input": "3 channels, 32 x 32, cutout 1 x 16, normalised by 0.5",
-            "loss": "cross-entropy",
-            "seeds": "any (--seeds)",
-        },
+    return wide_resnet(
+        data,
+        *(64, 200, 0.01),
+        facts={"input": "3 channels, 32 x 32, cutout 1 x 16, normalised by 0.5"},
         paper=("network", "input", *BASE, *FAM_PAPER),
         code=("dropout", "fam lam", *CODE),
         differences=f"{RELEASED}; it has lr 0.05 (--lr 0.05), steps of the schedule after 0.4, 0.6 and 0.8, "
         "and cuts out before it normalises.",
     )
-
-
-def wide_resnet(source: Source) -> nn.Module:
-    """WideResNet-28-10, or its smallest relative for a smoke test."""
-    return WideResNet(10, 1) if source.smoke else WideResNet(28, 10)
 
 
 @cache

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from recipes import report, train
-from recipes.engine.pictures import colours, plot_boxes, plot_curves
+from recipes.engine.pictures import plot_boxes, plot_curves
+from recipes.shared.pictures import SERIES, looks
 from recipes.shared.results import load
 
 RESULTS = Path(report.__file__).parent / "results"
@@ -88,18 +89,33 @@ def made_up(label: str, epochs: int, seed: int = 0, **history: Any) -> dict[str,
     }
 
 
-def test_every_optimizer_and_every_value_of_a_sweep_has_a_colour() -> None:
-    few = ["sgd", "nesterov", "adam", "sam", "asam", "fam", "sgd-lr=0.1", "sgd-lr=0.2"]
-    many = [f"fam-lam={number}" for number in range(20)]
-    for labels in (few, many, few + many):
-        chosen = colours([made_up(label, 1) for label in labels])
-        assert list(chosen) == labels and len(set(chosen.values())) == len(labels)
+def test_every_optimizer_and_every_value_of_a_sweep_has_its_colour_and_a_method_the_same_everywhere() -> None:
+    few = ["sgd", "sam", "asam", "fam", "fam-proximal", "sgd-lr=0.1", "fam-lam=0.2"]
+    many = [f"fam-lam={number}" for number in range(SERIES)]
+    for labels in (few, many):
+        chosen = looks(labels)
+        assert list(chosen) == labels and len({look["color"] for look in chosen.values()}) == len(labels)
+    for names in (("sam", "SAM"), ("fam-proximal", "FAM proximal"), ("plain", "SGD")):
+        assert len({tuple(looks([name])[name].values()) for name in names}) == 1
+
+
+def test_a_picture_has_at_most_eight_series_and_they_are_the_best() -> None:
+    runs = [made_up(f"fam-lam={n}", 2, test_accuracy=[50.0, 50.0 + n]) for n in range(SERIES + 3)]
+    axis = plot_curves(runs).axes[0]
+    assert {line.get_label() for line in axis.lines} == {f"fam-lam={n}" for n in range(3, SERIES + 3)}
+
+
+def test_a_run_that_failed_does_not_hide_the_others() -> None:
+    runs = [made_up(f"fam-lam={n}", 4, test_accuracy=[50.0, 70.0, 80.0, 80.0 + n]) for n in range(6)]
+    runs.append(made_up("fam-lam=9", 4, test_accuracy=[10.0] * 4))
+    low, high = plot_curves(runs).axes[0].get_ylim()
+    assert 50 < low < 80 and 85 <= high < 100
 
 
 def test_one_epoch_is_seen() -> None:
     runs = [made_up("sgd", 1, test_accuracy=[50.0]), made_up("fam", 1, test_accuracy=[51.0])]
     for axis in plot_curves(runs).axes:
-        points = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+        points = [line for line in axis.lines if line.get_marker() and len(line.get_xdata()) == 1]
         assert len(points) == 2
 
 

@@ -71,7 +71,7 @@ def test_the_loss_has_the_squared_denominator() -> None:
 def test_networks_have_about_a_million_parameters_and_a_code_of_8(
     setting: skulls.Setting, wanted: int
 ) -> None:
-    model = skulls.network(setting)
+    model = skulls.LatentAutoEncoder(setting)
     assert sum(parameter.numel() for parameter in model.parameters()) == wanted
     assert model.get_submodule("from_latent").weight.shape == (64, 8)
     volumes = torch.zeros(1, 1, *(setting.size,) * 3)

@@ -1,0 +1,45 @@
+"""The numbers before the times: the exact kappa against the mean of its random estimates."""
+
+import copy
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from recipes.benchmark.candidates import Candidate, flatness
+from recipes.shared.problem import Problem
+
+TOLERANCE = 1e-4  # relative, in float32
+
+
+def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dict[str, Any]:
+    """Of every curvature that a candidate penalises: kappa, and mean and standard error of its estimates.
+
+    Where samples interact, exact Gauss-Newton takes a product for each output: it is checked on four.
+
+    Raises:
+        AssertionError: if the two are more than five standard errors and the tolerance apart.
+    """
+    penalties = [c.settings for c in candidates if c.settings.get("mode", "exact") != "proximal"]
+    used = dict.fromkeys(s.get("curvature", "hessian") for s in penalties if s["optimizer"] == "fam")
+    result: dict[str, Any] = {}
+    for curvature in used:
+        part = problem if curvature == "hessian" else problem.part(4)
+        twins = copy.deepcopy(part), copy.deepcopy(part)  # a forward changes batch statistics
+        try:
+            (exact,) = flatness(twins[0], curvature=curvature)
+            values = flatness(twins[1], probes, curvature=curvature, mode="hutchinson")
+        except RuntimeError as error:
+            result[curvature] = {"refused": str(error)}
+            continue
+        result[curvature] = {"exact": exact, **agreement(exact, values, f"{curvature} curvature")}
+    return result
+
+
+def agreement(exact: float, values: list[float], name: str) -> dict[str, float]:
+    """Mean and standard error of the values, which must agree with the exact one."""
+    mean = statistics.fmean(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    if not abs(mean - exact) <= 5 * error + TOLERANCE * abs(exact):
+        raise AssertionError(f"{name}: expected {exact}, got {mean} +- {error}")
+    return {"mean": mean, "standard_error": error}

@@ -1,0 +1,102 @@
+"""Measures training steps against the plain one: time in turns, peak memory, and counted operations."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from recipes.benchmark.candidates import Candidate, Step
+from recipes.benchmark.memory import alive_bytes, peak_bytes
+from recipes.shared.problem import Problem
+from recipes.shared.timing import alternate, median, ratio, timed
+
+LEAST, MOST = 5, 400  # rounds, whatever they take
+Result = dict[str, Any]
+
+
+def prepared(
+    problem: Problem,
+    candidates: Mapping[str, Candidate],
+    device: torch.device,
+    *,
+    before: Callable[[nn.Module], Any] = lambda model: None,
+    counted: bool = True,
+) -> tuple[dict[str, Step], dict[str, Result]]:
+    """The candidates' steps on copies of the problem, warmed up, and their peak memory and operations.
+
+    ``before`` is called with every copy of the model. A candidate that refuses the problem has no step: its
+    result is the refusal.
+    """
+    steps: dict[str, Step] = {}
+    results: dict[str, Result] = {}
+    for label, candidate in candidates.items():
+        others = alive_bytes(device)
+        twin = copy.deepcopy(problem)
+        try:
+            step = candidate.build(twin)
+            before(twin.model)
+            period = repeated(step, candidate.period)
+            period()
+            results[label] = {"peak_bytes": peak_bytes(period, device) - others}
+            if counted:
+                results[label]["operations"] = flops(period) / candidate.period
+        except RuntimeError as error:  # a refusal is an answer too
+            results[label] = {"refused": str(error)}
+        else:
+            steps[label] = step
+    return steps, relative(results, {"memory": "peak_bytes", "count": "operations"})
+
+
+def timings(
+    steps: Mapping[str, Step], candidates: Mapping[str, Candidate], seconds: float, device: torch.device
+) -> dict[str, Result]:
+    """Median and quartiles of the ratios to the plain step of the same round, in about so many seconds.
+
+    In a round every candidate takes as many steps in a row as the longest period has, so that each is timed
+    with its share of the dear ones.
+    """
+    size = math.lcm(*(candidates[label].period for label in steps))
+    blocks = {label: repeated(step, size) for label, step in steps.items()}
+    once = sum(timed(block, device)[0] for block in blocks.values())
+    found = alternate(blocks, max(LEAST, min(MOST, int(seconds / once))), device, warm_up=0)
+    results = {}
+    for label, own in found.items():
+        middle, quartiles = ratio(own, found["plain"])
+        took = median(own)[0] / size
+        results[label] = {"ratio": middle, "quartiles": quartiles, "rounds": len(own), "seconds": took}
+    return results
+
+
+def repeated(step: Step, times: int) -> Step:
+    """So many steps as one."""
+
+    def several() -> None:
+        for _ in range(times):
+            step()
+
+    return step if times == 1 else several
+
+
+def relative(results: Mapping[str, Result], names: Mapping[str, str]) -> dict[str, Result]:
+    """The results with each quantity relative to the plain step's beside it."""
+    plain = results["plain"]
+    return {
+        label: {**own, **{name: own[of] / plain[of] for name, of in names.items() if of in own}}
+        for label, own in results.items()
+    }
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Operations of matrix products and convolutions in a call: two per multiplication."""
+
+    def addmm_(total: Sequence[int], a: Sequence[int], b: Sequence[int], **rest: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]  # which torch's table leaves out
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counted:
+        call()
+    total: int = counted.get_total_flops()
+    return total

@@ -1,0 +1,144 @@
+"""How flat every layer of a trained network is: kappa as bars by layer, and over training.
+
+    python -m recipes.flatness runs/quickstart/sgd/seed0 runs/quickstart/fam/seed0
+    python -m recipes.train quickstart --optimizer fam --mode proximal --keep 2    # keeps every second epoch
+    python -m recipes.flatness --smoke
+
+Runs are folders of ``recipes.train`` or ``recipes.quickstart``. Of each network kappa is that of Gauss-Newton
+curvature, on the first training samples. Where a folder has networks of several epochs, a second panel shows
+kappa by epoch, of the first such run.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.table import Table
+from torch import nn
+
+from fam_optim import dataset_relative_flatness, weight_layers
+from recipes.engine.batches import first, ordered
+from recipes.engine.optimizers import GAUSS_NEWTON, settings
+from recipes.engine.task import Source
+from recipes.engine.training import Conditions, train
+from recipes.shared.command import Options, Recipe, fresh, out
+from recipes.shared.pictures import SERIES, legend_above, looks, panels, tidy
+from recipes.shared.results import CPU
+from recipes.shared.tables import table as make_table
+from recipes.tasks import Trained, load_task, trained
+
+
+def by_layer(model: nn.Module, loss: Any, batches: Any) -> dict[str, float]:
+    """kappa of every weight layer by name."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        names[layer]: dataset_relative_flatness(model, layer, loss, batches, **GAUSS_NEWTON).item()
+        for layer in weight_layers(model)
+    }
+
+
+def runs_asked(options: Options) -> list[Trained]:
+    """The runs of the command line; for a smoke test two that are trained for two epochs."""
+    folders = options.runs
+    if not folders and options.smoke:
+        task, folders = load_task("quickstart"), []
+        for optimizer in ("sgd", "fam"):
+            conditions = Conditions(0, 2, task.batch_size, Source(smoke=True), CPU, keep=1)
+            folders.append(fresh(out(options) / "runs" / optimizer / "seed0"))
+            train(task, settings(task, optimizer, {}), conditions, folders[-1])
+    if not folders:
+        raise ValueError(
+            "expected the folder of one run or more, such as runs/quickstart/fam/seed0, or --plot"
+        )
+    return [trained(folder, options.data) for folder in folders]
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """One row per run, epoch and layer."""
+    rows = []
+    for run in runs_asked(options):
+        batches = ordered(first(run.data.train, run.task.kappa_samples), run.config["batch_size"])
+        of = {"task": run.config["task"], "label": run.label, "seed": run.config["seed"]}
+        for epoch, model in run.networks.items():
+            kappas = by_layer(model, run.task.loss, batches)
+            rows += [
+                {**of, "epoch": epoch, "layer": layer, "kappa": kappa} for layer, kappa in kappas.items()
+            ]
+    return rows
+
+
+def by_run(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each run."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        grouped.setdefault(f"{run['label']}, seed {run['seed']}", []).append(run)
+    return grouped
+
+
+def ends(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """kappa by layer after the last epoch, of every run."""
+    return {
+        name: {row["layer"]: row["kappa"] for row in rows if row["epoch"] == rows[-1]["epoch"]}
+        for name, rows in by_run(runs).items()
+    }
+
+
+def table(runs: Sequence[dict[str, Any]]) -> Table:
+    """A row per layer, a column per run."""
+    last = ends(runs)
+    layers = dict.fromkeys(layer for kappas in last.values() for layer in kappas)
+    rows = [
+        [layer, *(f"{kappas[layer]:.4g}" if layer in kappas else "" for kappas in last.values())]
+        for layer in layers
+    ]
+    return make_table("layer", *last, title="kappa after the last epoch", rows=rows)
+
+
+def plot(results: Mapping[str, Any]) -> Figure:
+    """Bars by layer, a colour per run; beside them kappa by epoch, a line per layer, where it is known."""
+    runs = results["runs"]
+    last = dict(list(ends(runs).items())[:SERIES])
+    layers = list(dict.fromkeys(layer for kappas in last.values() for layer in kappas))
+    course = next((rows for rows in by_run(runs).values() if rows[0]["epoch"] < rows[-1]["epoch"]), None)
+    columns = 2 if course else 1
+    figure, axes = panels(1, columns, 1.5 + 4 * columns, 1.4 + 0.3 * max(8, len(layers)))
+    bars, height = axes[0, 0], 0.8 / len(last)
+    for number, (name, look) in enumerate(looks(last).items()):
+        places = np.arange(len(layers)) + height * (number - (len(last) - 1) / 2)
+        values = [last[name].get(layer, np.nan) for layer in layers]
+        bars.barh(places, values, height, color=look["color"], label=name)
+    bars.set_yticks(range(len(layers)), layers)
+    bars.set_ylim(len(layers) - 0.5, -0.5)
+    bars.set_xlabel("kappa (in the unit of the loss)")
+    tidy(bars, "after the last epoch", log="x")
+    if course:
+        draw_course(axes[0, 1], course)
+    legend_above(figure, bars, 3)
+    return figure
+
+
+def draw_course(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """kappa by epoch, of at most eight layers, the steepest at the end."""
+    end = {row["layer"]: row["kappa"] for row in rows}
+    shown = sorted(end, key=lambda layer: -end[layer])[:SERIES]
+    for layer, look in looks(shown).items():
+        own = [row for row in rows if row["layer"] == layer]
+        axis.plot([r["epoch"] for r in own], [r["kappa"] for r in own], **look, markersize=4)
+        axis.annotate(f" {layer}", (own[-1]["epoch"], own[-1]["kappa"]), fontsize=7, color=look["color"])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="epoch (number)", ylabel="kappa (in the unit of the loss)")
+    tidy(axis, f"{rows[0]['label']}, seed {rows[0]['seed']}, by layer", log="y")
+
+
+OF_RUNS: dict[str, dict[str, Any]] = {
+    "runs": {"nargs": "*", "type": Path, "help": "folders such as runs/quickstart/fam/seed0"},
+    "--data": {"type": Path, "default": Path("data"), "help": "folder of the data sets"},
+}
+RECIPE = Recipe("flatness", __doc__, measure, table, plot, OF_RUNS)
+main = RECIPE.main
+
+if __name__ == "__main__":
+    main()
