@@ -506,7 +506,7 @@ def data_for(rows: int, classes: int) -> dict[str, Tensor]:
         "binary": (torch.rand(rows, classes) > 0.5).float(),
         "class_weight": 0.2 + torch.rand(classes),
         "row_weight": 0.2 + torch.rand(rows),
-        "signed_weight": torch.randn(rows),
+        "signed_weight": torch.randn(rows).abs() * (2 * (index % 2) - 1),
         "log_variance": torch.randn(rows),
         "prior": torch.randn(classes),
         "distance": torch.rand(rows),
