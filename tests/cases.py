@@ -14,7 +14,6 @@ import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
-from heapq import heapify, heappop, heappush
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +25,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import observe
-from tests.support import seeded
+from tests.support import covering, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -829,28 +828,6 @@ def pairs(layer: Layer, tail: Tail, loss: Loss) -> set[tuple[object, ...]]:
         (None, direct, loss.name),
     }
     return shown | ({(layer.name, direct, loss.family)} if loss.family == "softmax" else set())
-
-
-Item = TypeVar("Item")
-
-
-def covering(items: Iterable[Item], shown: Callable[[Item], Iterable[object]]) -> list[Item]:
-    """A few of the items that together show what all show: each adds the most to those before it."""
-    listed = list(items)
-    missing = [set(shown(item)) for item in listed]
-    queue = [(-len(new), i) for i, new in enumerate(missing)]
-    heapify(queue)
-    seen: set[object] = set()
-    chosen = []
-    while queue:
-        added, i = heappop(queue)
-        missing[i] -= seen
-        if len(missing[i]) == -added:
-            chosen.append(listed[i])
-            seen |= missing[i]
-        elif missing[i]:
-            heappush(queue, (-len(missing[i]), i))
-    return chosen
 
 
 def each(case: Case) -> Iterable[object]:

@@ -15,8 +15,9 @@ from fam_optim.estimators.curvature import Curvature
 from fam_optim.estimators.rows import Grouping, shown_independent
 from fam_optim.graph import independence
 from fam_optim.graph.trace import find_tail
-from tests.cases import GRID, Case, covering, each, observed
+from tests.cases import GRID, Case, each, observed
 from tests.special_cases import SPECIAL
+from tests.support import covering
 
 if TYPE_CHECKING:
     from collections.abc import Callable
