@@ -1,7 +1,8 @@
 """The cases: layers x tails x losses, all tiny.
 
 A row of `LAYERS`, `TAILS` or `LOSSES` is one thing that may stand before, behind or above a layer, and
-`GRID` crosses them. What fits no grid is in `tests/special_cases.py`.
+`GRID` crosses them: not all with all, but so that each two that can fail together meet (`pairs`).
+What fits no grid is in `tests/special_cases.py`.
 
 Outputs travel as one of five *kinds*, which say where the class axis is: "features" (N, C), "vector"
 (C,), "tokens" (N, ..., C), "maps" (N, C, *space) and "map" (C, *space).
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import zlib
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import observe
-from tests.support import seeded
+from tests.support import covering, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -102,6 +104,7 @@ class Case:
         finite_differences: False where the value depends on the parameters also through something
             that is computed without gradient, which finite differences see and gradients do not.
         modes: the deterministic modes that the layer supports.
+        parts: the layer, the tail and the loss of which a case of the grid consists.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Case:
     whole_gradient: bool = True
     finite_differences: bool = True
     modes: tuple[str, ...] = ("full", "exact")
+    parts: tuple[Any, ...] = ()
 
     def problem(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Problem:
         return seeded_by(self.name, self.build).to(device=device, dtype=dtype)
@@ -244,6 +248,14 @@ LAYERS = [
 # -------------------------------------------------------------------------------------------- tails
 
 
+Row = TypeVar("Row", "Tail", "Loss")
+
+
+def families(**tables: list[Row]) -> list[Row]:
+    """Rows of several tables in one, each with the name of its table."""
+    return [replace(row, family=name) for name, table in tables.items() for row in table]
+
+
 @dataclass(frozen=True)
 class Tail:
     """What stands behind a layer.
@@ -254,6 +266,7 @@ class Tail:
         kinds: the kinds of z that it takes.
         to: the kind of its output, if another.
         fits: whether it can be built for these z and phi.
+        family: the tails among which it stands.
     """
 
     name: str
@@ -265,6 +278,7 @@ class Tail:
     to: str | None = None
     fits: Callable[[Tensor, Tensor], bool] = field(default=lambda z, phi: True, repr=False)
     whole_gradient: bool = True
+    family: str = ""
 
 
 def plain(name: str, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tail:
@@ -370,8 +384,8 @@ def same_shape(z: Tensor, phi: Tensor) -> bool:
 ROWS, TOKENS, MAPS = ("features", "vector", "tokens"), ("tokens",), ("maps",)
 NORMED, CHANNELED, BATCHES = ("features", "tokens"), ("features", "maps"), ("features", "tokens", "maps")
 
-TAILS = [
-    plain("identity", lambda z: z),
+NONE = [plain("identity", lambda z: z)]
+ELEMENTWISE = [
     plain("tanh", torch.tanh),
     plain("relu", F.relu),
     plain("relu_inplace", lambda z: F.relu(z, inplace=True)),
@@ -382,16 +396,31 @@ TAILS = [
     plain("square", torch.square),
     plain("dropout", lambda z: F.dropout(z, 0.4)),
     plain("glu", lambda z: F.glu(z, -1), ROWS, fits=lambda z, phi: z.shape[-1] % 2 == 0),
+    plain("checkpointed_tanh", lambda z: checkpoint(torch.tanh, z, use_reentrant=False)),
+]  # fmt: skip
+# Of a softmax, still its logits. What is learned is the identity now, but not for long: kappa is what it is
+# without it, its gradient is not.
+AFFINE = [
     plain("inplace_shift", lambda z: z.add_(0.7)),
     plain("inplace_through_view", lambda z: z.view(-1).mul_(1.5).view_as(z)),
     plain("contiguous_copy", lambda z: z.transpose(0, -1).contiguous().transpose(0, -1)),
-    plain("checkpointed_tanh", lambda z: checkpoint(torch.tanh, z, use_reentrant=False)),
+    Tail("residual_inplace", nothing, lambda module, z, phi: z.add_(phi), fits=same_shape),
+    plain("first_token", lambda z: z.flatten(1, -2)[:, 0], TOKENS, "features"),
+    Tail("learned_bias", learned(lambda z: torch.randn(z.shape[-1])), lambda t, z, phi: z + t.weight),
+    Tail("learned_scale_of_one", learned(lambda z: torch.ones(())), lambda t, z, phi: z * t.weight),
+]  # fmt: skip
+MATRICES = [
     Tail("linear", lambda z: nn.Linear(z.shape[-1], 3), kinds=ROWS),
     Tail("mlp", mlp, kinds=NORMED),
     Tail("conv", one_by_one, kinds=MAPS),
     Tail("conv_unbatched", lambda z: one_by_one(z, batched=False), kinds=("map",)),
     Tail("segmentation_head", lambda z: nn.Sequential(nn.Tanh(), nn.Conv2d(z.shape[1], 3, 3, padding=1)),
          kinds=MAPS, fits=lambda z, phi: z.dim() == 4),
+    Tail("residual", nothing, lambda module, z, phi: torch.tanh(phi + z), fits=same_shape),
+    Tail("learned_matrix_of_one", identity_matrix, kinds=ROWS),
+    Tail("adapter_of_zero", adapter, lambda module, z, phi: z + module(z), ROWS),
+]  # fmt: skip
+NORMS = [
     Tail("layer_norm", layer_norm, kinds=ROWS),
     Tail("layer_norm_of_maps", lambda z: nn.LayerNorm(z.shape[1:]), kinds=MAPS),
     Tail("layer_norm_no_affine_linear", lambda z: nn.Sequential(
@@ -401,6 +430,9 @@ TAILS = [
     Tail("group_norm", lambda z: nn.GroupNorm(2 if z.shape[1] % 4 == 0 else 1, z.shape[1]), kinds=CHANNELED),
     Tail("batch_norm_train", batch_norm, kinds=CHANNELED, fits=several_samples, whole_gradient=False),
     Tail("batch_norm_eval", lambda z: batch_norm(z).eval(), kinds=CHANNELED),
+]  # fmt: skip
+# Of positions or of samples. The last two couple samples not at all, and less than single precision can see.
+MIXING = [
     Tail("multihead_attention", lambda z: nn.MultiheadAttention(z.shape[-1], 1, batch_first=True),
          lambda module, z, phi: module(z, z, z, need_weights=True)[0], TOKENS, fits=one_axis_of_tokens),
     plain("causal_attention", lambda z: attend(z, z, z, is_causal=True), TOKENS),
@@ -410,22 +442,16 @@ TAILS = [
          fits=lambda z, phi: phi.shape[-1] == 3),
     Tail("gru", lambda z: nn.GRU(z.shape[-1], 3, batch_first=True), lambda module, z, phi: module(z)[0],
          TOKENS, fits=one_axis_of_tokens),
-    Tail("residual", nothing, lambda module, z, phi: torch.tanh(phi + z), fits=same_shape),
-    Tail("residual_inplace", nothing, lambda module, z, phi: z.add_(phi), fits=same_shape),
     plain("mean_over_tokens", mean_pool, TOKENS, "features"),
     plain("mean_over_space", lambda z: z.flatten(2).mean(-1), MAPS, "features"),
     Tail("max_pool_flatten_linear", lambda z: nn.Linear(z[0, ..., 0].numel(), 3),
          lambda module, z, phi: module(F.relu(z).amax(-1).flatten(1)), MAPS, "features"),
-    plain("first_token", lambda z: z.flatten(1, -2)[:, 0], TOKENS, "features"),
-    Tail("learned_bias", learned(lambda z: torch.randn(z.shape[-1])), lambda t, z, phi: z + t.weight),
-    # The identity now, but not for long: kappa is what it is without them, its gradient is not.
-    Tail("learned_scale_of_one", learned(lambda z: torch.ones(())), lambda t, z, phi: z * t.weight),
-    Tail("learned_matrix_of_one", identity_matrix, kinds=ROWS),
-    Tail("adapter_of_zero", adapter, lambda module, z, phi: z + module(z), ROWS),
     Tail("coupling_of_zero", learned(lambda z: torch.zeros(())), couple, BATCHES),
-    # Samples interact, but less than single precision can see.
     Tail("coupling_too_weak_to_see", learned(lambda z: torch.tensor(1e-5)), couple, BATCHES),
 ]  # fmt: skip
+TAILS = families(
+    none=NONE, elementwise=ELEMENTWISE, affine=AFFINE, matrices=MATRICES, norms=NORMS, mixing=MIXING
+)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -439,6 +465,7 @@ class Loss:
         function: of the predictions and the problem, which carries the data of `data_for`.
         learned: which of these data are parameters of the loss.
         classes: how many classes it needs.
+        family: the losses among which it stands.
     """
 
     name: str
@@ -448,6 +475,7 @@ class Loss:
     classes: int = 2
     by_rows: bool = True
     finite_differences: bool = True
+    family: str = ""
 
 
 def as_rows(out: Tensor, kind: str) -> Tensor:
@@ -477,7 +505,7 @@ def data_for(rows: int, classes: int) -> dict[str, Tensor]:
         "binary": (torch.rand(rows, classes) > 0.5).float(),
         "class_weight": 0.2 + torch.rand(classes),
         "row_weight": 0.2 + torch.rand(rows),
-        "signed_weight": torch.randn(rows),
+        "signed_weight": torch.randn(rows).abs() * (2 * (index % 2) - 1),
         "log_variance": torch.randn(rows),
         "prior": torch.randn(classes),
         "distance": torch.rand(rows),
@@ -585,8 +613,8 @@ def dense_tokens(out: Tensor, p: Problem) -> Tensor:
 
 SEVERAL = ("features", "tokens", "maps", "map")  # kinds with more than one row
 
-LOSSES = [
-    # A softmax cross-entropy per row, however written.
+# A softmax cross-entropy per row, however written.
+SOFTMAX = [
     Loss("ce", lambda z, p: CE(z, p.y), classes=1),
     Loss("ce_of_shape_one", lambda z, p: CE(z, p.y).reshape(1)),
     Loss("ce_sum", lambda z, p: CE(z, p.y, reduction="sum")),
@@ -622,7 +650,9 @@ LOSSES = [
     Loss("ce_transposed_layout", lambda z, p: CE(z.T[None], p.y[None])),
     Loss("kl_to_teacher", teacher),
     Loss("ce_plus_kl", lambda z, p: 0.5 * CE(z, p.y) + 0.5 * teacher(z, p)),
-    # Softmax cross-entropies, but not of the layer's rows as they are.
+]  # fmt: skip
+# Softmax cross-entropies, but not of the layer's rows as they are.
+SOFTMAX_OF_OTHERS = [
     Loss("ce_masked_classes", masked_classes),
     Loss("ce_logit_adjusted", lambda z, p: CE(z + p.prior, p.y)),
     Loss("ce_logit_adjustment_learned", lambda z, p: CE(z + p.prior, p.y), learned=("prior",)),
@@ -649,7 +679,9 @@ LOSSES = [
     Loss("ce_difference_of_rows", lambda z, p: CE(z - z.roll(1, 0), p.y), SEVERAL),
     Loss("ce_mean_of_rows", lambda z, p: CE(z.mean(0, keepdim=True), p.y[:1]), SEVERAL),
     Loss("ce_temperature_still_one", lambda z, p: CE(z / p.one, p.y), learned=("one",)),
-    # Functions of log-probabilities, but not linear ones.
+]  # fmt: skip
+# Functions of log-probabilities, but not linear ones.
+OF_LOG_PROBABILITIES = [
     Loss("ce_power_still_one", lambda z, p: (per_row(z, p).log() * p.one).exp().mean(), learned=("one",)),
     Loss("ce_soft_maximum", lambda z, p: per_row(z, p).logsumexp(0), SEVERAL),
     Loss("ce_exponential", lambda z, p: CE(z, p.y).mul(0.5).exp()),
@@ -667,7 +699,9 @@ LOSSES = [
     Loss("ce_plus_mse", lambda z, p: CE(z, p.y) + F.mse_loss(z, p.target)),
     Loss("kl_reversed", reversed_divergence),
     Loss("js_divergence", lambda z, p: -(0.5 * (z.softmax(1) + p.soft)).log().mul(p.soft).sum(1).mean()),
-    # Others, of independent rows.
+]  # fmt: skip
+# Others, of independent rows.
+OF_ROWS = [
     Loss("mse", lambda z, p: F.mse_loss(z, p.target), classes=1),
     Loss("huber", lambda z, p: F.huber_loss(z, p.target, delta=0.8), classes=1),
     Loss("bce", lambda z, p: F.binary_cross_entropy_with_logits(z, p.binary), classes=1),
@@ -676,19 +710,32 @@ LOSSES = [
     Loss("gaussian_nll", gaussian),
     Loss("cosine", lambda z, p: -F.cosine_similarity(z + p.prior, p.target).mean()),
     Loss("dice_per_row", lambda z, p: dice(z, p, (1,)), classes=1),
-    # Rows interact.
+]  # fmt: skip
+# Rows interact.
+OF_SEVERAL_ROWS = [
     Loss("dice_over_batch", lambda z, p: dice(z, p, (0,)), SEVERAL, classes=1),
     Loss("contrastive", lambda z, p: contrastive(z), SEVERAL),
     Loss("ce_plus_contrastive", lambda z, p: CE(z, p.y) + 0.5 * contrastive(z), SEVERAL),
     Loss("rank_pairs", lambda z, p: F.softplus(z[:-1, 0] - z[1:, 0]).mean(), SEVERAL, classes=1),
-    # No curvature at all.
+]  # fmt: skip
+# No curvature at all.
+FLAT = [
     Loss("hinge", lambda z, p: F.relu(1 - z.gather(1, p.y[:, None]) + z).mean()),
     Loss("linear_loss", lambda z, p: (z * p.target).sum(), classes=1),
-    # Layouts.
+]  # fmt: skip
+# Layouts.
+LAYOUTS = [
     Loss("language_model", language_model, ("tokens",), by_rows=False),
     Loss("ce_dense_tokens", dense_tokens, ("tokens",), by_rows=False),
     Loss("ce_dense_maps", lambda out, p: CE(out, p.y.reshape(out[:, 0].shape)), MAPS, by_rows=False),
 ]  # fmt: skip
+LOSSES = families(
+    softmax=[*SOFTMAX, *LAYOUTS],
+    softmax_of_others=SOFTMAX_OF_OTHERS,
+    of_log_probabilities=OF_LOG_PROBABILITIES,
+    of_rows=[*OF_ROWS, *FLAT],
+    of_several_rows=OF_SEVERAL_ROWS,
+)
 
 
 # --------------------------------------------------------------------------------------------- grid
@@ -724,22 +771,29 @@ def build(layer: Layer, tail: Tail, loss: Loss) -> Problem:
 
 
 @cache
-@torch.no_grad()
-def predictions(layer: Layer, tail: Tail) -> tuple[str, int, int] | None:
-    """Kind, rows and classes of what the two predict, or None if they do not go together."""
-    if layer.kind not in tail.kinds:
-        return None
-    phi, kind = torch.zeros(layer.shape), tail.to or layer.kind
+def output_shape(layer: Layer) -> torch.Size:
     with torch.random.fork_rng():
-        if not tail.fits(layer.make()(phi), phi):
-            return None
-        rows, classes = as_rows(StemLayerTail(layer, tail)(phi), kind).shape
+        return layer.make()(torch.zeros(layer.shape)).shape
+
+
+@cache
+@torch.no_grad()
+def predictions(
+    tail: Tail, kind: str, input_shape: tuple[int, ...], shape: torch.Size
+) -> tuple[str, int, int] | None:
+    """Kind, rows and classes of what a tail predicts from such an output, or None if it does not fit."""
+    phi, z = torch.zeros(input_shape), torch.zeros(shape)
+    if kind not in tail.kinds or not tail.fits(z, phi):
+        return None
+    kind = tail.to or kind
+    with torch.random.fork_rng():
+        rows, classes = as_rows(tail.apply(tail.make(z), z, phi), kind).shape
     return kind, rows, classes
 
 
 def combination(layer: Layer, tail: Tail, loss: Loss) -> Case | None:
     """The case of the three, or None if they do not go together."""
-    found = predictions(layer, tail)
+    found = predictions(tail, layer.kind, layer.shape, output_shape(layer))
     if found is None:
         return None
     kind, rows, classes = found
@@ -750,29 +804,50 @@ def combination(layer: Layer, tail: Tail, loss: Loss) -> Case | None:
         lambda: build(layer, tail, loss),
         whole_gradient=tail.whole_gradient,
         finite_differences=layer.finite_differences and loss.finite_differences,
+        parts=(layer, tail, loss),
     )
 
 
+AXES = {"vector": "features", "map": "maps"}
+"""Kinds without a sample axis, and the kind whose class axis is read in the same way."""
+
+
+def pairs(layer: Layer, tail: Tail, loss: Loss) -> set[tuple[object, ...]]:
+    """What a case shows: which two of the three meet in it, one by name and one by what matters of it.
+
+    A layer's operation meets every family of tails and of losses, a tail every family of losses. A loss is
+    recognised in every layout, right on a layer and behind a tail. A softmax is right on every layer.
+    """
+    direct = tail.family == "none"
+    shown: set[tuple[object, ...]] = {
+        (layer.name, tail.family, None),
+        (layer.name, None, loss.family),
+        (layer.kind, tail.name, None),
+        (None, tail.name, loss.family),
+        (AXES.get(layer.kind, layer.kind), None, loss.name),
+        (None, direct, loss.name),
+    }
+    return shown | ({(layer.name, direct, loss.family)} if loss.family == "softmax" else set())
+
+
+def each(case: Case) -> Iterable[object]:
+    """What a case consists of: its three parts, or itself if it is of no grid."""
+    return case.parts or [case.name]
+
+
 def grid() -> list[Case]:
-    """Two heads x all losses; four layers x all tails x a share of the losses; every layer with
-    a diagonal cut through both, so that everything meets several partners."""
-    layers, tails, losses = ({row.name: row for row in table} for table in (LAYERS, TAILS, LOSSES))
-    wanted = {(layer, "identity", loss): None for layer in ("linear", "linear_tall") for loss in losses}
-    wanted |= {("linear_tokens", "identity", loss): None for loss in list(losses)[::2]}
-    shares = {"linear": 8, "linear_tall": 25, "linear_tokens_square": 15, "conv2d": 25}
-    for i, tail in enumerate(tails):
-        for layer, every in shares.items():
-            wanted |= {(layer, tail, loss): None for loss in list(losses)[i % every :: every]}
-    diagonal = 0
-    for i, layer in enumerate(layers):
-        wanted |= dict.fromkeys(
-            [(layer, "identity", "ce"), (layer, "identity", "mse"), (layer, "tanh", "ce")]
-        )
-        for tail in list(tails)[i % 7 :: 7]:
-            diagonal += 7
-            wanted[layer, tail, list(losses)[diagonal % len(losses)]] = None
-    found = (combination(layers[a], tails[b], losses[c]) for a, b, c in wanted)
-    return [case for case in found if case is not None]
+    """Cases that show all `pairs`, out of a quarter of all cases that there could be.
+
+    Of equals the checksum of the name chooses, so that no row is preferred.
+    """
+    possible = [
+        combination(layer, tail, loss)
+        for (i, layer), (j, tail) in product(enumerate(LAYERS), enumerate(TAILS))
+        for loss in LOSSES[(i + j) % 4 :: 4]
+    ]
+    fitting = [case for case in possible if case is not None]
+    fitting.sort(key=lambda case: zlib.crc32(case.name.encode()))
+    return covering(fitting, lambda case: pairs(*case.parts))
 
 
 GRID = grid()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from heapq import heapify, heappop, heappush
+from itertools import combinations, product
 from typing import Any, TypeVar
 
 import pytest
@@ -21,6 +23,7 @@ ROUNDING = 1e-12
 Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Tensor]
 Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 
 # ---------------------------------------------------------------------------------- networks and data
@@ -31,6 +34,30 @@ def seeded(make: Callable[[], Made], seed: int = 0) -> Made:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
+
+
+def covering(items: Iterable[Item], shown: Callable[[Item], Iterable[object]]) -> list[Item]:
+    """A few of the items that together show what all show: each adds the most to those before it."""
+    listed = list(items)
+    missing = [set(shown(item)) for item in listed]
+    queue = [(-len(new), i) for i, new in enumerate(missing)]
+    heapify(queue)
+    seen: set[object] = set()
+    chosen = []
+    while queue:
+        added, i = heappop(queue)
+        missing[i] -= seen
+        if len(missing[i]) == -added:
+            chosen.append(listed[i])
+            seen |= missing[i]
+        elif missing[i]:
+            heappush(queue, (-len(missing[i]), i))
+    return chosen
+
+
+def crossed(*axes: Iterable[Any], by: int) -> list[tuple[Any, ...]]:
+    """Combinations of the axes' values in which any values of `by` axes meet."""
+    return covering(product(*axes), lambda chosen: combinations(enumerate(chosen), by))
 
 
 BODIES: dict[str, Callable[[], list[nn.Module]]] = {

@@ -191,24 +191,6 @@ def test_files_recipes_and_tasks_that_are_named_exist(page: Path) -> None:
             assert all("usage:" in options_of(f"recipes.{cell.strip('`').split()[0]}") for cell in cells)
 
 
-def named_tests(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"`(test_\w+)::(test_\w+)`", text)
-
-
-@every_page
-def test_every_test_that_is_named_exists(page: Path) -> None:
-    for module, test in named_tests(page.read_text()):
-        (path,) = (ROOT / "tests").rglob(f"{module}.py")
-        assert f"\ndef {test}(" in path.read_text(), f"{module}::{test}"
-
-
-def test_every_line_of_what_to_know_names_its_tests() -> None:
-    found = tables(ROOT / "fam_optim" / "README.md")
-    promises = [row for table in found if table.header[-1] in ("test", "tests") for row in table.rows]
-    assert len(promises) > 40
-    assert [row[0] for row in promises if not named_tests(row[-1])] == []
-
-
 @pytest.mark.parametrize("page", ["README.md", "fam_optim/README.md", "recipes/README.md", "tests/README.md"])
 def test_no_aside_is_longer_than_a_sentence(page: str) -> None:
     prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)

@@ -15,8 +15,9 @@ from fam_optim.estimators.curvature import Curvature
 from fam_optim.estimators.rows import Grouping, shown_independent
 from fam_optim.graph import independence
 from fam_optim.graph.trace import find_tail
-from tests.cases import GRID, Case, observed
+from tests.cases import GRID, Case, each, observed
 from tests.special_cases import SPECIAL
+from tests.support import covering
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +131,7 @@ def test_random_tails() -> None:
     assert proven > 500
 
 
-@pytest.mark.parametrize("case", [*GRID[::3], *SPECIAL], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", covering([*GRID, *SPECIAL], each), ids=lambda case: case.name)
 def test_cases(case: Case) -> None:
     """And of every case: scaling directions by group scales the product likewise."""
     loss, (layer, *_) = observed(case.problem())

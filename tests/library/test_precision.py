@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fam_optim import FAM, observe, relative_flatness
 from fam_optim.graph import flags
 from tests import reference
-from tests.support import Batch, assert_same, samples, seeded
+from tests.support import Batch, assert_same, crossed, samples, seeded
 
 LOW = [torch.bfloat16, torch.float16]
 TOLERANCE = 1e-2
@@ -171,11 +171,10 @@ def check(
     assert max(errors) <= TOLERANCE, f"{what}: the gradient's errors, parameter by parameter: {errors}"
 
 
-@pytest.mark.parametrize("surplus", [0.5, 1e-2, 1e-4])
-@pytest.mark.parametrize("parameters_too", [False, True], ids=["autocast", "parameters"])
-@pytest.mark.parametrize("dtype", LOW, ids=name)
-@pytest.mark.parametrize("mode", ["exact", "hutchinson"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "mode", "dtype", "parameters_too", "surplus"),
+    crossed(NETWORKS, ["exact", "hutchinson"], LOW, [False, True], [0.5, 1e-2, 1e-4], by=3),
+)
 def test_kappa_keeps_its_digits(
     network: str, mode: str, dtype: torch.dtype, parameters_too: bool, surplus: float
 ) -> None:
