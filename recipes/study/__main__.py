@@ -49,7 +49,7 @@ def lines(path: Path) -> list[str]:
 
 def pending(stage: str, stages: dict[str, Results], tasks: Sequence[str] = tuple(TASKS)) -> list[Trial]:
     """The stage's trials that were not measured yet."""
-    return missing(stages[stage], (trial for trial in wanted(stage, stages) if trial.task in tasks))
+    return missing(list(chain(*stages.values())), (trial for trial in wanted(stage, stages) if trial.task in tasks))
 
 
 def wanted(stage: str, stages: dict[str, Results]) -> Iterator[Trial]:

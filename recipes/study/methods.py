@@ -10,21 +10,23 @@ weight among positions; there ``W' = W + sigma W Z``, Z ``(m, m)`` standard norm
 ``E <WZ, H WZ> = <W W^T, T>``.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, dropout
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fam_optim import FAM, weight_layers
 
 BASES: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sgd": (SGD, {"momentum": 0.9}),
     "adam": (Adam, {}),
+    "adamw": (AdamW, {}),
 }
 LAYERS: dict[str, Callable[[Sequence[nn.Module]], Sequence[nn.Module]]] = {
     "last": lambda layers: layers[-1:],
@@ -112,7 +114,14 @@ FORMS: dict[str, Method] = {
     "FAM, hidden, layerwise": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise"),
     "FAM, hidden, layerwise, detached": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise", **DETACHED),
 }
-METHODS = {**COMPARED, **BY_LAYERS, **OF_CONVOLUTIONS, **FORMS}
+WITHOUT_A_SEARCH: dict[str, Method] = {  # the others are above
+    "base": Method((), (), "sgd"),
+    "LookSAM, k = 5": Method(*RHO, "looksam", options={"k": 5}),
+    "LookSAM, k = 10": Method(*RHO, "looksam", options={"k": 10}),
+    "control, T = I": Method((0.1, 0.3, 1.0), (0.3,), "control", "hidden", {"every": 10}),
+    "FAM, proximal": Method((0.1, 0.2, 0.3, 0.5, 1, 2, 4), (0.3, 0.5, 1, 2), "proximal", "hidden", {"every": 10}),
+}
+METHODS = {**COMPARED, **BY_LAYERS, **OF_CONVOLUTIONS, **FORMS, **WITHOUT_A_SEARCH}
 
 
 def make_optimizer(
@@ -121,8 +130,8 @@ def make_optimizer(
     """The method's optimizer of the model's parameters."""
     optimizer, fixed = BASES[base]
     settings = {**fixed, "lr": lr, "weight_decay": weight_decay}
-    if method.kind == "sam":
-        sam: Any = SAM  # whose type asks for a class
+    if method.kind in ("sam", "looksam"):
+        sam: Any = SAM if method.kind == "sam" else LookSAM  # whose types ask for a class
         wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **settings)
         return wrapped
     if method.kind == "fam":
@@ -130,12 +139,43 @@ def make_optimizer(
         generator = torch.Generator().manual_seed(seed)
         options = {**method.options, "lam": value, "generator": generator}
         return FAM(model.parameters(), optimizer, layers, **options, **settings)
+    if method.kind == "proximal":
+        layers = list(LAYERS[method.layers](weight_layers(model)))
+        generator = torch.Generator().manual_seed(seed)
+        options = {**method.options, "mode": "proximal", "lam": value, "generator": generator}
+        return FAM(model.parameters(), optimizer, layers, **options, **settings)
+    if method.kind == "control":
+        controlled = optimizer(model.parameters(), **settings)
+        weights = [layer.weight for layer in LAYERS[method.layers](weight_layers(model))]
+        add_control(controlled, weights, value, **method.options)
+        return controlled
     if method.kind == "decay":  # its gradient is that of value * ||W||^2
         chosen = [layer.weight for layer in LAYERS[method.layers](weight_layers(model))]
         others = [p for p in model.parameters() if all(p is not w for w in chosen)]
         groups = [{"params": others}, {"params": chosen, "weight_decay": weight_decay + 2 * value}]
         return optimizer(groups, **settings)
     return optimizer(model.parameters(), **settings)
+
+
+def add_control(optimizer: Optimizer, weights: Sequence[Tensor], lam: float, every: int) -> None:
+    """The proximal step with T = I: weight decay by the trust ratio, after every so many steps.
+
+    ``W <- W / (1 + 2 c)`` with ``c = lam every ||W - W'|| / ||2 W||``, W' being W before that step.
+    """
+    steps = itertools.count(1)
+    before: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        before[:] = [w.detach().clone() for w in weights] if next(steps) % every == 0 else []
+
+    @torch.no_grad()
+    def pull(*_: Any) -> None:
+        for w, old in zip(weights, before, strict=bool(before)):
+            c = lam * every * (w - old).norm() / (2 * w.norm()).clamp_min(torch.finfo(w.dtype).tiny)
+            w.div_(1 + 2 * c)
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(pull)
 
 
 def add_hooks(method: Method, value: float, model: nn.Module) -> None:

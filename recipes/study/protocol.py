@@ -54,6 +54,20 @@ CONDITIONS = (  # the most telling first
     Condition("fashion-nobatchnorm", 0.2, "Fashion-MNIST, no BatchNorm, 20 % wrong"),
     Condition("fashion", 0.0, "Fashion-MNIST"),
     Condition("fashion-vit", 0.2, "Fashion-MNIST, transformer, 20 % wrong"),
+    Condition("fashion-resnet", 0.4, "Fashion-MNIST, ResNet, 40 % wrong"),
+    Condition("fashion-resnet", 0.0, "Fashion-MNIST, ResNet"),
+)
+CHEAP_FIRST = (
+    "diabetes",
+    "digits",
+    "finetune-200",
+    "finetune-1000",
+    "mnist1d",
+    "mnist1d-layernorm",
+    "fashion-nobatchnorm",
+    "fashion",
+    "fashion-vit",
+    "fashion-resnet",
 )
 TUNING_SEEDS = (100, 101)
 SEEDS = (5, 6, 7, 8, 9)  # of 0 to 4 test scores were known when the search became a joint one
@@ -354,6 +368,52 @@ def untuned(results: Results) -> Iterator[Trial]:
                 yield replace(one, seed=seed)
 
 
+DEFAULTS = {  # what one has who searches nothing; "noise" is a standard deviation of 4.5 %
+    "base": 0.0,
+    "SAM": 0.05,
+    "LookSAM, k = 5": 0.1,
+    "LookSAM, k = 10": 0.1,
+    "label smoothing": 0.1,
+    "noise, hidden layers": 1e-3,
+    "FAM, last layer": 8e-3,
+    "control, T = I": 0.3,
+    "FAM, proximal": 1.0,
+}
+DEFAULT_SEEDS = (*LATER_SEEDS, *MORE_SEEDS)  # no value here was chosen on them
+AT_THE_USUAL_RATE = ("fashion", "fashion-nobatchnorm", "fashion-resnet")  # SGD's best is far below it
+ADAMW = {"base": "adamw", "lr": 1e-3, "weight_decay": 0.01}
+WITH_ADAMW = (
+    ("mnist1d", 0.2),
+    ("digits", 0.4),
+    ("mnist1d-layernorm", 0.2),
+    ("fashion-nobatchnorm", 0.2),
+    ("fashion", 0.4),
+    ("fashion-vit", 0.2),
+)
+
+
+def defaults(results: Results) -> Iterator[Trial]:
+    """Every method at its default beside usual settings, seed by seed; nothing is searched but SGD's rate."""
+    for seed in DEFAULT_SEEDS:
+        for condition in sorted(CONDITIONS, key=lambda c: CHEAP_FIRST.index(c.task)):
+            yield from without_a_search(results, condition, seed)
+
+
+def without_a_search(results: Results, condition: Condition, seed: int) -> Iterator[Trial]:
+    """One condition's, with SGD and where there is time with AdamW."""
+    usual_rate = condition.task in AT_THE_USUAL_RATE
+    rate = USUAL_RATE if usual_rate else base(results, condition)["lr"]
+    bases: list[dict[str, Any]] = [{"lr": rate}]
+    if (condition.task, condition.noise) in WITH_ADAMW:
+        bases.append(ADAMW)
+    for settings, (method, value) in product(bases, DEFAULTS.items()):
+        if applies(method, condition) and method not in LATER:
+            yield trial(condition, method, value, seed, **settings, variant="defaults", tested=True)
+
+
+LATER = ("FAM, proximal",)
+
+
 def usual(results: Results, condition: Condition) -> dict[str, float]:
     """SGD's best learning rate, and the usual weight decay."""
     return {**base(results, condition), "weight_decay": DECAY}
@@ -402,6 +462,7 @@ def networks(results: Results) -> Iterator[Trial]:
 
 
 STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
+    "defaults": defaults,
     "sgd": sgd,
     "tuning": tuning,
     "layers": layers,

@@ -1,13 +1,12 @@
 """Trains one network of the study, and measures it."""
 
-import copy
 import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -16,15 +15,12 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fam_optim import dataset_relative_flatness, weight_layers
 from recipes.engine.batches import first, of_epoch, ordered
-from recipes.engine.schedules import cosine
 from recipes.engine.task import Batch, Samples
 from recipes.engine.training import seed_everything
 from recipes.study.methods import METHODS, add_hooks, make_optimizer
-from recipes.study.tasks import LOSSES, SHIFTS, TASKS, samples, shifted
+from recipes.study.tasks import LOSSES, TASKS, samples
 
-EVALUATIONS = 10  # on the validation data, evenly over the training
 FLATNESS_SAMPLES = 1000  # training samples on which kappa is measured
-SHIFTED_SAMPLES = 1000  # test samples that are disturbed
 
 
 @dataclass(frozen=True)
@@ -82,25 +78,32 @@ class Stepper:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
             return loss
 
-        if isinstance(self.optimizer, SAM):  # which wants the gradient at the weights first
+        if self._wants_gradient_first():
             closure()
         self.optimizer.step(closure)  # type: ignore[arg-type]
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
 
 
+    def _wants_gradient_first(self) -> bool:
+        """Whether the optimizer's next step begins with the gradient at the weights."""
+        if isinstance(self.optimizer, LookSAM):
+            return bool(self.optimizer.get_step() % self.optimizer.k == 0)
+        return isinstance(self.optimizer, SAM)
+
+
 def run(trial: Trial) -> dict[str, Any]:
     """Train as the trial says: its fields and what was measured; None for what is not a finite number."""
     begin = time.perf_counter()
+    result: dict[str, Any] = {**asdict(trial), "validation": math.nan}
     data = samples(trial.task, trial.noise, trial.seed)
     seed_everything(trial.seed)
     stepper = Stepper(trial)
     evaluated = stepper.evaluated
     steps = trial.epochs * len(batches(trial, data.train, 0))
-    schedule = LambdaLR(stepper.optimizer, lambda step: cosine(step / steps))
-    every = max(1, trial.epochs // EVALUATIONS)
+    factor = TASKS[trial.task].schedule
+    schedule = LambdaLR(stepper.optimizer, lambda step: factor(step / steps))
     score = SCORES[TASKS[trial.task].predicts]
-    validation, best = [-math.inf], copy.deepcopy(evaluated.state_dict())
     for epoch in range(1, trial.epochs + 1):
         seed_everything(trial.seed, epoch)
         stepper.model.train()
@@ -111,19 +114,11 @@ def run(trial: Trial) -> dict[str, Any]:
         except RuntimeError as error:  # FAM refuses a step that is not finite
             if "not finite" not in str(error):
                 raise
-            validation.append(math.nan)
             break
-        last = epoch == trial.epochs
-        if last or (trial.tested and (trial.epochs - epoch) % every == 0):
-            validation.append(score(*predict(evaluated, data.evaluation["validation"])))
-            if trial.tested and validation[-1] == max(validation):
-                best = copy.deepcopy(evaluated.state_dict())
-    result = {**asdict(trial), "validation": validation[-1]}
+    else:
+        result["validation"] = score(*predict(evaluated, data.evaluation["validation"]))
     if trial.tested:
-        test = data.evaluation["test"]
-        result |= measure(trial, evaluated, data.train, test)
-        evaluated.load_state_dict(best)
-        result["best_test_score"] = score(*predict(evaluated, test))
+        result |= measure(trial, evaluated, data.train, data.evaluation["test"])
     return {**result, "seconds": time.perf_counter() - begin}
 
 
@@ -155,7 +150,7 @@ SCORES = {"classes": accuracy, "numbers": explained}
 
 
 def measure(trial: Trial, model: nn.Module, train: Samples, test: Samples) -> dict[str, float]:
-    """Scores, losses, calibration, robustness and flatness of a trained network."""
+    """Scores, losses, calibration and flatness of a trained network."""
     task = TASKS[trial.task]
     score, loss = SCORES[task.predicts], LOSSES[task.predicts]
     result: dict[str, float] = {}
@@ -165,19 +160,7 @@ def measure(trial: Trial, model: nn.Module, train: Samples, test: Samples) -> di
     if task.predicts == "classes" and outputs.isfinite().all():
         ece = multiclass_calibration_error(outputs.softmax(1), targets, outputs.shape[1], n_bins=15)
         result["test_ece"] = 100 * ece.item()
-    if task.shifted:
-        inputs, labels = next(iter(ordered(test, SHIFTED_SAMPLES)))
-        for kind, strengths in SHIFTS.items():
-            with torch.no_grad():
-                scores = [accuracy(model(shifted(inputs, kind, s)), labels) for s in strengths]
-            result[f"{kind}_score"] = sum(scores) / len(scores)
-    return result if of_images(train) else result | flatness(trial, model, train)
-
-
-def of_images(train: Samples) -> bool:
-    """Its convolutions' kappas take long to measure, and are not reported."""
-    inputs, _ = next(iter(ordered(train, 1)))
-    return bool(inputs.dim() > 2)
+    return result | flatness(trial, model, train) if trial.variant == "network" else result
 
 
 def flatness(trial: Trial, model: nn.Module, train: Samples) -> dict[str, float]:

@@ -21,6 +21,7 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "skulls": ("skulls", "skulls", {}),
     "skulls-small": ("skulls", "skulls", {"small": True}),
     "rte": ("rte", "rte", {}),
+    "reviews": ("reviews", "reviews", {}),
 }
 
 
