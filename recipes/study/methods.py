@@ -34,8 +34,6 @@ LAYERS: dict[str, Callable[[Sequence[nn.Module]], Sequence[nn.Module]]] = {
     "first": lambda layers: layers[:1],
     "hidden": lambda layers: layers[:-1],
     "all": lambda layers: layers,
-    "last convolution": lambda layers: [x for x in layers if isinstance(x, nn.Conv2d)][-1:],
-    "convolutions": lambda layers: [x for x in layers if isinstance(x, nn.Conv2d)],
 }
 
 
@@ -49,7 +47,6 @@ class Method:
         kind: what takes the value.
         layers: name of the layers that are regularised.
         options: fixed ones.
-        epochs: how many, as a part of SGD's.
     """
 
     values: tuple[float, ...]
@@ -57,7 +54,6 @@ class Method:
     kind: str
     layers: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    epochs: float = 1
 
 
 def powers(lowest: int, highest: int) -> tuple[float, ...]:
@@ -78,83 +74,48 @@ WEIGHT_DECAYS = (0.0, 1e-4, 5e-4, 2e-3, 8e-3, 3e-2, 0.1, 0.3)
 RHO = ((0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), (0.05, 0.1, 0.2))
 RHO_ADAPTIVE = ((0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16), (0.5, 1, 2))
 
-COMPARED: dict[str, Method] = {
+COMPARED: dict[str, Method] = {  # with a search
     "SGD": Method((), (), "sgd"),
     "SGD, no weight decay": Method((), (), "sgd"),
     "label smoothing": Method((0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9), (0.1, 0.2, 0.4), "smoothing"),
     "dropout": Method((0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8), (0.1, 0.2, 0.35), "dropout"),
-    "L2, hidden layers": Method(powers(-6, 0), (3e-4, 1e-3, 3e-3), "decay", "hidden"),
     "noise, hidden layers": Method(powers(-6, 0), (1e-3, 3e-3, 1e-2), "noise", "hidden"),
-    "EMA": Method((0.5, 0.8, 0.9, 0.97, 0.99, 0.995, 0.998, 0.999), (0.97, 0.99, 0.995), "average"),
     "SAM": Method(*RHO, "sam"),
     "ASAM": Method(*RHO_ADAPTIVE, "sam", options={"adaptive": True}),
-    "SAM, half the epochs": Method(*RHO, "sam", epochs=0.5),
+    "LookSAM, k = 5": Method(*RHO, "looksam", options={"k": 5}),
     "FAM, last layer, detached": fam("last", **DETACHED),
-    "FAM, last but one": fam("last but one"),
     "FAM, hidden": fam("hidden"),
     "FAM, hidden, detached": fam("hidden", **DETACHED),
+    "FAM, proximal": Method((0.1, 0.2, 0.3, 0.5, 1, 2, 4), (0.5, 1, 2), "proximal", "hidden"),
 }
-BY_LAYERS: dict[str, Method] = {  # the others are above
-    "FAM, last layer": fam("last"),
-    "FAM, last but one, detached": fam("last but one", **DETACHED),
-    "FAM, first": fam("first"),
-    "FAM, first, detached": fam("first", **DETACHED),
-    "FAM, all": fam("all"),
-    "FAM, all, detached": fam("all", **DETACHED),
-}
-OF_CONVOLUTIONS: dict[str, Method] = {
-    "FAM, last convolution": fam("last convolution"),
-    "FAM, last convolution, detached": fam("last convolution", **DETACHED),
-    "FAM, convolutions": fam("convolutions"),
-    "FAM, convolutions, detached": fam("convolutions", **DETACHED),
-}
-FORMS: dict[str, Method] = {
-    "FAM, hidden, Hessian": fam("hidden", curvature="hessian"),
-    "FAM, hidden, Hessian, detached": fam("hidden", curvature="hessian", **DETACHED),
-    "FAM, hidden, layerwise": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise"),
-    "FAM, hidden, layerwise, detached": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise", **DETACHED),
-}
-WITHOUT_A_SEARCH: dict[str, Method] = {  # the others are above
+OTHERS: dict[str, Method] = {  # without one
     "base": Method((), (), "sgd"),
-    "LookSAM, k = 5": Method(*RHO, "looksam", options={"k": 5}),
     "LookSAM, k = 10": Method(*RHO, "looksam", options={"k": 10}),
-    "control, T = I": Method((0.1, 0.3, 1.0), (0.3,), "control", "hidden", {"every": 10}),
-    "FAM, proximal": Method((0.1, 0.2, 0.3, 0.5, 1, 2, 4), (0.3, 0.5, 1, 2), "proximal", "hidden", {"every": 10}),
+    "FAM, last layer": fam("last"),
+    "control, T = I": Method((0.1, 0.3, 1.0), (0.3,), "control", "hidden"),
 }
-METHODS = {**COMPARED, **BY_LAYERS, **OF_CONVOLUTIONS, **FORMS, **WITHOUT_A_SEARCH}
+METHODS = {**COMPARED, **OTHERS}
 
 
 def make_optimizer(
-    method: Method, value: float, model: nn.Module, base: str, seed: int, lr: float, weight_decay: float
+    method: Method, value: float, model: nn.Module, base: str, seed: int, every: int = 10, **settings: float
 ) -> Optimizer:
-    """The method's optimizer of the model's parameters."""
+    """The method's optimizer of the model's parameters; ``settings`` are the base's."""
     optimizer, fixed = BASES[base]
-    settings = {**fixed, "lr": lr, "weight_decay": weight_decay}
+    options: dict[str, Any] = {**fixed, **settings}
+    hidden = list(LAYERS[method.layers or "hidden"](weight_layers(model)))
     if method.kind in ("sam", "looksam"):
         sam: Any = SAM if method.kind == "sam" else LookSAM  # whose types ask for a class
-        wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **settings)
+        wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **options)
         return wrapped
-    if method.kind == "fam":
-        layers = list(LAYERS[method.layers](weight_layers(model)))
+    if method.kind in ("fam", "proximal"):
+        own = {"mode": "proximal", "every": every} if method.kind == "proximal" else method.options
         generator = torch.Generator().manual_seed(seed)
-        options = {**method.options, "lam": value, "generator": generator}
-        return FAM(model.parameters(), optimizer, layers, **options, **settings)
-    if method.kind == "proximal":
-        layers = list(LAYERS[method.layers](weight_layers(model)))
-        generator = torch.Generator().manual_seed(seed)
-        options = {**method.options, "mode": "proximal", "lam": value, "generator": generator}
-        return FAM(model.parameters(), optimizer, layers, **options, **settings)
+        return FAM(model.parameters(), optimizer, hidden, lam=value, generator=generator, **own, **options)
+    plain = optimizer(model.parameters(), **options)
     if method.kind == "control":
-        controlled = optimizer(model.parameters(), **settings)
-        weights = [layer.weight for layer in LAYERS[method.layers](weight_layers(model))]
-        add_control(controlled, weights, value, **method.options)
-        return controlled
-    if method.kind == "decay":  # its gradient is that of value * ||W||^2
-        chosen = [layer.weight for layer in LAYERS[method.layers](weight_layers(model))]
-        others = [p for p in model.parameters() if all(p is not w for w in chosen)]
-        groups = [{"params": others}, {"params": chosen, "weight_decay": weight_decay + 2 * value}]
-        return optimizer(groups, **settings)
-    return optimizer(model.parameters(), **settings)
+        add_control(plain, [layer.weight for layer in hidden], value, every)
+    return plain
 
 
 def add_control(optimizer: Optimizer, weights: Sequence[Tensor], lam: float, every: int) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss
 from torch.utils.data import TensorDataset
 
-from recipes.engine.schedules import cosine
-from recipes.engine.task import Data, Missing
+from recipes.engine.schedules import cosine, warm_up
+from recipes.engine.task import Data, Missing, Source
 from recipes.study.networks import perceptron, pretrained, resnet, vision_transformer, without_batchnorm
 from recipes.tasks.images import MEAN, STD, fashion_mnist, with_symmetric_noise
 from recipes.tasks.models import SmallConvNet
@@ -85,6 +85,20 @@ def fashion() -> tuple[Pair, Pair]:
     return fashion_mnist("train"), fashion_mnist("test")
 
 
+def film_reviews() -> tuple[Pair, Pair]:
+    """Sentences of film reviews as token numbers; fetched with pip if they are not there."""
+    from recipes.tasks import reviews
+
+    return reviews.held_out(*reviews.load(Source(download=True)))
+
+
+def minilm() -> nn.Module:
+    """A pretrained BERT of six layers with a new classifier."""
+    from recipes.tasks import reviews
+
+    return reviews.network(Source())
+
+
 images = partial(Task, fashion, (2000, 1000), epochs=20)
 TASKS: dict[str, Task] = {
     "mnist1d": Task(mnist1d, (2000, 1000), partial(perceptron, 40, 10)),
@@ -97,6 +111,7 @@ TASKS: dict[str, Task] = {
     "fashion-nobatchnorm": images(lambda width, _: without_batchnorm(width)),
     "fashion-vit": images(lambda *_: vision_transformer()),
     "fashion-resnet": images(lambda *_: resnet()),
+    "reviews": Task(film_reviews, (500, 300), lambda *_: minilm(), 5, 16, schedule=warm_up),
 }
 
 
@@ -120,7 +135,7 @@ def samples(task: str, noise: float, seed: int) -> Data:
     order = torch.randperm(len(targets), generator=generator)[: train_size + validation_size]
     x, y = inputs[order], targets[order]
     if TASKS[task].predicts == "classes":
-        y = with_symmetric_noise(y, noise, 10, generator)
+        y = with_symmetric_noise(y, noise, int(targets.max()) + 1, generator)
     return Data(
         TensorDataset(x[:train_size], y[:train_size]),
         {"validation": TensorDataset(x[train_size:], y[train_size:]), "test": TensorDataset(*test)},

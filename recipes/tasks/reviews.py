@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from recipes.engine.schedules import warm_up
 from recipes.engine.task import Data, Missing, Source, Task, missing
 from recipes.tasks.images import with_symmetric_noise
 
@@ -33,7 +34,6 @@ RELEASE, SHA256 = "vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf9706
 INSIDE = ("additional_resources/hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt")
 LENGTH = 64  # tokens of a sentence; what is longer is cut
 TRAIN, VALIDATION, TEST = 500, 300, 1000  # sentences
-WARM_UP = 0.1  # part of the training
 
 
 def reviews() -> Task:
@@ -50,11 +50,6 @@ def reviews() -> Task:
         options={"lr": 1e-4},
         schedule=warm_up,
     )
-
-
-def warm_up(progress: float) -> float:
-    """A straight line up over the first tenth, and one down to 0 over the rest."""
-    return min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
 
 
 class Classifier(nn.Module):
@@ -121,10 +116,12 @@ def split(tokens: Tensor, labels: Tensor, seed: int, noise: float = 0.0) -> Data
 
 
 def held_out(tokens: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What may be trained on, and the test set, the same for every seed."""
+    """What may be trained on, and the test set, the same for every seed and sorted by length."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     count = min(TEST, len(labels) // 4)
-    return (tokens[order[count:]], labels[order[count:]]), (tokens[order[:count]], labels[order[:count]])
+    rest, tested = order[count:], order[:count]
+    tested = tested[(tokens[tested] != 0).sum(1).argsort()]  # so that little of a batch is padding
+    return (tokens[rest], labels[rest]), (tokens[tested], labels[tested])
 
 
 # The sentences, from pip's own source distribution
