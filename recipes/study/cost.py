@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from recipes.shared.timing import alternate, median, ratio
-from recipes.study.methods import METHODS
 from recipes.study.conditions import CONDITIONS, trial
+from recipes.study.methods import METHODS
 from recipes.study.tasks import TASKS, samples
 from recipes.study.trial import Stepper, batches
 

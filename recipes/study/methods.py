@@ -22,6 +22,7 @@ from torch.nn.functional import conv2d, dropout
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fam_optim import FAM, weight_layers
+from recipes.study.ablations import FORMS, make
 
 BASES: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sgd": (SGD, {"momentum": 0.9}),
@@ -94,7 +95,11 @@ OTHERS: dict[str, Method] = {  # without one
     "FAM, last layer": fam("last"),
     "control, T = I": Method((0.1, 0.3, 1.0), (0.3,), "control", "hidden"),
 }
-METHODS = {**COMPARED, **OTHERS}
+OTHER_FORMS: dict[str, Method] = {  # of the proximal step
+    name: Method((form.lam,), (form.lam,), "form", form.layers, {"form": form})
+    for name, form in FORMS.items()
+}
+METHODS = {**COMPARED, **OTHERS, **OTHER_FORMS}
 
 
 def make_optimizer(
@@ -103,7 +108,7 @@ def make_optimizer(
     """The method's optimizer of the model's parameters; ``settings`` are the base's."""
     optimizer, fixed = BASES[base]
     options: dict[str, Any] = {**fixed, **settings}
-    hidden = list(LAYERS[method.layers or "hidden"](weight_layers(model)))
+    layers = list(LAYERS[method.layers or "hidden"](weight_layers(model)))
     if method.kind in ("sam", "looksam"):
         sam: Any = SAM if method.kind == "sam" else LookSAM  # whose types ask for a class
         wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **options)
@@ -111,10 +116,12 @@ def make_optimizer(
     if method.kind in ("fam", "proximal"):
         own = {"mode": "proximal", "every": every} if method.kind == "proximal" else method.options
         generator = torch.Generator().manual_seed(seed)
-        return FAM(model.parameters(), optimizer, hidden, lam=value, generator=generator, **own, **options)
+        return FAM(model.parameters(), optimizer, layers, lam=value, generator=generator, **own, **options)
+    if method.kind == "form":
+        return make(method.options["form"], model, layers, optimizer, seed, every, **options)
     plain = optimizer(model.parameters(), **options)
     if method.kind == "control":
-        add_control(plain, [layer.weight for layer in hidden], value, every)
+        add_control(plain, [nn.Module.get_parameter(layer, "weight") for layer in layers], value, every)
     return plain
 
 

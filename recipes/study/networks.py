@@ -39,7 +39,7 @@ def without_batchnorm(width: int) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with BatchNorm and a shortcut (He et al., 2016); 1 x 1 where the shape changes."""
+    """Two 3 x 3 convolutions with BatchNorm, and a shortcut (He et al., 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from matplotlib.ticker import ScalarFormatter
 from recipes.shared.pictures import GREY, legend_above, looks, panels, save, tidy
 from recipes.study import search, tables
 from recipes.study.analysis import Results, values_of, where, with_interval
+from recipes.study.conditions import of
 from recipes.study.defaults import GRID
 from recipes.study.methods import METHODS
 from recipes.study.report import Found, without_a_search
@@ -25,9 +26,17 @@ GAINS = (
     "FAM, last layer",
     "SGD, searched",
 )
+FLATTENED_NAMES = {
+    "base": "SGD",
+    "SAM": "SAM",
+    "FAM, proximal": "FAM, proximal, all hidden layers",
+    "first": "FAM, proximal, layer 1 alone",
+    "last but one": "FAM, proximal, layer 2 alone",
+}
 BY_TIME = ("SGD", "noise, hidden layers", "SAM", "LookSAM, k = 5", "FAM, hidden, detached", "FAM, proximal")
 LOST = 5.0  # points that the picture for choosing lam shows
-LOOKS = looks([*METHODS, *GAINS])
+LOOKS: dict[str, Any] = looks([*METHODS, *GAINS])
+LOOKS |= {method: looks(FLATTENED_NAMES.values())[name] for method, name in FLATTENED_NAMES.items()}
 
 
 def draw(found: Found, costs: Mapping[str, Any], folder: Path) -> None:
@@ -38,6 +47,8 @@ def draw(found: Found, costs: Mapping[str, Any], folder: Path) -> None:
         accuracy_by_time([*found["longer"], *found["comparison"]], costs, folder / "accuracy_by_time.png")
     if found["step"] and found["confirmation"]:
         lost_by_setting(found, folder / "lam.png")
+    if found["flattening"]:
+        kappa_by_epoch(found["flattening"], folder / "kappa.png")
 
 
 def gain_by_method(found: Found, target: Path) -> None:
@@ -55,7 +66,7 @@ def gain_by_method(found: Found, target: Path) -> None:
             axis.errorbar([mean], [row], xerr=[half], markersize=8, capsize=4, **style)
     axis.axvline(0, color=GREY, linewidth=1)
     axis.set_yticks(range(len(methods)), methods)
-    axis.set(xlabel="points of test score over SGD at usual settings: each task, and the mean with its interval")
+    axis.set(xlabel="points of test score over SGD at usual settings: every task, and their mean")
     tidy(axis)
     figure.tight_layout()
     save(figure, target)
@@ -63,7 +74,7 @@ def gain_by_method(found: Found, target: Path) -> None:
 
 def accuracy_by_time(results: Results, costs: Mapping[str, Any], target: Path) -> None:
     """Test accuracy against training time, one point per length of training; a panel per condition."""
-    shown = [c for c in (search.of(*key) for key in search.LONGER) if c.task in costs["tasks"]]
+    shown = [c for c in (of(*key) for key in search.LONGER) if c.task in costs["tasks"]]
     figure, axes = panels(1, len(shown), 1 + 4 * len(shown), 3.8)
     for axis, condition in zip(axes[0], shown, strict=True):
         ratios = costs["tasks"][condition.task]["methods"]
@@ -86,6 +97,26 @@ def by_length(axis: Axes, own: Results, ratio: float, method: str) -> None:
     errors = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in values]
     times = [number * ratio for number in epochs]
     axis.errorbar(times, means, errors, label=method, markersize=5, capsize=2, **LOOKS[method])
+
+
+def kappa_by_epoch(results: Results, target: Path) -> None:
+    """kappa of every layer along the training, a panel per layer: geometric mean over seeds."""
+    names = dict.fromkeys(r["method"] for r in results)
+    layers = len(next(iter(results[0]["kappas"].values())))
+    figure, axes = panels(1, layers, 1 + 2.8 * layers, 3.6, sharey=True)
+    for layer, axis in enumerate(axes[0]):
+        for method in names:
+            own = where(results, method=method)
+            epochs = list(own[0]["kappas"])
+            means = [statistics.geometric_mean(r["kappas"][e][layer] for r in own) for e in epochs]
+            axis.plot(
+                [*map(int, epochs)], means, label=FLATTENED_NAMES[method], markersize=5, **LOOKS[method]
+            )
+        axis.set(xlabel="epoch")
+        tidy(axis, f"layer {layer + 1} of {layers}", log="y")
+    axes[0, 0].set(ylabel="kappa (Gauss-Newton) on the training data")
+    legend_above(figure, axes[0, 0], 3)
+    save(figure, target)
 
 
 def lost_by_setting(found: Found, target: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from recipes.shared.tables import markdown
+from recipes.shared.tables import table as new_table
 from recipes.study import tables
 from recipes.study.analysis import Results, where
 from recipes.study.conditions import CHEAP
@@ -29,7 +30,9 @@ class Captioned(NamedTuple):
 
 def write(found: Found, everything: Results, costs: Mapping[str, Any], folder: Path) -> None:
     """Write every table whose stage was run, and the front page's."""
-    text = [f"\n## {t.heading}\n\n{t.caption}\n\n{markdown(t.table)}" for t in captioned(found, everything, costs)]
+    text = [
+        f"\n## {t.heading}\n\n{t.caption}\n\n{markdown(t.table)}" for t in captioned(found, everything, costs)
+    ]
     (folder / "tables.md").write_text("# Tables of the study\n" + "".join(text))
     if found["defaults"]:
         (folder / "front.md").write_text(markdown(front(found)))
@@ -63,7 +66,7 @@ def front(found: Found) -> Table:
     by_base = {base: without_a_search(found, base)[1] for base in ("sgd", "adamw")}
     conditions = {base: max((len(g) for g in by.values()), default=0) for base, by in by_base.items()}
     heads = [f"{name}, {conditions[base]} tasks" for base, name in (("sgd", "SGD"), ("adamw", "AdamW"))]
-    result = tables.table("method", heads[0], "worst task", heads[1], "worst task")
+    result = new_table("method", heads[0], "worst task", heads[1], "worst task")
     for method in FRONT:
         cells = []
         for by_method in by_base.values():
@@ -129,6 +132,21 @@ def of_the_step(found: Found) -> Iterator[Captioned]:
                 tables.by_setting(tables.lost(found[stage], quantity)),
             )
 
+    if found["flattening"]:
+        yield Captioned(
+            "Does it flatten?",
+            "MNIST-1D with 20 % wrong labels, two hidden layers: test accuracy, and Gauss-Newton kappa of "
+            'every layer on the training data after the last epoch, geometric mean over seeds. "first" and '
+            '"last but one": the proximal step on this layer alone.',
+            tables.flattening(found["flattening"]),
+        )
+    if found["ablations"]:
+        yield Captioned(
+            "Forms of the step",
+            "Validation score, mean of two seeds, with one thing changed at a time; lam = 1, every 10 steps.",
+            tables.ablations(found["ablations"]),
+        )
+
 
 def of_the_search(found: Found, everything: Results) -> Iterator[Captioned]:
     """With a search."""
@@ -142,9 +160,9 @@ def of_the_search(found: Found, everything: Results) -> Iterator[Captioned]:
     cheap = {method: own for method, own in cheap.items() if own}
     yield Captioned(
         "With a search",
-        "Points of test score over SGD with searched learning rate and weight decay; every method's value was "
-        "searched jointly with both. The mean over the nine conditions in which all methods were searched, "
-        "with its 95 % interval over conditions; better and worse after Holm's correction.",
+        "Points of test score over SGD with searched learning rate and weight decay; every method's value "
+        "was searched jointly with both. The mean over the nine conditions in which all methods were "
+        "searched, with its 95 % interval over conditions; better and worse after Holm's correction.",
         tables.summary(cheap),
     )
     yield Captioned(
@@ -159,8 +177,8 @@ def of_the_search(found: Found, everything: Results) -> Iterator[Captioned]:
     )
     yield Captioned(
         "What was chosen",
-        "The method's own value, in brackets where it is the last that could be tried; then learning rate and "
-        "weight decay. All three were searched jointly.",
+        "The method's own value, in brackets where it is the last that could be tried; then learning rate "
+        "and weight decay. All three were searched jointly.",
         tables.choices(everything),
     )
     if found["longer"]:

@@ -134,9 +134,7 @@ def scores_of(results: Results, condition: Condition, method: str) -> dict[Setti
 
 def values(results: Results, condition: Condition, method: str) -> Iterator[Trial]:
     """A method's tuning trials, once SGD is tuned."""
-    if METHODS[method].kind == "sgd":
-        yield from sgd_of(results, condition)
-    elif not missing(results, sgd_of(results, condition)):
+    if METHODS[method].kind != "sgd" and not missing(results, sgd_of(results, condition)):
         yield from of_settings(condition, method, searched(results, condition, method))
 
 

@@ -11,10 +11,13 @@ from recipes.study.trial import Trial
 
 STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
     "defaults": defaults.defaults,
+    "other_rates": defaults.other_rates,
     "sgd": search.sgd,
     "bar": defaults.bar,
     "step": defaults.step,
     "confirmation": defaults.confirmation,
+    "ablations": defaults.ablations,
+    "flattening": defaults.flattening,
     "reviews": defaults.reviews,
     "tuning": search.tuning,
     "comparison": search.comparison,

@@ -11,8 +11,20 @@ from rich.table import Table
 from recipes.shared.tables import table
 from recipes.shared.timing import with_quartiles
 from recipes.study import search
-from recipes.study.analysis import Results, differences, holm, mean_by, p_value, values_of, where, with_interval
+from recipes.study.ablations import FORMS
+from recipes.study.analysis import (
+    Results,
+    differences,
+    holm,
+    mean_by,
+    p_value,
+    values_of,
+    where,
+    with_interval,
+)
 from recipes.study.conditions import CONDITIONS, LANGUAGE, Condition
+from recipes.study.conditions import of as condition_of
+from recipes.study.defaults import GRID
 from recipes.study.methods import COMPARED, METHODS
 from recipes.study.tasks import TASKS
 
@@ -83,7 +95,9 @@ def scores(results: Results, methods: Iterable[str], quantity: str) -> Table:
     result = table("condition", *chosen)
     for condition in (*CONDITIONS, *LANGUAGE):
         if own := of(results, condition):
-            cells = [[r[quantity] for r in where(own, method=m) if r.get(quantity) is not None] for m in chosen]
+            cells = [
+                [r[quantity] for r in where(own, method=m) if r.get(quantity) is not None] for m in chosen
+            ]
             result.add_row(condition.name, *map(spread, cells))
     return result
 
@@ -113,7 +127,7 @@ def by_epochs(results: Results) -> Table:
     """A row per condition and method, a column per length of training."""
     times = sorted({1, *search.TIMES})
     result = table("condition", "method", *(f"{t:g} x" for t in times))
-    for condition in (search.of(task, noise) for task, noise in search.LONGER):
+    for condition in (condition_of(task, noise) for task, noise in search.LONGER):
         found = of(results, condition)
         lengths = [round(t * TASKS[condition.task].epochs) for t in times]
         for method in search.SHORTLIST:
@@ -143,7 +157,7 @@ def lost(results: Results, quantity: str) -> Losses:
 
 def row_name(r: Mapping[str, Any]) -> str:
     """The condition, with what is unusual about the network."""
-    name = search.of(r["task"], r["noise"]).name
+    name = condition_of(r["task"], r["noise"]).name
     usual = {"width": 128, "depth": 2, "batch_size": TASKS[r["task"]].batch_size}
     unusual = [text.format(r[field]) for field, text in VARIED.items() if r[field] != usual[field]]
     unusual += ["AdamW"] if r["base"] == "adamw" else []
@@ -152,12 +166,11 @@ def row_name(r: Mapping[str, Any]) -> str:
 
 def by_setting(losses: Losses) -> Table:
     """A row per condition, a column per lam and every: points lost to the best; then mean and worst."""
-    settings = sorted({key for own in losses.values() for key in own}, key=lambda key: (key[1] != 10, key[::-1]))
-    complete = {name: own for name, own in losses.items() if set(own) == set(settings)}
-    result = table("condition", *(f"lam {lam:g}, every {every}" for lam, every in settings))
+    complete = {name: own for name, own in losses.items() if set(own) >= set(GRID)}
+    result = table("condition", *(f"lam {lam:g}, every {every}" for lam, every in GRID))
     for name, own in complete.items():
-        result.add_row(name, *(f"{own[key]:.1f}" for key in settings))
-    columns = [[own[key] for own in complete.values()] for key in settings]
+        result.add_row(name, *(f"{own[key]:.1f}" for key in GRID))
+    columns = [[own[key] for own in complete.values()] for key in GRID]
     result.add_row("mean", *(f"{statistics.fmean(column):.2f}" for column in columns if column))
     result.add_row("worst", *(f"{max(column):.1f}" for column in columns if column))
     return result
@@ -165,7 +178,7 @@ def by_setting(losses: Losses) -> Table:
 
 def reviews(results: Results) -> Table:
     """A row per method and value: accuracy and loss with clean and with wrong labels."""
-    heads = [f"{c.name.partition(', MiniLM')[2].strip(', ') or 'clean'}: {what}" for c in LANGUAGE for what in ("accuracy", "loss")]
+    heads = [f"{labels}: {what}" for labels in ("clean", "20 % wrong") for what in ("accuracy", "loss")]
     result = table("method", *heads, "seeds")
     for method, value in dict.fromkeys((r["method"], r["value"]) for r in results):
         own = where(results, method=method, value=value)
@@ -182,13 +195,25 @@ def reviews(results: Results) -> Table:
 def ablations(results: Results) -> Table:
     """A row per form of the step, a column per condition: validation score; then the mean's difference."""
     shown = [c for c in CONDITIONS if of(results, c)]
-    usual = [mean_by(of(results, c), "form") for c in shown]
-    result = table("form", *(c.name for c in shown), "mean, minus the usual form's")
-    forms = list(dict.fromkeys(r["form"] for r in results))
-    for form in forms:
-        if all(form in own for own in usual):
-            average = statistics.fmean(own[form] - own[forms[0]] for own in usual)
-            result.add_row(form, *(f"{own[form]:.1f}" for own in usual), f"{average:+.1f}")
+    scores = [mean_by(of(results, c), "method") for c in shown]
+    result = table("form", *(c.name for c in shown), "mean, minus the first row's")
+    usual, *_ = FORMS
+    for form in FORMS:
+        if all({form, usual} <= set(own) for own in scores):
+            average = statistics.fmean(own[form] - own[usual] for own in scores)
+            result.add_row(form, *(f"{own[form]:.1f}" for own in scores), f"{average:+.1f}")
+    return result
+
+
+def flattening(results: Results) -> Table:
+    """A row per method: test score, and kappa of every layer after the last epoch."""
+    layers = len(next(iter(results[0]["kappas"].values())))
+    result = table("method", "test score", *(f"kappa, layer {layer + 1}" for layer in range(layers)), "seeds")
+    for method in dict.fromkeys(r["method"] for r in results):
+        own = where(results, method=method)
+        last = [list(r["kappas"].values())[-1] for r in own]
+        means = [f"{statistics.geometric_mean(kappas):.3g}" for kappas in zip(*last, strict=True)]
+        result.add_row(method, spread(values_of(own, "test_score")), *means, str(len(own)))
     return result
 
 

@@ -13,12 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from fam_optim import dataset_relative_flatness, weight_layers
 from recipes.engine.batches import of_epoch, ordered
 from recipes.engine.task import Batch, Samples
 from recipes.engine.training import seed_everything
 from recipes.study.methods import METHODS, add_hooks, make_optimizer
 from recipes.study.tasks import LOSSES, TASKS, samples
 
+FLATTENING = "flattening"  # the variant in which kappa is measured along the training
+KAPPA_EVERY = 5  # epochs
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class Stepper:
     def _wants_gradient_first(self) -> bool:
         """Whether the optimizer's next step begins with the gradient at the weights."""
         if isinstance(self.optimizer, LookSAM):
-            return bool(self.optimizer.get_step() % self.optimizer.k == 0)
+            step: int = self.optimizer.get_step()  # type: ignore[no-untyped-call]
+            return step % self.optimizer.k == 0
         return isinstance(self.optimizer, SAM)
 
 
@@ -124,6 +128,8 @@ def run(trial: Trial) -> dict[str, Any]:
             for inputs, targets in batches(trial, data.train, epoch):
                 stepper.step(inputs, targets)
                 schedule.step()
+            if trial.variant == FLATTENING and (epoch == 1 or epoch % KAPPA_EVERY == 0):
+                result.setdefault("kappas", {})[epoch] = kappas(trial, stepper.model, data.train)
         except RuntimeError as error:  # FAM refuses a step that is not finite
             if "not finite" not in str(error):
                 raise
@@ -174,3 +180,14 @@ def measure(trial: Trial, model: nn.Module, train: Samples, test: Samples) -> di
         ece = multiclass_calibration_error(outputs.softmax(1), targets, outputs.shape[1], n_bins=15)
         result["test_ece"] = 100 * ece.item()
     return result
+
+
+def kappas(trial: Trial, model: nn.Module, train: Samples) -> list[float]:
+    """Gauss-Newton kappa of every layer on the training data."""
+    model.eval()
+    loss, probes = LOSSES[TASKS[trial.task].predicts], torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"curvature": "gauss_newton", "mode": "hutchinson", "n_samples": 4}
+    return [
+        dataset_relative_flatness(model, layer, loss, ordered(train, 500), generator=probes, **options).item()
+        for layer in weight_layers(model)
+    ]

@@ -70,8 +70,14 @@ class Classifier(nn.Module):
 def network(source: Source) -> nn.Module:
     """The pretrained network, or a tiny random one, with a random classifier."""
     if source.smoke:
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = transformers.BertConfig(vocab_size=2 + len(_words()), max_position_embeddings=LENGTH, **sizes)
+        config = transformers.BertConfig(
+            vocab_size=1 + len(_words()),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=LENGTH,
+        )
         return Classifier(transformers.BertForSequenceClassification(config))
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
