@@ -18,6 +18,11 @@ def linear(progress: float) -> float:
     return 1 - progress
 
 
+def warm_up(progress: float) -> float:
+    """A straight line up to 1 over the first tenth, then one down to 0, as for fine-tuning with AdamW."""
+    return min(progress / 0.1, (1 - progress) / 0.9)
+
+
 class Steps:
     """Multiply by ``factor`` at each milestone of the progress."""
 

@@ -1,13 +1,18 @@
-"""Where to be flat? The study behind ``recipes/STUDY.md``: one command, restartable.
+"""Does the proximal step hold? The study behind ``recipes/study/README.md``: one command, restartable.
 
-protocol   which networks are trained: conditions, stages, seeds
-methods    what is compared, each with one value
-tasks      samples and networks by name
-networks   the networks
-trial      trains one network, and measures it
-cost       what a step of each method costs
-analysis   selection on validation data, paired differences, corrected p-values, rank correlations
-tables     rows, columns and cells
-report     the tables with their captions
-pictures   drawn from the saved results
+conditions  what is learned, and with which seeds
+defaults    stages without a search, and those that choose the defaults
+search      stages with a search
+ablations   other forms of the step
+flattening  kappa of every layer along training
+stages      all of them by name
+methods     what is compared
+tasks       samples and networks by name
+networks    the networks
+trial       trains one network, and measures it
+cost        what a step of each method costs
+analysis    selection on validation data, paired differences, corrected p-values
+tables      rows, columns and cells
+report      the tables with their captions
+pictures    drawn from the saved results
 """

@@ -1,7 +1,7 @@
-"""Where to be flat? Runs the study's trials on all cores, and reports on what was measured.
+"""Does it hold? Trains the study's networks on all cores, and reports on what was measured.
 
 python -m recipes.study                                  # everything; stop and start again at will
-python -m recipes.study --stages sgd tuning --tasks digits   # a part of it
+python -m recipes.study --stages defaults --tasks digits # a part of it
 python -m recipes.study --cost                           # time of a step, on a quiet machine
 python -m recipes.study --report recipes/results/study   # tables and pictures from saved results
 python -m recipes.study --smoke                          # does everything run?
@@ -26,20 +26,23 @@ from rich.progress import track
 from recipes.engine.task import Missing
 from recipes.shared import command
 from recipes.shared.results import CPU, compact, environment
-from recipes.study import protocol
+from recipes.study import conditions
 from recipes.study.analysis import Results
+from recipes.study.conditions import CONDITIONS
 from recipes.study.cost import relative_costs
 from recipes.study.methods import METHODS
 from recipes.study.pictures import draw
-from recipes.study.protocol import CONDITIONS, STAGES, measured, missing
 from recipes.study.report import write
+from recipes.study.stages import STAGES
 from recipes.study.tasks import TASKS, samples
-from recipes.study.trial import Trial, run
+from recipes.study.trial import Trial, filled, measured, missing, run, shortened
 
 
 def read(folder: Path) -> dict[str, Results]:
     """What was measured so far, by stage."""
-    return {stage: [json.loads(line) for line in lines(folder / f"{stage}.jsonl")] for stage in STAGES}
+    return {
+        stage: [filled(json.loads(line)) for line in lines(folder / f"{stage}.jsonl")] for stage in STAGES
+    }
 
 
 def lines(path: Path) -> list[str]:
@@ -48,13 +51,9 @@ def lines(path: Path) -> list[str]:
 
 
 def pending(stage: str, stages: dict[str, Results], tasks: Sequence[str] = tuple(TASKS)) -> list[Trial]:
-    """The stage's trials that were not measured yet."""
-    return missing(stages[stage], (trial for trial in wanted(stage, stages) if trial.task in tasks))
-
-
-def wanted(stage: str, stages: dict[str, Results]) -> Iterator[Trial]:
-    """The stage's trials, given all that was measured so far."""
-    return STAGES[stage](list(chain(*stages.values())))
+    """The stage's trials that were not measured yet, in this stage or in another."""
+    everything = list(chain(*stages.values()))
+    return missing(everything, (trial for trial in STAGES[stage](everything) if trial.task in tasks))
 
 
 def execute(trials: Sequence[Trial], workers: int) -> Iterator[dict[str, Any]]:
@@ -79,43 +78,55 @@ def run_stage(stage: str, options: argparse.Namespace, console: Console) -> None
         with path.open("a") as file:
             results = execute(trials, options.workers)
             for result in track(results, stage, len(trials), console=console):
-                file.write(json.dumps(compact(result)) + "\n")
+                file.write(json.dumps(compact(shortened(result))) + "\n")
                 file.flush()
 
 
 def smoke(console: Console) -> None:
-    """One step of every method, and one epoch of every task, tested."""
+    """One epoch of every condition, tested, and one of every method."""
     for condition in CONDITIONS:
-        trial = protocol.trial(condition, "FAM, hidden, detached", 1e-3, 0, lr=0.01, epochs=1, tested=True)
-        console.print(condition.name, compact(run(trial)))
+        trial = conditions.trial(condition, "FAM, proximal", 1.0, 0, lr=0.01, epochs=1, tested=True)
+        console.print(condition.name, compact(shortened(run(trial))))
     for name, method in METHODS.items():
-        trial = protocol.trial(CONDITIONS[0], name, (method.start or (0.01,))[0], 0, lr=0.01, epochs=1)
-        result = run(replace(trial, task="fashion") if "convolution" in name else trial)
-        console.print(name, result["validation"])
+        trial = conditions.trial(CONDITIONS[0], name, (method.start or (0.01,))[0], 0, lr=0.01, epochs=1)
+        console.print(name, run(replace(trial, lr=0.01))["validation"])
 
 
 def report(folder: Path, console: Console) -> None:
-    """Write the tables and pictures of what is complete."""
+    """Write the tables and pictures of what was measured.
+
+    Raises:
+        Missing: if nothing was.
+    """
     stages = read(folder)
-    complete = {}
-    for stage, results in stages.items():
-        trials = list(wanted(stage, stages))
-        lacking = {(trial.task, trial.noise, trial.variant) for trial in missing(results, trials)}
-        found = measured(results, trials)
-        complete[stage] = [r for r in found if (r["task"], r["noise"], r["variant"]) not in lacking]
-        for task, noise, variant in sorted(lacking):
-            console.print(f"{stage}: {task}, {noise:.0%} {variant} is not complete, left out of the report")
+    if not any(stages.values()):
+        raise Missing(
+            f"{folder}: expected a folder with the study's results, such as {next(iter(STAGES))}.jsonl, and "
+            "there are none; python -m recipes.study --out FOLDER makes them"
+        )
+    everything = list(chain(*stages.values()))
+    found = {stage: measured(everything, STAGES[stage](everything)) for stage in STAGES}
     costs = json.loads(path.read_text()) if (path := folder / "cost.json").exists() else {}
-    write(complete, costs, folder / "tables.md")
-    draw(complete, costs, folder)
-    console.print(f"{folder}: tables.md and pictures written")
+    write(found, everything, costs, folder)
+    draw(found, costs, folder)
+    console.print(f"{folder}: tables and pictures written", soft_wrap=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages, then report."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = command.parser("study", __doc__)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    about = "; ".join(f"{name}: {(stage.__doc__ or '').splitlines()[0]}" for name, stage in STAGES.items())
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=about
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help="; ".join(f"{task}: {', '.join(names(task))}" for task in TASKS),
+    )
     parser.add_argument(
         "--workers", type=command.positive, default=os.cpu_count() or 1, help="networks trained at a time"
     )
@@ -123,28 +134,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cost", action="store_true", help="time steps, train nothing")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="report on these, train nothing")
     parser.add_argument("--smoke", action="store_true", help="one epoch of each kind: a test, no result")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def names(task: str) -> list[str]:
+    """A task's conditions, with nothing in them that argparse would take for a format."""
+    every = (*CONDITIONS, *conditions.LANGUAGE)
+    return [c.name.replace(" % ", " percent ") for c in every if c.task == task]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stages, then report."""
+    options = parse(arguments)
     console = Console(width=160)
-    if options.report is not None:
-        report(options.report, console)
-        return
-    if options.smoke:
-        smoke(console)
-        return
+    try:
+        if options.report is not None:
+            report(options.report, console)
+        elif options.smoke:
+            smoke(console)
+        else:
+            measure(options, console)
+    except Missing as error:
+        sys.exit(f"study: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")
+
+
+def measure(options: argparse.Namespace, console: Console) -> None:
+    """Time steps, or train what is lacking."""
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cost:
         cost = {"environment": environment(CPU), "tasks": relative_costs(options.tasks)}
         (options.out / "cost.json").write_text(json.dumps(compact(cost), indent=1) + "\n")
         return
-    try:
-        for task in options.tasks:
-            samples(task, 0, 0)
-        for stage in options.stages:
-            run_stage(stage, options, console)
-    except Missing as missing_data:
-        sys.exit(str(missing_data))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+    for task in options.tasks:
+        samples(task, 0, 0)
+    for stage in options.stages:
+        run_stage(stage, options, console)
     report(options.out, console)
 
 

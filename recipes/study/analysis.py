@@ -1,14 +1,13 @@
-"""From measured trials to statements: selection, paired differences, p-values, rank correlations."""
+"""From measured trials to statements: selection, paired differences, p-values."""
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import combine_pvalues, kendalltau, ttest_1samp
+from scipy.stats import ttest_1samp
 
 Results = list[dict[str, Any]]
-Quantity = Callable[[dict[str, Any]], float]
 
 
 def where(results: Iterable[dict[str, Any]], **fields: Any) -> Results:
@@ -78,28 +77,3 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         corrected[key] = largest
     return corrected
-
-
-GAPS: dict[str, Quantity] = {
-    "accuracy": lambda r: r["train_score"] - r["test_score"],
-    "loss": lambda r: r["test_loss"] - r["train_loss"],
-}
-
-
-def rank_correlation(
-    results: Results, quantity: Quantity, gap: Quantity, fixed: Sequence[str] = ()
-) -> tuple[float, float, int]:
-    """Kendall's tau of two quantities with some fields held fixed: mean over cells, p-value, number of cells.
-
-    The p-values of the cells are combined by Stouffer's method, one-sided for a positive tau.
-    """
-    cells: dict[Any, Results] = {}
-    for r in results:
-        cells.setdefault(tuple(r[name] for name in fixed), []).append(r)
-    taus, p_values = [], []
-    for cell in cells.values():
-        found = kendalltau([quantity(r) for r in cell], [gap(r) for r in cell], alternative="greater")
-        taus.append(float(found.statistic))
-        p_values.append(float(found.pvalue))
-    combined = combine_pvalues([min(max(p, 1e-12), 1 - 1e-12) for p in p_values], "stouffer")
-    return statistics.fmean(taus), float(combined.pvalue), len(cells)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from recipes.shared.timing import alternate, median, ratio
+from recipes.study.conditions import CONDITIONS, trial
 from recipes.study.methods import METHODS
-from recipes.study.protocol import CONDITIONS, applies, trial
-from recipes.study.tasks import samples
+from recipes.study.tasks import TASKS, samples
 from recipes.study.trial import Stepper, batches
 
 ROUNDS = 100
@@ -20,12 +20,13 @@ TIMED = (
     "noise, hidden layers",
     "SAM",
     "ASAM",
+    "LookSAM, k = 5",
+    "LookSAM, k = 10",
+    "control, T = I",
     "FAM, last layer, detached",
-    "FAM, last but one, detached",
-    "FAM, last but one",
     "FAM, hidden, detached",
     "FAM, hidden",
-    "FAM, all",
+    "FAM, proximal",
 )
 
 
@@ -38,7 +39,8 @@ def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]
 def relative_cost(task: str, rounds: int) -> dict[str, Any]:
     """Of one task's network."""
     condition = next(c for c in CONDITIONS if c.task == task)
-    timed = [name for name in TIMED if applies(name, condition)]
+    classes = TASKS[task].predicts == "classes"  # labels can be smoothed, numbers cannot
+    timed = [name for name in TIMED if classes or METHODS[name].kind != "smoothing"]
     trials = {name: trial(condition, name, (METHODS[name].start or (0.01,))[0], 0, lr=0.01) for name in timed}
     steppers = {name: Stepper(one) for name, one in trials.items()}
     train = list(batches(trials["SGD"], samples(task, condition.noise, 0).train, 1))

@@ -10,21 +10,24 @@ weight among positions; there ``W' = W + sigma W Z``, Z ``(m, m)`` standard norm
 ``E <WZ, H WZ> = <W W^T, T>``.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, dropout
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fam_optim import FAM, weight_layers
+from recipes.study.ablations import FORMS, make
 
 BASES: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sgd": (SGD, {"momentum": 0.9}),
     "adam": (Adam, {}),
+    "adamw": (AdamW, {}),
 }
 LAYERS: dict[str, Callable[[Sequence[nn.Module]], Sequence[nn.Module]]] = {
     "last": lambda layers: layers[-1:],
@@ -32,8 +35,6 @@ LAYERS: dict[str, Callable[[Sequence[nn.Module]], Sequence[nn.Module]]] = {
     "first": lambda layers: layers[:1],
     "hidden": lambda layers: layers[:-1],
     "all": lambda layers: layers,
-    "last convolution": lambda layers: [x for x in layers if isinstance(x, nn.Conv2d)][-1:],
-    "convolutions": lambda layers: [x for x in layers if isinstance(x, nn.Conv2d)],
 }
 
 
@@ -47,7 +48,6 @@ class Method:
         kind: what takes the value.
         layers: name of the layers that are regularised.
         options: fixed ones.
-        epochs: how many, as a part of SGD's.
     """
 
     values: tuple[float, ...]
@@ -55,7 +55,6 @@ class Method:
     kind: str
     layers: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    epochs: float = 1
 
 
 def powers(lowest: int, highest: int) -> tuple[float, ...]:
@@ -76,66 +75,75 @@ WEIGHT_DECAYS = (0.0, 1e-4, 5e-4, 2e-3, 8e-3, 3e-2, 0.1, 0.3)
 RHO = ((0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), (0.05, 0.1, 0.2))
 RHO_ADAPTIVE = ((0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16), (0.5, 1, 2))
 
-COMPARED: dict[str, Method] = {
+COMPARED: dict[str, Method] = {  # with a search
     "SGD": Method((), (), "sgd"),
     "SGD, no weight decay": Method((), (), "sgd"),
     "label smoothing": Method((0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9), (0.1, 0.2, 0.4), "smoothing"),
     "dropout": Method((0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8), (0.1, 0.2, 0.35), "dropout"),
-    "L2, hidden layers": Method(powers(-6, 0), (3e-4, 1e-3, 3e-3), "decay", "hidden"),
     "noise, hidden layers": Method(powers(-6, 0), (1e-3, 3e-3, 1e-2), "noise", "hidden"),
-    "EMA": Method((0.5, 0.8, 0.9, 0.97, 0.99, 0.995, 0.998, 0.999), (0.97, 0.99, 0.995), "average"),
     "SAM": Method(*RHO, "sam"),
     "ASAM": Method(*RHO_ADAPTIVE, "sam", options={"adaptive": True}),
-    "SAM, half the epochs": Method(*RHO, "sam", epochs=0.5),
+    "LookSAM, k = 5": Method(*RHO, "looksam", options={"k": 5}),
     "FAM, last layer, detached": fam("last", **DETACHED),
-    "FAM, last but one": fam("last but one"),
     "FAM, hidden": fam("hidden"),
     "FAM, hidden, detached": fam("hidden", **DETACHED),
+    "FAM, proximal": Method((0.1, 0.2, 0.3, 0.5, 1, 2, 4), (0.5, 1, 2), "proximal", "hidden"),
 }
-BY_LAYERS: dict[str, Method] = {  # the others are above
+OTHERS: dict[str, Method] = {  # without one
+    "base": Method((), (), "sgd"),
+    "LookSAM, k = 10": Method(*RHO, "looksam", options={"k": 10}),
     "FAM, last layer": fam("last"),
-    "FAM, last but one, detached": fam("last but one", **DETACHED),
-    "FAM, first": fam("first"),
-    "FAM, first, detached": fam("first", **DETACHED),
-    "FAM, all": fam("all"),
-    "FAM, all, detached": fam("all", **DETACHED),
+    "control, T = I": Method((0.1, 0.3, 1.0), (0.3,), "control", "hidden"),
 }
-OF_CONVOLUTIONS: dict[str, Method] = {
-    "FAM, last convolution": fam("last convolution"),
-    "FAM, last convolution, detached": fam("last convolution", **DETACHED),
-    "FAM, convolutions": fam("convolutions"),
-    "FAM, convolutions, detached": fam("convolutions", **DETACHED),
+OTHER_FORMS: dict[str, Method] = {  # of the proximal step
+    name: Method((form.lam,), (form.lam,), "form", form.layers, {"form": form})
+    for name, form in FORMS.items()
 }
-FORMS: dict[str, Method] = {
-    "FAM, hidden, Hessian": fam("hidden", curvature="hessian"),
-    "FAM, hidden, Hessian, detached": fam("hidden", curvature="hessian", **DETACHED),
-    "FAM, hidden, layerwise": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise"),
-    "FAM, hidden, layerwise, detached": fam("hidden", 1e-5, 3e-5, 1e-4, measure="layerwise", **DETACHED),
-}
-METHODS = {**COMPARED, **BY_LAYERS, **OF_CONVOLUTIONS, **FORMS}
+METHODS = {**COMPARED, **OTHERS, **OTHER_FORMS}
 
 
 def make_optimizer(
-    method: Method, value: float, model: nn.Module, base: str, seed: int, lr: float, weight_decay: float
+    method: Method, value: float, model: nn.Module, base: str, seed: int, every: int = 10, **settings: float
 ) -> Optimizer:
-    """The method's optimizer of the model's parameters."""
+    """The method's optimizer of the model's parameters; ``settings`` are the base's."""
     optimizer, fixed = BASES[base]
-    settings = {**fixed, "lr": lr, "weight_decay": weight_decay}
-    if method.kind == "sam":
-        sam: Any = SAM  # whose type asks for a class
-        wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **settings)
+    options: dict[str, Any] = {**fixed, **settings}
+    layers = list(LAYERS[method.layers or "hidden"](weight_layers(model)))
+    if method.kind in ("sam", "looksam"):
+        sam: Any = SAM if method.kind == "sam" else LookSAM  # whose types ask for a class
+        wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **options)
         return wrapped
-    if method.kind == "fam":
-        layers = list(LAYERS[method.layers](weight_layers(model)))
+    if method.kind in ("fam", "proximal"):
+        own = {"mode": "proximal", "every": every} if method.kind == "proximal" else method.options
         generator = torch.Generator().manual_seed(seed)
-        options = {**method.options, "lam": value, "generator": generator}
-        return FAM(model.parameters(), optimizer, layers, **options, **settings)
-    if method.kind == "decay":  # its gradient is that of value * ||W||^2
-        chosen = [layer.weight for layer in LAYERS[method.layers](weight_layers(model))]
-        others = [p for p in model.parameters() if all(p is not w for w in chosen)]
-        groups = [{"params": others}, {"params": chosen, "weight_decay": weight_decay + 2 * value}]
-        return optimizer(groups, **settings)
-    return optimizer(model.parameters(), **settings)
+        return FAM(model.parameters(), optimizer, layers, lam=value, generator=generator, **own, **options)
+    if method.kind == "form":
+        return make(method.options["form"], model, layers, optimizer, seed, every, **options)
+    plain = optimizer(model.parameters(), **options)
+    if method.kind == "control":
+        add_control(plain, [nn.Module.get_parameter(layer, "weight") for layer in layers], value, every)
+    return plain
+
+
+def add_control(optimizer: Optimizer, weights: Sequence[Tensor], lam: float, every: int) -> None:
+    """The proximal step with T = I: weight decay by the trust ratio, after every so many steps.
+
+    ``W <- W / (1 + 2 c)`` with ``c = lam every ||W - W'|| / ||2 W||``, W' being W before that step.
+    """
+    steps = itertools.count(1)
+    before: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        before[:] = [w.detach().clone() for w in weights] if next(steps) % every == 0 else []
+
+    @torch.no_grad()
+    def pull(*_: Any) -> None:
+        for w, old in zip(weights, before, strict=bool(before)):
+            c = lam * every * (w - old).norm() / (2 * w.norm()).clamp_min(torch.finfo(w.dtype).tiny)
+            w.div_(1 + 2 * c)
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(pull)
 
 
 def add_hooks(method: Method, value: float, model: nn.Module) -> None:

@@ -2,59 +2,71 @@
 
 import statistics
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import ScalarFormatter
 
-from recipes.shared.pictures import save, tidy
-from recipes.study import protocol
+from recipes.shared.pictures import GREY, legend_above, looks, panels, save, tidy
+from recipes.study import search, tables
 from recipes.study.analysis import Results, values_of, where, with_interval
-from recipes.study.methods import COMPARED
-from recipes.study.protocol import CONDITIONS
-from recipes.study.tables import gains, lam_scores, of
+from recipes.study.conditions import of
+from recipes.study.defaults import GRID
+from recipes.study.methods import METHODS
+from recipes.study.report import Found, without_a_search
 
-COLOURS = {
-    "SGD": "#555555",
-    "label smoothing": "#b8860b",
-    "noise, hidden layers": "#009e73",
-    "SAM": "#0072b2",
-    "ASAM": "#56b4e9",
-    "FAM, last layer, detached": "#e69f00",
-    "FAM, last but one": "#cc79a7",
-    "FAM, hidden": "#d1495b",
-    "FAM, hidden, detached": "#7b5ea7",
+GAINS = (
+    "FAM, proximal",
+    "control, T = I",
+    "noise, hidden layers",
+    "SAM",
+    "LookSAM, k = 5",
+    "label smoothing",
+    "FAM, last layer",
+    "SGD, searched",
+)
+FLATTENED_NAMES = {
+    "base": "SGD",
+    "SAM": "SAM",
+    "FAM, proximal": "FAM, proximal, all hidden layers",
+    "first": "FAM, proximal, layer 1 alone",
+    "last but one": "FAM, proximal, layer 2 alone",
 }
+BY_TIME = ("SGD", "noise, hidden layers", "SAM", "LookSAM, k = 5", "FAM, hidden, detached", "FAM, proximal")
+LOST = 5.0  # points that the picture for choosing lam shows
+LOOKS: dict[str, Any] = looks([*METHODS, *GAINS])
+LOOKS |= {method: looks(FLATTENED_NAMES.values())[name] for method, name in FLATTENED_NAMES.items()}
 
 
-def draw(stages: Mapping[str, Results], costs: Mapping[str, Any], folder: Path) -> None:
+def draw(found: Found, costs: Mapping[str, Any], folder: Path) -> None:
     """Draw what the stages that were run allow."""
-    compared = [*stages["comparison"], *stages["more_seeds"]]
-    if compared:
-        gain_by_method(compared, folder / "gain.png")
-    if stages["longer"] and costs:
-        accuracy_by_time([*stages["longer"], *stages["comparison"]], costs, folder / "accuracy_by_time.png")
-    if stages["lam"]:
-        loss_by_lam(list(chain(*stages.values())), folder / "lam.png")
+    if found["defaults"]:
+        gain_by_method(found, folder / "front.png")
+    if found["longer"] and costs:
+        accuracy_by_time([*found["longer"], *found["comparison"]], costs, folder / "accuracy_by_time.png")
+    if found["step"] and found["confirmation"]:
+        lost_by_setting(found, folder / "lam.png")
+    if found["flattening"]:
+        kappa_by_epoch(found["flattening"], folder / "kappa.png")
 
 
-def gain_by_method(compared: Results, target: Path) -> None:
-    """Gain over tuned SGD: a point per condition, and the mean over conditions with its interval."""
-    methods = [m for m in COMPARED if m != "SGD" and where(compared, method=m)]
-    found = {method: gains(compared, CONDITIONS, method, "SGD") for method in methods}
-    means = {method: [statistics.fmean(v) for v in own.values()] for method, own in found.items()}
-    methods.sort(key=lambda method: statistics.fmean(means[method]))
-    figure, axis = plt.subplots(figsize=(7.2, 4.2))
+def gain_by_method(found: Found, target: Path) -> None:
+    """Gain over SGD alone: a point per condition, and the mean over conditions with its interval."""
+    _, gained = without_a_search(found, "sgd")
+    methods = [method for method in reversed(GAINS) if method in gained]
+    figure, ((axis,),) = panels(1, 1, 7.2, 3.6)
     for row, method in enumerate(methods):
-        colour = COLOURS.get(method, "#888888")
-        axis.scatter(means[method], [row] * len(means[method]), s=16, color=colour, alpha=0.45, linewidths=0)
-        mean, half = with_interval(means[method])
-        axis.errorbar([mean], [row], xerr=[half], fmt="D", color=colour, markersize=6, capsize=3)
-    axis.axvline(0, color=COLOURS["SGD"], linewidth=1)
+        values = list(tables.means(gained[method]).values())
+        look = LOOKS[method]
+        axis.scatter(values, [row] * len(values), s=18, alpha=0.45, linewidths=0, **look)
+        if len(values) > 1:
+            mean, half = with_interval(values)
+            style = {"fmt": look["marker"], "color": look["color"]}
+            axis.errorbar([mean], [row], xerr=[half], markersize=8, capsize=4, **style)
+    axis.axvline(0, color=GREY, linewidth=1)
     axis.set_yticks(range(len(methods)), methods)
-    axis.set(xlabel="gain over SGD with tuned learning rate and weight decay, points of test score")
+    axis.set(xlabel="points of test score over SGD at usual settings: every task, and their mean")
     tidy(axis)
     figure.tight_layout()
     save(figure, target)
@@ -62,49 +74,77 @@ def gain_by_method(compared: Results, target: Path) -> None:
 
 def accuracy_by_time(results: Results, costs: Mapping[str, Any], target: Path) -> None:
     """Test accuracy against training time, one point per length of training; a panel per condition."""
-    shown = [c for c in (protocol.of(*key) for key in protocol.LONGER) if timed(results, costs, c)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(2 + 5 * len(shown), 3.8), squeeze=False)
+    shown = [c for c in (of(*key) for key in search.LONGER) if c.task in costs["tasks"]]
+    figure, axes = panels(1, len(shown), 1 + 4 * len(shown), 3.8)
     for axis, condition in zip(axes[0], shown, strict=True):
         ratios = costs["tasks"][condition.task]["methods"]
-        for method in protocol.SHORTLIST:
-            own = where(of(results, condition), method=method)
-            if method not in ratios or not own:
-                continue
-            epochs = sorted({r["epochs"] for r in own})
-            values = [values_of(where(own, epochs=number), "test_score") for number in epochs]
-            times = [number * ratios[method]["ratio"] for number in epochs]
-            means = [statistics.fmean(seeds) for seeds in values]
-            errors = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in values]
-            axis.errorbar(
-                times, means, errors, fmt="o-", color=COLOURS[method], label=method, markersize=4, capsize=2
-            )
+        for method in BY_TIME:
+            own = where(tables.of(results, condition), method=method)
+            if method in ratios and own:
+                by_length(axis, own, ratios[method]["ratio"], method)
         axis.set(xscale="log", xlabel="training time, in epochs of SGD", ylabel="test accuracy, %")
         axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.set_title(condition.name, loc="left", fontsize=9)
-        tidy(axis)
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
+        tidy(axis, condition.name)
+    legend_above(figure, axes[0, 0], 3)
     save(figure, target)
 
 
-def timed(results: Results, costs: Mapping[str, Any], condition: protocol.Condition) -> bool:
-    """Whether a condition has several lengths of training, and a cost."""
-    return condition.task in costs["tasks"] and len({r["epochs"] for r in of(results, condition)}) > 2
+def by_length(axis: Axes, own: Results, ratio: float, method: str) -> None:
+    """One method's line."""
+    epochs = sorted({r["epochs"] for r in own})
+    values = [values_of(where(own, epochs=number), "test_score") for number in epochs]
+    means = [statistics.fmean(seeds) for seeds in values]
+    errors = [statistics.stdev(seeds) if len(seeds) > 1 else 0 for seeds in values]
+    times = [number * ratio for number in epochs]
+    axis.errorbar(times, means, errors, label=method, markersize=5, capsize=2, **LOOKS[method])
 
 
-def loss_by_lam(results: Results, target: Path) -> None:
-    """Validation score lost against the best lam, a line per condition or variant."""
-    figure, axes = plt.subplots(1, len(protocol.WITH_ONE_LAM), figsize=(9.6, 3.8), sharey=True)
-    for axis, method in zip(axes, protocol.WITH_ONE_LAM, strict=True):
-        for name, (_, scores) in lam_scores(results, method).items():
-            top = max(scores.values())
+def kappa_by_epoch(results: Results, target: Path) -> None:
+    """kappa of every layer along the training, a panel per layer: geometric mean over seeds."""
+    names = dict.fromkeys(r["method"] for r in results)
+    layers = len(next(iter(results[0]["kappas"].values())))
+    figure, axes = panels(1, layers, 1 + 2.8 * layers, 3.6, sharey=True)
+    for layer, axis in enumerate(axes[0]):
+        for method in names:
+            own = where(results, method=method)
+            epochs = list(own[0]["kappas"])
+            means = [statistics.geometric_mean(r["kappas"][e][layer] for r in own) for e in epochs]
             axis.plot(
-                list(scores), [score - top for score in scores.values()], "o-", label=name, markersize=3
+                [*map(int, epochs)], means, label=FLATTENED_NAMES[method], markersize=5, **LOOKS[method]
             )
-        axis.set(xscale="log", xlabel="lam")
-        axis.set_title(method, loc="left", fontsize=9)
+        axis.set(xlabel="epoch")
+        tidy(axis, f"layer {layer + 1} of {layers}", log="y")
+    axes[0, 0].set(ylabel="kappa (Gauss-Newton) on the training data")
+    legend_above(figure, axes[0, 0], 3)
+    save(figure, target)
+
+
+def lost_by_setting(found: Found, target: Path) -> None:
+    """Points lost to the best setting, mean and worst over conditions, by lam and by every."""
+    figure, axes = panels(1, 2, 8.4, 3.4, sharey=True)
+    series = {"step": ("chosen by", "validation"), "confirmation": ("confirmed on", "test_score")}
+    for axis, position, label in ((axes[0, 0], 0, "lam, every 10 steps"), (axes[0, 1], 1, "every, lam = 1")):
+        fixed = (10, 1)[position]
+        settings = sorted(key for key in GRID if key[1 - position] == fixed)
+        for (stage, (name, quantity)), marker in zip(series.items(), "os", strict=True):
+            rows = [own for own in tables.lost(found[stage], quantity).values() if set(own) >= set(GRID)]
+            for what, style in (("mean", "-"), ("worst", ":")):
+                best = max if what == "worst" else statistics.fmean
+                lost = [best([own[key] for own in rows]) for key in settings]
+                colour = LOOKS["FAM, proximal"]["color"] if stage == "step" else GREY
+                axis.plot(
+                    [key[position] for key in settings],
+                    lost,
+                    style,
+                    marker=marker,
+                    color=colour,
+                    label=f"{what} of {len(rows)} tasks, {name}",
+                )
+        axis.set(xscale="log", xlabel=label, ylim=(LOST, 0))
+        axis.set_xticks([key[position] for key in settings])
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.minorticks_off()
         tidy(axis)
-    axes[0].set(ylabel="validation score minus the best, points")
-    axes[0].legend(frameon=False, fontsize=6)
-    figure.tight_layout()
+    axes[0, 0].set(ylabel="points lost to the best of these")
+    legend_above(figure, axes[0, 0], 2)
     save(figure, target)

@@ -1,23 +1,23 @@
 """The study's report, as Markdown, from its saved results: every table with what one must know to read it."""
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from recipes.shared.tables import markdown
+from recipes.shared.tables import table as new_table
 from recipes.study import tables
-from recipes.study.analysis import Results, differences, values_of, where
-from recipes.study.protocol import (
-    CLIP,
-    CONDITIONS,
-    DECAY,
-    ONE_LAM,
-    USUAL_RATE,
-    WITH_ONE_LAM,
-)
+from recipes.study.analysis import Results, where
+from recipes.study.conditions import CHEAP
+from recipes.study.defaults import DEFAULTS
+from recipes.study.methods import COMPARED
+from recipes.study.tables import Gains, gains
+
+Found = Mapping[str, Results]  # what was measured, by stage
+FRONT = ("FAM, proximal", "SAM", "LookSAM, k = 5", "control, T = I", "label smoothing")
+BOLD = "with 95 % intervals; bold: the interval leaves out zero"
 
 
 class Captioned(NamedTuple):
@@ -28,124 +28,163 @@ class Captioned(NamedTuple):
     table: Table
 
 
-def write(stages: Mapping[str, Results], costs: Mapping[str, Any], target: Path) -> None:
-    """Write every table whose stage was run."""
-    text = [f"\n## {t.heading}\n\n{t.caption}\n\n{markdown(t.table)}" for t in captioned(stages, costs)]
-    target.write_text("# Tables of the study\n" + "".join(text))
+def write(found: Found, everything: Results, costs: Mapping[str, Any], folder: Path) -> None:
+    """Write every table whose stage was run, and the front page's."""
+    text = [
+        f"\n## {t.heading}\n\n{t.caption}\n\n{markdown(t.table)}" for t in captioned(found, everything, costs)
+    ]
+    (folder / "tables.md").write_text("# Tables of the study\n" + "".join(text))
+    if found["defaults"]:
+        (folder / "front.md").write_text(markdown(front(found)))
 
 
-def captioned(stages: Mapping[str, Results], costs: Mapping[str, Any]) -> Iterator[Captioned]:
-    """All tables that the stages allow."""
-    everything = list(chain(*stages.values()))
-    compared = [*stages["comparison"], *stages["more_seeds"]]
-    found = [c for c in CONDITIONS if tables.of(compared, c)]
-    if compared:
-        yield Captioned(
-            "Gain over tuned SGD",
-            "Points of test score (accuracy; R² of the regression) over SGD with tuned learning rate and "
-            f"weight decay, paired by seed: the mean over {len(found)} conditions with its 95 % interval "
-            "over conditions, bold where that leaves out zero; and the number of conditions in which the "
-            "method is better or worse at the 5 % level after Holm's correction.",
-            tables.summary(compared, found),
-        )
-        yield Captioned(
-            "Test score by condition",
-            "Percent after the last epoch: mean ± standard deviation over five seeds, or ten where the "
-            "shortlist has them.",
-            tables.by_condition(compared, found, lambda own, _: tables.spread(values_of(own, "test_score"))),
-        )
-        yield Captioned(
-            "Gain over tuned SGD by condition",
-            "Points of test score, paired by seed, with 95 % intervals; bold where the interval leaves out "
-            "zero (not corrected for the number of conditions).",
-            tables.by_condition(
-                compared, found, lambda own, sgd: tables.signed(differences(own, sgd, "test_score"))
-            ),
-        )
-        for ours in WITH_ONE_LAM:
-            yield Captioned(
-                f"{ours}: difference to others",
-                f"Points of test score of {ours} minus those of the column's method, paired by seed, with "
-                "95 % intervals; bold where p is below 5 % after Holm's correction for the number of "
-                "conditions. The last row is the mean over conditions, with the interval over conditions.",
-                tables.versus(compared, found, ours),
-            )
-    if stages["sgd"]:
-        yield Captioned(
-            "What was chosen",
-            "The method's own value, in brackets where it is the last that could be tried; then learning "
-            "rate and weight decay. All three were searched jointly.",
-            tables.choices(everything),
-        )
-    if stages["layers"]:
-        yield Captioned(
-            "Which layers",
-            "Best validation score (labels as noisy as in training) of each set of layers at SGD's best "
-            "learning rate, mean of two seeds, in brackets its lam; SGD's own is the best of its whole grid.",
-            tables.layer_sets(everything),
-        )
-    for condition in CONDITIONS:
-        if where(tables.of(stages["usual_rate"], condition), variant="usual rate"):
-            yield Captioned(
-                f"At a learning rate of {USUAL_RATE:g}: {condition.name}",
-                "SGD's best of its whole grid, then methods and sets of layers at this learning rate: the "
-                "weight decay (the usual one or SGD's best at this rate) and own value with the best "
-                "validation score (mean of two seeds); test score, mean ± standard deviation over five seeds "
-                "that were used for nothing else, and its difference to SGD's best, paired by seed.",
-                tables.usual_rate(everything, stages["usual_rate"], condition),
-            )
-    if stages["longer"]:
-        yield Captioned(
-            "Longer and shorter",
-            "Test accuracy in percent with the values chosen for 1 x the epochs: mean ± standard deviation "
-            "over five seeds.",
-            tables.by_epochs([*stages["longer"], *stages["comparison"]]),
-        )
-    if stages["lam"]:
-        for method in WITH_ONE_LAM:
-            yield Captioned(
-                f"One lam: {method}",
-                "Points of validation score (two seeds) that SGD, and that every lam, loses against the best "
-                "of these lams in the same row.",
-                tables.one_lam(everything, method),
-            )
-    if stages["clipped"]:
-        for method in WITH_ONE_LAM:
-            yield Captioned(
-                f"One lam, gradients clipped: {method}",
-                f"The same with the gradient of loss + lam * kappa clipped to a norm of {CLIP:g}; SGD too, "
-                "at the same learning rate and weight decay. Points lost against the best lam of the "
-                "row, clipped or not.",
-                tables.one_lam(everything, method, clipped=True),
-            )
-    if stages["untuned"]:
-        yield Captioned(
-            "Without a search",
-            "Test score of SGD with searched learning rate and weight decay; and the points over it, paired "
-            f"by seed, with 95 % intervals, of SGD and of FAM with lam = {ONE_LAM:g}, with gradients clipped "
-            f"to a norm of {CLIP:g}, the usual weight decay of {DECAY:g} and SGD's best learning rate: five "
-            "seeds that were used for nothing else. Bold: the interval leaves out zero. The last row is the "
-            "mean over conditions, with the interval over conditions.",
-            tables.untuned(stages["untuned"]),
-        )
-    if stages["networks"]:
-        yield Captioned(
-            "Kendall's tau with the generalisation gap",
-            f"{len(stages['networks'])} perceptrons trained with SGD on MNIST-1D: over all; and within cells "
-            "in which the named fields are the same, the mean over cells. n.s.: one-sided p above 1 %.",
-            tables.correlations(stages["networks"]),
-        )
+def captioned(found: Found, everything: Results, costs: Mapping[str, Any]) -> Iterator[Captioned]:
+    """All tables that the results allow."""
+    yield from of_defaults(found)
+    yield from of_the_step(found)
+    yield from of_the_search(found, everything)
     if costs:
         yield Captioned(
             "Cost of a step",
             "Median of the ratio to SGD's step in the same round, one thread; in brackets the quartiles.",
             tables.cost(costs),
         )
-    for condition in found:
+
+
+def without_a_search(found: Found, base: str) -> tuple[Results, dict[str, Gains]]:
+    """The base alone, and every method's gain over it; SGD's search is one of the methods."""
+    own = where(found["defaults"], base=base)
+    alone = where(own, method="base")
+    methods = {m: gains(where(own, method=m), alone) for m in DEFAULTS if m != "base"}
+    if base == "sgd":
+        methods["SGD, searched"] = gains(found["bar"], alone)
+    return alone, {method: gained for method, gained in methods.items() if gained}
+
+
+def front(found: Found) -> Table:
+    """Points over the base alone, without any search: the mean over conditions, and the worst of them."""
+    by_base = {base: without_a_search(found, base)[1] for base in ("sgd", "adamw")}
+    conditions = {base: max((len(g) for g in by.values()), default=0) for base, by in by_base.items()}
+    heads = [f"{name}, {conditions[base]} tasks" for base, name in (("sgd", "SGD"), ("adamw", "AdamW"))]
+    result = new_table("method", heads[0], "worst task", heads[1], "worst task")
+    for method in FRONT:
+        cells = []
+        for by_method in by_base.values():
+            mean = list(tables.means(by_method.get(method, {})).values())
+            cells += [tables.signed(mean), f"{min(mean):+.1f}" if mean else ""]
+        result.add_row(method, *cells)
+    return result
+
+
+def of_defaults(found: Found) -> Iterator[Captioned]:
+    """Without a search."""
+    for base, name in (("sgd", "SGD"), ("adamw", "AdamW")):
+        alone, by_method = without_a_search(found, base)
+        if not by_method:
+            continue
         yield Captioned(
-            condition.name,
-            "Values chosen; mean ± standard deviation over seeds. Early stopping: test score of the epoch "
-            "with the best validation score, of ten that were looked at. Noise, blur, contrast: accuracy on "
-            "shifted images, mean of five strengths.",
-            tables.details(tables.of(compared, condition)),
+            f"Without a search, {name}",
+            f"Points of test score (accuracy; R² of the regression) over {name} alone at the usual settings, "
+            "every method at its default: the mean over conditions with its 95 % interval over conditions, "
+            "bold where that leaves out zero; the number of conditions in which it is better or worse at "
+            "the 5 % level after Holm's correction; and in how many it loses more than a point.",
+            tables.summary(by_method),
+        )
+        yield Captioned(
+            f"Without a search, {name}, by condition",
+            f"Test score of {name} alone, and points over it, paired by seed, {BOLD}.",
+            tables.by_condition(alone, by_method, f"{name} alone"),
+        )
+        yield Captioned(
+            f"Without a search, {name}: loss on test data",
+            "Negative log-likelihood (squared error of the regression), mean and standard deviation.",
+            tables.scores(where(found["defaults"], base=base), DEFAULTS, "test_loss"),
+        )
+        reference = where(found["defaults"], base=base, method="FAM, proximal")
+        others = {m: gains(reference, where(found["defaults"], base=base, method=m)) for m in DEFAULTS}
+        others |= {"SGD, searched": gains(reference, found["bar"])} if base == "sgd" else {}
+        others = {m: own for m, own in others.items() if own and m != "FAM, proximal"}
+        if others:
+            yield Captioned(
+                f"FAM proximal at lam = 1 against the others, {name}",
+                f"Points of test score of FAM minus those of the column's method, paired by seed, {BOLD}.",
+                tables.by_condition(reference, others, "FAM, proximal"),
+            )
+    if found["reviews"]:
+        yield Captioned(
+            "Film reviews",
+            "MiniLM fine-tuned with AdamW at 1e-4 on 500 sentences: test accuracy in percent and negative "
+            "log-likelihood on 1,000 others, mean and standard deviation over seeds.",
+            tables.reviews(found["reviews"]),
+        )
+
+
+def of_the_step(found: Found) -> Iterator[Captioned]:
+    """lam, every, and the step's forms."""
+    for stage, quantity, name in (
+        ("step", "validation", "validation score, two seeds; the conditions by which the default was chosen"),
+        ("confirmation", "test_score", "test score, three fresh seeds; conditions that chose nothing"),
+    ):
+        if found[stage]:
+            yield Captioned(
+                f"lam and every: {stage}",
+                f"Points of score lost to the best of the row ({name}).",
+                tables.by_setting(tables.lost(found[stage], quantity)),
+            )
+
+    if found["flattening"]:
+        yield Captioned(
+            "Does it flatten?",
+            "MNIST-1D with 20 % wrong labels, two hidden layers: test accuracy, and Gauss-Newton kappa of "
+            'every layer on the training data after the last epoch, geometric mean over seeds. "first" and '
+            '"last but one": the proximal step on this layer alone.',
+            tables.flattening(found["flattening"]),
+        )
+    if found["ablations"]:
+        yield Captioned(
+            "Forms of the step",
+            "Validation score, mean of two seeds, with one thing changed at a time; lam = 1, every 10 steps.",
+            tables.ablations(found["ablations"]),
+        )
+
+
+def of_the_search(found: Found, everything: Results) -> Iterator[Captioned]:
+    """With a search."""
+    compared = [*found["comparison"], *found["more_seeds"]]
+    sgd = where(compared, method="SGD")
+    if not sgd:
+        return
+    by_method = {m: gains(where(compared, method=m), sgd) for m in COMPARED if m != "SGD"}
+    by_method = {method: own for method, own in by_method.items() if own}
+    cheap = {m: {c: v for c, v in own.items() if c.task in CHEAP} for m, own in by_method.items()}
+    cheap = {method: own for method, own in cheap.items() if own}
+    yield Captioned(
+        "With a search",
+        "Points of test score over SGD with searched learning rate and weight decay; every method's value "
+        "was searched jointly with both. The mean over the nine conditions in which all methods were "
+        "searched, with its 95 % interval over conditions; better and worse after Holm's correction.",
+        tables.summary(cheap),
+    )
+    yield Captioned(
+        "With a search, by condition",
+        f"Test score of searched SGD, and points over it, paired by seed, {BOLD}.",
+        tables.by_condition(sgd, by_method, "SGD"),
+    )
+    yield Captioned(
+        "With a search: loss on test data",
+        "Negative log-likelihood (squared error of the regression), mean and standard deviation.",
+        tables.scores(compared, COMPARED, "test_loss"),
+    )
+    yield Captioned(
+        "What was chosen",
+        "The method's own value, in brackets where it is the last that could be tried; then learning rate "
+        "and weight decay. All three were searched jointly.",
+        tables.choices(everything),
+    )
+    if found["longer"]:
+        yield Captioned(
+            "Longer and shorter",
+            "Test accuracy in percent with the values chosen for 1 x the epochs: mean ± standard deviation "
+            "over five seeds.",
+            tables.by_epochs([*found["longer"], *found["comparison"]]),
         )

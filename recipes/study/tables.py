@@ -2,43 +2,38 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
+from recipes.shared.tables import table
 from recipes.shared.timing import with_quartiles
-from recipes.study import protocol
+from recipes.study import search
+from recipes.study.ablations import FORMS
 from recipes.study.analysis import (
-    GAPS,
-    Quantity,
     Results,
-    best,
     differences,
     holm,
     mean_by,
     p_value,
-    rank_correlation,
     values_of,
     where,
     with_interval,
 )
-from recipes.study.methods import BY_LAYERS, COMPARED, METHODS
-from recipes.study.protocol import CONDITIONS, Condition
+from recipes.study.conditions import CONDITIONS, LANGUAGE, Condition
+from recipes.study.conditions import of as condition_of
+from recipes.study.defaults import GRID
+from recipes.study.methods import COMPARED, METHODS
 from recipes.study.tasks import TASKS
 
 LEVEL = 0.05  # of significance
-DETAILS = {  # heading -> field
-    "test score": "test_score",
-    "early stopping": "best_test_score",
-    "test loss": "test_loss",
-    "ECE %": "test_ece",
-    "noise": "noise_score",
-    "blur": "blur_score",
-    "contrast": "contrast_score",
-    "training score": "train_score",
+Gains = dict[Condition, list[float]]  # points of test score, seed by seed
+GROUPS: dict[str, Callable[[Condition], bool]] = {
+    "all conditions": lambda c: True,
+    "wrong labels": lambda c: c.noise > 0,
+    "clean": lambda c: c.noise == 0,
 }
 
 
@@ -47,280 +42,193 @@ def of(results: Results, condition: Condition) -> Results:
     return where(results, task=condition.task, noise=condition.noise)
 
 
-def gains(
-    compared: Results, conditions: Sequence[Condition], method: str, reference: str
-) -> dict[Condition, list[float]]:
-    """Of every condition that has both, the differences by seed."""
+def gains(own: Results, reference: Results, quantity: str = "test_score") -> Gains:
+    """Of every condition that both have with a common seed, the differences by seed."""
     found = {}
-    for condition in conditions:
-        results = of(compared, condition)
-        own, other = where(results, method=method), where(results, method=reference)
-        if own and other:
-            found[condition] = differences(own, other, "test_score")
+    for condition in (*CONDITIONS, *LANGUAGE):
+        if values := differences(of(own, condition), of(reference, condition), quantity):
+            found[condition] = values
     return found
 
 
-def summary(compared: Results, conditions: Sequence[Condition]) -> Table:
-    """A row per method: what it gains over tuned SGD."""
-    groups: dict[str, Callable[[Condition], bool]] = {
-        "all conditions": lambda c: True,
-        "wrong labels": lambda c: c.noise > 0,
-        "clean": lambda c: c.noise == 0,
-    }
-    table = Table("method", *groups, "better", "worse", "smallest gain", box=box.MARKDOWN)
-    for method in COMPARED:
-        found = gains(compared, conditions, method, "SGD")
-        if method == "SGD" or not found:
-            continue
-        means = {condition: statistics.fmean(values) for condition, values in found.items()}
-        cells = [
-            signed([mean for condition, mean in means.items() if belongs(condition)])
-            for belongs in groups.values()
-        ]
+def means(found: Gains) -> dict[Condition, float]:
+    """Of every condition the mean over its seeds."""
+    return {condition: statistics.fmean(values) for condition, values in found.items()}
+
+
+def summary(by_method: Mapping[str, Gains]) -> Table:
+    """A row per method: what it gains on average, where it is better or worse, and its worst."""
+    heads = (*GROUPS, "better", "worse", "loses more than a point", "smallest gain")
+    result = table("method", *heads)
+    for method, found in by_method.items():
+        by_condition = means(found)
         p = holm({condition: p_value(values) for condition, values in found.items()})
-        better = sum(p[c] < LEVEL and mean > 0 for c, mean in means.items())
-        worse = sum(p[c] < LEVEL and mean < 0 for c, mean in means.items())
-        table.add_row(method, *cells, f"{better} of {len(means)}", f"{worse}", f"{min(means.values()):+.1f}")
-    return table
+        better = sum(p[c] < LEVEL and mean > 0 for c, mean in by_condition.items())
+        worse = sum(p[c] < LEVEL and mean < 0 for c, mean in by_condition.items())
+        cells = [*over_groups(by_condition), f"{better} of {len(found)}", f"{worse}"]
+        cells.append(f"{sum(mean < -1 for mean in by_condition.values())}")
+        result.add_row(method, *cells, f"{min(by_condition.values()):+.1f}")
+    return result
 
 
-def by_condition(
-    compared: Results, conditions: Sequence[Condition], cell: Callable[[Results, Results], str]
-) -> Table:
-    """A row per condition, a column per method; the cell is a function of its trials and SGD's."""
-    methods = [method for method in COMPARED if where(compared, method=method)]
-    table = Table("condition", *methods, box=box.MARKDOWN)
-    for condition in conditions:
-        results = of(compared, condition)
-        sgd = where(results, method="SGD")
-        cells = [cell(own, sgd) if (own := where(results, method=method)) else "" for method in methods]
-        table.add_row(condition.name, *cells)
-    return table
+def over_groups(by_condition: Mapping[Condition, float]) -> list[str]:
+    """The mean over all conditions, over those with wrong labels, and over the clean ones."""
+    return [signed([m for c, m in by_condition.items() if belongs(c)]) for belongs in GROUPS.values()]
 
 
-def versus(compared: Results, conditions: Sequence[Condition], ours: str) -> Table:
-    """A row per condition, a column per other method of the shortlist: our gain over it."""
-    others = [method for method in protocol.SHORTLIST if method != ours]
-    found = {other: gains(compared, conditions, ours, other) for other in others}
-    table = Table("condition", *others, box=box.MARKDOWN)
-    p = {other: holm({c: p_value(values) for c, values in found[other].items()}) for other in others}
-    for condition in conditions:
-        cells = [
-            interval(found[other][condition], p[other][condition] < LEVEL)
-            if condition in found[other]
-            else ""
-            for other in others
-        ]
-        table.add_row(condition.name, *cells)
-    means = [signed([statistics.fmean(v) for v in found[other].values()]) for other in others]
-    table.add_row("mean over conditions", *means)
-    return table
-
-
-def choices(results: Results) -> Table:
-    """A row per condition, a column per method: value, learning rate and weight decay that were chosen."""
-    table = Table("condition", *COMPARED, box=box.MARKDOWN)
+def by_condition(reference: Results, by_method: Mapping[str, Gains], name: str) -> Table:
+    """A row per condition: the reference's score, and every method's gain over it; then the mean."""
+    result = table("condition", "seeds", name, *by_method)
     for condition in CONDITIONS:
-        if not protocol.settled(results, condition, COMPARED):
+        own = of(reference, condition)
+        if own:
+            cells = [signed(found.get(condition, [])) for found in by_method.values()]
+            result.add_row(condition.name, str(len(own)), spread(values_of(own, "test_score")), *cells)
+    averages = [signed(list(means(found).values())) for found in by_method.values()]
+    result.add_row("mean over conditions", "", "", *averages)
+    return result
+
+
+def scores(results: Results, methods: Iterable[str], quantity: str) -> Table:
+    """A row per condition, a column per method: mean and standard deviation over seeds."""
+    chosen = list(methods)
+    result = table("condition", *chosen)
+    for condition in (*CONDITIONS, *LANGUAGE):
+        if own := of(results, condition):
+            cells = [
+                [r[quantity] for r in where(own, method=m) if r.get(quantity) is not None] for m in chosen
+            ]
+            result.add_row(condition.name, *map(spread, cells))
+    return result
+
+
+def choices(everything: Results) -> Table:
+    """A row per condition, a column per method: value, learning rate and weight decay that were chosen."""
+    result = table("condition", *COMPARED)
+    for condition in CONDITIONS:
+        if not search.compared_on(condition):
             continue
         cells = []
         for method in COMPARED:
-            if not protocol.applies(method, condition):
+            known = method in search.compared_on(condition) and search.settled(everything, condition, method)
+            if not known:
                 cells.append("")
                 continue
-            one, grid = protocol.chosen(results, condition, method), METHODS[method].values
+            one, grid = search.chosen(everything, condition, method), METHODS[method].values
             own = f"{one.value:g}; " if grid else ""
             if grid and one.value in (grid[0], grid[-1]):
                 own = f"({one.value:g}); "
             cells.append(f"{own}{one.lr:g}, {one.weight_decay:g}")
-        table.add_row(condition.name, *cells)
-    return table
-
-
-def layer_sets(results: Results) -> Table:
-    """A row per set of layers, a column per condition."""
-    conditions = [protocol.of(task, noise) for task, noise in protocol.BY_LAYERS_ON]
-    shown = [c for c in conditions if where(of(results, c), method=next(iter(BY_LAYERS)))]
-    methods = [name for name, method in METHODS.items() if method.kind == "fam"]
-    table = Table("layers", *(c.name for c in shown), box=box.MARKDOWN)
-    sgd = [mean_by(protocol.tuned(results, c, "SGD"), "lr", "weight_decay") for c in shown]
-    table.add_row("SGD", *(f"{max(scores.values()):.1f}" for scores in sgd))
-    for method in methods:
-        scores = [protocol.scores_of(results, c, method, protocol.at_one_rate) for c in shown]
-        if any(scores):
-            cells = [f"{max(s.values()):.1f} ({best(s)[-1]:g})" if s else "" for s in scores]
-            table.add_row(method, *cells)
-    return table
-
-
-def usual_rate(results: Results, own_stage: Results, condition: Condition) -> Table:
-    """SGD's best of all; then a row per method and set of layers at the usual learning rate."""
-    tested = where(of(own_stage, condition), tested=True)
-    reference = where(tested, variant="")
-    heads = ("method", "weight decay", "value", "validation", "test score", "over SGD's best")
-    table = Table(*heads, box=box.MARKDOWN)
-
-    def add(name: str, scores: Mapping[protocol.Setting, float], own: Results) -> None:
-        lr, decay, value = best(scores)
-        settings = [f"{decay:g}", "" if value == lr else f"{value:g}"]
-        gain = signed(differences(own, reference, "test_score")) if own and own != reference else ""
-        score = spread(values_of(own, "test_score"))
-        table.add_row(name, *settings, f"{max(scores.values()):.1f}", score, gain)
-
-    scores = protocol.tuned_scores(results, condition, "SGD")
-    add(f"SGD's best, at {best(scores)[0]:g}", scores, reference)
-    at_rate = protocol.at_usual_rate(results)
-    for method in METHODS:
-        if scores := protocol.tuned_scores(at_rate, condition, method):
-            add(method, scores, where(tested, method=method, variant="usual rate"))
-    return table
+        result.add_row(condition.name, *cells)
+    return result
 
 
 def by_epochs(results: Results) -> Table:
     """A row per condition and method, a column per length of training."""
-    times = sorted({1, *protocol.TIMES})
-    table = Table("condition", "method", *(f"{t:g} x" for t in times), box=box.MARKDOWN)
-    for condition in (protocol.of(task, noise) for task, noise in protocol.LONGER):
+    times = sorted({1, *search.TIMES})
+    result = table("condition", "method", *(f"{t:g} x" for t in times))
+    for condition in (condition_of(task, noise) for task, noise in search.LONGER):
         found = of(results, condition)
         lengths = [round(t * TASKS[condition.task].epochs) for t in times]
-        if not where(found, epochs=lengths[0]):
-            continue
-        for method in protocol.SHORTLIST:
+        for method in search.SHORTLIST:
             own = [where(found, method=method, epochs=epochs) for epochs in lengths]
-            table.add_row(condition.name, method, *(spread(values_of(r, "test_score")) for r in own))
-    return table
+            if all(own):
+                result.add_row(condition.name, method, *(spread(values_of(r, "test_score")) for r in own))
+    return result
 
 
-def lam_scores(results: Results, method: str) -> dict[str, tuple[float, dict[float, float]]]:
-    """By condition or variant: SGD's validation score, and the method's by lam."""
+# The proximal step: lam and every
+
+Losses = dict[str, dict[tuple[float, int], float]]  # row -> (lam, every) -> points lost to the row's best
+VARIED = {"width": "width {}", "depth": "{} hidden layers", "batch_size": "batches of {}"}
+
+
+def lost(results: Results, quantity: str) -> Losses:
+    """What every lam and every lose against the best of the row."""
+    rows: dict[str, Results] = {}
+    for r in where(results, method="FAM, proximal"):
+        rows.setdefault(row_name(r), []).append(r)
     found = {}
-    for condition in CONDITIONS:
-        if protocol.settled(results, condition, COMPARED):
-            settings = protocol.usual(results, condition)
-            own = where(of(results, condition), method=method, tested=False, **settings)
-            scores = mean_by([r for r in own if r["variant"] in ("", "lam")], "value")
-            sgd = max(mean_by(protocol.tuned(results, condition, "SGD"), "lr", "weight_decay").values())
-            found[condition.name] = (sgd, scores)
-    for name in protocol.VARIANTS:
-        own = where(results, variant=name)
-        if own:
-            sgd = statistics.fmean(values_of(where(own, method="SGD"), "validation"))
-            found[f"{CONDITIONS[0].name}, {name}"] = (sgd, mean_by(where(own, method=method), "value"))
-    lams = set(protocol.LAMS)
-    return {
-        name: (sgd, {lam: scores[lam] for lam in protocol.LAMS})
-        for name, (sgd, scores) in found.items()
-        if lams <= set(scores)
-    }
-
-
-def untuned(own_stage: Results) -> Table:
-    """A row per condition: SGD's best, and what is gained over it without a search."""
-    methods = ("SGD", *protocol.WITH_ONE_LAM)
-    table = Table("condition", "SGD, searched", *methods, box=box.MARKDOWN)
-    found: dict[str, list[float]] = {method: [] for method in methods}
-    for condition in CONDITIONS:
-        results = of(own_stage, condition)
-        reference, without_search = where(results, variant=""), where(results, variant="untuned")
-        if not reference or not without_search:  # one may be complete before the other
-            continue
-        cells = []
-        for method in methods:
-            gained = differences(where(without_search, method=method), reference, "test_score")
-            found[method].append(statistics.fmean(gained))
-            cells.append(signed(gained))
-        table.add_row(condition.name, spread(values_of(reference, "test_score")), *cells)
-    table.add_row("mean over conditions", "", *(signed(gained) for gained in found.values()))
-    return table
-
-
-def clipped_scores(results: Results, method: str) -> dict[str, tuple[float, dict[float, float]]]:
-    """By condition, with the gradient clipped: SGD's validation score, and the method's by lam."""
-    found = {}
-    for condition in CONDITIONS:
-        own = where(of(results, condition), variant="clipped")
-        if own:
-            sgd = statistics.fmean(values_of(where(own, method="SGD"), "validation"))
-            found[condition.name] = (sgd, mean_by(where(own, method=method), "value"))
+    for name, own in rows.items():
+        by_setting = mean_by(own, "value", "every", quantity=quantity)
+        found[name] = {key: max(by_setting.values()) - score for key, score in by_setting.items()}
     return found
 
 
-def one_lam(results: Results, method: str, *, clipped: bool = False) -> Table:
-    """A row per condition or variant: what every lam loses there against the best; then mean and worst."""
-    free = lam_scores(results, method)
-    found = clipped_scores(results, method) if clipped else free
-    found = {name: found[name] for name in free if name in found}  # one may be complete before the other
-    of_sgd = ("SGD, searched", "SGD") if clipped else ("SGD",)
-    table = Table("condition", *of_sgd, *(f"lam {lam:g}" for lam in protocol.LAMS), box=box.MARKDOWN)
-    rows = []
-    for name, (sgd, scores) in found.items():
-        searched, others = free[name]
-        top = max(*scores.values(), *others.values())
-        known = [*([searched] if clipped else []), sgd, *(scores[lam] for lam in protocol.LAMS)]
-        rows.append([top - score for score in known])
-        table.add_row(name, *(f"{lost:.1f}" for lost in rows[-1]))
-    columns = list(zip(*rows, strict=True))
-    table.add_row("mean", *(f"{statistics.fmean(column):.2f}" for column in columns))
-    table.add_row("worst", *(f"{max(column):.1f}" for column in columns))
-    return table
+def row_name(r: Mapping[str, Any]) -> str:
+    """The condition, with what is unusual about the network."""
+    name = condition_of(r["task"], r["noise"]).name
+    usual = {"width": 128, "depth": 2, "batch_size": TASKS[r["task"]].batch_size}
+    unusual = [text.format(r[field]) for field, text in VARIED.items() if r[field] != usual[field]]
+    unusual += ["AdamW"] if r["base"] == "adamw" else []
+    return ", ".join([name, *unusual]).replace("1 hidden layers", "1 hidden layer")
 
 
-QUANTITIES: dict[str, Quantity] = {
-    "kappa, first layer": lambda r: r["kappas"][0],
-    "kappa, second layer": lambda r: r["kappas"][1],
-    "kappa, last layer": lambda r: r["kappas"][2],
-    "kappa, hidden layers": lambda r: sum(r["kappas"][:-1]),
-    "kappa, all layers": lambda r: sum(r["kappas"]),
-    "squared norm, hidden layers": lambda r: sum(r["norms"][:-1]),
-    "squared norm, last layer": lambda r: r["norms"][-1],
-}
+def by_setting(losses: Losses) -> Table:
+    """A row per condition, a column per lam and every: points lost to the best; then mean and worst."""
+    complete = {name: own for name, own in losses.items() if set(own) >= set(GRID)}
+    result = table("condition", *(f"lam {lam:g}, every {every}" for lam, every in GRID))
+    for name, own in complete.items():
+        result.add_row(name, *(f"{own[key]:.1f}" for key in GRID))
+    columns = [[own[key] for own in complete.values()] for key in GRID]
+    result.add_row("mean", *(f"{statistics.fmean(column):.2f}" for column in columns if column))
+    result.add_row("worst", *(f"{max(column):.1f}" for column in columns if column))
+    return result
 
 
-def correlations(results: Results) -> Table:
-    """A row per quantity; columns: gap, over all or with confounders held fixed."""
-    known = [r for r in results if None not in (r["train_loss"], r["test_loss"], *r["kappas"])]
-    sets: dict[str, tuple[str, ...]] = {
-        "all networks": (),
-        "within noise": ("noise",),
-        "noise, width, decay fixed": ("noise", "width", "weight_decay"),
-    }
-    heads = [f"{name}: {gap}" for gap in GAPS for name in sets]
-    table = Table("quantity", *heads, box=box.MARKDOWN)
-    for name, quantity in QUANTITIES.items():
-        cells = []
-        for gap in GAPS.values():
-            for fixed in sets.values():
-                tau, p, _ = rank_correlation(known, quantity, gap, fixed)
-                cells.append(f"{tau:.2f}" + ("" if p < 0.01 else " (n.s.)"))
-        table.add_row(name, *cells)
-    return table
+def reviews(results: Results) -> Table:
+    """A row per method and value: accuracy and loss with clean and with wrong labels."""
+    heads = [f"{labels}: {what}" for labels in ("clean", "20 % wrong") for what in ("accuracy", "loss")]
+    result = table("method", *heads, "seeds")
+    for method, value in dict.fromkeys((r["method"], r["value"]) for r in results):
+        own = where(results, method=method, value=value)
+        cells = [
+            spread(values_of(of(own, condition), quantity))
+            for condition in LANGUAGE
+            for quantity in ("test_score", "test_loss")
+        ]
+        name = f"{method}, lam = {value:g}" if method == "FAM, proximal" else method
+        result.add_row(name, *cells, str(len({r["seed"] for r in own})))
+    return result
+
+
+def ablations(results: Results) -> Table:
+    """A row per form of the step, a column per condition: validation score; then the mean's difference."""
+    shown = [c for c in CONDITIONS if of(results, c)]
+    scores = [mean_by(of(results, c), "method") for c in shown]
+    result = table("form", *(c.name for c in shown), "mean, minus the first row's")
+    usual, *_ = FORMS
+    for form in FORMS:
+        if all({form, usual} <= set(own) for own in scores):
+            average = statistics.fmean(own[form] - own[usual] for own in scores)
+            result.add_row(form, *(f"{own[form]:.1f}" for own in scores), f"{average:+.1f}")
+    return result
+
+
+def flattening(results: Results) -> Table:
+    """A row per method: test score, and kappa of every layer after the last epoch."""
+    layers = len(next(iter(results[0]["kappas"].values())))
+    result = table("method", "test score", *(f"kappa, layer {layer + 1}" for layer in range(layers)), "seeds")
+    for method in dict.fromkeys(r["method"] for r in results):
+        own = where(results, method=method)
+        last = [list(r["kappas"].values())[-1] for r in own]
+        means = [f"{statistics.geometric_mean(kappas):.3g}" for kappas in zip(*last, strict=True)]
+        result.add_row(method, spread(values_of(own, "test_score")), *means, str(len(own)))
+    return result
 
 
 def cost(costs: Mapping[str, Any]) -> Table:
     """A row per method, a column per network."""
     found = costs["tasks"]
     heads = [f"{task} ({own['milliseconds']:.2g} ms)" for task, own in found.items()]
-    table = Table("method", *heads, box=box.MARKDOWN)
+    result = table("method", *heads)
     for method in dict.fromkeys(chain(*(own["methods"] for own in found.values()))):
         cells = []
         for own in found.values():
             timed = own["methods"].get(method)
             cells.append(with_quartiles(timed["ratio"], timed["quartiles"]) if timed else "")
-        table.add_row(method, *cells)
-    return table
-
-
-def details(results: Results) -> Table:
-    """A row per method: everything measured."""
-    shown = {head: field for head, field in DETAILS.items() if field in results[0]}
-    table = Table("method", "value", "learning rate", "weight decay", "seeds", *shown, box=box.MARKDOWN)
-    for method in COMPARED:
-        own = where(results, method=method)
-        if own:
-            cells = [spread([r[field] for r in own if r.get(field) is not None]) for field in shown.values()]
-            settings = [f"{own[0][name]:g}" for name in ("value", "lr", "weight_decay")]
-            table.add_row(method, *settings, str(len(own)), *cells)
-    return table
+        result.add_row(method, *cells)
+    return result
 
 
 def spread(values: Sequence[float]) -> str:
@@ -339,11 +247,5 @@ def signed(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:+.1f}" if values else ""
     mean, half = with_interval(values)
-    return interval(values, abs(mean) > half)
-
-
-def interval(values: Sequence[float], bold: bool) -> str:
-    """A mean difference with its 95 % interval."""
-    mean, half = with_interval(values)
     text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if bold else text
+    return f"**{text}**" if abs(mean) > half else text

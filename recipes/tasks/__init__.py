@@ -46,6 +46,9 @@ TASKS = {
         "the same on 20 generated shells of 32 x 32 x 32 voxels", "skulls", "skulls", {"small": True}
     ),
     "rte": Entry("BERT fine-tuned on GLUE's RTE (paper, Table 3, Figure 3)", "rte", "rte"),
+    "reviews": Entry(
+        "MiniLM, a pretrained BERT, fine-tuned on sentences of film reviews", "reviews", "reviews"
+    ),
 }
 
 

@@ -9,26 +9,19 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parameters_to_vector
 
 from fam_optim import FAM, observe, relative_flatness, weight_layers
 from recipes.study import __main__ as study
-from recipes.study import protocol, tables
-from recipes.study.analysis import (
-    best,
-    differences,
-    holm,
-    mean_by,
-    rank_correlation,
-    to_try,
-    with_interval,
-)
-from recipes.study.methods import COMPARED, LAYERS, METHODS, Method, add_noise, make_optimizer
-from recipes.study.protocol import CONDITIONS
-from recipes.study.tasks import SHIFTS, TASKS, samples, shifted
-from recipes.study.trial import Stepper, Trial, explained, run
+from recipes.study import conditions, defaults, search, tables
+from recipes.study.ablations import FORMS
+from recipes.study.analysis import best, differences, holm, mean_by, to_try, with_interval
+from recipes.study.conditions import CONDITIONS
+from recipes.study.methods import COMPARED, LAYERS, METHODS, Method, add_control, add_noise
+from recipes.study.stages import STAGES
+from recipes.study.tasks import TASKS, samples
+from recipes.study.trial import Stepper, Trial, batches, explained, filled, measured, missing, run, shortened
 from recipes.tasks.models import SmallConvNet
 
 DOUBLE = {"dtype": torch.float64}
@@ -85,19 +78,6 @@ def test_no_noise_when_evaluated() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_l2_on_hidden_layers_is_its_gradient() -> None:
-    torch.manual_seed(0)
-    model = TASKS["digits"].network(8, 2)
-    before = [layer.weight.clone() for layer in weight_layers(model)]
-    optimizer = make_optimizer(METHODS["L2, hidden layers"], 0.03, model, "sgd", 0, lr=1.0, weight_decay=0.1)
-    optimizer.zero_grad()
-    sum(0 * p.sum() for p in model.parameters()).backward()
-    optimizer.step()
-    for layer, weight, coefficient in zip(weight_layers(model), before, (0.03, 0.03, 0.0), strict=True):
-        # the gradient of coefficient * ||W||^2 and of SGD's own 0.1 / 2 * ||W||^2
-        torch.testing.assert_close(weight - layer.weight, (2 * coefficient + 0.1) * weight)
-
-
 def test_sets_of_layers() -> None:
     model = SmallConvNet(channels=(2, 3))
     names = {module: name for name, module in model.named_modules()}
@@ -108,8 +88,6 @@ def test_sets_of_layers() -> None:
         "first": ["features.0"],
         "hidden": ["features.0", "features.4", "features.9"],
         "all": ["features.0", "features.4", "features.9", "head"],
-        "last convolution": ["features.4"],
-        "convolutions": ["features.0", "features.4"],
     }
 
 
@@ -157,17 +135,6 @@ def test_holm() -> None:
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
 
-def test_rank_correlation_within_cells() -> None:
-    results = [{"cell": cell, "x": x, "gap": x - 10 * cell} for cell in (0, 1) for x in range(4)]
-    for r in results:
-        r["x"] += 10 * r["cell"]  # over all, the cell hides the relation
-    over_all, _, _ = rank_correlation(results, lambda r: r["x"], lambda r: r["gap"])
-    within, p, cells = rank_correlation(results, lambda r: r["x"], lambda r: r["gap"], ("cell",))
-    assert (within, cells) == (1, 2)
-    assert over_all < 0
-    assert p < 0.05
-
-
 def test_explained_variance() -> None:
     targets = torch.tensor([[0.0], [2.0]])
     assert explained(targets, targets) == 100
@@ -184,7 +151,7 @@ def test_noise_never_hits_the_test_labels() -> None:
     assert torch.equal(clean.train[:][0], noisy.train[:][0])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", sorted({condition.task for condition in CONDITIONS}))
 def test_a_network_fits_its_samples(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if task.startswith("finetune"):
         monkeypatch.setattr("recipes.study.networks.PRETRAINING_EPOCHS", 1)
@@ -194,41 +161,17 @@ def test_a_network_fits_its_samples(task: str, monkeypatch: pytest.MonkeyPatch) 
     assert outputs.shape == ((4, 1) if own.predicts == "numbers" else (4, 10))
 
 
-@pytest.mark.parametrize("kind", SHIFTS)
-def test_shifts_grow_and_repeat(kind: str) -> None:
-    images = samples("fashion", 0.0, 0).train[:8][0]
-    moved = [shifted(images, kind, strength) for strength in SHIFTS[kind]]
-    distances = [(m - images).norm().item() for m in moved]
-    assert distances == sorted(distances)
-    assert distances[0] > 0
-    assert torch.equal(shifted(images, kind, SHIFTS[kind][0]), moved[0])
-
-
 def test_a_trial_repeats_bit_for_bit() -> None:
     trial = Trial("digits", 0.4, "FAM, hidden", 0.003, 0, 2, 0.05, 5e-4, tested=True)
     first, second = (run(trial) for _ in range(2))
     assert first.pop("seconds") > 0 < second.pop("seconds")
     assert first == second
-    assert {"test_score", "test_ece", "kappas", "norms", "best_test_score"} <= first.keys()
+    assert {"validation", "train_score", "test_score", "test_loss", "test_ece"} <= first.keys()
 
 
 def test_test_data_stay_out_of_tuning() -> None:
     result = run(Trial("digits", 0.0, "SGD", 0.05, 0, 1, 0.05, 5e-4))
     assert not [name for name in result if "test" in name and name != "tested"]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_a_step(method: str) -> None:
-    torch.manual_seed(0)
-    condition = protocol.of("fashion", 0.4) if "convolution" in method else protocol.of("digits", 0.4)
-    value = (METHODS[method].start or (0.05,))[0]
-    stepper = Stepper(protocol.trial(condition, method, value, 0, lr=0.05))
-    before = [p.clone() for p in stepper.evaluated.parameters()]
-    inputs = torch.rand(8, 1, 28, 28) if condition.task == "fashion" else torch.rand(8, 64)
-    stepper.step(inputs, torch.arange(8))
-    assert any(not torch.equal(a, b) for a, b in zip(before, stepper.evaluated.parameters(), strict=True))
-    if isinstance(stepper.optimizer, FAM):
-        assert stepper.optimizer.last_kappa is not None
 
 
 class Bowl:
@@ -239,7 +182,6 @@ class Bowl:
     rate: ClassVar = {"dropout": 0.1}  # two steps from SGD's
 
     def __call__(self, trial: Trial) -> dict[str, Any]:
-        fields = {name: getattr(trial, name) for name in Trial.__dataclass_fields__}
         value = trial.lr if trial.method.startswith("SGD") else trial.value
         method = METHODS[trial.method]
         best_value = self.best.get(trial.method, (method.start or (0.05,))[-1])
@@ -248,125 +190,198 @@ class Bowl:
             math.log(trial.lr / self.rate.get(trial.method, trial.lr)),
             trial.weight_decay - self.decay.get(trial.method, 0.0),
         )
-        return {**fields, "validation": -sum(abs(distance) for distance in distances)}
+        return {**asdict(trial), "validation": -sum(abs(distance) for distance in distances)}
 
 
-def test_a_condition_is_compared_only_when_it_is_tuned() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_step(method: str) -> None:
+    torch.manual_seed(0)
+    value = (METHODS[method].start or (0.05,))[0]
+    stepper = Stepper(conditions.trial(conditions.of("digits", 0.4), method, value, 0, lr=0.05, every=1))
+    before = [p.clone() for p in stepper.model.parameters()]
+    stepper.step(torch.rand(8, 64), torch.arange(8))
+    assert any(not torch.equal(a, b) for a, b in zip(before, stepper.model.parameters(), strict=True))
+    if METHODS[method].kind in ("fam", "proximal"):
+        assert isinstance(stepper.optimizer, FAM)
+        assert stepper.optimizer.last_kappa is not None
+
+
+def test_the_control_is_the_step_with_t_the_identity() -> None:
+    weight, other = (nn.Parameter(torch.arange(1.0, 7.0, **DOUBLE).view(2, 3)) for _ in range(2))
+    optimizer = torch.optim.SGD([weight, other], lr=0.1)
+    add_control(optimizer, [weight], lam=0.3, every=3)
+    for number in range(1, 7):
+        before = weight.detach().clone()
+        for p in (weight, other):
+            p.grad = torch.full_like(p, number)
+        optimizer.step()
+        moved = before - 0.1 * number
+        if number % 3 == 0:
+            c = 0.3 * 3 * (moved - before).norm() / (2 * moved).norm()
+            moved = torch.linalg.solve((1 + 2 * c) * torch.eye(2, **DOUBLE), moved)
+        torch.testing.assert_close(weight.detach(), moved, rtol=1e-14, atol=0)
+    torch.testing.assert_close(other.detach(), torch.arange(1.0, 7.0, **DOUBLE).view(2, 3) - 2.1)
+
+
+def test_looksam_takes_sams_second_gradient_every_fifth_step() -> None:
+    stepper = Stepper(conditions.trial(conditions.of("digits", 0.4), "LookSAM, k = 5", 0.1, 0, lr=0.05))
+    forwards: list[int] = []
+    stepper.model.register_forward_hook(lambda *_: forwards.append(1))
+    counts = []
+    for _ in range(10):
+        forwards.clear()
+        stepper.step(torch.rand(8, 64), torch.arange(8))
+        counts.append(len(forwards))
+    assert counts == [2, 1, 1, 1, 1] * 2
+
+
+def final_weights(method: str, epochs: int = 2) -> list[Tensor]:
+    trial = conditions.trial(conditions.of("digits", 0.4), method, 1.0, 0, lr=0.05)
+    torch.manual_seed(0)
+    stepper = Stepper(trial)
+    for epoch in range(epochs):
+        for inputs, targets in batches(trial, samples("digits", 0.4, 0).train, epoch):
+            stepper.step(inputs, targets)
+    return [layer.weight.detach() for layer in weight_layers(stepper.model)]
+
+
+def test_the_usual_form_of_the_step_is_the_librarys() -> None:
+    ours, theirs = final_weights("as it is"), final_weights("FAM, proximal")
+    for form, own in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(form, own, rtol=1e-4, atol=1e-6)
+    last = [final_weights(name)[-1] for name in ("as it is", "all layers")]
+    assert not torch.allclose(*last)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "as it is"])
+def test_every_form_of_the_step_is_another(form: str) -> None:
+    pairs = zip(final_weights(form), final_weights("as it is"), strict=True)
+    assert any(not torch.allclose(a, b) for a, b in pairs)
+
+
+def test_a_method_is_tested_only_when_it_is_tuned() -> None:
     condition, train = CONDITIONS[0], Bowl()
     results: list[dict[str, Any]] = []
     rounds = 0
     while trials := [
         t
-        for stage in (protocol.sgd, protocol.tuning)
-        for t in protocol.missing(results, stage(results))
+        for stage in (search.sgd, search.tuning)
+        for t in missing(results, stage(results))
         if (t.task, t.noise) == (condition.task, condition.noise)
     ]:
-        assert not [t for t in protocol.comparison(results) if t.task == condition.task]
+        tested = {t.method for t in search.comparison(results) if t.task == condition.task}
+        assert not tested & {t.method for t in trials}
         results += [train(t) for t in trials]
         rounds += 1
         assert rounds < 20
-    assert protocol.base(results, condition) == {"lr": 0.4, "weight_decay": 0.0}
-    compared = list(protocol.comparison(results))
+    assert search.base(results, condition) == {"lr": 0.4, "weight_decay": 0.0}
+    compared = list(search.comparison(results))
     assert {t.method for t in compared} == set(COMPARED)
     assert all(t.tested for t in compared)
     assert {t.value for t in compared if t.method == "SAM"} == {0.8}
     assert {t.value for t in compared if t.method == "label smoothing"} == {0.01}
     assert {(t.lr, t.weight_decay) for t in compared if t.method == "SAM"} == {(0.4, 0.0)}
     assert {(t.lr, t.weight_decay) for t in compared if t.method == "dropout"} == {(0.1, 5e-4)}
-    assert len(compared) == len(COMPARED) * len(protocol.SEEDS)
-
-
-def test_at_the_usual_rate_all_are_tuned_there_and_tested_beside_sgds_best() -> None:
-    condition, train = protocol.of("fashion-nobatchnorm", 0.2), Bowl()
-    results: list[dict[str, Any]] = []
-    stages = (protocol.sgd, protocol.usual_rate)
-    while trials := [
-        t
-        for stage in stages
-        for t in protocol.missing(results, stage(results))
-        if t.task == condition.task and not t.tested
-    ]:
-        results += [train(t) for t in trials]
-    assert protocol.base(results, condition) == {"lr": 0.4, "weight_decay": 0.0}
-    tested = [t for t in protocol.usual_rate(results) if t.tested]
-    by_method = {(t.method, t.lr, t.value) for t in tested if t.method in ("SGD", "SAM")}
-    assert by_method == {("SGD", 0.4, 0.4), ("SGD", 0.05, 0.05), ("SAM", 0.05, 0.8)}
-    assert len(tested) == (1 + len(protocol.SHORTLIST)) * len(protocol.LATER_SEEDS)
-    assert {t.seed for t in tested}.isdisjoint({*protocol.SEEDS, *protocol.MORE_SEEDS})
-    assert not protocol.tuned(results, condition, "SAM")  # the comparison knows nothing of it
+    assert len(compared) == len(COMPARED) * len(conditions.SEEDS)
 
 
 def test_results_of_an_earlier_choice_are_left_out() -> None:
-    trial = protocol.trial(CONDITIONS[0], "SAM", 0.1, 0, lr=0.1)
+    trial = conditions.trial(CONDITIONS[0], "SAM", 0.1, 0, lr=0.1)
     results = [row(**{**asdict(trial), "value": value}) for value in (0.1, 0.2)]
-    assert protocol.measured(results, [trial]) == results[:1]
-    assert protocol.missing(results, [trial, replace(trial, value=0.3)]) == [replace(trial, value=0.3)]
+    assert measured(results, [trial]) == results[:1]
+    assert missing(results, [trial, replace(trial, value=0.3)]) == [replace(trial, value=0.3)]
 
 
-def test_a_clipped_step_is_no_longer_than_its_norm() -> None:
-    trial = protocol.trial(protocol.of("digits", 0.0), "FAM, hidden", 1.0, 0, lr=1.0, weight_decay=0.0)
-    lengths = []
-    for clip in (0.0, 0.1):
-        torch.manual_seed(0)
-        stepper = Stepper(replace(trial, clip=clip))
-        before = parameters_to_vector(stepper.model.parameters()).detach()
-        stepper.step(torch.rand(8, 64), torch.arange(8))
-        lengths.append((parameters_to_vector(stepper.model.parameters()) - before).norm().item())
-    assert lengths[0] > 1
-    assert lengths[1] == pytest.approx(0.1, rel=1e-3)
+def test_a_saved_result_leaves_out_what_is_usual() -> None:
+    trial = conditions.trial(CONDITIONS[0], "SAM", 0.1, 0, lr=0.1, width=32)
+    assert "depth" not in shortened(asdict(trial))
+    assert shortened(asdict(trial))["width"] == 32
+    assert filled(shortened(asdict(trial))) == asdict(trial)
 
 
-def test_one_lam_loses_against_the_best_clipped_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, condition = "FAM, hidden", CONDITIONS[0]
-    free = {lam: score for lam, score in zip(protocol.LAMS, (50.0, 60.0, 55.0, 50.0, 10.0), strict=True)}
-    monkeypatch.setattr(tables, "lam_scores", lambda *_: {condition.name: (58.0, free)})
-    of_condition = {"task": condition.task, "noise": condition.noise, "variant": "clipped"}
-    results = [row(**of_condition, method=method, value=lam, validation=61.0) for lam in protocol.LAMS]
-    results.append(row(**of_condition, method="SGD", value=0.1, validation=59.0))
-    other = {**of_condition, "task": CONDITIONS[2].task, "noise": CONDITIONS[2].noise}  # not known unclipped
-    results += [row(**other, method=name, value=0.1, validation=59.0) for name in ("SGD", method)]
-
-    def lost(clipped: bool) -> list[str]:
-        table = tables.one_lam(results, method, clipped=clipped)
-        return [next(iter(column.cells)) for column in table.columns][1:]
-
-    assert lost(clipped=False) == ["2.0", "10.0", "0.0", "5.0", "10.0", "50.0"]
-    assert lost(clipped=True) == ["3.0", "2.0", "0.0", "0.0", "0.0", "0.0", "0.0"]
+def searched(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of SGD's search in every condition."""
+    while trials := missing(results, search.sgd(results)):
+        results = [*results, *map(Bowl(), trials)]
+    return results
 
 
-def test_what_no_search_gives_is_compared_seed_by_seed() -> None:
-    condition = CONDITIONS[0]
-    of_condition = {"task": condition.task, "noise": condition.noise}
-    scores = {("SGD", ""): (50.0, 51.0), ("SGD", "untuned"): (48.0, 50.0)}
-    scores |= {(method, "untuned"): (51.0, 53.0) for method in protocol.WITH_ONE_LAM}
+def test_seeds_that_chose_something_test_nothing() -> None:
+    results = searched([])
+    chosen_by = {*conditions.TUNING_SEEDS, *range(5), *range(20, 25)}
+    for name in ("defaults", "other_rates", "bar", "confirmation", "reviews"):
+        trials = list(STAGES[name](results))
+        assert trials, name
+        assert all(trial.tested for trial in trials), name
+        assert not {trial.seed for trial in trials} & chosen_by, name
+    assert {trial.seed for trial in STAGES["step"](results)} == set(conditions.TUNING_SEEDS)
+    assert not any(trial.tested for trial in STAGES["step"](results))
+
+
+def test_without_a_search_a_seed_is_complete_before_the_next_begins() -> None:
+    trials = list(defaults.defaults(searched([])))
+    seeds = [trial.seed for trial in trials]
+    assert seeds == sorted(seeds, key=defaults.DEFAULT_SEEDS.index)
+    first = [trial for trial in trials if trial.seed == seeds[0]]
+    assert {(t.task, t.noise) for t in first} == {(c.task, c.noise) for c in CONDITIONS}
+    assert {t.method for t in first} == set(defaults.DEFAULTS)
+    assert {t.lr for t in first if t.task in defaults.NOT_SEARCHED and t.base == "sgd"} == {0.05}
+
+
+def scored(method: str, seed: int, score: float, condition: conditions.Condition) -> dict[str, Any]:
+    return row(task=condition.task, noise=condition.noise, method=method, seed=seed, test_score=score)
+
+
+def test_gains_are_paired_by_seed() -> None:
+    alone = [scored("base", seed, 50.0 + seed, CONDITIONS[0]) for seed in range(3)]
+    ours = [scored("SAM", seed, 52.0 + 2 * seed, CONDITIONS[0]) for seed in reversed(range(2))]
+    found = tables.gains(ours, alone)
+    assert found == {CONDITIONS[0]: [3.0, 2.0]}
+    worse = {CONDITIONS[1]: [-2.0, -4.0]}
+    cells = [next(iter(column.cells)) for column in tables.summary({"SAM": found | worse}).columns]
+    assert cells == ["SAM", "-0.3 ± 34.9", "+2.5", "-3.0", "0 of 2", "0", "1", "-3.0"]
+
+
+def test_points_lost_to_the_best_lam() -> None:
+    trial = conditions.trial(CONDITIONS[0], "FAM, proximal", 1.0, 0, lr=0.1, depth=1)
+    scores = {(1.0, 10): 60.0, (0.5, 10): 57.0, (1.0, 20): 59.5}
     results = [
-        row(**of_condition, method=method, variant=variant, seed=seed, test_score=by_seed[seed])
-        for (method, variant), by_seed in scores.items()
-        for seed in (1, 0)
+        {**asdict(replace(trial, value=lam, every=every, seed=seed)), "validation": score + seed}
+        for (lam, every), score in scores.items()
+        for seed in range(2)
     ]
-    cells = [next(iter(column.cells)) for column in tables.untuned(results).columns]
-    assert cells == [condition.name, "50.5 ± 0.7", "-1.5 ± 6.4", "+1.5 ± 6.4", "+1.5 ± 6.4"]
+    lost = tables.lost(results, "validation")
+    assert lost == {f"{CONDITIONS[0].name}, 1 hidden layer": {(1.0, 10): 0.0, (0.5, 10): 3.0, (1.0, 20): 0.5}}
+
+
+@pytest.mark.parametrize("folder", ["nothing", "."])
+def test_nothing_to_report_is_one_sentence(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SystemExit, match=r"expected a folder with the study's results"):
+        study.main(["--report", str(tmp_path / folder)])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_help_names_stages_and_conditions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        study.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "defaults: Every method at its default" in shown
+    assert "fashion-vit: Fashion-MNIST, transformer, 20 percent wrong" in shown
 
 
 @pytest.mark.slow
-def test_the_study_runs_goes_on_and_reports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    condition = protocol.of("digits", 0.4)
-    monkeypatch.setattr(protocol, "CONDITIONS", (condition,))
-    monkeypatch.setattr(protocol, "SEEDS", (0, 1))
-    monkeypatch.setattr(protocol, "SHORTLIST", ("SGD", "FAM, hidden, detached"))
+def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "CONDITIONS", (conditions.of("digits", 0.4),))
+    monkeypatch.setattr(search, "SEEDS", (0, 1))
     quick = Method((1e-3, 1e-2), (1e-3,), "fam", "hidden", METHODS["FAM, hidden, detached"].options)
-    monkeypatch.setattr(protocol, "COMPARED", {"SGD": COMPARED["SGD"], "FAM, hidden, detached": quick})
-    monkeypatch.setattr(protocol, "METHODS", {**METHODS, "FAM, hidden, detached": quick})
-    monkeypatch.setattr(protocol, "RATES", (0.05,))
-    monkeypatch.setattr(protocol, "DECAYS", (5e-4,))
-    monkeypatch.setattr(protocol, "LEARNING_RATES", (0.05,))
-    monkeypatch.setattr(protocol, "WEIGHT_DECAYS", (0.0, 5e-4))
-    for stage in ("longer", "networks", "lam", "layers", "usual_rate", "clipped", "untuned"):
-        monkeypatch.setitem(protocol.STAGES, stage, lambda results: iter(()))
-    task = TASKS["digits"]
-    monkeypatch.setitem(protocol.TASKS, "digits", type(task)(task.load, task.sizes, task.network, epochs=1))
+    monkeypatch.setattr(search, "COMPARED", {"SGD": COMPARED["SGD"], "FAM, hidden, detached": quick})
+    monkeypatch.setattr(search, "METHODS", {**METHODS, "FAM, hidden, detached": quick})
+    monkeypatch.setattr(search, "RATES", (0.05,))
+    monkeypatch.setattr(search, "DECAYS", (5e-4,))
+    monkeypatch.setattr(search, "LEARNING_RATES", (0.05,))
+    monkeypatch.setattr(search, "WEIGHT_DECAYS", (0.0, 5e-4))
+    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], epochs=1))
     stages = ["sgd", "tuning", "comparison"]
     command = ["--workers", "1", "--out", str(tmp_path), "--tasks", "digits", "--stages", *stages]
     study.main(command)
@@ -376,6 +391,4 @@ def test_the_study_runs_goes_on_and_reports(
     path.write_text("\n".join([*lines[1:], lines[0][:30]]))  # one trial lost, half a line left behind
     study.main(command)
     assert sorted(json.loads(line)["seed"] for line in path.read_text().splitlines()) == [0, 0, 1, 1]
-    study.main(["--report", str(tmp_path)])
     assert "FAM, hidden, detached" in (tmp_path / "tables.md").read_text()
-    assert "more_seeds: digits" in capsys.readouterr().out

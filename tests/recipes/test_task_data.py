@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
+import tarfile
 import urllib.error
 from pathlib import Path
 
@@ -13,11 +16,13 @@ import torch
 import torchvision
 
 from recipes import train
-from recipes.engine.task import Source
-from recipes.tasks import load_task
+from recipes.engine.task import Missing, Source
+from recipes.tasks import load_task, reviews
 
 
-@pytest.mark.parametrize("task", ["fashion-mnist-small", "cifar10", "svhn", "fashion-mnist", "skulls", "rte"])
+@pytest.mark.parametrize(
+    "task", ["fashion-mnist-small", "cifar10", "svhn", "fashion-mnist", "skulls", "rte", "reviews"]
+)
 def test_missing_data_is_one_sentence_with_the_remedy(task: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=rf"^{task}: .*--download"):
         train.main([task, "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "runs")])
@@ -67,3 +72,47 @@ def test_svhn_is_read_from_its_own_files(tmp_path: Path, monkeypatch: pytest.Mon
     for samples in (data.train, data.evaluation["test"]):
         assert samples[0][0].shape == (3, 32, 32)
         assert [samples[i][1] for i in range(2)] == [0, 7]
+
+
+def test_reviews_are_read_from_pips_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "1\t1.5\tfine film\r\n2\t0\tno opinion\r\n3\t-0.5\tdull\r\n"
+    inner, outer = io.BytesIO(), io.BytesIO()
+    for archive, path, content in (
+        (inner, f"study/{reviews.INSIDE[1]}", text.encode()),
+        (outer, f"release/{reviews.INSIDE[0]}", None),
+    ):
+        data = inner.getvalue() if content is None else content
+        with tarfile.open(fileobj=archive, mode="w:gz") as opened:
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            opened.addfile(member, io.BytesIO(data))
+    file = tmp_path / "reviews" / f"{reviews.RELEASE.replace('==', '-')}.tar.gz"
+    file.parent.mkdir()
+    file.write_bytes(outer.getvalue())
+    with pytest.raises(Missing, match="is not the expected file"):
+        reviews.load(Source(tmp_path))
+    monkeypatch.setattr(reviews, "SHA256", hashlib.sha256(outer.getvalue()).hexdigest())
+
+    class Tokenizer:
+        def __call__(self, sentences: list[str], **_: object) -> dict[str, torch.Tensor]:
+            assert sentences == ["fine film", "dull"]
+            return {"input_ids": torch.ones(len(sentences), 3, dtype=torch.long)}
+
+    monkeypatch.setattr(reviews, "_pretrained", lambda: tmp_path)
+    monkeypatch.setattr(reviews.transformers.AutoTokenizer, "from_pretrained", lambda _: Tokenizer())
+    tokens, labels = reviews.load(Source(tmp_path))
+    assert tokens.shape == (2, 3)
+    assert labels.tolist() == [1, 0]
+
+
+def test_reviews_test_set_is_the_same_for_every_seed_and_nobody_trains_on_it() -> None:
+    tokens, labels = torch.arange(1, 2001).view(-1, 1), torch.zeros(2000, dtype=torch.long)
+    first, second = (reviews.split(tokens, labels, seed) for seed in (0, 1))
+    test = first.evaluation["test"][:][0]
+    assert torch.equal(test, second.evaluation["test"][:][0])
+    assert not torch.equal(first.train[:][0], second.train[:][0])
+    used = torch.cat([first.train[:][0], first.evaluation["validation"][:][0], test])
+    assert (len(first.train), len(used), len(used.unique())) == (500, 1300, 1300)
+    wrong = reviews.split(tokens, labels, 0, noise=0.2)
+    assert wrong.train[:][1].sum() + wrong.evaluation["validation"][:][1].sum() == 0.2 * 800
+    assert wrong.evaluation["test"][:][1].sum() == 0

@@ -1,0 +1,115 @@
+"""Other forms of the proximal step, one thing changed at a time; compared by validation only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fam_optim import FAM
+from fam_optim.estimators.resolvent import Dense
+from fam_optim.estimators.roots import Rows, joined
+from fam_optim.proximal import KEPT, Proximal
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the step is made.
+
+    Attributes:
+        layers: which weights are moved.
+        lam: of the step.
+        n_samples: signs in a due step.
+        rows: whether A is made of rows where it can be; otherwise it is the weight's gradient.
+        kept: part of T's running mean that a due step keeps.
+        averages_rows: whether T is a running mean there too.
+        implicit: whether W moves to the minimum of the quadratic, or along its gradient.
+        trust: whether the step's length is measured against the base's, or is the penalty's own,
+            ``c = every lr lam / (1 - momentum)``.
+    """
+
+    layers: str = "hidden"
+    lam: float = 1.0
+    n_samples: int = 1
+    rows: bool = True
+    kept: float = KEPT
+    averages_rows: bool = False
+    implicit: bool = True
+    trust: bool = True
+
+
+FORMS = {
+    "as it is": Form(),
+    "always the weight's gradient": Form(rows=False),
+    "rows averaged too": Form(averages_rows=True),
+    "four signs": Form(n_samples=4),
+    "no mean": Form(kept=0.0),
+    "mean of 2": Form(kept=0.5),
+    "mean of 10": Form(kept=0.9),
+    "explicit": Form(implicit=False),
+    "penalty's length, lam 0.003": Form(trust=False, lam=0.003),
+    "penalty's length, lam 0.01": Form(trust=False, lam=0.01),
+    "penalty's length, lam 0.03": Form(trust=False, lam=0.03),
+    "all layers": Form(layers="all"),
+    "last but one": Form(layers="last but one"),
+    "first": Form(layers="first"),
+}
+
+
+def make(
+    form: Form,
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    base: Any,
+    seed: int,
+    every: int,
+    **settings: Any,
+) -> Optimizer:
+    """FAM with another form of the step."""
+    fam = FAM(model.parameters(), base, list(layers), mode="proximal", every=every, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    fam.proximal = OtherForm(form, layers, every, generator, fam.param_groups[0])
+    return fam
+
+
+class OtherForm(Proximal):
+    """The library's step with its parts exchanged, in one process."""
+
+    def __init__(
+        self,
+        form: Form,
+        layers: Sequence[nn.Module],
+        every: int,
+        generator: torch.Generator,
+        group: Mapping[str, Any],
+    ) -> None:
+        super().__init__(layers, form.lam, every, form.n_samples, generator)
+        self.form, self.group = form, group
+
+    @torch.no_grad()
+    def _pull(self, roots: Any, before: list[Tensor]) -> None:
+        for i, samples in roots.items():
+            weight, form = self.weights[i], self.form
+            w, old = weight.of(weight.parameter), weight.of(before[i])
+            rows = isinstance(samples[0], Rows)
+            if rows and not form.rows:
+                samples = [sample.delta.mT @ sample.phi for sample in samples]
+            a = joined(samples)
+            t = a @ a.mT
+            if form.averages_rows or not (rows and form.rows):
+                mean = self.means.setdefault(i, torch.zeros_like(t))
+                assert isinstance(mean, Tensor)
+                t = mean.lerp_(t, 1 - form.kept)
+            twice_c = self.length(t, w, old)
+            moved = Dense(t).solve(twice_c, w) if form.implicit else w - twice_c * (t @ w)
+            weight.parameter.copy_(weight.back(moved))
+
+    def length(self, t: Tensor, w: Tensor, old: Tensor) -> Tensor:
+        """``2 c``."""
+        if self.form.trust:
+            found = self.lam * self.every * (w - old).norm() / (t @ w).norm()
+            return torch.where(found.isfinite(), found, 0)
+        group = self.group
+        return torch.tensor(2 * self.every * group["lr"] * self.lam / (1 - group["momentum"]))

@@ -1,0 +1,178 @@
+"""Without a search: every method at its default beside usual settings; and how good the defaults are.
+
+SGD's weight decay is the usual 5e-4, its learning rate the one that is best with it on validation data, but
+at least 0.05 where classes are learned. AdamW has 1e-3 and torch's own weight decay. Beside these stands SGD
+with both searched.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from recipes.study.ablations import FORMS
+from recipes.study.analysis import Results
+from recipes.study.conditions import (
+    CHEAP,
+    DECAY,
+    FRESH_SEEDS,
+    LANGUAGE,
+    LATER_SEEDS,
+    MORE_SEEDS,
+    TUNING_SEEDS,
+    Condition,
+    cheap_first,
+    of,
+    trial,
+)
+from recipes.study.methods import METHODS
+from recipes.study.search import base, chosen, sgd_of
+from recipes.study.tasks import TASKS
+from recipes.study.trial import FLATTENING, Trial, missing
+
+DEFAULTS = {  # noise: of 4.5 %, the best for these conditions by validation
+    "base": 0.0,
+    "SAM": 0.05,
+    "LookSAM, k = 5": 0.1,
+    "LookSAM, k = 10": 0.1,
+    "label smoothing": 0.1,
+    "noise, hidden layers": 1e-3,
+    "FAM, last layer": 8e-3,
+    "control, T = I": 0.3,
+    "FAM, proximal": 1.0,
+}
+KEY = ("FAM, proximal", "SAM", "control, T = I")
+DEFAULT_SEEDS = (*LATER_SEEDS, *MORE_SEEDS)  # by which none of these values was chosen
+USUAL_RATE = 0.05
+NOT_SEARCHED = ("fashion", "fashion-resnet")  # without wrong labels, or at all: they have the usual rate
+OTHER_RATES = (  # SGD's best where that is below 0.05, or with another weight decay
+    ("mnist1d", 0.0, 0.4),
+    ("mnist1d", 0.4, 0.0125),
+    ("mnist1d-layernorm", 0.2, 0.006),
+    ("fashion-nobatchnorm", 0.2, 0.0125),
+    ("fashion", 0.4, 0.003),
+)
+ADAMW = {"base": "adamw", "lr": 1e-3, "weight_decay": 0.01}
+WITH_ADAMW = (
+    ("mnist1d", 0.2),
+    ("digits", 0.4),
+    ("mnist1d-layernorm", 0.2),
+    ("fashion-nobatchnorm", 0.2),
+    ("fashion", 0.4),
+    ("fashion-vit", 0.2),
+)
+GRID = ((0.3, 10), (0.5, 10), (1, 10), (2, 10), (1, 5), (1, 20), (1, 40))  # lam, every
+CHOSEN_ON = (
+    ("mnist1d", 0.2),
+    ("mnist1d", 0.0),
+    ("mnist1d", 0.4),
+    ("mnist1d-layernorm", 0.2),
+    ("digits", 0.4),
+    ("digits", 0.0),
+    ("finetune-200", 0.0),
+    ("fashion-nobatchnorm", 0.2),
+    ("fashion", 0.4),
+    ("fashion", 0.0),
+    ("fashion-vit", 0.2),
+)
+CONFIRMED_ON: tuple[tuple[str, float, dict[str, Any]], ...] = (
+    ("finetune-1000", 0.0, {}),
+    ("diabetes", 0.0, {}),
+    ("mnist1d", 0.2, {"width": 32}),
+    ("mnist1d", 0.2, {"width": 512}),
+    ("mnist1d", 0.2, {"depth": 1}),
+    ("mnist1d", 0.2, {"depth": 4}),
+    ("mnist1d", 0.2, {"batch_size": 256}),
+)
+ABLATED_ON = (
+    ("mnist1d", 0.2),
+    ("mnist1d", 0.0),
+    ("mnist1d", 0.4),
+    ("mnist1d-layernorm", 0.2),
+    ("digits", 0.4),
+)
+FLATTENED = {"base": 0.0, "SAM": 0.05, "FAM, proximal": 1.0, "first": 1.0, "last but one": 1.0}
+TRIED_ON_REVIEWS = {"base": (0.0,), "FAM, proximal": (1.0, 0.5), "control, T = I": (0.3,), "SAM": (0.05,)}
+
+
+def defaults(results: Results) -> Iterator[Trial]:
+    """Every method at its default, seed by seed."""
+    for seed, condition in product(DEFAULT_SEEDS, cheap_first()):
+        for settings, (method, value) in product(bases(results, condition), DEFAULTS.items()):
+            if METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes":
+                yield trial(condition, method, value, seed, **settings, variant="defaults", tested=True)
+
+
+def other_rates(results: Results) -> Iterator[Trial]:
+    """The same at other learning rates of SGD."""
+    for seed, (task, noise, lr), method in product(LATER_SEEDS, OTHER_RATES, ("base", *KEY)):
+        settings = {"lr": lr, "variant": "other rate", "tested": True}
+        yield trial(of(task, noise), method, DEFAULTS[method], seed, **settings)
+
+
+def bar(results: Results) -> Iterator[Trial]:
+    """SGD with searched learning rate and weight decay on the same seeds."""
+    for seed, condition in product(DEFAULT_SEEDS, cheap_first()):
+        if not missing(results, sgd_of(results, condition)):
+            yield replace(chosen(results, condition, "SGD"), seed=seed)
+
+
+def bases(results: Results, condition: Condition) -> Iterator[dict[str, Any]]:
+    """The base optimizers of a condition with their settings."""
+    yield {"lr": rate(results, condition)}
+    if (condition.task, condition.noise) in WITH_ADAMW:
+        yield ADAMW
+
+
+def rate(results: Results, condition: Condition) -> float:
+    """SGD's usual learning rate."""
+    if condition.task in NOT_SEARCHED:
+        return USUAL_RATE
+    best = base(results, condition, weight_decay=DECAY)["lr"]
+    return best if TASKS[condition.task].predicts == "numbers" else max(best, USUAL_RATE)
+
+
+def step(results: Results) -> Iterator[Trial]:
+    """lam and every of the proximal step where they were chosen, by validation."""
+    for key, seed in product(sorted(CHOSEN_ON, key=lambda key: key[0] not in CHEAP), TUNING_SEEDS):
+        condition = of(*key)
+        for settings, (lam, every) in product(bases(results, condition), GRID):
+            yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every, variant="step")
+
+
+def confirmation(results: Results) -> Iterator[Trial]:
+    """The same where nothing was chosen, by test scores of fresh seeds; and the base alone."""
+    for seed, (task, noise, changes) in product(FRESH_SEEDS, CONFIRMED_ON):
+        condition = of(task, noise)
+        settings = {
+            **changes,
+            "lr": base(results, condition)["lr"],
+            "variant": "confirmation",
+            "tested": True,
+        }
+        yield trial(condition, "base", 0.0, seed, **settings, tested=True)
+        for lam, every in GRID:
+            yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every, tested=True)
+
+
+def ablations(results: Results) -> Iterator[Trial]:
+    """Other forms of the step, by validation."""
+    for seed, key, (name, form) in product(TUNING_SEEDS, ABLATED_ON, FORMS.items()):
+        settings = {"lr": rate(results, of(*key)), "variant": "ablations"}
+        yield trial(of(*key), name, form.lam, seed, **settings)
+
+
+def flattening(results: Results) -> Iterator[Trial]:
+    """kappa of every layer along the training."""
+    condition = of("mnist1d", 0.2)
+    settings = {"lr": rate(results, condition), "variant": FLATTENING, "tested": True}
+    for seed, (method, value) in product(FRESH_SEEDS, FLATTENED.items()):
+        yield trial(condition, method, value, seed, **settings)
+
+
+def reviews(results: Results) -> Iterator[Trial]:
+    """A pretrained language model, fine-tuned with AdamW at 1e-4."""
+    settings = {**ADAMW, "lr": 1e-4, "variant": "defaults", "tested": True}
+    for seed, condition, (method, values) in product(FRESH_SEEDS, LANGUAGE, TRIED_ON_REVIEWS.items()):
+        for value in values:
+            yield trial(condition, method, value, seed, **settings)

@@ -1,0 +1,210 @@
+"""With a search: learning rate, weight decay and each method's own value, chosen jointly on validation data.
+
+Chosen is what has the best score on validation data after the last epoch, averaged over two seeds that are
+not used again. Validation labels are as noisy as the training labels. Test data are looked at in the stages
+"comparison", "more_seeds" and "longer", once per network, after everything was chosen.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from recipes.study.analysis import Results, best, mean_by, to_try, where
+from recipes.study.conditions import (
+    CHEAP,
+    CONDITIONS,
+    DECAY,
+    MORE_SEEDS,
+    SEEDS,
+    TUNING_SEEDS,
+    Condition,
+    of,
+    trial,
+)
+from recipes.study.methods import COMPARED, LEARNING_RATES, METHODS, WEIGHT_DECAYS
+from recipes.study.tasks import TASKS
+from recipes.study.trial import Trial, missing
+
+Setting = tuple[float, float, float]  # learning rate, weight decay, the method's own value
+SETTINGS = ("lr", "weight_decay", "value")
+RATES, DECAYS = (0.0125, 0.05, 0.2), (5e-4, 2e-3, 8e-3)  # of SGD, tried first
+SGD_ALONE = (("fashion", 0.0), ("fashion-resnet", 0.4), ("fashion-resnet", 0.0))  # nothing else is searched
+NEWCOMERS = ("LookSAM, k = 5", "FAM, proximal")  # searched where a network takes seconds
+SHORTLIST = (
+    "SGD",
+    "label smoothing",
+    "noise, hidden layers",
+    "SAM",
+    "ASAM",
+    "LookSAM, k = 5",
+    "FAM, last layer, detached",
+    "FAM, hidden",
+    "FAM, hidden, detached",
+    "FAM, proximal",
+)
+TIMES = (2, 4, 0.5, 0.25)  # lengths of training, relative to that which was tuned
+LONGER = (("mnist1d", 0.2), ("fashion", 0.4))
+
+
+def sgd(results: Results) -> Iterator[Trial]:
+    """Learning rate and weight decay of plain SGD, jointly; and the learning rate without weight decay.
+
+    The grid gains a row or a column where the best of it is at an edge.
+    """
+    for condition in CONDITIONS:
+        yield from sgd_of(results, condition)
+
+
+def sgd_of(results: Results, condition: Condition) -> Iterator[Trial]:
+    """One condition's grid."""
+    by_both = mean_by(tuned(results, condition, "SGD"), "lr", "weight_decay")
+    rates = to_try(LEARNING_RATES, RATES, best_by(by_both, 0))
+    decays = to_try(WEIGHT_DECAYS, DECAYS, best_by(by_both, 1))
+    without = to_try(
+        LEARNING_RATES, RATES, {lr: score for (lr, decay), score in by_both.items() if not decay}
+    )
+    pairs = dict.fromkeys([*product(rates, decays), *product(without, (0.0,))])
+    for (lr, decay), seed in product(pairs, TUNING_SEEDS):
+        yield trial(condition, "SGD", lr, seed, weight_decay=decay)
+
+
+def best_by(by_both: Mapping[Any, float], position: int) -> dict[float, float]:
+    """For each value of one of two, the score with the best of the other."""
+    found: dict[float, float] = {}
+    for key, score in by_both.items():
+        found[key[position]] = max(score, found.get(key[position], score))
+    return found
+
+
+def tuned(results: Results, condition: Condition, method: str) -> Results:
+    """The tuning trials of a method, as far as all tuning seeds were run."""
+    found = where(
+        results, task=condition.task, noise=condition.noise, method=method, variant="", tested=False
+    )
+    seeds = Counter((r["lr"], r["weight_decay"], r["value"]) for r in found)
+    return [r for r in found if seeds[r["lr"], r["weight_decay"], r["value"]] == len(TUNING_SEEDS)]
+
+
+def tuned_scores(results: Results, condition: Condition, method: str) -> dict[Setting, float]:
+    """The validation scores of these trials, by setting."""
+    return mean_by(tuned(results, condition, method), *SETTINGS)
+
+
+def base(results: Results, condition: Condition, **fields: Any) -> dict[str, float]:
+    """The learning rate and weight decay that were best for SGD; of these fields only, if there are any."""
+    by_both = mean_by(where(tuned(results, condition, "SGD"), **fields), "lr", "weight_decay")
+    lr, decay = best(by_both)
+    return {"lr": lr, "weight_decay": decay}
+
+
+def at_one_rate(results: Results, condition: Condition, method: str) -> list[Setting]:
+    """A method's own value at SGD's best learning rate, with SGD's best weight decay and with the usual one.
+
+    Each line goes on while its best is at an end.
+    """
+    own, sgd = METHODS[method], base(results, condition)
+    scores = tuned_scores(results, condition, method)
+    lr, found = sgd["lr"], []
+    for decay in dict.fromkeys([sgd["weight_decay"], DECAY]):
+        by_value = {value: score for (*pair, value), score in scores.items() if pair == [lr, decay]}
+        found += [(lr, decay, value) for value in to_try(own.values, own.start, by_value)]
+    return found
+
+
+def searched(results: Results, condition: Condition, method: str) -> Iterator[Setting]:
+    """All that is tried of a method: the above, then other learning rates with the best pair."""
+    scores = tuned_scores(results, condition, method)
+    at_one = at_one_rate(results, condition, method)
+    yield from at_one
+    if set(at_one) <= set(scores):
+        lr, *pair = best({setting: scores[setting] for setting in at_one})
+        by_rate = {rate: score for (rate, *others), score in scores.items() if others == pair}
+        position = LEARNING_RATES.index(lr)
+        beside = LEARNING_RATES[max(0, position - 1) : position + 2]
+        yield from ((rate, pair[0], pair[1]) for rate in to_try(LEARNING_RATES, beside, by_rate))
+
+
+def scores_of(results: Results, condition: Condition, method: str) -> dict[Setting, float]:
+    """Validation scores of what is tried of a method, as far as measured."""
+    scores = tuned_scores(results, condition, method)
+    return {one: scores[one] for one in searched(results, condition, method) if one in scores}
+
+
+def values(results: Results, condition: Condition, method: str) -> Iterator[Trial]:
+    """A method's tuning trials, once SGD is tuned."""
+    if METHODS[method].kind != "sgd" and not missing(results, sgd_of(results, condition)):
+        yield from of_settings(condition, method, searched(results, condition, method))
+
+
+def compared_on(condition: Condition) -> list[str]:
+    """The methods that are searched for a condition: labels can be smoothed, numbers cannot."""
+    if (condition.task, condition.noise) in SGD_ALONE:
+        return []
+    return [
+        method
+        for method in COMPARED
+        if (METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes")
+        and (method not in NEWCOMERS or condition.task in CHEAP)
+    ]
+
+
+def of_settings(condition: Condition, method: str, settings: Iterable[Setting]) -> Iterator[Trial]:
+    """A method's tuning trials with these settings."""
+    for (lr, decay, value), seed in product(dict.fromkeys(settings), TUNING_SEEDS):
+        yield trial(condition, method, value, seed, lr=lr, weight_decay=decay)
+
+
+def settled(results: Results, condition: Condition, method: str) -> bool:
+    """Whether a method and SGD are tuned."""
+    wanted = [*sgd_of(results, condition), *values(results, condition, method)]
+    return not missing(results, wanted)
+
+
+def tuning(results: Results) -> Iterator[Trial]:
+    """The value of every method that is compared."""
+    for condition in CONDITIONS:
+        for method in compared_on(condition):
+            yield from values(results, condition, method)
+
+
+def chosen(results: Results, condition: Condition, method: str, **changes: Any) -> Trial:
+    """A trial with what was chosen by validation; the first seed."""
+    if METHODS[method].kind == "sgd":
+        without = {"weight_decay": 0.0} if method == "SGD, no weight decay" else {}
+        settings = base(results, condition, **without)
+        value = settings["lr"]
+    else:
+        lr, decay, value = best(scores_of(results, condition, method))
+        settings = {"lr": lr, "weight_decay": decay}
+    return trial(condition, method, value, SEEDS[0], **settings, tested=True, **changes)
+
+
+def comparison(results: Results) -> Iterator[Trial]:
+    """Every method with what was chosen for it, and fresh seeds."""
+    yield from compared(results, SEEDS)
+
+
+def more_seeds(results: Results) -> Iterator[Trial]:
+    """Five more of the same."""
+    yield from compared(results, MORE_SEEDS)
+
+
+def compared(results: Results, seeds: tuple[int, ...]) -> Iterator[Trial]:
+    """Tested trials of the methods whose tuning is complete."""
+    for condition in CONDITIONS:
+        for method in compared_on(condition):
+            if (seeds == SEEDS or method in SHORTLIST) and settled(results, condition, method):
+                one = chosen(results, condition, method)
+                yield from (replace(one, seed=seed) for seed in seeds)
+
+
+def longer(results: Results) -> Iterator[Trial]:
+    """The shortlist trained for longer and shorter than it was tuned for."""
+    for condition, times in product((of(*key) for key in LONGER), TIMES):
+        epochs = round(times * TASKS[condition.task].epochs)
+        for method in compared_on(condition):
+            if method in SHORTLIST and settled(results, condition, method):
+                one = chosen(results, condition, method, epochs=epochs)
+                yield from (replace(one, seed=seed) for seed in SEEDS)

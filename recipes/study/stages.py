@@ -1,0 +1,26 @@
+"""The stages: functions from all that was measured so far to the trials that are wanted.
+
+A stage that chooses is asked again until it wants nothing more.
+"""
+
+from collections.abc import Callable, Iterator
+
+from recipes.study import defaults, search
+from recipes.study.analysis import Results
+from recipes.study.trial import Trial
+
+STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
+    "defaults": defaults.defaults,
+    "other_rates": defaults.other_rates,
+    "sgd": search.sgd,
+    "bar": defaults.bar,
+    "step": defaults.step,
+    "confirmation": defaults.confirmation,
+    "ablations": defaults.ablations,
+    "flattening": defaults.flattening,
+    "reviews": defaults.reviews,
+    "tuning": search.tuning,
+    "comparison": search.comparison,
+    "longer": search.longer,
+    "more_seeds": search.more_seeds,
+}
