@@ -103,7 +103,9 @@ class OtherForm(Proximal):
                 assert isinstance(mean, Tensor)
                 t = mean.lerp_(t, 1 - form.kept)
             twice_c = self.length(t, w, old)
-            moved = Dense(t).solve(twice_c, w) if form.implicit else w - twice_c * (t @ w)
+            moved = (
+                Dense(t[None], w[None]).solve(twice_c[None])[0] if form.implicit else w - twice_c * (t @ w)
+            )
             weight.parameter.copy_(weight.back(moved))
 
     def length(self, t: Tensor, w: Tensor, old: Tensor) -> Tensor:

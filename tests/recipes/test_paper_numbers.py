@@ -13,7 +13,6 @@ from recipes.paper import __main__ as paper
 from recipes.paper.comparison import compare, figure_4
 from recipes.paper.numbers import ROWS, Row
 from recipes.shared.results import save
-from recipes.shared.tables import markdown
 
 
 def row(experiment: str, name: str, part: float = 1) -> Row:
