@@ -64,8 +64,7 @@ class FiniteGuard:
     the CPU the step is refused. On an accelerator, so as not to wait for it, the gradients become zero where
     they lie, and the next step is refused.
 
-    Cost: one reading of the gradients; nothing where the penalty is a softmax's closed form, whose
-    derivatives are finite with the logits.
+    Cost: one reading of the gradients.
     """
 
     def __init__(self) -> None:
@@ -76,7 +75,7 @@ class FiniteGuard:
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
             raise RuntimeError(_not_finite(penalty) + " An earlier step was made on zero gradients instead.")
-        if not penalty.risky:
+        if not penalty.losses:
             return
         whole = [p.grad for p in trained if p.grad is not None]
         gradients = [g for g in map(_local, whole) if g.numel()]

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from fam_optim.flatness import Settings, check_mode, tails_flatness
 from fam_optim.graph import nodes
-from fam_optim.graph.trace import LayerNotUsedError, find_tail
+from fam_optim.graph.trace import LayerNotUsedError, find_tails
 from fam_optim.layer.record import Observation, release
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of
@@ -53,8 +53,7 @@ class Penalty:
         layers: observations and parameters.
         last_kappa: kappa of the loss as it last entered the penalty, detached; None before.
         given: whether a regularised loss was handed out since the last step.
-        losses: the losses regularised since the last step, detached, if `risky`.
-        risky: whether a penalty added since then could have an infinite gradient where its loss has none.
+        losses: the losses regularised since the last step, detached.
         touched: which layers, by number, a regularised loss depended on in this closure.
         missed: why a loss was passed on without a penalty, if one was.
     """
@@ -131,19 +130,16 @@ class Penalty:
         self.begin()
         self.given = False
         self.losses: list[Tensor] = []
-        self.risky = False
 
     def _tails(self, loss: Tensor) -> dict[int, Tail]:
-        return {number: find_tail(loss, layer) for number, layer in enumerate(self.layers)}
+        return {n: tail for n, tail in enumerate(find_tails(loss, self.layers)) if tail is not None}
 
     def _tails_where_touched(self, loss: Tensor) -> dict[int, Tail]:
-        tails = {}
-        for number, layer in enumerate(self.layers):
-            try:
-                tails[number] = find_tail(loss, layer)
-            except LayerNotUsedError as error:
-                self.missed = self.missed or error.with_traceback(None)  # whose frames would keep the graph
-        return tails
+        try:
+            return self._tails(loss)
+        except LayerNotUsedError as error:
+            self.missed = self.missed or error.with_traceback(None)  # whose frames would keep the graph
+            return {}
 
     def _add(self, loss: Tensor, tails_of: Callable[[Tensor], dict[int, Tail]]) -> Tensor:
         mark = self._mark_to_extend(loss)
@@ -156,11 +152,9 @@ class Penalty:
         self.touched.update(tails)
         for tail in tails.values():
             self._used.update(use for use in tail.uses if isinstance(use, LayerUse))
-        kappa, bounded = tails_flatness(list(tails.values()), self.settings)
+        kappa = tails_flatness(list(tails.values()), self.settings)
         self.last_kappa = kappa.detach()
-        if not bounded:
-            self.risky = True
-            self.losses.append(mark.plain.detach())
+        self.losses.append(mark.plain.detach())
         regularized = torch.add(loss, kappa, alpha=self.lam)
         assert regularized.grad_fn is not None
         penalties = {**mark.penalties, self._serial: (self.lam, self.last_kappa)}

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.nn.utils import parametrize
 
 from fam_optim.compilation import OBSERVED, opaque
-from fam_optim.graph import nodes, verdicts
+from fam_optim.graph import nodes
 from fam_optim.interception import unseen
 from fam_optim.layer.kinds import base_type, overridden, use_type
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+    from torch.autograd.graph import Node
 
     from fam_optim.layer.use import LayerUse
 
@@ -247,17 +249,8 @@ def _check_output(module: nn.Module, use: LayerUse, output: Tensor) -> None:
     """Raises TypeError unless a class that overrides torch's forward computes the same: by the same
     operations on the same tensors, to the same numbers, here and now. (Fake quantisation does not.)"""
     again = use.again(cast("Tensor | None", module.bias))
-    same_graph = _same_graph(output.grad_fn, again.grad_fn) or not (
-        again.requires_grad and output.requires_grad
-    )
-    outputs = output.detach(), again.detach()
-
-    def same(new: bool) -> Tensor:
-        if outputs[0].shape != outputs[1].shape:
-            return verdicts.outcome(torch.zeros((), dtype=torch.bool))
-        return verdicts.outcome((outputs[0] == outputs[1]).all(), outputs[1].isfinite().all())
-
-    if not (same_graph and verdicts.of(module).holds(b"computes what its base does", same, insist=True)):
+    same = output.shape == again.shape and torch.equal(output.detach(), again.detach())
+    if not (same and nodes.computed_alike(output, again)):
         base, name = base_type(module), overridden(module)
         assert base is not None
         raise TypeError(
@@ -266,17 +259,3 @@ def _check_output(module: nn.Module, use: LayerUse, output: Tensor) -> None:
             "and input, so its output need not be linear in its weight (quantisation-aware layers are not). "
             f"Pass a plain nn.{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
         )
-
-
-def _same_graph(left: Node | None, right: Node | None) -> bool:
-    """Whether two graphs are of the same operations, down to nodes that they share."""
-    if left is right:
-        return True
-    if left is None or right is None or left.name() != right.name():
-        return False
-    below = list(zip(left.next_functions, right.next_functions, strict=False))
-    return (
-        len(left.next_functions) == len(right.next_functions) > 0
-        and nodes.settings(left) == nodes.settings(right)
-        and all(a[1] == b[1] and _same_graph(a[0], b[0]) for a, b in below)
-    )
