@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fam_optim.graph.trace import Tail
 
 
+_KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div", "Gather"}
+
+
 class Head(NamedTuple):
     """One softmax of one use's output.
 
@@ -117,13 +120,13 @@ def _over_the_outputs(softmax: Node, use: LayerUse, steps: list[_Step]) -> bool:
     stride: int | None = math.prod(use.shape[use.channel % len(use.shape) + 1 :])
     for step in steps:
         kind = nodes.kind(step.node)
-        if kind not in operations.MOVES | operations.ADDITIONS | {"Mul", "Div"}:
+        if kind not in _KINDS:
             return False
         assert stride is not None
         stride = operations.moved(step.node, kind, *step[1:], stride, use.d)
         if stride is None:
             return False
-        if kind in ("Mul", "Div") and not _one_number(step, stride, use.d):
+        if kind in ("Mul", "Div", "Gather") and not _one_number(step, stride, use.d):
             return False
     shape, dim = nodes.shape(softmax, 0), nodes.softmax_axis(softmax)
     assert stride is not None
@@ -131,15 +134,16 @@ def _over_the_outputs(softmax: Node, use: LayerUse, steps: list[_Step]) -> bool:
 
 
 def _one_number(step: _Step, stride: int, d: int) -> bool:
-    """Whether all outputs of a row are multiplied with one number of the graph, not with equal ones."""
+    """Whether all outputs of a row are multiplied with one number of the graph, not with equal ones; or picked by
+    one index."""
     if nodes.kind(step.node) == "Div" and step.position != 0:
         return False
     place = operations.axis_of_digit(step.result, stride, d)
-    factor = nodes.factor(step.node, step.position)
-    if place is None or factor is None:
+    other = nodes.other_operand(step.node, step.position)
+    if place is None or other is None:
         return False
-    axis = place[0] - len(step.result) + factor.dim()
-    return axis < 0 or factor.shape[axis] == 1 or factor.stride(axis) == 0
+    axis = place[0] - len(step.result) + other.dim()
+    return axis < 0 or other.shape[axis] == 1 or other.stride(axis) == 0
 
 
 def _scales(step: _Step) -> bool:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.graph import nodes, operations
-from fam_optim.graph.flags import reading_waits
+from fam_optim.graph import flags, nodes, operations
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def _check_weights(outputs: list[Output]) -> None:
     """
     for output in outputs:
         weights = output.weights().detach()
-        if not reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
+        if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
             raise RuntimeError(
                 "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some sample "
                 "or class counts with a negative weight. Use curvature='hessian' for it."

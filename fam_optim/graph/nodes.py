@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -197,9 +197,11 @@ def picked_axes(node: Any) -> range:
     return range(picked[0] if side_by_side else 0, picked[-1] + 1)
 
 
-def factor(node: Any, position: int) -> torch.Tensor | None:
-    """What a product or quotient multiplies its operand at `position` with, or divides it by; None if the node
-    does not keep it."""
+def other_operand(node: Any, position: int) -> torch.Tensor | None:
+    """What a product or quotient multiplies its operand at `position` with, or divides it by, or a gather's
+    index; None if the node does not keep it."""
+    if kind(node) == "Gather":
+        return cast("torch.Tensor", node._saved_index)
     found: torch.Tensor | None = node._saved_other if position == 0 else node._saved_self
     return found
 
