@@ -22,8 +22,8 @@ from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.estimators.measure import MEASURES
 from fam_optim.estimators.softmax import closed_form
 from fam_optim.graph import errors, nodes
+from fam_optim.graph.recomputation import counted_once
 from fam_optim.graph.trace import Tail, find_tails
-from fam_optim.layer.buffers import buffers_kept
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
 from fam_optim.parallel import lasting, local_derivatives
@@ -160,7 +160,7 @@ def layers_flatness(loss: Tensor, layers: Sequence[Layer], settings: Settings) -
 def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
     """The sum of the kappas of the layers at whose outputs the tails, of one loss, end."""
     precision = _without_autocast(tails[0].loss.device.type)
-    with torch.enable_grad(), precision, local_derivatives(tails), buffers_kept():
+    with torch.enable_grad(), precision, local_derivatives(tails), counted_once():
         if settings.curvature == "gauss_newton":
             kappas = _gauss_newton(tails, settings)
         else:

@@ -101,7 +101,9 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
 
 def _along(curvature: Curvature, grouping: Grouping, left: Tensor, right: Tensor) -> Tensor:
     """``sum_k <left_k, Hess_z right_k>`` of rows in groups ``(k, groups, size, d)``."""
-    at_left, at_right = ([torch.stack(p) for p in zip(*map(grouping.scatter, t), strict=True)] for t in (left, right))
+    at_left, at_right = (
+        [torch.stack(p) for p in zip(*map(grouping.scatter, t), strict=True)] for t in (left, right)
+    )
     if len(right) > 1:
         try:
             return inner(at_left, curvature.hvp(at_right, batched=True))

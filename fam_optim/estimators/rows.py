@@ -83,7 +83,7 @@ def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
     of_rows = row_uses(tail, uses)
     if of_rows is None:
         return None
-    (axes,) = shown_axes([tail], [uses], frozenset(tail.path) | tail.ends)
+    (axes,) = shown_axes([tail], [uses], tail.path | tail.ends)
     return Grouping(of_rows, list(axes))
 
 

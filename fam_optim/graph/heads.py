@@ -18,7 +18,7 @@ from fam_optim.graph.losses import SoftmaxOutput, linear_in
 from fam_optim.layer.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Set
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -60,7 +60,7 @@ def find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     if tail.nested or not all(isinstance(use, LayerUse) and use.has_rows for use in tail.uses):
         return None
-    path = {*tail.path, *ends}
+    path = tail.path | tail.ends
     terms = linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
     heads = []
     for node in terms.nodes if terms else ():
@@ -95,7 +95,7 @@ def to_softmax(head: Head, by_row: Tensor) -> Tensor:
     return at_least_float32(moved).select(head.output.dim, 0)
 
 
-def _way_down(softmax: Node, path: set[Node], ends: Mapping[Node, object]) -> tuple[Node, list[_Step]] | None:
+def _way_down(softmax: Node, path: Set[Node], ends: Mapping[Node, object]) -> tuple[Node, list[_Step]] | None:
     """The one way from a log_softmax down to an output of the layer, the layer's steps first."""
     steps: list[_Step] = []
     below, output = softmax.next_functions[0]

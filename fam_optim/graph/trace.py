@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fam_optim.graph import nodes
+from fam_optim.graph.reach import above
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse, Use, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import nn
 
@@ -59,9 +60,9 @@ class Tail:
         return frozenset(edge.node for edge in self.edges)
 
     @cached_property
-    def path(self) -> tuple[Node, ...]:
+    def path(self) -> frozenset[Node]:
         """Every node from which an output can be reached."""
-        return tuple(_above(self.ends, self.parents))
+        return above(self.ends, self.parents)
 
     @cached_property
     def nested(self) -> bool:
@@ -71,7 +72,7 @@ class Tail:
 
 def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
     """The nodes of all tails of one loss."""
-    return frozenset(_above({edge.node for tail in tails for edge in tail.edges}, tails[0].parents))
+    return above({edge.node for tail in tails for edge in tail.edges}, tails[0].parents)
 
 
 def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
@@ -166,18 +167,6 @@ def _walk(
                     queue.append(below)
                 parents[below].append(node)
     return parents, found
-
-
-def _above(ends: Iterable[Node], parents: Mapping[Node, Sequence[Node]]) -> list[Node]:
-    """The nodes from which one of `ends` can be reached, without `ends` unless reached from there."""
-    seen: dict[Node, None] = {}
-    stack = list(ends)
-    while stack:
-        for above in parents[stack.pop()]:
-            if above not in seen:
-                seen[above] = None
-                stack.append(above)
-    return list(seen)
 
 
 def check_scalar(loss: Tensor) -> None:
