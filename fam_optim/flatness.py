@@ -225,7 +225,7 @@ def _matrix(tail: Tail) -> Tensor:
 
 
 def _check_one_weight(weight: Tensor, others: Sequence[Tensor]) -> None:
-    """Raises RuntimeError unless all are computed alike, of the same parameters, and have the same numbers."""
+    """Raises RuntimeError unless all are computed alike from the same parameters, to the same numbers."""
     alike = all(nodes.computed_alike(weight, other) for other in others)
     if not (alike and all(torch.equal(weight, other) for other in others)):
         raise RuntimeError(

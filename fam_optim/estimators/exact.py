@@ -61,8 +61,8 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
         raise RuntimeError(
             f"exact kappa of `layer` {describe(tail.layer)} (weight matrix {tail.uses[0].d} x {m}) takes "
             f"{products} Hessian-vector products here, more than the limit of {MAX_PRODUCTS}. Use "
-            "mode='hutchinson', which is unbiased with one product per probe, or regularise a layer nearer to "
-            "the loss. (To measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
+            "mode='hutchinson', which is unbiased with one product per probe, or regularise a layer nearer "
+            "to the loss. (To measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
         )
     if products > MANY_PRODUCTS:
         _say_many(tail, products)
@@ -79,19 +79,20 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
         for t in range(weight.shape[1]):
             matrix = torch.zeros_like(weight)
             matrix[:, t] = v
-            total = total + u @ curvature.times(matrix)[:, t]
+            total = total + (u * curvature.times(matrix)[:, t]).sum()
     return total
 
 
 def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor:
     """``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups at once."""
     u, v = (columns.T for columns in factor.pairs())
-    # Several at a time where every operation of the tail is known, as it is where groups are shown to be apart:
-    # torch's own ways to do so are wrong for some others (the distances of cdist).
-    many = max(1, BATCHED // sum(g.numel() for g in curvature.gradient)) if grouping.axes else 1
+    # Several at a time only where every operation of the tail is known, as it is where groups are shown to be
+    # apart: of some others (cdist) torch has had wrong derivatives in several directions.
+    numbers = sum(g.numel() for g in curvature.gradient)
+    many = max(1, BATCHED // max(1, numbers)) if grouping.axes else 1
     total = curvature.gradient[0].new_zeros(())
     for position, products in grouping.gram_rows():
-        for left, right in zip(u.split(many), v.split(many), strict=True):
+        for left, right in zip(torch.split(u, many), torch.split(v, many), strict=True):
             at = right.new_zeros(len(right), grouping.groups, grouping.size, right.shape[1])
             at[:, :, position] = right[:, None]
             by_row = products[None, :, :, None] * left[:, None, None]

@@ -63,7 +63,7 @@ def gauss_newton(
             more than `MAX_PRODUCTS` products.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
-    if not jacobian.outputs:  # a loss linear in what the network puts out
+    if not sum(jacobian.sizes):  # a loss linear in what the network puts out, or a batch of no rows
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
     if mode == "full":
         return _from_traces(jacobian, factors)
@@ -82,7 +82,7 @@ def gauss_newton(
 def _from_columns(
     jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]]
 ) -> list[Tensor]:
-    """``sum_c ||F^T g_c||^2`` of every layer; columns of groups that all layers keep apart share a product."""
+    """``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
     axes, digits = _shared(jacobian, shown)
     numbers = [_by_group(output.shape, of) for output, of in zip(jacobian.outputs, digits, strict=True)]
     columns = sum(by_group.shape[1] for by_group in numbers)

@@ -53,7 +53,7 @@ class Grouping:
         """``(groups, size, k)`` to one tensor in z's shape per use, k being 1 or d."""
         front = list(range(len(self.axes)))
         scattered = []
-        for part, use in zip(grouped.split(self._sizes, 1), self.uses, strict=True):
+        for part, use in zip(torch.split(grouped, self._sizes, 1), self.uses, strict=True):
             others = [length for axis, length in enumerate(use.lead) if axis not in self.axes]
             lengths = [use.lead[axis] for axis in self.axes]
             rows = part.reshape(*lengths, *others, part.shape[-1]).movedim(front, self.axes)
@@ -90,7 +90,7 @@ def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
 def shown_axes(
     tails: Sequence[Tail], uses: Sequence[Sequence[Use]], path: Set[Node]
 ) -> list[dict[int, Groups]]:
-    """For every layer the axes of its rows along which these do not interact, and what the graph shows of them.
+    """For every layer the axes of its rows along which these do not interact, and what the graph shows.
 
     Rows that interact along no axis do not interact at all.
 

@@ -2,10 +2,10 @@
 
     sum_i b_i c_i,    c_i = sum_k p_ik ||w_k||^2 - ||sum_k p_ik w_k||^2
 
-for log p ``(n, d)``, class vectors W ``(d, m)`` and a weight b_i per row, in two ways: by pairs of classes where
-they are few, around the most probable where they are many. In neither do terms cancel where the largest
-probability rounds to one. Moving all class vectors alike changes nothing, so what they have in common is taken
-away first: it is large beside their differences in a trained head.
+for log p ``(n, d)``, class vectors W ``(d, m)`` and a weight b_i per row, in two ways: by pairs of classes
+where they are few, around the most probable where they are many. In neither do terms cancel where the largest
+probability rounds to one. Moving all class vectors alike changes nothing, so what they have in common is
+taken away first: it may be large beside their differences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def variance_of_indicator(log_p: Tensor, by_row: Tensor) -> Tensor:
     """``sum_i b_i (1 - ||p_i||^2)``, ``()``: the same for orthonormal class vectors."""
     q, _ = _without_top(log_p)
     rest = q.sum(1)
-    return (2 * rest - rest.square() - q.square().sum(1)) @ by_row
+    return (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
 
 
 def few_classes(n: int, d: int, m: int) -> bool:

@@ -50,11 +50,17 @@ def _layer_norm_backward(node: Any, to_come: int) -> Backward | None:
         return None
 
     def backward(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
-        x, weight, grad = at_least_float32(node._saved_input), node._saved_weight, grad_outputs[0]
-        axes = tuple(range(-len(node._saved_normalized_shape), 0))
+        x, weight, grad = (
+            at_least_float32(nodes.kept(node, "input")),
+            nodes.kept(node, "weight"),
+            grad_outputs[0],
+        )
+        axes = tuple(range(-nodes.normalised_axes(node), 0))
         centred = x - x.mean(axes, keepdim=True)
         variance = centred.square().mean(axes, keepdim=True)
-        eps = (at_least_float32(node._saved_result2).pow(-2) - variance).detach()  # the node does not keep it
+        eps = (
+            at_least_float32(nodes.kept(node, "result2")).pow(-2) - variance
+        ).detach()  # the node does not keep it
         scale = (variance + eps).rsqrt()
         normal = centred * scale
         g = grad if weight is None else grad * weight
@@ -76,7 +82,7 @@ def _log_softmax_backward(node: Any, to_come: int) -> Backward | None:
 
     def backward(grad_inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Any:
         dim = nodes.softmax_axis(node)
-        p = at_least_float32(node._saved_result).softmax(dim)
+        p = at_least_float32(nodes.kept(node, "result")).softmax(dim)
         grad = at_least_float32(grad_outputs[0])
         exact = grad - p * grad.sum(dim, keepdim=True)
         return (exact.to(grad_inputs[0].dtype),)
@@ -88,7 +94,7 @@ def _hardsigmoid_backward(node: Any, to_come: int) -> Backward | None:
     """torch's backward of hardsigmoid, relu6(x + 3) / 6, has no derivative; it is linear in the gradient."""
 
     def backward(grad_inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> Any:
-        x = node._saved_self
+        x = nodes.kept(node, "self")
         inside = (x > -3) & (x < 3)
         return (grad_outputs[0] * inside / 6,)
 
@@ -99,8 +105,8 @@ def _weight_norm_backward(node: Any, to_come: int) -> Backward | None:
     """``w = g v / ||v||``: torch's second derivative in v is off by some per cent (2.6 to 2.15)."""
 
     def backward(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
-        v, g, grad = node._saved_v, node._saved_g, grad_outputs[0]
-        kept = nodes.axes(node, v.dim(), "_saved_dim") if node._saved_dim != -1 else set()
+        v, g, grad = nodes.kept(node, "v"), nodes.kept(node, "g"), grad_outputs[0]
+        kept = nodes.axes(node, v.dim()) if nodes.kept(node, "dim") != -1 else set()
         axes = tuple(set(range(v.dim())) - kept)
         norm = v.square().sum(axes, keepdim=True).sqrt()
         along = (v * grad).sum(axes, keepdim=True) / norm
@@ -137,7 +143,7 @@ def _log_sigmoid_backward(node: Any, to_come: int) -> Backward | None:
         return None
 
     def backward(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
-        x = node._saved_self
+        x = nodes.kept(node, "self")
         return ((grad_outputs[0] * _sigmoid(-at_least_float32(x))).to(x.dtype),)
 
     return backward
@@ -149,8 +155,8 @@ def _softplus_backward(node: Any, to_come: int) -> Backward | None:
         return None
 
     def backward(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
-        x, beta = node._saved_self, node._saved_beta
-        slope = torch.where(beta * x > node._saved_threshold, 1, _sigmoid(beta * at_least_float32(x)))
+        x, beta = nodes.kept(node, "self"), nodes.kept(node, "beta")
+        slope = torch.where(beta * x > nodes.kept(node, "threshold"), 1, _sigmoid(beta * at_least_float32(x)))
         return ((grad_outputs[0] * slope).to(x.dtype),)
 
     return backward

@@ -114,8 +114,9 @@ def check_differentiable(path: Iterable[Node]) -> None:
 def check_functions(path: Iterable[Node], gradient: Sequence[Tensor]) -> None:
     """Raises RuntimeError for an autograd.Function whose backward is marked with once_differentiable.
 
-    torch takes its second derivative for zero without a word, where the derivative that reaches it is a constant
-    (behind a mean, say); and elsewhere puts an error on the graph that a derivative in z does not pass.
+    torch takes its second derivative for zero without a word where the derivative that reaches it is a
+    constant (behind a mean, say), and elsewhere leaves an error on the graph where a derivative in z may not
+    pass.
     """
     functions = [node for node in path if nodes.is_function(node)]
     if not functions:
@@ -181,7 +182,7 @@ def without_gradient(kappa: Tensor, why: str) -> Tensor:
 
 
 def once_differentiable(kappa: Tensor) -> Tensor:
-    """`kappa`, from which a backward raises RuntimeError if it is to be differentiated again (create_graph=True)."""
+    """`kappa`, from which a backward with create_graph=True raises RuntimeError."""
     attached: Tensor = _Refused.apply(kappa, _ONCE, False)
     return attached
 

@@ -1,8 +1,8 @@
-"""Softmax heads: whether every softmax under the loss is of all outputs of one row of a layer, times one number.
+"""Softmax heads: whether every softmax under the loss is of all outputs of one row, times one number.
 
-Between the loss and log_softmax there must be only operations linear in the latter, and between log_softmax and
-the layer's output only ones that move rows, scale them or shift them. All of it is read off the graph. Whatever
-is not recognised goes the general way.
+Between the loss and log_softmax there must be only operations linear in the latter, and between log_softmax
+and the layer's output only ones that move rows, scale them or shift them. All of it is read off the graph.
+Whatever is not recognised goes the general way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.autograd.graph import GradientEdge
 
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.losses import SoftmaxOutput, linear_in
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Set
 
     from torch import Tensor
-    from torch.autograd.graph import Node
+    from torch.autograd.graph import GradientEdge, Node
 
     from fam_optim.graph.trace import Tail
 
@@ -134,8 +133,8 @@ def _over_the_outputs(softmax: Node, use: LayerUse, steps: list[_Step]) -> bool:
 
 
 def _one_number(step: _Step, stride: int, d: int) -> bool:
-    """Whether all outputs of a row are multiplied with one number of the graph, not with equal ones; or picked by
-    one index."""
+    """Whether all outputs of a row are multiplied with one number of the graph, or picked by one index: not
+    with numbers that are equal now."""
     if nodes.kind(step.node) == "Div" and step.position != 0:
         return False
     place = operations.axis_of_digit(step.result, stride, d)

@@ -2,9 +2,10 @@
 
 The groups lie along an axis of what a layer puts out. Where an entry lies along that axis is one digit of its
 number, so the digit can be followed through reshapes, permutations and whatever leaves its axis alone
-(`operations`). As long as every entry is computed from those of its own digit, groups are apart. Where they are
-first put together it must be by adding, and from there to the loss everything must be linear: then the loss is
-a sum over the groups. Nothing is looked at but names, shapes and axes. What is not known proves nothing.
+(`operations`). As long as every entry is computed from those of its own digit, groups are apart. Where they
+are first put together it must be by adding, and from there to the loss everything must be linear: then the
+loss is a sum over the groups. Nothing is looked at but names, shapes and axes. What is not known proves
+nothing.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups
 def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) -> bool:
     """Whether the graph shows that the `groups` runs of z do not interact; False proves nothing.
 
-    z is the output of a layer, or of several uses of several layers, each of which is cut into as many runs, one
-    after the other in the order of its entries.
+    z is the output of a layer, or of several uses of several layers, each of which is cut into as many runs,
+    one after the other in the order of its entries.
 
     Args:
         between: the nodes between z and the loss.

@@ -37,8 +37,8 @@ class Terms(NamedTuple):
 
 
 def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> Terms | None:
-    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it is
-    not linear in such.
+    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
+    is not linear in such.
 
     Args:
         path: the nodes from which one of `ends` can be reached, and these.
@@ -126,8 +126,8 @@ def _check_weights(outputs: list[Output]) -> None:
         weights = output.weights().detach()
         if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
             raise RuntimeError(
-                "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some sample "
-                "or class counts with a negative weight. Use curvature='hessian' for it."
+                "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some "
+                "sample or class counts with a negative weight. Use curvature='hessian' for it."
             )
 
 

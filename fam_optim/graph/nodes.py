@@ -111,7 +111,8 @@ def is_derivative_through(node: Any, product: Node, weight: torch.Tensor) -> boo
 
 
 def computed_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors were computed by the same operations from the same tensors that have derivatives."""
+    """Whether two tensors were computed by the same operations from the same tensors, as far as the graph
+    shows it."""
     if left is right or not (left.requires_grad or right.requires_grad):
         return True
     return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)
@@ -141,6 +142,11 @@ def leaf(node: Node) -> torch.Tensor | None:
     return getattr(node, "variable", None)
 
 
+def kept(node: Node, name: str) -> Any:
+    """What the node keeps of its operation, by the operation's own name for it: a tensor or a number."""
+    return getattr(node, f"_saved_{name}")
+
+
 def settings(node: Node) -> tuple[tuple[str, Any], ...]:
     """What the node keeps of its operation beside tensors: axes, sizes, modes."""
     return tuple((name, getattr(node, name)) for name in _settings_of(type(node)))
@@ -153,13 +159,12 @@ def _settings_of(kind_of_node: type) -> tuple[str, ...]:
     return tuple(n for n in names if n.startswith("_saved_") and f"_raw{n}" not in names)
 
 
-def axes(node: Node, dimensions: int, *names: str) -> set[int]:
-    """The axes that the node keeps under one of the names, one or several, counted from the front of so many
-    dimensions; all if it keeps none."""
-    kept: Any = next((getattr(node, name) for name in names if hasattr(node, name)), None)
-    if isinstance(kept, int):
-        kept = (kept,)
-    return {_from_front(axis, dimensions) for axis in kept or ()} or set(range(dimensions))
+def axes(node: Any, dimensions: int) -> set[int]:
+    """The axes that an operation is along, counted from the front of so many; all if it keeps none."""
+    along: Any = getattr(node, "_saved_dim", getattr(node, "_saved_dims", None))
+    if isinstance(along, int):
+        along = (along,)
+    return {_from_front(axis, dimensions) for axis in along or ()} or set(range(dimensions))
 
 
 def order(node: Any, dimensions: int) -> list[int]:
@@ -202,8 +207,8 @@ def other_operand(node: Any, position: int) -> torch.Tensor | None:
     index; None if the node does not keep it."""
     if kind(node) == "Gather":
         return cast("torch.Tensor", node._saved_index)
-    found: torch.Tensor | None = node._saved_other if position == 0 else node._saved_self
-    return found
+    found: Any = node._saved_other if position == 0 else node._saved_self
+    return found if found is None or isinstance(found, torch.Tensor) else torch.tensor(found)
 
 
 def exponent(node: Any) -> float | None:
@@ -230,7 +235,7 @@ def log_softmax_result(node: Any) -> torch.Tensor:
 
 def softmax_axis(node: Node) -> int:
     """The axis that a softmax or log_softmax was taken over."""
-    (axis,) = axes(node, len(shape(node, 0)), "_saved_dim")
+    (axis,) = axes(node, len(shape(node, 0)))
     return axis
 
 
@@ -271,7 +276,7 @@ _ONCE_DIFFERENTIABLE = torch.autograd.function.once_differentiable(lambda ctx: N
 
 
 def may_be_derivative(node: Node) -> bool:
-    """Whether `node` is of a derivative, or multiplies with a constant, as one through a frozen weight does."""
+    """Whether `node` is of a derivative, or multiplies with a constant, as one of a frozen layer does."""
     return is_derivative(node) or (node.name().startswith("Mm") and node.next_functions[1][0] is None)
 
 

@@ -1,4 +1,4 @@
-"""What an operation may do: one table, by kind of node, of what it is linear in and which axes it keeps apart."""
+"""What an operation may do: one table, by kind of node, of what is linear and which axes are kept apart."""
 
 from __future__ import annotations
 
@@ -15,76 +15,49 @@ if TYPE_CHECKING:
     Shape = Sequence[int]
     Rule = Callable[[Node, int, int, Shape, Shape], int | None]
 
-VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias"}
-VIEWS |= {nodes.DDP_SINK}
+
+def _kinds(names: str) -> set[str]:
+    return set(names.split())
+
+
+VIEWS = _kinds("View UnsafeView ReshapeAlias Squeeze Unsqueeze Clone ToCopy Alias") | {nodes.DDP_SINK}
 """The same numbers in the same order, whatever the shape."""
 
-PERMUTATIONS = {"Permute", "Transpose", "T"}
+PERMUTATIONS = _kinds("Permute Transpose T")
 
-PARTS = {"Slice", "Select", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "IndexSelect"}
+PARTS = _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
 """Some of the entries along an axis, all other axes being as they were."""
 
-MOVES = VIEWS | PERMUTATIONS | PARTS | {"Expand", "Index", "Flip", "Roll"}
+MOVES = VIEWS | PERMUTATIONS | PARTS | _kinds("Expand Index Flip Roll")
 """Every entry of the result is one of the operand, and the same along every axis that is kept apart."""
 
-ADDITIONS = {"Add", "Sub", "Rsub", "Neg"}
-PRODUCTS = {"Mul", "Dot", "Mv", "Mm", "Bmm"}
+ADDITIONS = _kinds("Add Sub Rsub Neg")
+PRODUCTS = _kinds("Mul Dot Mv Mm Bmm")
+LINEAR = MOVES | ADDITIONS
+LINEAR |= _kinds("Sum Mean NllLoss NllLoss2D Cat Stack MaskedFill MaskedSelect Where Gather Cumsum Repeat")
 
-ELEMENTWISE = ADDITIONS | {
-    *(
-        "Mul",
-        "Div",
-        "Pow",
-        "Sqrt",
-        "Rsqrt",
-        "Reciprocal",
-        "Abs",
-        "Sgn",
-        "Sign",
-        "Exp",
-        "Exp2",
-        "Expm1",
-        "Log",
-    ),
-    *(
-        "Log10",
-        "Log1P",
-        "Log2",
-        "Logit",
-        "Sin",
-        "Cos",
-        "Tan",
-        "Asin",
-        "Acos",
-        "Atan",
-        "Atan2",
-        "Sinh",
-        "Cosh",
-    ),
-    *("Tanh", "Sigmoid", "LogSigmoid", "Erf", "Erfc", "Sinc", "Relu", "LeakyRelu", "PreluKernel", "Elu"),
-    *("Celu", "Gelu", "Silu", "Mish", "Hardtanh", "Hardswish", "Hardsigmoid", "Softplus", "Threshold"),
-    *("RreluWithNoise", "Clamp", "ClampMin", "ClampMax", "Minimum", "Maximum", "Where", "MaskedFill", "Lerp"),
-    *("Addcmul", "Addcdiv", "NativeDropout", "Softshrink", "Hardshrink", "Xlogy", "Fmod", "Remainder"),
-    *("NanToNum", "Tril", "Triu", "Expand", "Logaddexp", "Hypot"),
-}
+ELEMENTWISE = ADDITIONS | _kinds(
+    """Mul Div Pow Sqrt Rsqrt Reciprocal Abs Sgn Sign Exp Exp2 Expm1 Log Log10 Log1P Log2 Logit Sin Cos Tan
+    Asin Acos Atan Atan2 Sinh Cosh Tanh Sigmoid LogSigmoid Erf Erfc Sinc Relu LeakyRelu PreluKernel Elu Celu
+    Gelu Silu Mish Hardtanh Hardswish Hardsigmoid Softplus Threshold RreluWithNoise Clamp ClampMin ClampMax
+    Minimum Maximum Where MaskedFill Lerp Addcmul Addcdiv NativeDropout Softshrink Hardshrink Xlogy Fmod
+    Remainder NanToNum Tril Triu Expand Logaddexp Hypot"""
+)
 """Entry by entry, operands of length 1 being repeated."""
 
-ENTRYWISE_LOSSES = {"MseLoss", "SmoothL1Loss", "HuberLoss", "SoftMarginLoss", "BinaryCrossEntropy"}
-ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits", "KlDiv"}
+ENTRYWISE_LOSSES = _kinds("MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy KlDiv")
+ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits"}
 """A loss of every entry, their sum, or their mean."""
 
-DISTANCES = ENTRYWISE_LOSSES | {"LogSoftmax", "Pow", "Sqrt", "Abs", "LinalgVectorNorm", "Norm", "Dist"}
-DISTANCES |= {"Cdist", "CdistForward", "EuclideanDist", "PairwiseDistance", "CosineSimilarity", "Logsumexp"}
-"""What measures how far something is off: a loss, a norm or a distance, or the last step of one written out."""
+DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
+DISTANCES |= _kinds("CdistForward EuclideanDist")
+"""What says how far something is off: a loss, a norm or a distance, or the last step of one written out."""
 
-CLIPS = {"Relu", "Clamp", "ClampMin", "ClampMax", "Threshold", "Hardtanh", "LeakyRelu", "Maximum", "Minimum"}
-
-LINEAR = MOVES | ADDITIONS | {"Sum", "Mean", "NllLoss", "NllLoss2D", "Cat", "Stack", "MaskedFill", "Where"}
-LINEAR |= {"MaskedSelect", "Gather", "ConstantPadNd", "Cumsum", "Repeat"}
+CLIPS = _kinds("Relu Clamp ClampMin ClampMax Threshold Hardtanh LeakyRelu Maximum Minimum")
 
 
 def is_linear(kind: str, positions: Sequence[int]) -> bool:
-    """Whether an operation is linear in its operands at `positions` taken together, the others being fixed."""
+    """Whether an operation is linear in its operands at `positions` together, the others being fixed."""
     if kind in ("Div", "KlDiv"):
         return list(positions) == [0]
     if kind in PRODUCTS:
@@ -95,7 +68,7 @@ def is_linear(kind: str, positions: Sequence[int]) -> bool:
 def moved(
     node: Node, kind: str, position: int, operand: Shape, result: Shape, stride: int, length: int
 ) -> int | None:
-    """Where an operation takes a digit of the indices of its operand at `position`; None if it need not keep it.
+    """Where an operation takes a digit of the indices of its operand at `position`; None if it may lose it.
 
     Number the entries of a tensor in order. The digit of entry e is ``e // stride % length``. It is kept if
     what an entry of the result is computed from has that entry's digit.
@@ -130,24 +103,20 @@ def axis_of_digit(shape: Shape, stride: int, length: int) -> tuple[int, int] | N
     return None
 
 
-# Rules: of the node, which of its operands is looked at, one axis of that, and the shapes of operand and result,
-# to the axis of the result that has the same entries, each computed from those of the operand alone.
+# A rule is given the node, which of its operands is looked at, an axis of that, and the shapes of operand and
+# result. It says which axis of the result goes along that axis, entry by entry.
 
 
 def _aligned(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
     return axis + len(result) - len(operand)
 
 
-def _beside(*names: str) -> Rule:
-    """Along the axes that the node keeps under one of the names; others are not touched."""
-
-    def rule(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-        along = nodes.axes(node, len(operand), *names)
-        if axis in along:
-            return None
-        return axis if len(result) == len(operand) else axis - sum(a < axis for a in along)
-
-    return rule
+def _beside(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    """Along some axes: the others are not touched."""
+    along = nodes.axes(node, len(operand))
+    if axis in along:
+        return None
+    return axis if len(result) == len(operand) else axis - sum(a < axis for a in along)
 
 
 def _permuted(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
@@ -155,7 +124,7 @@ def _permuted(node: Node, position: int, axis: int, operand: Shape, result: Shap
 
 
 def _stacked(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    (new,) = nodes.axes(node, len(result), "_saved_dim")
+    (new,) = nodes.axes(node, len(result))
     return axis + (axis >= new)
 
 
@@ -210,29 +179,6 @@ def _attention(node: Node, position: int, axis: int, operand: Shape, result: Sha
 _MATRICES, _BATCHES = _product({0: 0}, {1: 1}), _product({0: 0, 1: 1}, {0: 0, 2: 2})
 _RULES: dict[str, Rule] = {
     "Repeat": _aligned,
-    **dict.fromkeys(PERMUTATIONS, _permuted),
-    **dict.fromkeys(
-        (
-            *PARTS,
-            "Flip",
-            "Roll",
-            *("Softmax", "LogSoftmax", "Cumsum", "Cumprod", "Gather", "Sum", "Mean", "Prod", "Cat", "Glu"),
-            *(
-                "Logsumexp",
-                "Amax",
-                "Amin",
-                "Max",
-                "Min",
-                "Var",
-                "Std",
-                "LinalgVectorNorm",
-                "Norm",
-                "Sort",
-                "Topk",
-            ),
-        ),
-        _beside("_saved_dim", "_saved_dims"),
-    ),
     "Stack": _stacked,
     "Index": _indexed,
     "ConstantPadNd": _padded,
@@ -243,30 +189,29 @@ _RULES: dict[str, Rule] = {
     "Mv": _product({0: 0}),
     "Bmm": _BATCHES,
     "Baddbmm": _plus(_BATCHES),
-    **dict.fromkeys(
-        (
-            *("Convolution", "NativeGroupNorm", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle"),
-            *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D"),
-            *("AdaptiveAvgPool3D", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "UpsampleNearest1D"),
-            *("UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D"),
-            *(
-                "UpsampleBicubic2D",
-                "UpsampleTrilinear3D",
-                "ReflectionPad1D",
-                "ReflectionPad2D",
-                "GridSampler2D",
-            ),
-            *("ReplicationPad1D", "ReplicationPad2D", "ReflectionPad3D", "ReplicationPad3D"),
-        ),
+}
+for _names, _rule in (
+    ("Permute Transpose T", _permuted),
+    (
+        """Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect Flip Roll Softmax SafeSoftmax
+        LogSoftmax Cumsum Cumprod Gather Sum Mean Prod Cat Glu Logsumexp Amax Amin Max Min Var Std
+        LinalgVectorNorm Norm Sort Topk""",
+        _beside,
+    ),
+    (
+        """Convolution NativeGroupNorm Im2Col Col2Im PixelShuffle PixelUnshuffle MaxPool2DWithIndices
+        MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
+        AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
+        UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ReflectionPad1D ReflectionPad2D
+        ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D""",
         _first,
     ),
-    **dict.fromkeys(("NativeLayerNorm", "FusedRmsNorm"), _normalised),
-    **dict.fromkeys(("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"), _batch_norm),
-    **dict.fromkeys(
-        (
-            *("ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention"),
-            *("ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention"),
-        ),
+    ("NativeLayerNorm FusedRmsNorm", _normalised),
+    ("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm", _batch_norm),
+    (
+        """ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention
+        ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention""",
         _attention,
     ),
-}
+):
+    _RULES.update(dict.fromkeys(_kinds(_names), _rule))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
 
 @contextmanager

@@ -188,8 +188,8 @@ def check_scalar(loss: Tensor) -> None:
 def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_Found]) -> None:
     """Raises RuntimeError if the loss is made of a derivative that kappa does not come right of.
 
-    One taken behind the layer is a function of z like any other. One taken through the layer multiplies with W,
-    beside ``z = lin(phi; W)``, and only the weight sees both.
+    One taken behind the layer is a function of z like any other. One taken through the layer multiplies with
+    W, beside ``z = lin(phi; W)``, and only the weight sees both.
     """
     derivatives = [node for node in parents if nodes.may_be_derivative(node)]
     if any(nodes.is_derivative_of_layer_norm(node) for node in derivatives):
@@ -206,10 +206,10 @@ def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_
         suspects = derivatives if transposed is None else parents.get(transposed, ())
         if any(nodes.is_derivative_through(node, product, use.weight) for node in suspects):
             raise RuntimeError(
-                "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential equation) "
-                f"that was taken through `layer` {describe(use.module())}, whose weight then counts beside its "
-                "output. Pass the weight itself, an nn.Parameter that requires gradients, as `layer` with "
-                "mode='hutchinson' or mode='full': these count every use of it."
+                "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential "
+                f"equation) that was taken through `layer` {describe(use.module())}, whose weight counts "
+                "beside its output. Pass the weight itself, an nn.Parameter that requires gradients, as "
+                "`layer` with mode='hutchinson' or mode='full': these count every use of it."
             )
 
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_optim import FAM
-from fam_optim.graph import verdicts
 from fam_optim.layer import record
 from tests.support import assert_same, seeded
 
@@ -182,7 +181,6 @@ def inventory(run: Run) -> dict[str, int]:
         "step hooks": len(run.fam._optimizer_step_pre_hooks) + len(run.fam._optimizer_step_post_hooks),
         "recorded calls": len(record._live.get(run.net[run.layer], ())),
         "observed modules": len(record._watchers),
-        "remembered tails": sum(len(memory._entries) for memory in verdicts._memories.values()),
         "state": sum(t.numel() for s in run.fam.state.values() for t in s.values()),
     }
 
