@@ -7,7 +7,7 @@ both      ->  <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,11 @@ from fam_optim.graph.recomputation import counted_once
 from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
+from fam_optim.layers import distinct
 from fam_optim.parallel import lasting, local_derivatives
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     Layer = Observation | nn.Parameter
@@ -127,7 +128,7 @@ def relative_flatness(
     layers = _observed_layers(layer)
     for one in layers:
         check_mode(one, settings)
-    return layers_flatness(loss, layers, settings)
+    return tails_flatness(list(used_tails(loss, layers).values()), settings)
 
 
 def _observed_layers(layer: Layers) -> tuple[Layer, ...]:
@@ -149,23 +150,41 @@ def _observed_layers(layer: Layers) -> tuple[Layer, ...]:
             )
     if not layers:
         raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
-    return layers
+    return distinct(layers)
 
 
-def layers_flatness(loss: Tensor, layers: Sequence[Layer], settings: Settings) -> Tensor:
-    """The sum of the layers' kappas; that of a layer which the loss does not depend on is 0."""
-    return tails_flatness([tail for tail in find_tails(loss, layers) if tail is not None], settings)
+def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
+    """The tails of the layers that the loss depends on, by the layers' numbers."""
+    return {number: tail for number, tail in enumerate(find_tails(loss, layers)) if tail is not None}
 
 
 def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
     """The sum of the kappas of the layers at whose outputs the tails, of one loss, end."""
+    kappas = each_flatness(tails, settings)
+    return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
+
+
+def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
+    """The kappas of the layers at whose outputs the tails, of one loss, end."""
     precision = _without_autocast(tails[0].loss.device.type)
-    with torch.enable_grad(), precision, local_derivatives(tails), counted_once():
+    with torch.enable_grad(), precision, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
-            kappas = _gauss_newton(tails, settings)
-        else:
-            kappas = [_flatness(tail, settings) for tail in tails]
-        return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
+            return _gauss_newton(tails, settings)
+        return [_flatness(tail, settings) for tail in tails]
+
+
+@contextmanager
+def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
+    """Derivatives in a parameter do not pass the user's hooks on its gradient (which freeze rows, say)."""
+    hooks = [h for tail in tails if isinstance(tail.layer, Tensor) and (h := tail.layer._backward_hooks)]
+    kept = [dict(h) for h in hooks]
+    try:
+        for h in hooks:
+            h.clear()
+        yield
+    finally:
+        for h, before in zip(hooks, kept, strict=True):
+            h.update(before)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.autograd.graph import Node
 
 DDP_SINK = "_DDPSink"
 """An autograd.Function that passes on what a model wrapped in DDP returns."""
+
+PRODUCTS = ("Addmm", "Mm", "Bmm")
+TRANSPOSES = ("T", "Transpose", "Permute")
+SAME_NUMBERS = ("Alias", "Expand", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View")
+"""What keeps every number of a weight, on its way into a product."""
 
 FSDP_POST_BACKWARD = "RegisterPostBackwardFunction"
 """An autograd.Function on the inputs of a module sharded by FSDP2."""
@@ -79,6 +84,11 @@ def first_factor(node: Node) -> torch.Tensor:
     name = "_saved_mat1" if kind(node) == "Addmm" else "_saved_self"
     factor: torch.Tensor = getattr(node, name)
     return factor
+
+
+def has_sparse_gradient(node: Node) -> bool:
+    """Whether the node is an embedding whose weight gets a sparse gradient."""
+    return kind(node).startswith("Embedding") and bool(getattr(node, "_saved_sparse", False))
 
 
 def product_of_call(end: Node) -> Node | None:
@@ -306,3 +316,18 @@ def communicates(node: Node) -> bool:
 def in_derivative() -> bool:
     """Whether this thread is inside a derivative that autograd takes, as what a checkpoint runs again is."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def made_so_far() -> int:
+    """How many nodes this thread has made: the next one's `sequence_number`."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def sequence_number(node: Node) -> int:
+    """How many nodes the thread had made before this one."""
+    return int(node._sequence_nr())
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Calls `function` when the derivative that this thread is inside of is done."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import above
+from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse, Use, describe
@@ -104,6 +105,9 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tai
     of_layers: list[list[_Found]] = [[] for _ in layers]
     for one in found:
         of_layers[one.number].append(one)
+    check_all_seen(
+        parents, [(layer, [f.use for f in of]) for layer, of in zip(layers, of_layers, strict=True)]
+    )
     return [_tail(loss, *pair, parents) if pair[1] else None for pair in zip(layers, of_layers, strict=True)]
 
 
@@ -125,41 +129,24 @@ class _Found(NamedTuple):
     edge: GradientEdge
 
 
-def _wanted(layers: Sequence[Observation | Tensor]) -> Mapping[LayerUse | Node, int]:
-    """The layers' numbers, by their recorded uses and the nodes that accumulate the parameters' gradients."""
-    wanted: dict[LayerUse | Node, int] = {}
-    for number, layer in enumerate(layers):
-        if isinstance(layer, Observation):
-            wanted.update(dict.fromkeys(layer.live_uses(), number))
-        elif layer.requires_grad:
-            wanted[get_gradient_edge(layer).node] = number
-    return wanted
-
-
 def _walk(
     loss: Tensor, layers: Sequence[Observation | Tensor]
 ) -> tuple[dict[Node, list[Node]], list[_Found]]:
-    """Walks the graph below `loss`: each node's parents, and what was found, in graph order.
-
-    Where only one is wanted, nothing below it is visited: the walk to a last layer sees a handful of nodes
-    however deep the network.
-    """
-    root, wanted = loss.grad_fn, _wanted(layers)
+    """Walks the graph below `loss`: each node's parents, and what was found, in graph order."""
+    root = loss.grad_fn
     assert root is not None
+    observed = {id(layer.module): n for n, layer in enumerate(layers) if isinstance(layer, Observation)}
+    parameters = {id(layer): n for n, layer in enumerate(layers) if isinstance(layer, Tensor)}
     parents: dict[Node, list[Node]] = {root: []}
     found = []
     queue = deque([root])
     while queue:
         node = queue.popleft()
-        record = recorded_use(node)
-        if record is not None and record[0] in wanted:
-            found.append(_Found(wanted[record[0]], *record))
-        elif node in wanted:
-            parameter = layers[wanted[node]]
-            assert isinstance(parameter, Tensor)
-            found.append(_Found(wanted[node], parameter_use(parameter), GradientEdge(node, 0)))
-        if found and len(wanted) == 1 and found[-1].edge.node is node:
-            continue
+        record, leaf = recorded_use(node), nodes.leaf(node)
+        if record is not None and id(record[0].module()) in observed and not record[0].is_released:
+            found.append(_Found(observed[id(record[0].module())], *record))
+        elif leaf is not None and id(leaf) in parameters:
+            found.append(_Found(parameters[id(leaf)], parameter_use(leaf), GradientEdge(node, 0)))
         for below, _ in node.next_functions:
             if below is not None:
                 if below not in parents:
@@ -192,7 +179,8 @@ def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_
     W, beside ``z = lin(phi; W)``, and only the weight sees both.
     """
     derivatives = [node for node in parents if nodes.may_be_derivative(node)]
-    if any(nodes.is_derivative_of_layer_norm(node) for node in derivatives):
+    path = above([one.edge.node for one in found], parents) if derivatives else frozenset()
+    if any(nodes.is_derivative_of_layer_norm(node) for node in derivatives if node in path):
         raise RuntimeError(
             "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
             "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
