@@ -1,22 +1,27 @@
-"""Relative flatness over a data set."""
+"""Relative flatness over a data set: of some layers, or of all layers by their names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fam_optim.flatness import Settings, check_mode, layers_flatness
-from fam_optim.layer.record import observe
+from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
+from fam_optim.layer.record import Observation
+from fam_optim.layers import as_layers, named, named_weight_layers, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
+
+    from fam_optim.flatness import Layer
 
 
 def dataset_relative_flatness(
     model: nn.Module,
-    layer: nn.Module | nn.Parameter,
+    layer: Any,
     loss_fn: Callable[[Any, Any], Tensor],
     loader: Iterable[tuple[Any, Any]],
     *,
@@ -26,8 +31,9 @@ def dataset_relative_flatness(
     normalize: bool = False,
     n_samples: int = 1,
     generator: torch.Generator | None = None,
+    weight: Callable[[Any, Any], float] | None = None,
 ) -> Tensor:
-    """kappa of the empirical risk ``1/n sum_i loss_i`` over a data set, ``()``, without a graph.
+    """kappa of the empirical risk ``1/n sum_i loss_i`` over a data set, without a graph.
 
     kappa is linear in the loss, so it is the mean over the batches, weighted by their sizes. The model
     is evaluated in eval mode (dropout off, BatchNorm on its running statistics, as the function that the
@@ -35,13 +41,22 @@ def dataset_relative_flatness(
 
     Args:
         model: called on each batch's inputs.
-        layer: a module of the model, or a parameter (modes full and hutchinson).
+        layer: a module of the model, a parameter (modes full and hutchinson), the name of one in the
+            model, or a sequence of these.
         loss_fn: ``loss_fn(model(inputs), targets)``, the *mean* over the batch.
-        loader: yields ``(inputs, targets)``; tensors, also in dicts, are moved to the layer's device.
+        loader: yields ``(inputs, targets)``; tensors, also in dicts, lists and tuples, are moved to the
+            layer's device.
         measure, mode, curvature, normalize, n_samples, generator: as in `relative_flatness`.
+        weight: ``weight(inputs, targets)`` is how many terms the batch's mean is over; by default its
+            samples, the length of the first tensor in inputs. Give it where the loss leaves some out:
+            ``lambda inputs, targets: (targets != -100).sum()`` for the tokens of a cross-entropy that ignores
+            -100. Batches of weight 0 are left out.
+
+    Returns:
+        ``()`` for one layer; ``(layers,)`` for a sequence. A layer that a batch does not use counts 0 there.
 
     Raises:
-        ValueError: if the loader is empty.
+        ValueError: if the loader yields no samples.
         RuntimeError: as `relative_flatness`.
 
     Cost: one forward per batch and the value's part of `relative_flatness`.
@@ -50,36 +65,134 @@ def dataset_relative_flatness(
     settings = Settings(
         measure, mode, normalize, n_samples, generator, detach_hessian=True, curvature=curvature
     )
-    check_mode(layer, settings)
-    observed = layer if isinstance(layer, nn.Parameter) else observe(layer)
-    weight = layer if isinstance(layer, nn.Parameter) else next(layer.parameters())
-    device = weight.device
-    modes = {module: module.training for module in model.modules()}
-    total, count = torch.zeros((), device=device), 0
+    layers = as_layers(named(model, layer))
+    values = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
+    return values if isinstance(layer, (list, tuple)) else values[0]
+
+
+class LayerFlatness(dict[str, float]):
+    """kappa by the layer's name: what `layer_flatness` returns. It prints as a table."""
+
+    def __repr__(self) -> str:
+        width = max((len(name) for name in self), default=0)
+        return "\n".join(f"{name:<{width}}  {kappa:10.4g}" for name, kappa in self.items())
+
+
+def layer_flatness(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[tuple[Any, Any]],
+    *,
+    measure: str = "neuronwise",
+    normalize: bool = False,
+    n_samples: int = 1,
+    seed: int = 0,
+    weight: Callable[[Any, Any], float] | None = None,
+) -> LayerFlatness:
+    """kappa of every weight layer of a model over a data set, by name: where it is flat, and where it is not.
+
+    >>> print(layer_flatness(model, torch.nn.functional.cross_entropy, loader))
+
+    It is an unbiased estimate of kappa with Gauss-Newton curvature, which is never negative and the same
+    number as with the Hessian on last layers and in networks of piecewise linear functions. The model is
+    evaluated in eval mode.
+
+    Args:
+        model, loss_fn, loader: as in `dataset_relative_flatness`.
+        measure, normalize: as in `relative_flatness`.
+        n_samples: probes per batch.
+        seed: of the probes: the same at every call, so that numbers can be compared.
+        weight: as in `dataset_relative_flatness`.
+
+    Returns:
+        A dict of numbers by name, for the layers of `weight_layers` that the data set's loss depends on.
+
+    Cost: for all layers together one forward per batch and about one backward per probe.
+    """
+    found = named_weight_layers(model)
+    layers = as_layers(list(found.values()))
+    used: set[int] = set()
+    settings = Settings(measure, "hutchinson", normalize, n_samples, None, True, "gauss_newton")
+    device = _device(layers)
+    settings = replace(settings, generator=torch.Generator(device).manual_seed(seed))
+    values = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples, used)
+    kappas = zip(found, values.tolist(), strict=True)
+    return LayerFlatness((name, kappa) for i, (name, kappa) in enumerate(kappas) if i in used)
+
+
+def _over_batches(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[tuple[Any, Any]],
+    settings: Settings,
+    weight: Callable[[Any, Any], float],
+    used: set[int] | None = None,
+) -> Tensor:
+    """The layers' kappas ``(layers,)``; `used` collects the numbers of those that a batch depends on."""
+    for layer in layers:
+        check_mode(layer, settings)
+    device = _device(layers)
+    modes = [(module, module.training) for module in model.modules()]
+    total, count = torch.zeros(len(layers), device=device), 0.0
+    observed = [layer for layer in layers if isinstance(layer, Observation)]
     try:
         model.eval()
+        for layer in observed:
+            layer.start()
         for inputs, targets in loader:
             inputs, targets = _to(inputs, device), _to(targets, device)
+            size = float(weight(inputs, targets))
+            if size == 0:
+                continue
             with torch.enable_grad():
-                if isinstance(observed, nn.Parameter):
-                    loss = loss_fn(model(inputs), targets)
-                else:
-                    with observed:
-                        loss = loss_fn(model(inputs), targets)
-                kappa = layers_flatness(loss, [observed], settings).detach()
-            total = total + kappa * len(targets)
-            count += len(targets)
+                loss = loss_fn(model(inputs), targets)
+            tails = used_tails(loss, layers)
+            for number, kappa in zip(tails, each_flatness(list(tails.values()), settings), strict=True):
+                total = total.to(torch.promote_types(total.dtype, kappa.dtype))
+                total[number] += kappa.detach() * size
+            if used is not None:
+                used.update(tails)
+            count += size
     finally:
-        for module, training in modes.items():
+        for layer in observed:
+            layer.stop()
+        for module, training in modes:
             module.training = training
     if count == 0:
-        raise ValueError("expected `loader` to yield at least one batch, got none.")
+        raise ValueError("expected `loader` to yield at least one batch of samples, got none.")
     return total / count
+
+
+def _device(layers: Sequence[Layer]) -> torch.device:
+    return next(weight.device for layer in layers for weight in weights_of(layer))
+
+
+def _samples(inputs: Any, targets: Any) -> int:
+    """The length of the first tensor of a batch's inputs, in dicts, lists and tuples too."""
+    first = _first_tensor(inputs)
+    if first is None or first.dim() == 0:
+        raise TypeError(
+            "expected the batch's inputs to have a tensor with a sample axis, by whose length the batch is "
+            f"weighed, got {type(inputs).__name__}. Pass weight=lambda inputs, targets: ..."
+        )
+    return len(first)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    items = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    )
+    return next((found for item in items if (found := _first_tensor(item)) is not None), None)
 
 
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):  # such as a tokenizer's input_ids and attention_mask
+    if isinstance(batch, Mapping):  # such as a tokenizer's input_ids and attention_mask
         return {name: _to(item, device) for name, item in batch.items()}
+    if isinstance(batch, (list, tuple)) and type(batch) in (list, tuple):
+        return type(batch)(_to(item, device) for item in batch)
     return batch

@@ -7,29 +7,30 @@ both      ->  <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fam_optim.estimators.curvature import Curvature, undifferentiable, without_gradient
+from fam_optim.estimators.curvature import Curvature
 from fam_optim.estimators.exact import exact
 from fam_optim.estimators.full import full
 from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.estimators.measure import MEASURES
-from fam_optim.estimators.softmax import softmax_curvature
-from fam_optim.graph import verdicts
-from fam_optim.graph.softmax_heads import find_softmax_heads
-from fam_optim.graph.trace import Tail, find_tail
+from fam_optim.estimators.softmax import closed_form
+from fam_optim.graph import errors, nodes
+from fam_optim.graph.recomputation import counted_once
+from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
+from fam_optim.layers import distinct
 from fam_optim.parallel import lasting, local_derivatives
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     Layer = Observation | nn.Parameter
@@ -127,7 +128,7 @@ def relative_flatness(
     layers = _observed_layers(layer)
     for one in layers:
         check_mode(one, settings)
-    return layers_flatness(loss, layers, settings)
+    return tails_flatness(list(used_tails(loss, layers).values()), settings)
 
 
 def _observed_layers(layer: Layers) -> tuple[Layer, ...]:
@@ -149,30 +150,41 @@ def _observed_layers(layer: Layers) -> tuple[Layer, ...]:
             )
     if not layers:
         raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
-    return layers
+    return distinct(layers)
 
 
-def layers_flatness(loss: Tensor, layers: Sequence[Layer], settings: Settings) -> Tensor:
-    """The sum of the layers' kappas."""
-    return tails_flatness([find_tail(loss, layer) for layer in layers], settings).kappa
+def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
+    """The tails of the layers that the loss depends on, by the layers' numbers."""
+    return {number: tail for number, tail in enumerate(find_tails(loss, layers)) if tail is not None}
 
 
-class Flatness(NamedTuple):
-    """kappa, and whether its derivatives are finite wherever those of the loss are."""
+def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
+    """The sum of the kappas of the layers at whose outputs the tails, of one loss, end."""
+    kappas = each_flatness(tails, settings)
+    return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
 
-    kappa: Tensor
-    bounded: bool
 
-
-def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Flatness:
-    """The sum of the kappas of the layers at whose outputs the tails end."""
-    with torch.enable_grad(), _without_autocast(tails[0].loss.device.type), local_derivatives(tails):
+def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
+    """The kappas of the layers at whose outputs the tails, of one loss, end."""
+    precision = _without_autocast(tails[0].loss.device.type)
+    with torch.enable_grad(), precision, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
             return _gauss_newton(tails, settings)
-        found = [_flatness(tail, settings) for tail in tails]
-        if len(found) == 1:
-            return found[0]
-        return Flatness(torch.stack([f.kappa for f in found]).sum(), all(f.bounded for f in found))
+        return [_flatness(tail, settings) for tail in tails]
+
+
+@contextmanager
+def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
+    """Derivatives in a parameter do not pass the user's hooks on its gradient (which freeze rows, say)."""
+    hooks = [h for tail in tails if isinstance(tail.layer, Tensor) and (h := tail.layer._backward_hooks)]
+    kept = [dict(h) for h in hooks]
+    try:
+        for h in hooks:
+            h.clear()
+        yield
+    finally:
+        for h, before in zip(hooks, kept, strict=True):
+            h.update(before)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -189,27 +201,26 @@ def check_mode(layer: object, settings: Settings) -> None:
         )
 
 
-def _flatness(tail: Tail, settings: Settings) -> Flatness:
+def _flatness(tail: Tail, settings: Settings) -> Tensor:
     differentiable = not settings.detach_hessian
     factor = MEASURES[settings.measure](_matrix(tail))
-    heads = find_softmax_heads(tail) if settings.mode == "exact" else None
-    if heads is not None:
-        kappa = softmax_curvature(tail, heads, factor, differentiable=differentiable)
-    else:
+    kappa = closed_form(tail, factor, differentiable=differentiable) if settings.mode == "exact" else None
+    if kappa is None:
         curvature = Curvature(tail, differentiable=differentiable)
-        if settings.mode == "exact":
-            kappa = exact(curvature, factor)
-        elif settings.mode == "full":
+        if settings.mode == "full":
             kappa = full(curvature, factor)
+        elif settings.mode == "exact":
+            kappa = errors.once_differentiable(exact(curvature, factor))
         else:
-            kappa = hutchinson(curvature, factor, settings.n_samples, settings.generator)
+            drawn = hutchinson(curvature, factor, settings.n_samples, settings.generator)
+            kappa = errors.once_differentiable(drawn)
     if settings.normalize:
         kappa = kappa / tail.uses[0].m
-    why = undifferentiable(tail) if differentiable else None
-    return Flatness(kappa if why is None else without_gradient(kappa, why), heads is not None)
+    why = errors.undifferentiable(tail.path) if differentiable else None
+    return kappa if why is None else errors.without_gradient(kappa, why)
 
 
-def _gauss_newton(tails: Sequence[Tail], settings: Settings) -> Flatness:
+def _gauss_newton(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     values = gauss_newton(
         tails,
         [MEASURES[settings.measure](_matrix(tail)) for tail in tails],
@@ -218,10 +229,8 @@ def _gauss_newton(tails: Sequence[Tail], settings: Settings) -> Flatness:
         n_samples=settings.n_samples,
         generator=settings.generator,
     )
-    if settings.normalize:
-        values = [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
-    # Of first derivatives alone, which are finite with the loss's own, if the Jacobian is held constant.
-    return Flatness(values[0] if len(values) == 1 else torch.stack(values).sum(), settings.detach_hessian)
+    scales = [tail.uses[0].m if settings.normalize else 1 for tail in tails]
+    return [errors.once_differentiable(value / m) for value, m in zip(values, scales, strict=True)]
 
 
 def _matrix(tail: Tail) -> Tensor:
@@ -229,15 +238,18 @@ def _matrix(tail: Tail) -> Tensor:
     first = tail.uses[0]
     computed = [use.weight for use in tail.uses if use.weight is not first.weight]
     if computed:  # afresh at every call: by weight_norm, pruning, functional_call, ...
-        same = torch.stack([(weight == first.weight).all() for weight in computed]).all()
-        finite = first.weight.isfinite().all()
-        key = verdicts.signature(tail, "one weight")
-        if not verdicts.of(tail.layer).holds(key, lambda new: verdicts.outcome(same, finite), insist=True):
-            raise RuntimeError(
-                "the calls of the layer that the loss depends on were made with different weights "
-                "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "
-                "takes any), and kappa is of one weight. Call the layer once, on the concatenated inputs, or "
-                "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
-            )
+        _check_one_weight(first.weight, computed)
     matrix = first.matrix()
     return lasting(matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype)))
+
+
+def _check_one_weight(weight: Tensor, others: Sequence[Tensor]) -> None:
+    """Raises RuntimeError unless all are computed alike from the same parameters, to the same numbers."""
+    alike = all(nodes.computed_alike(weight, other) for other in others)
+    if not (alike and all(torch.equal(weight, other) for other in others)):
+        raise RuntimeError(
+            "the calls of the layer that the loss depends on were made with different weights "
+            "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "
+            "takes any), and kappa is of one weight. Call the layer once, on the concatenated inputs, or "
+            "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
+        )

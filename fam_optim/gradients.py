@@ -1,15 +1,16 @@
-"""What a step may do with the gradients that it finds: add to them only if they hold their share of kappa,
-step on them only if the penalty left them finite."""
+"""Which gradients a step may be made on: those of losses that were regularised, if they are finite."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fam_optim.graph import flags
+from fam_optim.graph import flags, nodes
 from fam_optim.layer.use import is_sharded
 from fam_optim.layers import weights_of
 
@@ -20,40 +21,83 @@ if TYPE_CHECKING:
     from fam_optim.penalty import Penalty
 
 
-def check_complete(penalty: Penalty, trained: Iterable[Tensor]) -> None:
-    """Before the first backward of a closure: refuses to add to gradients that lack their kappa.
+class Ledger:
+    """Which gradients the layers' weights have: of losses that were regularised, or of others too.
 
-    So do loops that accumulate with plain backwards and close with a closure (Lightning with
-    accumulate_grad_batches), or that call backward before the step as well (SAM). Gradients that are
-    still those of FAM's last step are in order: whoever does not zero them, accumulates.
+    It sees every backward that reaches a trained weight of the layers, whoever calls it and how, and knows
+    which of them are of a loss that FAM has handed out. What else is done to gradients (clipping, scaling,
+    averaging, zeroing) is nobody's business.
+
+    Args:
+        layers: those that are regularised.
+        trained: the base optimizer's parameters.
     """
-    for p in _watched(penalty.layers, list(trained)):
-        if p.grad is None or getattr(p.grad, "_of_fam_step", None) == p.grad._version:
-            continue
-        if not bool(p.grad.any()):  # only zero_grad(set_to_none=False) makes this look at numbers
-            continue
-        raise RuntimeError(
-            f"the closure would add to gradients that are there already (`layer` {penalty.names}), of a "
-            "backward that FAM did not see: the sum would lack part of lam * kappa. To accumulate gradients, "
-            "call optimizer.regularize(loss) on every micro-batch's loss (in Lightning: `return "
-            "self.optimizers().regularize(loss)` in training_step). If they are left from training "
-            "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
-            "backward before the step, or call optimizer.zero_grad() in the closure."
-        )
+
+    def __init__(self, layers: Sequence[Layer], trained: Iterable[Tensor]) -> None:
+        parameters = [p for p in trained if p.requires_grad]
+        ids = {id(p) for p in parameters}
+        weights = [w for layer in layers for w in weights_of(layer) if id(w) in ids]
+        # A frozen layer has no gradient; a sharded weight gets its own from FSDP, not from a backward.
+        self._weights = [w for w in weights or parameters if not is_sharded(w)]
+        self._hooked = False
+        self._sound = False  # whether all gradients there are, are of regularised losses
+        self._expected = False  # whether the backward that is running is of one
+
+    def expect(self, loss: Tensor) -> None:
+        """Notes that a backward from `loss` is in order."""
+        if not self._hooked:  # by now lazy layers have weights
+            self._hooked = True
+            note = partial(_note, weakref.ref(self))
+            weights: list[Any] = [w for w in self._weights if w.is_leaf]  # untyped methods
+            handles = [w.register_post_accumulate_grad_hook(note) for w in weights]
+            weakref.finalize(self, _remove, handles)
+        loss.register_hook(partial(_begin, weakref.ref(self)))  # type: ignore[no-untyped-call]
+
+    def check(self, names: str) -> None:
+        """Raises RuntimeError if a gradient is there of a loss that was not regularised."""
+        if not self._sound and self._is_there():
+            raise RuntimeError(
+                f"gradients that are there already (`layer` {names}) are of a loss that was not regularised, "
+                "so that part of lam * kappa is missing. Backpropagate what optimizer.regularize(loss) "
+                "returned, for every loss and micro-batch of a step (in Lightning: `return "
+                "self.optimizers().regularize(loss)` in training_step). If they are left from training "
+                "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
+                "backward before the step, or call optimizer.zero_grad() in the closure."
+            )
+
+    def _is_there(self) -> bool:
+        gradients = [w.grad for w in self._weights if w.grad is not None]
+        return any(bool(g.any()) for g in gradients)  # only zero_grad(set_to_none=False) makes this wait
+
+    def _begin(self) -> None:
+        self._sound = self._sound or not self._is_there()
+        self._expected = True
+        nodes.after_backward(self._end)
+
+    def _end(self) -> None:
+        self._expected = False
+
+    def _note(self) -> None:
+        self._sound = self._sound and self._expected
 
 
-def mark_stepped_on(penalty: Penalty, trained: Iterable[Tensor]) -> None:
-    """After a step: its gradients are in order, should the next closure add to them."""
-    for p in _watched(penalty.layers, list(trained)):
-        if p.grad is not None:
-            p.grad._of_fam_step = p.grad._version  # type: ignore[attr-defined]
+def _begin(ledger: weakref.ref[Ledger], gradient: Tensor) -> None:
+    """Hook on a loss: its backward begins."""
+    alive = ledger()
+    if alive is not None:
+        alive._begin()
 
 
-def _watched(layers: Sequence[Layer], trained: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The parameters whose gradients show what was backpropagated: the layers', if they are trained."""
-    weights = [w for layer in layers for w in weights_of(layer) if w.requires_grad]
-    ids = {id(p) for p in trained}
-    return [w for w in weights if id(w) in ids] or [p for p in trained if p.requires_grad]
+def _note(ledger: weakref.ref[Ledger], weight: Tensor) -> None:
+    """Hook on a weight: a backward has added to its gradient."""
+    alive = ledger()
+    if alive is not None:
+        alive._note()
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class FiniteGuard:
@@ -64,8 +108,7 @@ class FiniteGuard:
     the CPU the step is refused. On an accelerator, so as not to wait for it, the gradients become zero where
     they lie, and the next step is refused.
 
-    Cost: one reading of the gradients; nothing where the penalty is a softmax's closed form, whose
-    derivatives are finite with the logits.
+    Cost: one reading of the gradients.
     """
 
     def __init__(self) -> None:
@@ -76,7 +119,7 @@ class FiniteGuard:
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
             raise RuntimeError(_not_finite(penalty) + " An earlier step was made on zero gradients instead.")
-        if not penalty.risky:
+        if not penalty.losses:
             return
         whole = [p.grad for p in trained if p.grad is not None]
         gradients = [g for g in map(_local, whole) if g.numel()]

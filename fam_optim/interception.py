@@ -79,8 +79,3 @@ def _one_loss(tensors: Any, gradients: Any) -> Tensor:
     first, *others = (t if g is None else (t * g).sum() for t, g in zip(tensors, gradients, strict=True))
     total: Tensor = sum(others, first)
     return total
-
-
-def unseen(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``."""
-    return function(*args)

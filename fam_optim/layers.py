@@ -11,15 +11,16 @@ from fam_optim.layer.record import Observation, parametrization
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fam_optim.flatness import Layer
 
 
-def weight_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that FAM can regularise, each once, in the order in which the model has them.
+def weight_layers(model: nn.Module) -> list[nn.Module | nn.Parameter]:
+    """The layers of a model that FAM can regularise, in the order in which the model has them.
 
     So "all" is ``weight_layers(model)``, "all but the last" ``weight_layers(model)[:-1]``, "the last two"
-    ``weight_layers(model)[-2:]``, if the model names its layers in the order in which it calls them. Left
-    out is what no forward calls as a module: the projections inside nn.MultiheadAttention.
+    ``weight_layers(model)[-2:]``, if the model names its layers in the order in which it calls them.
 
     >>> hidden = weight_layers(model)[:-1]
     >>> FAM(model.parameters(), torch.optim.SGD, hidden, mode="hutchinson", curvature="gauss_newton", lr=0.1)
@@ -28,10 +29,61 @@ def weight_layers(model: nn.Module) -> list[nn.Module]:
         model: any module; itself too, if it is such a layer.
 
     Returns:
-        Its Linear, convolution and transposed convolution modules, and subclasses of these.
+        Its Linear, convolution and transposed convolution modules, transformers' Conv1D, and subclasses of
+        these. The weight itself, an nn.Parameter, where its owner multiplies with it (nn.MultiheadAttention,
+        recurrent layers, nn.Bilinear), and where several of the modules share it. Every weight once.
     """
-    inside = {m for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
-    return [m for m in model.modules() if base_type(m) is not None and m not in inside]
+    return list(named_weight_layers(model).values())
+
+
+def named_weight_layers(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """The same by their names in the model."""
+    found: dict[str, nn.Module | nn.Parameter] = {}
+    first: dict[int, str] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        for suffix, layer in _weights_in(module):
+            inside.update(id(part) for part in module.modules() if part is not module)
+            path = f"{name}.{suffix}".strip(".")
+            weight = layer._parameters.get("weight") if isinstance(layer, nn.Module) else layer
+            shared_with = path if weight is None else first.setdefault(id(weight), path)
+            if shared_with == path:
+                found[path] = layer
+            else:
+                found[shared_with] = cast("nn.Parameter", weight)
+    return found
+
+
+def _weights_in(module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:
+    """What of `module` is a layer: itself, or weights that it multiplies with."""
+    if base_type(module) is not None:
+        return [("", module)]
+    weights = [
+        (n, p) for n, p in module._parameters.items() if p is not None and p.dim() > 1 and "weight" in n
+    ]
+    if isinstance(module, nn.MultiheadAttention):
+        out = module.out_proj
+        return [*weights, ("out_proj.weight", cast("nn.Parameter", out.weight))]
+    return list(weights) if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)) else []
+
+
+def named(model: nn.Module, layer: Any) -> Any:
+    """`layer`, with names in `model` ("fc", "blocks.0.attn.in_proj_weight") replaced by what they name.
+
+    Raises:
+        ValueError: if there is nothing of that name.
+    """
+    if isinstance(layer, (list, tuple)):
+        return [named(model, one) for one in layer]
+    if not isinstance(layer, str):
+        return layer
+    found = dict(model.named_modules()).get(layer) or dict(model.named_parameters()).get(layer)
+    if found is None:
+        known = ", ".join(named_weight_layers(model))
+        raise ValueError(f"expected `layer` to name a layer of the model, got {layer!r}. It has {known}.")
+    return found
 
 
 def as_layers(layer: Any) -> tuple[Layer, ...]:
@@ -44,15 +96,34 @@ def as_layers(layer: Any) -> tuple[Layer, ...]:
     if not several:
         raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
     for one in several:
+        if isinstance(one, str):
+            raise TypeError(
+                f"expected `layer` to be an nn.Module or an nn.Parameter, got the str {one!r}, and FAM does "
+                f"not know the model whose layer that is. Pass model.get_submodule({one!r})."
+            )
         if not isinstance(one, (nn.Module, nn.Parameter)):
             raise TypeError(
                 f"expected `layer` to be an nn.Module or an nn.Parameter, got {type(one).__name__}: {one!r}."
             )
         if isinstance(one, nn.Parameter):
             parameter_use(one)
-    if len({id(one) for one in several}) < len(several):
-        raise ValueError("expected `layer` to name different layers, got the same one twice.")
-    return tuple(Observation(one) if isinstance(one, nn.Module) else one for one in several)
+    layers = tuple(Observation(one) if isinstance(one, nn.Module) else one for one in several)
+    if len(distinct(layers)) < len(layers):
+        raise ValueError(
+            "expected `layer` to name different layers, got the same one twice, or a module and its weight."
+        )
+    return layers
+
+
+def distinct(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers, each once. A weight counts all its uses, so its module is left out if both are named."""
+    parameters = {id(one) for one in layers if isinstance(one, Tensor)}
+    once: dict[int, Layer] = {}
+    for one in layers:
+        weights = () if isinstance(one, Tensor) else map(id, weights_of(one))
+        if parameters.isdisjoint(weights):
+            once.setdefault(id(one.module if isinstance(one, Observation) else one), one)
+    return tuple(once.values())
 
 
 def weights_of(layer: Layer) -> list[Tensor]:

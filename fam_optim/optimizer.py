@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from fam_optim.backup import Backup
 from fam_optim.closure import RegularizedClosure, SeenClosure
 from fam_optim.flatness import Settings
-from fam_optim.gradients import FiniteGuard, check_complete, mark_stepped_on
+from fam_optim.gradients import FiniteGuard
 from fam_optim.layer.use import describe
 from fam_optim.layers import name_of, weight_layers, weights_of
 from fam_optim.penalty import Penalty
@@ -78,6 +78,7 @@ class FAM(OptimizerWrapper):
         lam: weight of kappa; may be set.
         base_optimizer: owns ``state``, ``param_groups`` and ``defaults``; FAM's are the same objects.
         last_kappa: kappa of the loss as it last entered the penalty, detached, on the device; None before.
+        last_penalty: ``lam * kappa`` then: what part of the objective it is.
 
     Raises:
         TypeError: if the layer has no weight matrix, or the base is not an optimizer.
@@ -88,6 +89,9 @@ class FAM(OptimizerWrapper):
 
     Cost: that of `relative_flatness`, in tail backwards: about one for a softmax cross-entropy head.
     """
+
+    penalty: Penalty | None
+    proximal: Proximal | None
 
     def __init__(
         self,
@@ -113,8 +117,7 @@ class FAM(OptimizerWrapper):
             "detach_hessian": detach_hessian,
         }
         given: dict[str, Any] = {name: value for name, value in form.items() if value is not None}
-        self.penalty: Penalty | None = None
-        self.proximal: Proximal | None = None
+        self.penalty = self.proximal = None
         if mode == "proximal":
             _refuse_penalty_arguments(given)
             own = 10 if every is None else every
@@ -169,7 +172,7 @@ class FAM(OptimizerWrapper):
         """What a new, copied or unpickled FAM needs beside its attributes."""
         self._wrap(base_optimizer)
         if self.penalty is not None:
-            self.penalty.start()
+            self.penalty.start(self._parameters())
         self._guard = FiniteGuard()
         self._evaluations = 0  # of a closure, at most in one step
 
@@ -194,6 +197,13 @@ class FAM(OptimizerWrapper):
     def last_kappa(self) -> Tensor | None:
         """kappa of the last due step's loss, or as it last entered the penalty; detached."""
         return self._regularizer.last_kappa
+
+    @property
+    def last_penalty(self) -> Tensor | None:
+        """``lam * kappa`` as it was last added to a loss, detached; None before, and with mode="proximal"."""
+        if self.penalty is None or self.penalty.last_kappa is None:
+            return None
+        return self.penalty.last_lam * self.penalty.last_kappa
 
     def regularize(self, loss: Tensor) -> Tensor:
         """``loss + lam * kappa``, differentiable: for loops that call backward themselves.
@@ -267,7 +277,7 @@ class FAM(OptimizerWrapper):
         """The step without a closure."""
         before = None
         if self.penalty is not None:
-            self._guard.check(self.penalty, self._parameters())
+            self._check_gradients(self.penalty)
         elif self.proximal is not None:
             if self.proximal.due and self.proximal.given:
                 self.proximal.check()
@@ -284,17 +294,21 @@ class FAM(OptimizerWrapper):
         return RegularizedClosure(
             closure,
             penalty,
-            before=lambda: check_complete(penalty, self._parameters()),
-            after=lambda: self._guard.check(penalty, self._parameters()),
+            check=lambda: self._check_gradients(penalty),
             zero_grad=self.zero_grad,
         )
+
+    def _check_gradients(self, penalty: Penalty) -> None:
+        """Raises RuntimeError if no step may be made on the gradients that are there."""
+        if penalty.lam and self._trains():
+            penalty.ledger.check(penalty.names)
+        self._guard.check(penalty, self._parameters())
 
     def _finish(self, before: list[Tensor] | None) -> None:
         if self.proximal is not None:
             self.proximal.after(before)
         elif self.penalty is not None:
             self.penalty.forget()
-            mark_stepped_on(self.penalty, self._parameters())
 
     def _may_reevaluate(self) -> bool:
         """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from fam_optim.graph import nodes
+from fam_optim.graph.trace import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -44,7 +45,7 @@ def _in_process_group() -> bool:
 @contextmanager
 def _local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
     known("torch.nn.parallel.distributed", nodes.DDP_SINK)
-    with unsunk(node for tail in tails for node in tail.path), _gathered(tails):
+    with unsunk(path_of(tails)), _gathered(tails):
         yield
 
 
@@ -111,8 +112,7 @@ def _fsdp_groups(tails: Sequence[Tail]) -> list[Any]:
     layer, and those that a derivative in the tail enters."""
     entered = [
         node.param_group  # type: ignore[attr-defined]
-        for tail in tails
-        for node in tail.path
+        for node in path_of(tails)
         if nodes.is_function(node) and nodes.kind(node) == f"function {nodes.FSDP_POST_BACKWARD}"
     ]
     models: dict[int, Any] = {}

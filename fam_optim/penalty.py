@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import itertools
-import math
+import warnings
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.flatness import Settings, check_mode, tails_flatness
-from fam_optim.graph import nodes
-from fam_optim.graph.trace import LayerNotUsedError, find_tail
-from fam_optim.layer.record import Observation, release
+from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
+from fam_optim.gradients import Ledger
+from fam_optim.graph import flags, nodes
+from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
-from fam_optim.layers import as_layers, name_of
+from fam_optim.layers import as_layers, name_of, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch.autograd.graph import Node
 
-    from fam_optim.graph.trace import Tail
+    from fam_optim.flatness import Layer
 
 _MARK = "fam_optim.regularized"
 _serial_numbers = itertools.count()
 
 
 class _Mark(NamedTuple):
-    """On the node of a regularised loss: the loss without penalties, and the penalties added to it, as
-    ``lam, kappa`` by the serial number of who added them."""
+    """On the node of a regularised loss: the loss without penalties, and the penalties added to it,
+    detached, by the serial number of who added them."""
 
     plain: Tensor
-    penalties: Mapping[int, tuple[float, Tensor]]
-
-    def total(self) -> Tensor:
-        """All penalties, detached."""
-        first, *others = (lam * kappa for lam, kappa in self.penalties.values())
-        return sum(others, first)
+    penalties: Mapping[int, Tensor]
 
 
 class Penalty:
@@ -51,23 +47,27 @@ class Penalty:
 
     Attributes:
         layers: observations and parameters.
+        lam: weight of kappa.
         last_kappa: kappa of the loss as it last entered the penalty, detached; None before.
+        last_lam: lam then.
+        ledger: whether gradients are of regularised losses.
         given: whether a regularised loss was handed out since the last step.
-        losses: the losses regularised since the last step, detached, if `risky`.
-        risky: whether a penalty added since then could have an infinite gradient where its loss has none.
-        touched: which layers, by number, a regularised loss depended on in this closure.
-        missed: why a loss was passed on without a penalty, if one was.
+        touched: whether a loss depended on a layer in this closure.
+        losses: the losses regularised since the last step, detached.
     """
 
-    missed: LayerNotUsedError | None
+    ledger: Ledger
 
     def __init__(self, layer: Any, lam: float, settings: Settings) -> None:
-        self.settings = settings
         self.lam = lam
         self.layers = as_layers(layer)
         for one in self.layers:
             check_mode(one, settings)
+        if settings.mode == "hutchinson" and settings.generator is None:
+            settings = replace(settings, generator=_own_generator(self.layers[0]))
+        self.settings = settings
         self.last_kappa: Tensor | None = None
+        self.last_lam = lam
         self._prepare()
 
     def _prepare(self) -> None:
@@ -75,179 +75,178 @@ class Penalty:
         # Not the identity, which a later object may have again while this one's marks are still about.
         self._serial = next(_serial_numbers)
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
-        self.touched: set[int] = set()
+        self._larger: flags.AsyncFlag | None = None  # on an accelerator, of the last penalty
+        self._warned = False
         self.forget()
 
-    def start(self) -> None:
-        """Observes the layers from now on."""
+    def start(self, trained: Iterable[Tensor]) -> None:
+        """Observes the layers and the gradients of those of their weights that are trained, from now on."""
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
-
-    @property
-    def lam(self) -> float:
-        """Weight of kappa."""
-        return self._lam
-
-    @lam.setter
-    def lam(self, value: float) -> None:
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"expected `lam` to be finite and at least 0, got {value!r}.")
-        self._lam = float(value)
+        self.ledger = Ledger(self.layers, trained)
 
     @property
     def names(self) -> str:
         """The layers, for messages."""
         return ", ".join(name_of(layer) for layer in self.layers)
 
-    def add(self, loss: Tensor) -> Tensor:
-        """``loss + lam * kappa``; the loss itself if this penalty is in it already."""
-        return self._add(loss, self._tails)
-
-    def add_where_touched(self, loss: Tensor) -> Tensor:
-        """As `add`, over the layers that the loss depends on: another network's loss passes."""
-        return self._add(loss, self._tails_where_touched)
-
-    def check_all_touched(self) -> None:
-        """Raises LayerNotUsedError if no loss in the closure depended on one of the layers."""
-        for number, layer in enumerate(self.layers):
-            if number not in self.touched:
-                raise LayerNotUsedError(
-                    "no loss that was backpropagated in the closure depends on `layer` "
-                    f"{name_of(layer)}, so there is nothing to regularise. Expected the layer to be called, "
-                    "as a module, in the forward that made the loss."
-                ) from self.missed
-
-    def begin(self) -> None:
-        """Before a closure is evaluated."""
-        self.touched.clear()
-        self.missed = None
-
     def forget(self) -> None:
         """After a step: drops what was recorded of its forwards, although the user may keep their losses."""
         for use in list(self._used):
-            release(use)
+            for layer in self.layers:
+                use.release(layer)
         self._used.clear()
-        self.begin()
-        self.given = False
+        self.touched = self.given = False
         self.losses: list[Tensor] = []
-        self.risky = False
 
-    def _tails(self, loss: Tensor) -> dict[int, Tail]:
-        return {number: find_tail(loss, layer) for number, layer in enumerate(self.layers)}
+    def add(self, loss: Tensor) -> Tensor:
+        """``loss + lam * kappa``, kappa over the layers that the loss depends on; the loss itself if this
+        penalty is in it already.
 
-    def _tails_where_touched(self, loss: Tensor) -> dict[int, Tail]:
-        tails = {}
-        for number, layer in enumerate(self.layers):
-            try:
-                tails[number] = find_tail(loss, layer)
-            except LayerNotUsedError as error:
-                self.missed = self.missed or error.with_traceback(None)  # whose frames would keep the graph
-        return tails
-
-    def _add(self, loss: Tensor, tails_of: Callable[[Tensor], dict[int, Tail]]) -> Tensor:
+        Raises:
+            LayerNotUsedError: if it depends on none of them.
+            RuntimeError: if part of the loss was regularised before, and part was not.
+        """
         mark = self._mark_to_extend(loss)
         if self._serial in mark.penalties:
-            self.touched.update(range(len(self.layers)))
+            self.touched = True
             return loss
-        tails = tails_of(mark.plain)
-        if not tails:
-            return loss
-        self.touched.update(tails)
-        for tail in tails.values():
-            self._used.update(use for use in tail.uses if isinstance(use, LayerUse))
-        kappa, bounded = tails_flatness(list(tails.values()), self.settings)
+        tails = list(used_tails(mark.plain, self.layers).values())
+        self.touched = True
+        self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
+        kappa = tails_flatness(tails, self.settings)
         self.last_kappa = kappa.detach()
-        if not bounded:
-            self.risky = True
-            self.losses.append(mark.plain.detach())
+        self.last_lam = self.lam
+        penalty = self.lam * self.last_kappa
+        self._compare(penalty, mark.plain.detach())
+        self.losses.append(mark.plain.detach())
         regularized = torch.add(loss, kappa, alpha=self.lam)
         assert regularized.grad_fn is not None
-        penalties = {**mark.penalties, self._serial: (self.lam, self.last_kappa)}
+        penalties = {**mark.penalties, self._serial: penalty}
         nodes.metadata(regularized.grad_fn)[_MARK] = _Mark(mark.plain, penalties)
+        self.ledger.expect(regularized)
         return regularized
+
+    def rescale(self, unit: Tensor) -> None:
+        """Puts what is logged of the last penalty into the unit of another loss."""
+        if self.last_kappa is not None:
+            self.last_kappa = self.last_kappa * unit
 
     def _mark_to_extend(self, loss: Tensor) -> _Mark:
         """The loss that kappa is to be computed of, and the penalties that are in it.
 
         Another optimizer's penalty is no part of the loss: kappa is that of the loss which it was given.
-
-        Raises:
-            RuntimeError: if the loss was changed since, and so cannot be told from the penalty.
         """
-        marks = list(_marks(loss))
-        if not marks:
+        marked = list(_marked(loss))
+        if not marked:
             return _Mark(loss, {})
-        for _, mark in marks:
-            if self._serial in mark.penalties:
-                return mark
-        node, mark = marks[0]
+        node, mark = marked[0]
         if node is loss.grad_fn:
             return mark
-        raise RuntimeError(
-            "the loss was changed after another FAM had regularised it, so its kappa cannot be told from the "
-            "loss any more. Scale or add first and regularise last: "
-            "second.regularize(first.regularize(loss / k))."
-        )
+        if not all(self._serial in mark.penalties for _, mark in marked):
+            raise RuntimeError(
+                "the loss was changed after another FAM had regularised it, so its kappa cannot be told from "
+                "the loss any more. Scale or add first and regularise last: "
+                "second.regularize(first.regularize(loss / k))."
+            )
+        if self._is_used_beside(loss):
+            raise RuntimeError(
+                f"part of the loss that depends on `layer` {self.names} was regularised already, and part of "
+                "it was not. Regularise every loss, or add them first: optimizer.regularize(a + b)."
+            )
+        return mark
+
+    def _is_used_beside(self, loss: Tensor) -> bool:
+        """Whether the loss depends on a layer other than through losses that were regularised."""
+        observed = [layer for layer in self.layers if isinstance(layer, Observation)]
+        parameters = {id(layer) for layer in self.layers if isinstance(layer, Tensor)}
+        for node in _unmarked(loss):
+            record = recorded_use(node)
+            if record is not None and any(layer.owns(record[0]) for layer in observed):
+                return True
+            if id(nodes.leaf(node)) in parameters:
+                return True
+        return False
+
+    def _compare(self, penalty: Tensor, loss: Tensor) -> None:
+        """Warns, once, where the penalty is larger than the loss; on an accelerator a step later."""
+        if self._warned:
+            return
+        larger, earlier = penalty > loss.abs().reshape(()), self._larger
+        if flags.reading_waits(larger):
+            self._larger = flags.AsyncFlag(larger)
+        if bool(larger) if self._larger is None else earlier is not None and earlier.read():
+            self._warned = True
+            warnings.warn(
+                f"lam * kappa of `layer` {self.names} is larger than the loss itself: the network is trained "
+                "to be flat before it is trained to fit. Try a smaller lam, such as a tenth.",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("settings", "_lam", "layers", "last_kappa")}
+        names = ("settings", "lam", "layers", "last_kappa", "last_lam")
+        return {name: vars(self)[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
 
 
-def penalties_in(loss: Any) -> Tensor | None:
-    """The penalties in a regularised loss, whatever it was scaled by and added to since; None if it has none.
+def penalties_in(loss: Tensor) -> Tensor | None:
+    """The penalties in a loss, whatever was done to regularised losses since; None if there are none.
 
     Raises:
         RuntimeError: if that cannot be told, since the graph has been freed by a backward.
     """
-    marks = list(_marks(loss))
-    if not marks:
+    marked = list(_marked(loss))
+    if not marked:
         return None
-    if marks[0][0] is loss.grad_fn:
-        return marks[0][1].total()
-    edges = [GradientEdge(node, 0) for node, _ in marks]
+    sums = [torch.stack(list(mark.penalties.values())).sum() for _, mark in marked]
+    if marked[0][0] is loss.grad_fn:
+        return sums[0]
+    edges = [GradientEdge(node, 0) for node, _ in marked]
     try:
-        factors = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
+        shares = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
     except RuntimeError as error:
         raise RuntimeError(
             "the closure returned a loss that contains lam * kappa and was backpropagated already, so the "
             "two cannot be told apart. Expected it to return the plain loss."
         ) from error
-    return torch.stack([f * mark.total() for f, (_, mark) in zip(factors, marks, strict=True)]).sum()
+    return torch.stack([share.reshape(()) * s for share, s in zip(shares, sums, strict=True)]).sum()
 
 
 def without_penalties(loss: Tensor, penalties: Tensor) -> Tensor:
     """A regularised loss as it was before, `penalties` being those in it."""
-    marked = next(_marks(loss), None)
-    if marked is not None and marked[0] is loss.grad_fn:
-        return marked[1].plain
-    return loss.detach() - penalties
+    mark = None if loss.grad_fn is None else nodes.metadata(loss.grad_fn).get(_MARK)
+    return loss.detach() - penalties if mark is None else mark.plain
 
 
-def scalars_below(loss: Any) -> Iterator[Node]:
-    """The nodes of single numbers that `loss` was made of by arithmetic on such, its own first; nothing below
-    a loss that was regularised."""
-    stack = [loss.grad_fn] if isinstance(loss, Tensor) else []
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None or not nodes.is_scalar(node):
-            continue
-        yield node
-        if _MARK in nodes.metadata(node):
-            continue
-        below = {n for n, _ in node.next_functions} - seen
-        seen |= below
-        stack.extend(below)
-
-
-def _marks(loss: Any) -> Iterator[tuple[Node, _Mark]]:
+def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:
     """The regularised losses that `loss` was made of, with their marks."""
-    for node in scalars_below(loss):
-        mark = nodes.metadata(node).get(_MARK)
-        if mark is not None:
-            yield node, mark
+    return [(node, nodes.metadata(node)[_MARK]) for node in _walk(loss) if _MARK in nodes.metadata(node)]
+
+
+def _unmarked(loss: Tensor) -> list[Node]:
+    """What `loss` was made of beside regularised losses."""
+    return [node for node in _walk(loss) if _MARK not in nodes.metadata(node)]
+
+
+def _walk(loss: Tensor) -> list[Node]:
+    """The graph of `loss`, its own node first, without what lies below regularised losses."""
+    walked = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = set(walked)
+    for node in walked:  # which grows meanwhile
+        if _MARK not in nodes.metadata(node):
+            below = [n for n, _ in node.next_functions if n is not None and n not in seen]
+            walked += dict.fromkeys(below)
+            seen.update(below)
+    return walked
+
+
+def _own_generator(layer: Layer) -> torch.Generator:
+    """Of the probes, so that these change nothing else in a run: torch's own is not advanced."""
+    weight = next(iter(weights_of(layer)), None)
+    generator = torch.Generator("cpu" if weight is None else weight.device)
+    generator.manual_seed(torch.initial_seed())
+    return generator

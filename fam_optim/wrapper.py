@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
+"""Of what torch wraps around the `step` of every optimizer class, to run step hooks and label the profile."""
+
 
 class OptimizerWrapper(Optimizer):
     """Delegates state, parameter groups and hooks to `base_optimizer`, but no other attribute.
@@ -21,6 +24,23 @@ class OptimizerWrapper(Optimizer):
     """
 
     base_optimizer: Optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        """`train` and `eval` of a schedule-free base, which frameworks ask an optimizer for by name."""
+        if name in ("train", "eval") and "base_optimizer" in vars(self):
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses names that are none of the optimizer's: settings are chosen when it is built."""
+        declared = any(name in vars(of).get("__annotations__", ()) for of in type(self).__mro__)
+        if not (name.startswith("_") or declared or hasattr(type(self), name) or name in vars(self)):
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r} that can be set. What may change while "
+                f"training are `lam` and the parameter groups; other settings are arguments of a new "
+                f"{type(self).__name__}(...)."
+            )
+        super().__setattr__(name, value)
 
     def _wrap(self, base_optimizer: Optimizer) -> None:
         """What `Optimizer.__init__` would do, without a storage of its own."""
@@ -99,16 +119,23 @@ class OptimizerWrapper(Optimizer):
         pass
 
     def _base_step(self, *args: Any) -> Any:
-        # torch wraps `step` of every optimizer class to run step hooks and label the profile. FAM's own
-        # step is wrapped, so the base's is called below its wrapper, or hooks would run twice. A scheduler
-        # that was built on the base replaces its step, only to note here that it was called. Whoever else
-        # replaces it is left in place.
-        step = vars(self.base_optimizer).get("step")
+        """The base's step, without the step hooks, which run around this optimizer's."""
+        # A scheduler that was built on the base replaces its step, only to note here that it was called.
+        # Whoever else replaces or decorates it is left in place.
+        base = self.base_optimizer
+        step = vars(base).get("step")
         if step is None or hasattr(step, "_wrapped_by_lr_sched"):
-            self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
-            wrapped = type(self.base_optimizer).step
-            step = getattr(wrapped, "__wrapped__", wrapped).__get__(self.base_optimizer)
-        return step(*args)
+            base._opt_called = True  # type: ignore[attr-defined]
+            own: Any = type(base).step
+            step = (own.__wrapped__ if getattr(own, "__code__", None) is _TORCHS_WRAPPER else own).__get__(
+                base
+            )
+        hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+        base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        try:
+            return step(*args)
+        finally:
+            base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = hooks
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

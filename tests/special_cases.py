@@ -160,14 +160,6 @@ def log_probabilities_squared(f: nn.Module, p: Problem) -> Tensor:
     return (log_p @ log_p.T).sum()
 
 
-def gradient_penalty(f: nn.Module, p: Problem) -> Tensor:
-    """The loss sees the layer's weight also through an inner backward (WGAN-GP)."""
-    x = p.x.detach().clone().requires_grad_()
-    z = torch.tanh(f(x))
-    (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
-    return CE(z, p.y) + (slope.square().sum(1) - 1).square().mean()
-
-
 def inner_gradient_step(f: nn.Module, p: Problem) -> Tensor:
     """The loss after a step of another weight on the gradient of an inner loss (MAML)."""
     bias = f.bias
@@ -216,7 +208,6 @@ CALLS: dict[str, Callable[[nn.Module, Problem], Tensor]] = {
     "log_softmax_twice": lambda f, p: F.nll_loss(once(f, p).log_softmax(1).log_softmax(1), p.y),
     "log_probabilities_squared": log_probabilities_squared,
     "log_probabilities_or_logits": lambda f, p: per_row(once(f, p), p).where(once(f, p)[:, 0] > 0, 0).mean(),
-    "gradient_penalty": gradient_penalty,
     "inner_gradient_step": inner_gradient_step,
 }
 DETACHED: dict[str, Callable[[nn.Module, Problem], Tensor]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fam_optim.layer.use import LayerUse
 from tests import reference
 
 LAM, LR = 0.05, 0.1
@@ -24,6 +26,12 @@ Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Tensor]
 Made = TypeVar("Made")
 Item = TypeVar("Item")
+
+
+def recorded_calls(module: nn.Module) -> list[LayerUse]:
+    """The calls of a module of which anything is kept, by whomever."""
+    alive = [o for o in gc.get_objects() if isinstance(o, LayerUse)]
+    return [use for use in alive if use.module() is module and not use.is_released]
 
 
 # ---------------------------------------------------------------------------------- networks and data

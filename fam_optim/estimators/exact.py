@@ -7,11 +7,9 @@ With phi_a the input that row a of z sees, and F's columns f,
 Where the layer feeds a softmax cross-entropy there is a closed form (`softmax`). Else two ways to the same
 number, the cheaper that provably applies is taken:
 
-    rows      rows fall into groups that do not interact behind the layer (samples; the tokens of a
-              sentence): all groups share one product, (rows per group) * min(d, m) products in all
+    rows      rows fall into groups that the graph shows not to interact behind the layer (samples; the tokens
+              of a sentence): all groups share one product, (rows per group) * min(d, m) products in all
     weight    directions in weight space: m * min(d, m) products, whatever interacts
-
-Whether rows interact is read off the graph (`independence`) or tested (`rows`).
 """
 
 from __future__ import annotations
@@ -21,13 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fam_optim.estimators.curvature import inner
 from fam_optim.estimators.rows import find_grouping
-from fam_optim.graph import errors, verdicts
+from fam_optim.graph import errors
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from fam_optim.estimators.curvature import Curvature
@@ -56,17 +53,16 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
     """
     tail = curvature.tail
     m = tail.uses[0].m
-    grouping = find_grouping(curvature, smaller_than=m)
+    grouping = find_grouping(tail, curvature.uses)
+    if grouping is not None and grouping.size >= m:
+        grouping = None
     products = (m if grouping is None else grouping.size) * factor.directions
-    if products > MAX_PRODUCTS:  # not on the word of an older test
-        grouping = find_grouping(curvature, smaller_than=m, insist=True)
-        products = (m if grouping is None else grouping.size) * factor.directions
     if products > MAX_PRODUCTS:
         raise RuntimeError(
-            f"exact kappa of this layer (weight matrix {tail.uses[0].d} x {m}) takes {products} "
-            f"Hessian-vector products here, more than the limit of {MAX_PRODUCTS}. Use mode='hutchinson', "
-            "which is unbiased with one product per probe, or regularise a layer nearer to the loss. (To "
-            "measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
+            f"exact kappa of `layer` {describe(tail.layer)} (weight matrix {tail.uses[0].d} x {m}) takes "
+            f"{products} Hessian-vector products here, more than the limit of {MAX_PRODUCTS}. Use "
+            "mode='hutchinson', which is unbiased with one product per probe, or regularise a layer nearer "
+            "to the loss. (To measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
         )
     if products > MANY_PRODUCTS:
         _say_many(tail, products)
@@ -83,47 +79,49 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
         for t in range(weight.shape[1]):
             matrix = torch.zeros_like(weight)
             matrix[:, t] = v
-            total = total + u @ curvature.times(matrix)[:, t]
+            total = total + (u * curvature.times(matrix)[:, t]).sum()
     return total
 
 
 def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor:
     """``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups at once."""
-    u, v = factor.pairs()
+    u, v = (columns.T for columns in factor.pairs())
+    # Several at a time only where every operation of the tail is known, as it is where groups are shown to be
+    # apart: of some others (cdist) torch has had wrong derivatives in several directions.
+    numbers = sum(g.numel() for g in curvature.gradient)
+    many = max(1, BATCHED // max(1, numbers)) if grouping.axes else 1
     total = curvature.gradient[0].new_zeros(())
     for position, products in grouping.gram_rows():
-
-        def along(u_k: Tensor, v_k: Tensor, position: int = position, products: Tensor = products) -> Tensor:
-            moved = curvature.hvp(grouping.place(position, v_k))
-            return (products * (grouping.gather_outputs(moved) @ u_k)).sum()
-
-        total = total + _each(along, u, v, curvature).sum()
+        for left, right in zip(torch.split(u, many), torch.split(v, many), strict=True):
+            at = right.new_zeros(len(right), grouping.groups, grouping.size, right.shape[1])
+            at[:, :, position] = right[:, None]
+            by_row = products[None, :, :, None] * left[:, None, None]
+            total = total + _along(curvature, grouping, by_row, at)
     return total
 
 
-def _each(along: Callable[[Tensor, Tensor], Tensor], u: Tensor, v: Tensor, curvature: Curvature) -> Tensor:
-    """`along` of every pair of columns, several at a time where all of the tail's operations can be."""
-    memory, key = verdicts.of(curvature.tail.layer), verdicts.signature(curvature.tail, "batched")
-    size = max(1, BATCHED // sum(g.numel() for g in curvature.gradient))
-    if memory.known(key) is not False:
+def _along(curvature: Curvature, grouping: Grouping, left: Tensor, right: Tensor) -> Tensor:
+    """``sum_k <left_k, Hess_z right_k>`` of rows in groups ``(k, groups, size, d)``."""
+    at_left, at_right = (
+        [torch.stack(p) for p in zip(*map(grouping.scatter, t), strict=True)] for t in (left, right)
+    )
+    if len(right) > 1:
         try:
-            return torch.vmap(along, in_dims=1, chunk_size=size)(u, v)
-        except RuntimeError as error:  # some operations cannot: an autograd.Function, say
+            return inner(at_left, curvature.hvp(at_right, batched=True))
+        except RuntimeError as error:  # some operations cannot: DDP's function around a model, say
             if errors.is_out_of_memory(error):
                 raise
-    result = torch.stack([along(*pair) for pair in zip(u.unbind(1), v.unbind(1), strict=True)])
-    memory.remember(key, False)  # one at a time it went
-    return result
+    values = [
+        inner([t[k] for t in at_left], curvature.hvp([t[k] for t in at_right])) for k in range(len(right))
+    ]
+    return torch.stack(values).sum()
 
 
 def _say_many(tail: Tail, products: int) -> None:
-    """Warns, once for a layer, that exact is dear here."""
-    memory = verdicts.of(tail.layer)
-    if memory.known(b"said that exact is dear") is None:
-        memory.remember(b"said that exact is dear", True)
-        warnings.warn(
-            f"exact kappa of `layer` {describe(tail.layer)} takes {products} Hessian-vector products through "
-            "what follows it, at every evaluation: it does not feed a softmax cross-entropy directly. "
-            "mode='hutchinson' is unbiased with one product.",
-            stacklevel=2,
-        )
+    """Warns that exact is dear here; Python shows one text once."""
+    warnings.warn(
+        f"exact kappa of `layer` {describe(tail.layer)} takes {products} Hessian-vector products through "
+        "what follows it, at every evaluation: it does not feed a softmax cross-entropy directly. "
+        "mode='hutchinson' is unbiased with one product.",
+        stacklevel=2,
+    )

@@ -21,6 +21,7 @@ Source: DESIGN, 7; for cross-entropy the expected squared gradient over labels d
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,14 +29,15 @@ from torch import Tensor
 
 from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.estimators.jacobian import Jacobian, Pulled
-from fam_optim.estimators.rows import Grouping, in_order, row_uses
-from fam_optim.graph import independence
+from fam_optim.estimators.rows import Grouping, row_uses, shown_axes
+from fam_optim.graph.independence import SUM
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fam_optim.estimators.measure import Factor
+    from fam_optim.graph.independence import Groups
     from fam_optim.graph.trace import Tail
 
 MAX_PRODUCTS = 1024
@@ -61,29 +63,68 @@ def gauss_newton(
             more than `MAX_PRODUCTS` products.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
-    if not jacobian.outputs:  # a loss linear in what the network puts out
+    if not sum(jacobian.sizes):  # a loss linear in what the network puts out, or a batch of no rows
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
     if mode == "full":
         return _from_traces(jacobian, factors)
-    apart = _independent_groups(jacobian)
-    groups = apart[0].groups if apart[0] else 1
+    shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
     if mode == "exact":
-        columns = sum(jacobian.sizes) // groups
-        if columns > MAX_PRODUCTS:
-            raise RuntimeError(
-                f"exact Gauss-Newton kappa of `layer` {describe(tails[0].layer)} takes {columns} "
-                f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
-                "mode='hutchinson', which is unbiased with one."
-            )
-        values = [_squares(jacobian, factors, apart, r) for r in _columns(jacobian, groups)]
-        return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
+        return _from_columns(jacobian, factors, shown)
     like = jacobian.uses[0][0].matrix()
-    cheap = [grouping if grouping and _is_cheap(grouping) else None for grouping in apart]
+    groupings = [_cheap(_grouping(jacobian, layer, list(axes))) for layer, axes in enumerate(shown)]
     samples = []
     for _ in range(n_samples):
         r = [rademacher(tuple(output.shape), like, generator) for output in jacobian.outputs]
-        samples.append(_squares(jacobian, factors, cheap, r))
+        samples.append(_squares(jacobian, factors, groupings, r))
     return [torch.stack(of_layer).mean() for of_layer in zip(*samples, strict=True)]
+
+
+def _from_columns(
+    jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]]
+) -> list[Tensor]:
+    """``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
+    axes, digits = _shared(jacobian, shown)
+    numbers = [_by_group(output.shape, of) for output, of in zip(jacobian.outputs, digits, strict=True)]
+    columns = sum(by_group.shape[1] for by_group in numbers)
+    if columns > MAX_PRODUCTS:
+        raise RuntimeError(
+            f"exact Gauss-Newton kappa of `layer` {describe(jacobian.tails[0].layer)} takes {columns} "
+            f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
+            "mode='hutchinson', which is unbiased with one."
+        )
+    groupings = [_grouping(jacobian, layer, axes) for layer in range(len(factors))]
+    values = [_squares(jacobian, factors, groupings, r) for r in _columns(jacobian, numbers)]
+    return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
+
+
+def _shared(
+    jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]
+) -> tuple[list[int], list[list[tuple[int, int]]]]:
+    """The axes along which all layers keep as many groups apart, and for every output the digits, ``(stride,
+    length)``, that say to which group its entries belong."""
+    axes: list[int] = []
+    digits: list[list[tuple[int, int]]] = [[] for _ in jacobian.outputs]
+    for axis in set.intersection(*map(set, shown)):
+        lengths = {use.lead[axis] for uses in jacobian.uses for use in uses}  # type: ignore[attr-defined]
+        strides = [
+            {shown[0][axis].strides.get((edge.node, edge.output_nr), SUM) for edge in output.edges}
+            for output in jacobian.outputs
+        ]
+        if len(lengths) > 1 or any(len(of) > 1 or SUM in of for of in strides):
+            continue
+        axes.append(axis)
+        for of_output, (stride,) in zip(digits, strides, strict=True):
+            of_output.append((stride, *lengths))
+    return axes, digits
+
+
+def _by_group(shape: Sequence[int], digits: Sequence[tuple[int, int]]) -> Tensor:
+    """The numbers of an output's entries, ``(groups, columns)``."""
+    entries = torch.arange(math.prod(shape))
+    group, groups = torch.zeros_like(entries), 1
+    for stride, length in digits:
+        group, groups = group * length + entries // stride % length, groups * length
+    return group.argsort(stable=True).reshape(groups, -1)
 
 
 def _squares(
@@ -120,48 +161,38 @@ def _square(
     return scale * (grouping.squared_norms()[:, 0] * pulled[:, 0].square().sum(1)).sum()
 
 
-def _columns(jacobian: Jacobian, groups: int) -> Iterator[list[Tensor]]:
-    """One-hot vectors, the same for every group: all columns of S, that of one output after the other."""
+def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """One-hot vectors, one entry of every group: all columns of S, that of one output after the other."""
     like = jacobian.uses[0][0].matrix()
-    for index, size in enumerate(jacobian.sizes):
-        for column in range(size // groups):
+    for index, by_group in enumerate(numbers):
+        for column in by_group.to(like.device).T:
             r = [like.new_zeros(other.shape) for other in jacobian.outputs]
-            r[index].view(groups, -1)[:, column] = 1
+            r[index].view(-1)[column] = 1
             yield r
 
 
 def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
     """``<F F^T, T>`` with T from every column of S by itself."""
     traces: list[Any] = [0.0] * len(factors)
-    for r in _columns(jacobian, 1):
+    for r in _columns(jacobian, [_by_group(output.shape, ()) for output in jacobian.outputs]):
         for layer, found in enumerate(jacobian.pull(r)):
             g = jacobian.in_weights(layer, found)
             traces[layer] = traces[layer] + g @ g.T
     return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 
 
-def _independent_groups(jacobian: Jacobian) -> Sequence[Grouping | None]:
-    """The finest groups of every layer's rows, for all layers as many, that the graph shows not to interact
-    on the way to the loss; None for every layer if there are none."""
-    none = [None] * len(jacobian.tails)
-    by_layer = []
-    for tail, uses in zip(jacobian.tails, jacobian.uses, strict=True):
-        of_rows = row_uses(tail, uses)
-        if of_rows is None:
-            return none
-        finest_last = reversed([Grouping(of_rows, axis) for axis in _axes(of_rows)])
-        by_layer.append({grouping.groups: grouping for grouping in finest_last})
-    for groups in sorted(set.intersection(*map(set, by_layer)) - {1}, reverse=True):
-        whole = all(size % groups == 0 for size in jacobian.sizes)
-        if whole and independence.independent(jacobian.path, jacobian.ends, groups):
-            return [groupings[groups] for groupings in by_layer]
-    return none
+def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping | None:
+    """The groups of a layer's rows along some axes; None if there is but one."""
+    uses = row_uses(jacobian.tails[layer], jacobian.uses[layer])
+    return Grouping(uses, axes) if uses is not None and axes else None
 
 
-def _is_cheap(grouping: Grouping) -> bool:
-    """Whether the groups' squares by themselves, which vary less, take at most twice the multiplications that
-    the square of their sum takes."""
-    return grouping.size == 1 or _by_rows(grouping) <= 2 * grouping.uses[0].d * grouping.uses[0].m
+def _cheap(grouping: Grouping | None) -> Grouping | None:
+    """The grouping, if the groups' squares by themselves, which vary less, take at most twice the
+    multiplications that the square of their sum takes."""
+    if grouping is None or grouping.size == 1:
+        return grouping
+    return grouping if _by_rows(grouping) <= 2 * grouping.uses[0].d * grouping.uses[0].m else None
 
 
 def _by_rows(grouping: Grouping) -> float:
@@ -174,10 +205,3 @@ def _by_weights(grouping: Grouping) -> float:
     """The same from every group's g, ``(d, m)``."""
     d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
     return d * m + d * m * min(d, m) / size
-
-
-def _axes(uses: Sequence[Any]) -> list[int | str]:
-    """What groups may lie along, the finest first: rows, or samples."""
-    axes: list[int | str] = ["row", 0] if all(use.lead for use in uses) else ["row"]
-    same = len({use.lead[:1] for use in uses}) == 1
-    return [a for a in axes if in_order(uses, a) and (a == "row" or same)]

@@ -9,8 +9,7 @@ operations instead of ``d m^2`` and no (m, m) tensor.
 
 Where the graph shows that the rows of z do not interact, T is a sum over rows of ``||phi_a||^2 Hess_{z_a}``,
 and every row gets signs of its own, ``sum_a ||phi_a||^2 <F s_a, Hess_{z_a} F s_a>``: the same product, the
-trace over m exact, and about half the standard deviation. (A numerical test would cost more than a probe, and
-a look at it now and then would be wrong in between.)
+trace over m exact, and about half the standard deviation.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fam_optim.estimators.rows import Grouping, shown_rows
+from fam_optim.estimators.rows import Grouping, find_grouping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,11 +42,12 @@ def hutchinson(
 
     Cost: one Hessian-vector product through the tail per probe.
     """
-    rows = shown_rows(curvature)
+    rows = find_grouping(curvature.tail, curvature.uses)
+    apart = rows is not None and rows.size == 1
     values = [
-        _probe_weight(curvature, factor, generator)
-        if rows is None
-        else _probe_rows(curvature, factor, rows, generator)
+        _probe_rows(curvature, factor, rows, generator)
+        if rows is not None and apart
+        else _probe_weight(curvature, factor, generator)
         for _ in range(n_samples)
     ]
     return torch.stack(values).mean()

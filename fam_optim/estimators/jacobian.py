@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from fam_optim.estimators.curvature import check_differentiable, check_functions
-from fam_optim.graph import errors, nodes, verdicts
-from fam_optim.graph.corrections import exact_backwards
+from fam_optim.graph import errors, nodes
+from fam_optim.graph.corrections import corrected
 from fam_optim.graph.losses import cotangents, find_outputs
+from fam_optim.graph.trace import path_of
 from fam_optim.layer.use import LOW_PRECISION, LinearUse, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fam_optim.graph.losses import Output
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
 
@@ -32,14 +31,13 @@ class Jacobian:
 
     def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
         self.tails, self.differentiable = tails, differentiable
-        self.path = frozenset(node for tail in tails for node in tail.path)
+        self.path = path_of(tails)
         self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
         if differentiable:
-            check_differentiable(self.path)
+            errors.check_differentiable(self.path)
         self.outputs = find_outputs(
             tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
         )
-        _check_weights(tails[0], self.outputs)
         self.sizes = [math.prod(output.shape) for output in self.outputs]
         self.uses = [
             tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
@@ -68,8 +66,8 @@ class Jacobian:
     ) -> Sequence[Tensor | None]:
         if not edges:
             return [None] * len(inputs)
-        exact = exact_backwards(self.path if self.differentiable else (), first=False)
-        with errors.explained("derivatives"), exact:
+        right = corrected(self.path if self.differentiable else (), derivatives_to_come=1)
+        with errors.explained("derivatives"), right:
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 edges,
                 inputs,
@@ -79,7 +77,7 @@ class Jacobian:
                 allow_unused=True,
             )
         if self.differentiable:
-            check_functions(self.path, [g for g in found if g is not None])
+            errors.check_functions(self.path, [g for g in found if g is not None])
         if isinstance(scale, float):
             return found
         return [None if g is None else at_least_float32(g) / scale for g in found]
@@ -131,21 +129,3 @@ class Pulled(NamedTuple):
 
 _PRODUCTS = {"Addmm": 1, "Mm": 0}
 """Nodes of a Linear layer on vectors, and which of their operands is phi."""
-
-
-def _check_weights(tail: Tail, outputs: Sequence[Output]) -> None:
-    """Raises RuntimeError if a sample counts less than nothing: the loss is not convex then."""
-    if not outputs:
-        return
-
-    def check(new: bool) -> Tensor:
-        weights = torch.cat([output.weights().detach().flatten().float() for output in outputs])
-        rounding = torch.finfo(torch.float16).eps * weights.abs().max()  # of gradients that cancel
-        return verdicts.outcome((weights >= -rounding).all(), weights.isfinite().all())
-
-    key = verdicts.signature(tail, "weights of samples")
-    if not verdicts.of(tail.layer).holds(key, check, insist=True):
-        raise RuntimeError(
-            "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some sample "
-            "or class counts with a negative weight. Use curvature='hessian' for it."
-        )

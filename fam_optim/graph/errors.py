@@ -1,13 +1,20 @@
-"""What torch's errors mean where kappa takes derivatives, and what to do about them."""
+"""Derivatives that torch does not have where kappa takes them, and what to do about it."""
 
 from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch.autograd.graph import Node
 
 _MATH_ATTENTION = (
     "Fused attention has no second derivative: run the forward under "
@@ -49,8 +56,6 @@ def has_no_derivative(error: RuntimeError) -> bool:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the error is about memory, on whatever device."""
-    import torch
-
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -81,3 +86,109 @@ def remedy(error: RuntimeError) -> str | None:
         f"In torch {what}. Write what computes it out in elementary operations, or regularise a layer behind "
         "it (the last one, say)."
     )
+
+
+def check_differentiable(path: Iterable[Node]) -> None:
+    """Raises RuntimeError for nodes whose second derivatives torch gives wrong without a word."""
+    for node in path:
+        # torch refuses only where the region's backward depends on what requires gradients, and takes
+        # second derivatives for zero elsewhere: in a compiled cross-entropy, say.
+        if nodes.is_compiled(node):
+            raise RuntimeError(
+                "kappa needs second derivatives of what follows the layer, and a region compiled by "
+                "torch.compile has none. Compile what comes before the layer and leave what follows it and "
+                "the loss uncompiled: model.body.compile() instead of model.compile(), or "
+                "torch.compiler.disable on what follows. (A softmax cross-entropy right on the layer's "
+                "output needs none: only the loss must be outside.)"
+            )
+        # Backwards of DTensor's conversions lose their own graph; collectives would mix processes.
+        if nodes.communicates(node):
+            raise RuntimeError(
+                f"kappa needs second derivatives of what follows the layer, and {node.name()} there "
+                "communicates with other processes (tensor parallelism, SyncBatchNorm, a loss over gathered "
+                "features), which has none. Regularise a layer behind it, or keep what follows the layer "
+                "and the loss local to the process."
+            )
+
+
+def check_functions(path: Iterable[Node], gradient: Sequence[Tensor]) -> None:
+    """Raises RuntimeError for an autograd.Function whose backward is marked with once_differentiable.
+
+    torch takes its second derivative for zero without a word where the derivative that reaches it is a
+    constant (behind a mean, say), and elsewhere leaves an error on the graph where a derivative in z may not
+    pass.
+    """
+    functions = [node for node in path if nodes.is_function(node)]
+    if not functions:
+        return
+    once = any(map(nodes.has_no_second_derivative, functions))
+    stack = [] if once else [g.grad_fn for g in gradient]
+    seen: set[Node | None] = {None}
+    while stack and not once:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(below for below, _ in node.next_functions)
+            once = nodes.is_error(node) or nodes.has_no_second_derivative(node)
+    if once:
+        names = ", ".join(sorted({nodes.kind(node) for node in functions}))
+        raise RuntimeError(
+            "kappa needs second derivatives of what follows the layer, and an autograd.Function there "
+            f"({names}) has none: its backward is marked with once_differentiable, or calls one that "
+            "is. Write what it computes out in elementary operations, or regularise a layer behind it."
+        )
+
+
+def undifferentiable(path: Iterable[Node]) -> str | None:
+    """Why kappa has no gradient through a tail, if it has none."""
+    for node in path:
+        if nodes.normalises_over_batch(node):
+            # InstanceNorm and weight standardisation call batch_norm with all samples or filters in one.
+            one = nodes.shape(node, 0)[0] == 1
+            remedy = (
+                "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the same, and "
+                "write weight standardisation out (w - w.mean()) / w.std()"
+                if one
+                else "put the BatchNorm layers behind the regularised layer in eval mode"
+            )
+            return (
+                "the whole gradient of kappa needs the third derivative of what follows the layer, and "
+                f"torch has none of {'InstanceNorm' if one else 'BatchNorm in train mode'} (batch_norm does "
+                "not support 3rd+ order derivatives). kappa's value is exact. Use FAM(..., "
+                f"detach_hessian=True), {remedy}, or regularise a layer behind them."
+            )
+    return None
+
+
+class _Refused(torch.autograd.Function):
+    """The identity, whose backward raises: says in our words what torch would say late, or not at all."""
+
+    @staticmethod
+    def forward(ctx: Any, kappa: Tensor, why: str, always: bool) -> Tensor:
+        ctx.why, ctx.always = why, always
+        return kappa.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if ctx.always or torch.is_grad_enabled():
+            raise RuntimeError(ctx.why)
+        return *grad_outputs, None, None
+
+
+def without_gradient(kappa: Tensor, why: str) -> Tensor:
+    """`kappa`, from which a backward raises RuntimeError(why)."""
+    attached: Tensor = _Refused.apply(kappa, why, True)
+    return attached
+
+
+def once_differentiable(kappa: Tensor) -> Tensor:
+    """`kappa`, from which a backward with create_graph=True raises RuntimeError."""
+    attached: Tensor = _Refused.apply(kappa, _ONCE, False)
+    return attached
+
+
+_ONCE = (
+    "this kappa can be differentiated once only, and a backward with create_graph=True asks for more (a "
+    "Hessian-vector product, as AdaHessian and Sophia take it). Take it of the loss without kappa, or use "
+    "mode='full'; mode='exact' on a softmax cross-entropy head can be differentiated twice, too."
+)

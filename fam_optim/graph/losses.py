@@ -14,20 +14,61 @@ Source: DESIGN, 7.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.graph import nodes
-from fam_optim.graph.linear import descend
+from fam_optim.graph import flags, nodes, operations
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Set
 
     from torch import Tensor
     from torch.autograd.graph import Node
+
+
+class Terms(NamedTuple):
+    """The nodes that a loss was found to be linear in, and whether the coefficients are constants."""
+
+    nodes: list[Node]
+    constant: bool
+
+
+def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> Terms | None:
+    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
+    is not linear in such.
+
+    Args:
+        path: the nodes from which one of `ends` can be reached, and these.
+    """
+    found, constant = [], True
+    root = loss.grad_fn
+    assert root is not None
+    stack = [(root, loss.output_nr)]
+    seen = set(stack)
+    while stack:
+        node, output = stack.pop()
+        kind = nodes.kind(node)
+        if kind in kinds:
+            found.append(node)
+            continue
+        if node in ends:  # linear in z itself: no curvature
+            continue
+        inputs = nodes.inputs_of(node, output)
+        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
+        if not operations.is_linear(kind, on_path):
+            return None
+        for below, its_output in inputs:
+            if below is None:
+                continue
+            if below not in path:
+                constant = False
+            elif (below, its_output) not in seen:
+                seen.add((below, its_output))
+                stack.append((below, its_output))
+    return Terms(found, constant)
 
 
 class Output(Protocol):
@@ -62,22 +103,37 @@ def find_outputs(
     Raises:
         RuntimeError: if the loss is not known to be convex in them.
     """
-    descent = descend(loss, path, ends, _KINDS.keys())
-    made = []
-    for node in () if descent is None else descent.leaves:
-        output = _KINDS[nodes.kind(node)](node, loss, path, differentiable)
-        if output is None:
-            descent = None
-            break
-        made.append(output)
-    if descent is None:
+    terms = linear_in(loss, path, ends, _KINDS.keys())
+    found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in terms.nodes] if terms else [None]
+    outputs = [output for output in found if output is not None]
+    if len(outputs) < len(found):
         raise RuntimeError(
             "curvature='gauss_newton' needs a loss that is known to be convex in the network's outputs: "
             "softmax cross-entropy, binary cross-entropy with logits, squared error, or a weighted sum of "
             "these (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss). This one ends in "
             f"{loss.grad_fn.name() if loss.grad_fn else loss}. Use curvature='hessian' for it."
         )
-    return made
+    _check_weights(outputs)
+    return outputs
+
+
+def _check_weights(outputs: list[Output]) -> None:
+    """Raises RuntimeError if a sample counts less than nothing: the loss is not convex then.
+
+    On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
+    """
+    for output in outputs:
+        weights = output.weights().detach()
+        if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
+            raise RuntimeError(
+                "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some "
+                "sample or class counts with a negative weight. Use curvature='hessian' for it."
+            )
+
+
+def _rounding(weights: Tensor) -> Tensor:
+    """What sums of weights that cancel may be off by."""
+    return 16 * torch.finfo(weights.dtype).eps * weights.detach().abs().amax() if weights.numel() else weights
 
 
 def cotangents(
@@ -111,29 +167,33 @@ def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
 def _root_of(weights: Tensor) -> Tensor:
     """The root of what is not negative, whose derivative at 0 is 0: what counts nothing moves nothing.
 
-    So a weight that is learned, and exactly 0, learns nothing from kappa.
+    So a weight that is learned, and exactly 0, learns nothing from kappa. Of a negative one it is nan.
     """
-    positive = weights > 0
-    return torch.where(positive, torch.where(positive, weights, 1).sqrt(), 0)
+    counts = (weights > 0) | (weights < -_rounding(weights))
+    return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 
 
 class SoftmaxOutput:
-    """``-sum_k c_k log p_k``, p the softmax of o along one axis; a is the sum of c."""
+    """``-sum_k c_k log p_k``, p the softmax of o along one axis; a is the sum of c.
 
-    def __init__(self, node: Node, loss: Tensor, differentiable: bool) -> None:
+    Attributes:
+        log_p, dim: as the graph keeps it, in no lower precision than float32; the axis of its classes.
+    """
+
+    def __init__(self, node: Node, loss: Tensor, differentiable: bool, constant: bool = False) -> None:
         self.dim = nodes.softmax_axis(node)
-        log_p: Tensor = node._saved_result  # type: ignore[attr-defined]
-        descent = -_coefficient(node, loss, differentiable)
-        self._log_p = at_least_float32(log_p if differentiable else log_p.detach())
-        self._a = at_least_float32(descent).sum(self.dim, keepdim=True)
+        log_p = nodes.log_softmax_result(node)
+        coefficient = _coefficient(node, loss, differentiable and not constant)
+        self.log_p = at_least_float32(log_p if differentiable else log_p.detach())
+        self._a = -at_least_float32(coefficient).sum(self.dim, keepdim=True)
         self.edges = [_operand(node, 0)]
-        self.shape = self._log_p.shape
+        self.shape = self.log_p.shape
 
     def weights(self) -> Tensor:
         return self._a
 
     def root(self, r: Tensor) -> list[Tensor]:
-        root_p = (self._log_p / 2).exp()
+        root_p = (self.log_p / 2).exp()
         along = (root_p * r).sum(self.dim, keepdim=True)
         return [_root_of(self._a) * root_p * (r - root_p * along)]
 
@@ -173,54 +233,65 @@ def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
     """``w ((1 - y) o + (1 + (v - 1) y) log(1 + exp(-o)))`` with class weights v on the positives."""
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
         return None
-    o, target = at_least_float32(node._saved_self), node._saved_target
-    p = (o if differentiable else o.detach()).sigmoid()
-    b = p * (1 - p)
-    if node._saved_pos_weight is not None:
-        b = b * (1 + (node._saved_pos_weight - 1) * target)
-    if node._saved_weight is not None:
-        b = b * node._saved_weight
+    logits, target, weight, of_positives = nodes.binary_targets(node)
+    o = at_least_float32(logits if differentiable else logits.detach())
+    b = o.sigmoid() * (-o).sigmoid()  # p (1 - p), which does not round to 0 where p rounds to 1
+    if of_positives is not None:
+        b = b * (1 + (of_positives - 1) * target)
+    if weight is not None:
+        b = b * weight
     return DiagonalOutput(node, b * _per_entry(node, loss, b, differentiable), {0: 1.0})
 
 
 def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
     both = zip((1.0, -1.0), node.next_functions, strict=True)
     sides = {i: sign for i, (sign, (below, _)) in enumerate(both) if below in path}
-    like = at_least_float32(node._saved_self.detach())
-    twice = torch.full_like(like, 2.0)
+    if any(_measures_distance(node.next_functions[i], path) for i in sides):
+        return None
+    twice = _twice(node, next(iter(sides)))
     return DiagonalOutput(node, twice * _per_entry(node, loss, twice, differentiable), sides)
 
 
 def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """``o.square()``, of a difference or of anything but another loss, whose outputs are others."""
-    if node._saved_exponent != 2 or _contains_a_loss(node, path):
+    """``o.square()``, of a difference or anything else but a loss, a norm or a distance."""
+    if nodes.exponent(node) != 2 or _measures_distance(node.next_functions[0], path):
         return None
-    twice = torch.full_like(at_least_float32(node._saved_self.detach()), 2.0)
-    return DiagonalOutput(node, twice * _coefficient(node, loss, differentiable), {0: 1.0})
+    return DiagonalOutput(node, _twice(node, 0) * _coefficient(node, loss, differentiable), {0: 1.0})
 
 
-def _contains_a_loss(node: Node, path: frozenset[Node]) -> bool:
-    """Whether a cross-entropy or squared error is among what the node is computed from."""
-    losses = _KINDS.keys() - {"Pow"}
-    stack, seen = [node], {node}
+def _twice(node: Node, position: int) -> Tensor:
+    """2 for every entry of an operand."""
+    below, output = node.next_functions[position]
+    assert below is not None
+    made = nodes.results(below)[output]
+    dtype = torch.promote_types(made.dtype, torch.float32)
+    return torch.full(tuple(made.shape), 2.0, dtype=dtype, device=made.device)
+
+
+def _measures_distance(edge: tuple[Node | None, int], path: frozenset[Node]) -> bool:
+    """Whether a loss, a norm or a distance was only added to, scaled, moved, or clipped on its way to `edge`:
+    whose square is then no squared error of the network's outputs."""
+    stack, seen = [edge[0]], {None, edge[0]}
     while stack:
-        for below, _ in stack.pop().next_functions:
-            if below in path and below not in seen:
-                assert below is not None
-                if nodes.kind(below) in losses:
-                    return True
-                seen.add(below)
-                stack.append(below)
+        node = stack.pop()
+        assert node is not None
+        kind = nodes.kind(node)
+        if kind in operations.DISTANCES:
+            return True
+        on_path = [i for i, (below, _) in enumerate(node.next_functions) if below in path]
+        if operations.is_linear(kind, on_path) or kind in operations.CLIPS:
+            new = {below for below, _ in node.next_functions if below in path} - seen
+            seen |= new
+            stack += new
     return False
 
 
 def _per_entry(node: Any, loss: Tensor, like: Tensor, differentiable: bool) -> Tensor:
     """dL by an entry of the loss that the node reduces."""
     coefficient = _coefficient(node, loss, differentiable)
-    return coefficient / like.numel() if node._saved_reduction == _MEAN else coefficient
+    return coefficient / like.numel() if nodes.averages(node) else coefficient
 
 
-_MEAN = 1  # of torch's reductions
 _KINDS = {
     "LogSoftmax": _softmax,
     "BinaryCrossEntropyWithLogits": _binary,

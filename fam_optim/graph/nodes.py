@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.autograd.graph import Node
 
 DDP_SINK = "_DDPSink"
 """An autograd.Function that passes on what a model wrapped in DDP returns."""
+
+PRODUCTS = ("Addmm", "Mm", "Bmm")
+TRANSPOSES = ("T", "Transpose", "Permute")
+SAME_NUMBERS = ("Alias", "Expand", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View")
+"""What keeps every number of a weight, on its way into a product."""
 
 FSDP_POST_BACKWARD = "RegisterPostBackwardFunction"
 """An autograd.Function on the inputs of a module sharded by FSDP2."""
@@ -81,6 +86,62 @@ def first_factor(node: Node) -> torch.Tensor:
     return factor
 
 
+def has_sparse_gradient(node: Node) -> bool:
+    """Whether the node is an embedding whose weight gets a sparse gradient."""
+    return kind(node).startswith("Embedding") and bool(getattr(node, "_saved_sparse", False))
+
+
+def product_of_call(end: Node) -> Node | None:
+    """The product with the weight below the node that makes a layer's output; None if it is not found."""
+    node: Node | None = end
+    while node is not None and kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias"):
+        node = node.next_functions[0][0]
+    return node if node is not None and kind(node) in ("Addmm", "Mm", "Convolution") else None
+
+
+def transposed_weight(product: Node) -> Node | None:
+    """The transpose that F.linear makes of its weight, anew in every call, if the weight has a derivative."""
+    return None if kind(product) == "Convolution" else product.next_functions[-1][0]
+
+
+def is_derivative_through(node: Any, product: Node, weight: torch.Tensor) -> bool:
+    """Whether `node` belongs to a derivative, taken in the forward, with respect to what `product` multiplies
+    with `weight`: there the weight counts beside the product."""
+    if kind(product) == "Convolution":
+        # A derivative with respect to the weight alone does not contain it; its first result has no shape.
+        through = node.name().startswith("ConvolutionBackwardBackward") and len(shape(node, 0)) > 0
+        return through and node.next_functions[1:3] == product.next_functions[:2]
+    if transposed_weight(product) is not None:
+        return node is not product and any(n is transposed_weight(product) for n, _ in node.next_functions)
+    # A frozen weight leaves no trace but the numbers that the derivative was multiplied with.
+    if kind(node) != "Mm" or node.next_functions[1][0] is not None:
+        return is_derivative(node)
+    other = node._saved_mat2
+    return other is not None and other.shape == weight.shape and other.data_ptr() == weight.data_ptr()
+
+
+def computed_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors were computed by the same operations from the same tensors, as far as the graph
+    shows it."""
+    if left is right or not (left.requires_grad or right.requires_grad):
+        return True
+    return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)
+
+
+def same_graph(left: Node | None, right: Node | None) -> bool:
+    """Whether two graphs are of the same operations, down to nodes that they share."""
+    if left is right:
+        return True
+    if left is None or right is None or left.name() != right.name():
+        return False
+    below = list(zip(left.next_functions, right.next_functions, strict=False))
+    return (
+        len(left.next_functions) == len(right.next_functions) > 0
+        and settings(left) == settings(right)
+        and all(a[1] == b[1] and same_graph(a[0], b[0]) for a, b in below)
+    )
+
+
 def metadata(node: Node) -> dict[str, Any]:
     """What Python may attach to a graph node: it lives as long as the node."""
     return node.metadata  # type: ignore[return-value]  # a property that torch declares as a method
@@ -89,6 +150,11 @@ def metadata(node: Node) -> dict[str, Any]:
 def leaf(node: Node) -> torch.Tensor | None:
     """The leaf whose gradient the node accumulates, if it does that."""
     return getattr(node, "variable", None)
+
+
+def kept(node: Node, name: str) -> Any:
+    """What the node keeps of its operation, by the operation's own name for it: a tensor or a number."""
+    return getattr(node, f"_saved_{name}")
 
 
 def settings(node: Node) -> tuple[tuple[str, Any], ...]:
@@ -103,22 +169,24 @@ def _settings_of(kind_of_node: type) -> tuple[str, ...]:
     return tuple(n for n in names if n.startswith("_saved_") and f"_raw{n}" not in names)
 
 
-def axis(node: Node, name: str, dimensions: int) -> int:
-    """The axis that the node keeps as `name`, counted from the front of so many dimensions."""
-    return _from_front(getattr(node, f"_saved_{name}"), dimensions)
+def axes(node: Any, dimensions: int) -> set[int]:
+    """The axes that an operation is along, counted from the front of so many; all if it keeps none."""
+    along: Any = getattr(node, "_saved_dim", getattr(node, "_saved_dims", None))
+    if isinstance(along, int):
+        along = (along,)
+    return {_from_front(axis, dimensions) for axis in along or ()} or set(range(dimensions))
 
 
-def axes(node: Node, name: str, dimensions: int) -> set[int]:
-    """The axes that the node keeps as `name`, one or several; all if it keeps none."""
-    kept = getattr(node, f"_saved_{name}")
-    if isinstance(kept, int):
-        kept = (kept,)
-    return {_from_front(a, dimensions) for a in kept or ()} or set(range(dimensions))
-
-
-def order(node: Node, dimensions: int) -> list[int]:
-    """Which axis of its operand each axis of a permutation's result is."""
-    return [_from_front(a, dimensions) for a in node._saved_dims]  # type: ignore[attr-defined]
+def order(node: Any, dimensions: int) -> list[int]:
+    """Which axis of its operand each axis of the result of a permutation is."""
+    if hasattr(node, "_saved_dims"):
+        return [_from_front(axis, dimensions) for axis in node._saved_dims]
+    swapped = list(range(dimensions))
+    if hasattr(node, "_saved_dim0"):
+        pair = [_from_front(axis, dimensions) for axis in (node._saved_dim0, node._saved_dim1)]
+        swapped[pair[0]], swapped[pair[1]] = pair[1], pair[0]
+        return swapped
+    return swapped[::-1]  # t(), of a matrix
 
 
 def _from_front(axis: int, dimensions: int) -> int:
@@ -127,9 +195,58 @@ def _from_front(axis: int, dimensions: int) -> int:
     return axis % dimensions
 
 
+def normalised_axes(node: Any) -> int:
+    """How many axes, the last ones, a layer_norm or rms_norm is taken over."""
+    return len(node._saved_normalized_shape)
+
+
+def padded_axes(node: Any) -> int:
+    """How many axes, the last ones, a padding may have moved."""
+    return len(node._saved_pad) // 2
+
+
+def picked_axes(node: Any) -> range:
+    """The axes that ``x[:, index]`` picks from; all in front of the last if they are not side by side."""
+    picked = [i for i, index in enumerate(node._saved_indices) if index is not None]
+    side_by_side = len(picked) == picked[-1] - picked[0] + 1
+    return range(picked[0] if side_by_side else 0, picked[-1] + 1)
+
+
+def other_operand(node: Any, position: int) -> torch.Tensor | None:
+    """What a product or quotient multiplies its operand at `position` with, or divides it by, or a gather's
+    index; None if the node does not keep it."""
+    if kind(node) == "Gather":
+        return cast("torch.Tensor", node._saved_index)
+    found: Any = node._saved_other if position == 0 else node._saved_self
+    return found if found is None or isinstance(found, torch.Tensor) else torch.tensor(found)
+
+
+def exponent(node: Any) -> float | None:
+    """The exponent of a power; None if it is a tensor, which may be learned."""
+    return float(node._saved_exponent) if node.name() == "PowBackward0" else None
+
+
+def averages(node: Any) -> bool:
+    """Whether a loss is the mean of its entries, not their sum, or one for each."""
+    return int(node._saved_reduction) == 1
+
+
+def binary_targets(node: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Of a binary cross-entropy with logits: these, the targets, the weights of its entries and of the
+    positives among them."""
+    return node._saved_self, node._saved_target, node._saved_weight, node._saved_pos_weight
+
+
+def log_softmax_result(node: Any) -> torch.Tensor:
+    """log p, attached to the graph."""
+    result: torch.Tensor = node._saved_result
+    return result
+
+
 def softmax_axis(node: Node) -> int:
     """The axis that a softmax or log_softmax was taken over."""
-    return axis(node, "dim", len(shape(node, 0)))
+    (axis,) = axes(node, len(shape(node, 0)))
+    return axis
 
 
 def normalises_over_batch(node: Node) -> bool:
@@ -157,6 +274,27 @@ def is_derivative(node: Node) -> bool:
     return node.name().count("Backward") > 1
 
 
+def has_no_second_derivative(node: Node) -> bool:
+    """Whether `node` is of an autograd.Function whose backward is marked with once_differentiable."""
+    function = getattr(type(node), "_forward_cls", None)
+    backward = getattr(function, "backward", None)
+    code = getattr(backward, "__code__", None)
+    return hasattr(backward, "__wrapped__") and code is _ONCE_DIFFERENTIABLE
+
+
+_ONCE_DIFFERENTIABLE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
+def may_be_derivative(node: Node) -> bool:
+    """Whether `node` is of a derivative, or multiplies with a constant, as one of a frozen layer does."""
+    return is_derivative(node) or (node.name().startswith("Mm") and node.next_functions[1][0] is None)
+
+
+def is_derivative_of_layer_norm(node: Node) -> bool:
+    """Whether `node` is of a derivative of layer_norm."""
+    return node.name().startswith("NativeLayerNormBackwardBackward")
+
+
 def is_scalar(node: Node) -> bool:
     """Whether all results of the operation are single numbers."""
     return all(math.prod(made.shape) == 1 for made in results(node))
@@ -178,3 +316,18 @@ def communicates(node: Node) -> bool:
 def in_derivative() -> bool:
     """Whether this thread is inside a derivative that autograd takes, as what a checkpoint runs again is."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def made_so_far() -> int:
+    """How many nodes this thread has made: the next one's `sequence_number`."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def sequence_number(node: Node) -> int:
+    """How many nodes the thread had made before this one."""
+    return int(node._sequence_nr())
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Calls `function` when the derivative that this thread is inside of is done."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -53,7 +53,7 @@ def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
     return Reach(above(leaves.values(), parents), leaves, parents)
 
 
-def above(ends: Collection[Node], parents: dict[Node, list[Node]]) -> frozenset[Node]:
+def above(ends: Collection[Node], parents: Mapping[Node, Sequence[Node]]) -> frozenset[Node]:
     """The nodes from which one of `ends` can be reached, without `ends` unless reached from there."""
     seen: set[Node] = set()
     stack = list(ends)

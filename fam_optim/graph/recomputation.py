@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
 
 @contextmanager
@@ -26,13 +27,12 @@ def counted_once() -> Iterator[None]:
         if nodes.in_derivative():
             for buffer in module._buffers.values():
                 if buffer is not None and id(buffer) not in before:
-                    before[id(buffer)] = (buffer, buffer.clone())
+                    before[id(buffer)] = (buffer, buffer.detach().clone())
 
     handle = register_module_forward_pre_hook(keep)
     try:
         yield
     finally:
         handle.remove()
-        with torch.no_grad():
-            for buffer, value in before.values():
-                buffer.copy_(value)
+        for buffer, value in before.values():
+            buffer.data.copy_(value)  # past the count of versions, which says whether a graph is out of date

@@ -1,30 +1,30 @@
 """The tail: the part of the autograd graph between the loss and a layer's outputs.
 
-Walking it from the loss answers three questions without touching a number: which calls of the layer
-this loss depends on, which operations lie on the way, and whether one call feeds another.
+One walk from the loss finds, for all layers together and without touching a number, which of their calls the
+loss depends on, which operations lie on the way, and whether one call feeds another.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
+from fam_optim.graph.reach import above
+from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
-from fam_optim.layer.use import Use, describe
+from fam_optim.layer.use import LayerUse, Use, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import nn
-
-    from fam_optim.layer.use import LayerUse
-
 
 _COMPILED = (
     " A model that ran compiled before does not call the hook that observes the layer: call "
@@ -46,84 +46,107 @@ class Tail:
         loss: the scalar.
         uses: the layer's uses that the loss depends on.
         edges: where to differentiate with respect to their outputs, in the same order.
-        path: every node from which an output can be reached, the loss's first.
-        nested: whether an output of the layer feeds another call of it.
+        parents: of every node that was visited, those that are computed from it.
     """
 
     layer: nn.Module | Tensor
     loss: Tensor
     uses: tuple[Use, ...]
     edges: tuple[GradientEdge, ...]
-    path: tuple[Node, ...]
-    nested: bool
+    parents: Mapping[Node, Sequence[Node]] = field(repr=False)
 
     @property
     def ends(self) -> frozenset[Node]:
         """The nodes that compute the layer's outputs."""
         return frozenset(edge.node for edge in self.edges)
 
-    @property
-    def inputs(self) -> list[GradientEdge]:
-        """Where anything enters the path: the layer's outputs, parameters, branches from elsewhere."""
-        path = set(self.path)
-        below = dict.fromkeys(edge for node in self.path for edge in node.next_functions)
-        return [GradientEdge(node, output) for node, output in below if node is not None and node not in path]
+    @cached_property
+    def path(self) -> frozenset[Node]:
+        """Every node from which an output can be reached."""
+        return above(self.ends, self.parents)
+
+    @cached_property
+    def nested(self) -> bool:
+        """Whether an output of the layer feeds another call of it."""
+        return len(self.edges) > 1 and not self.ends.isdisjoint(self.path)
+
+
+def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
+    """The nodes of all tails of one loss."""
+    return above({edge.node for tail in tails for edge in tail.edges}, tails[0].parents)
 
 
 def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
     """The tail from `loss` to the outputs of `layer` (for a parameter: to the parameter itself).
 
     Raises:
-        ValueError: if the loss is not a scalar.
-        LayerNotUsedError: if it does not depend on the layer.
-        RuntimeError: if it contains a derivative (a gradient penalty) of something that torch or we cannot
-            differentiate further.
+        As `find_tails`.
     """
-    check_scalar(loss)
-    if isinstance(layer, Observation):
-        live = layer.live_uses()
-        parents, found = _walk(loss, lambda node: _observed(node, live), stop=len(live) <= 1)
-    else:
-        use = parameter_use(layer)
-        parents, found = _walk(loss, lambda node: _accumulator(node, layer, use), stop=True)
-    if not found:
-        raise LayerNotUsedError(_not_used(layer, parents))
-    for use, _ in found:
-        use.check()
-    ends = [edge.node for _, edge in found]
-    tail = Tail(
-        layer=layer.module if isinstance(layer, Observation) else layer,
-        loss=loss,
-        uses=tuple(use for use, _ in found),
-        edges=tuple(edge for _, edge in found),
-        path=tuple(_above(ends, parents)),
-        nested=len(ends) > 1 and any(set(_above([end], parents)) & (set(ends) - {end}) for end in ends),
-    )
-    if _contains_derivatives(tail) and isinstance(layer, Observation):
-        return _weight_tail(tail, layer) or tail
+    (tail,) = find_tails(loss, [layer])
+    assert tail is not None
     return tail
 
 
-def _walk(
-    loss: Tensor, look: Callable[[Node], tuple[Use, GradientEdge] | None], *, stop: bool
-) -> tuple[dict[Node, list[Node]], list[tuple[Use, GradientEdge]]]:
-    """Walks the graph below `loss`: each node's parents, and what `look` found, in graph order.
+def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
+    """The tails from `loss` to the outputs of each layer; None where the loss does not depend on it.
 
-    With `stop`, nothing below a found node is visited: the common case of a layer called once, where
-    the walk sees a handful of nodes however deep the network.
+    Cost: one walk over the graph, whatever the number of layers.
+
+    Raises:
+        ValueError: if the loss is not a scalar.
+        LayerNotUsedError: if it depends on none of the layers.
+        RuntimeError: if it is made of a derivative that was taken through one of them.
     """
+    check_scalar(loss)
+    parents, found = _walk(loss, layers)
+    if not found:
+        raise LayerNotUsedError(not_used(layers[0], parents))
+    _check_derivatives(parents, found)
+    of_layers: list[list[_Found]] = [[] for _ in layers]
+    for one in found:
+        of_layers[one.number].append(one)
+    check_all_seen(
+        parents, [(layer, [f.use for f in of]) for layer, of in zip(layers, of_layers, strict=True)]
+    )
+    return [_tail(loss, *pair, parents) if pair[1] else None for pair in zip(layers, of_layers, strict=True)]
+
+
+def _tail(
+    loss: Tensor,
+    layer: Observation | Tensor,
+    found: Sequence[_Found],
+    parents: Mapping[Node, Sequence[Node]],
+) -> Tail:
+    of = layer.module if isinstance(layer, Observation) else layer
+    return Tail(of, loss, tuple(f.use for f in found), tuple(f.edge for f in found), parents)
+
+
+class _Found(NamedTuple):
+    """A use of a layer, by the layer's number, and where its output is made."""
+
+    number: int
+    use: Use
+    edge: GradientEdge
+
+
+def _walk(
+    loss: Tensor, layers: Sequence[Observation | Tensor]
+) -> tuple[dict[Node, list[Node]], list[_Found]]:
+    """Walks the graph below `loss`: each node's parents, and what was found, in graph order."""
     root = loss.grad_fn
     assert root is not None
+    observed = {id(layer.module): n for n, layer in enumerate(layers) if isinstance(layer, Observation)}
+    parameters = {id(layer): n for n, layer in enumerate(layers) if isinstance(layer, Tensor)}
     parents: dict[Node, list[Node]] = {root: []}
     found = []
     queue = deque([root])
     while queue:
         node = queue.popleft()
-        match = look(node)
-        if match is not None:
-            found.append(match)
-            if stop:
-                continue
+        record, leaf = recorded_use(node), nodes.leaf(node)
+        if record is not None and id(record[0].module()) in observed and not record[0].is_released:
+            found.append(_Found(observed[id(record[0].module())], *record))
+        elif leaf is not None and id(leaf) in parameters:
+            found.append(_Found(parameters[id(leaf)], parameter_use(leaf), GradientEdge(node, 0)))
         for below, _ in node.next_functions:
             if below is not None:
                 if below not in parents:
@@ -131,29 +154,6 @@ def _walk(
                     queue.append(below)
                 parents[below].append(node)
     return parents, found
-
-
-def _above(ends: Iterable[Node], parents: dict[Node, list[Node]]) -> list[Node]:
-    """The nodes from which one of `ends` can be reached, without `ends` unless reached from there."""
-    seen: dict[Node, None] = {}
-    stack = list(ends)
-    while stack:
-        for above in parents[stack.pop()]:
-            if above not in seen:
-                seen[above] = None
-                stack.append(above)
-    return list(seen)
-
-
-def _observed(node: Node, live: Collection[LayerUse]) -> tuple[Use, GradientEdge] | None:
-    match = recorded_use(node)
-    return match if match is not None and match[0] in live else None
-
-
-def _accumulator(node: Node, parameter: Tensor, use: Use) -> tuple[Use, GradientEdge] | None:
-    if nodes.leaf(node) is parameter:
-        return use, GradientEdge(node, 0)
-    return None
 
 
 def check_scalar(loss: Tensor) -> None:
@@ -172,50 +172,37 @@ def check_scalar(loss: Tensor) -> None:
         )
 
 
-def _contains_derivatives(tail: Tail) -> bool:
-    """Whether the loss is made of derivatives too (a gradient penalty): they show as backwards of backwards.
+def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_Found]) -> None:
+    """Raises RuntimeError if the loss is made of a derivative that kappa does not come right of.
 
-    Raises:
-        RuntimeError: if these are derivatives of LayerNorm.
+    One taken behind the layer is a function of z like any other. One taken through the layer multiplies with
+    W, beside ``z = lin(phi; W)``, and only the weight sees both.
     """
-    backwards = [node.name() for node in tail.path if nodes.is_derivative(node)]
-    if any(name.startswith("NativeLayerNormBackwardBackward") for name in backwards):
+    derivatives = [node for node in parents if nodes.may_be_derivative(node)]
+    path = above([one.edge.node for one in found], parents) if derivatives else frozenset()
+    if any(nodes.is_derivative_of_layer_norm(node) for node in derivatives if node in path):
         raise RuntimeError(
             "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
             "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
         )
-    return bool(backwards)
+    for _, use, edge in found:
+        use.check()
+        product = nodes.product_of_call(edge.node)
+        if product is None or not isinstance(use, LayerUse):
+            continue
+        transposed = nodes.transposed_weight(product)
+        suspects = derivatives if transposed is None else parents.get(transposed, ())
+        if any(nodes.is_derivative_through(node, product, use.weight) for node in suspects):
+            raise RuntimeError(
+                "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential "
+                f"equation) that was taken through `layer` {describe(use.module())}, whose weight counts "
+                "beside its output. Pass the weight itself, an nn.Parameter that requires gradients, as "
+                "`layer` with mode='hutchinson' or mode='full': these count every use of it."
+            )
 
 
-def _weight_tail(tail: Tail, layer: Observation) -> Tail | None:
-    """The tail down to the weight itself, if the loss depends on it beside the layer's outputs; or None.
-
-    A derivative taken behind the layer is a function of z like any other. One taken through the layer
-    multiplies with W, beside ``z = lin(phi; W)``, and only the weight sees both. (It also sees its uses
-    elsewhere, if it is tied.)
-    """
-    weight = tail.uses[0].weight
-    if not weight.requires_grad or any(use.weight is not weight for use in tail.uses):
-        raise RuntimeError(
-            f"`loss` contains a derivative (a gradient penalty), through which the weight of `layer` "
-            f"{describe(layer.module)} cannot be followed: it is frozen, or computed at every call. Call "
-            "requires_grad_() on a frozen weight and leave it out of the optimizer's parameters; make calls "
-            "with a computed one within torch.nn.utils.parametrize.cached()."
-        )
-    live, edge, use = layer.live_uses(), get_gradient_edge(weight), Use(weight)
-    beside, _ = _walk(tail.loss, lambda node: _observed(node, live), stop=True)
-    if edge.node not in beside:
-        return None
-    if tail.uses[0].matrix().shape != use.matrix().shape:
-        raise RuntimeError(
-            f"`loss` contains a derivative (a gradient penalty) through `layer` {describe(layer.module)}, "
-            "which kappa does not support for transposed convolutions."
-        )
-    parents, _ = _walk(tail.loss, lambda node: (use, edge) if node is edge.node else None, stop=True)
-    return Tail(layer.module, tail.loss, (use,), (edge,), tuple(_above([edge.node], parents)), nested=False)
-
-
-def _not_used(layer: Observation | Tensor, graph: Collection[Node]) -> str:
+def not_used(layer: Observation | Tensor, graph: Collection[Node]) -> str:
+    """Why the loss with this graph does not depend on a layer, for messages."""
     if any(map(nodes.is_reentrant_checkpoint, graph)):
         of = layer.module if isinstance(layer, Observation) else layer
         return (

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from fam_optim.graph import flags, nodes
 from fam_optim.layer.use import (
     CONVOLUTIONS,
     TRANSPOSED,
+    Conv1DUse,
     ConvTransposeUse,
     ConvUse,
     LinearUse,
@@ -19,7 +23,6 @@ from fam_optim.layer.use import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from fam_optim.layer.use import LayerUse
 
@@ -34,7 +37,7 @@ def use_type(module: nn.Module) -> type[LayerUse]:
         raise TypeError(tensor_parallel(module))
     base = base_type(module)
     if base is not None:
-        return _KINDS[base]
+        return _kinds()[base]
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         raise TypeError(
             f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
@@ -43,9 +46,9 @@ def use_type(module: nn.Module) -> type[LayerUse]:
             "parametrization of nn.Linear (torch.nn.utils.parametrize), whose sum is the weight then."
         )
     raise TypeError(
-        "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d or an nn.Parameter with "
-        f"at least two dimensions, got {describe(module)}, which is not known to be linear in a weight "
-        "matrix. Pass its weight, an nn.Parameter, with mode='hutchinson' instead."
+        "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, transformers' Conv1D "
+        f"or an nn.Parameter with at least two dimensions, got {describe(module)}, which is not known to be "
+        "linear in a weight matrix. Pass its weight, an nn.Parameter, with mode='hutchinson' instead."
     )
 
 
@@ -57,17 +60,64 @@ _KINDS: dict[type[nn.Module], type[LayerUse]] = {
 
 
 def base_type(module: nn.Module) -> type[nn.Module] | None:
-    """torch's class that `module` is of, or is derived from, among those with a weight matrix."""
-    return next((base for base in _KINDS if isinstance(module, base)), None)
+    """The class that `module` is of, or is derived from, among those with a weight matrix."""
+    return next((base for base in _kinds() if isinstance(module, base)), None)
+
+
+def _kinds() -> dict[type[nn.Module], type[LayerUse]]:
+    # Hugging Face's own Linear (GPT-2 has no other), without importing what the user has not.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return _KINDS if conv1d is None else {**_KINDS, conv1d: Conv1DUse}
 
 
 def overridden(module: nn.Module) -> str | None:
-    """Which method of its base's a subclass computes its output with instead, if it does."""
-    base = base_type(module)
+    """What computes the module's output in place of its class's own forward, if anything does."""
+    base: Any = base_type(module)
     for name in ("forward", "_conv_forward"):
-        if getattr(type(module), name, None) is not getattr(base, name, None):
-            return name
+        own = getattr(module, name, None)
+        if own is None:
+            continue
+        if name in vars(module):
+            return f"whose {name} was replaced on the instance,"
+        if getattr(type(module), name) is not getattr(base, name, None):
+            where = f"a {type(module).__module__}.{type(module).__qualname__}"
+            return f"{where}, overrides {base.__name__}.{name} and"
+        if own.__module__ != base.__module__:
+            return f"whose {base.__name__}.{name} was replaced by {own.__module__}.{own.__qualname__},"
     return None
+
+
+def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> str | None:
+    """Why kappa cannot be computed of a call, whose output is not what the module's class computes.
+
+    That is by the same operations on the same tensors, to the same numbers, here and now. (Fake quantisation
+    is not.)
+
+    Args:
+        seen: whether numbers were compared before: reading them waits for an accelerator, and is done once.
+    """
+    if _is_same(use, cast("Tensor | None", module.bias), output, seen):
+        return None
+    base: Any = base_type(module)
+    how = overridden(module) or "has a hook that changes its output before FAM sees it, and"
+    return (
+        f"`layer` {describe(module)}, {how} computes something else than {base.__name__} does with this "
+        "weight and input, so its output need not be linear in its weight (quantisation-aware layers are "
+        f"not). Pass a plain {base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
+    )
+
+
+def _is_same(use: LayerUse, bias: Tensor | None, output: Tensor, seen: bool) -> bool:
+    try:
+        again = use.again(bias)
+    except RuntimeError:  # not even of fitting shapes
+        return False
+    graph = again.requires_grad and output.requires_grad
+    if output.shape != again.shape or (graph and not nodes.computed_alike(output, again)):
+        return False
+    if seen and flags.reading_waits(again):
+        return True
+    return torch.allclose(output.detach(), again.detach(), rtol=0, atol=0, equal_nan=True)
 
 
 def parameter_use(parameter: Tensor) -> Use:

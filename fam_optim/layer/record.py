@@ -3,14 +3,15 @@
 Every call leaves a `Use` (the layer's input and weight) on the *graph node* of its output. The
 record therefore lives exactly as long as the graph: a forward whose loss is dropped takes its record
 along, and nothing piles up. From a loss, the calls that it depends on are found by walking down its
-graph (see `tail`); calls of other forwards, of recomputed checkpoints or of another model's loss are
-not in it. The module itself carries one stateless hook, so that it can be copied and pickled.
+graph (see `trace`); calls of other forwards, of recomputed checkpoints or of another model's loss are
+not in it. What is kept of a module is kept by its hook and by who observes it: there is no register.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,29 +21,15 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn.utils import parametrize
 
 from fam_optim.compilation import OBSERVED, opaque
-from fam_optim.graph import nodes, verdicts
-from fam_optim.interception import unseen
-from fam_optim.layer.kinds import base_type, overridden, use_type
-from fam_optim.layer.use import describe
+from fam_optim.graph import nodes
+from fam_optim.layer import hooks
+from fam_optim.layer.kinds import objection, overridden, use_type
+from fam_optim.layer.use import Conv1DUse, LayerUse, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from fam_optim.layer.use import LayerUse
+    from fam_optim.layer.use import Use
 
 _KEY = "fam_optim.use"
-_watchers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_live: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[LayerUse]] = weakref.WeakKeyDictionary()
-
-
-class _Computed(threading.local):
-    """Parametrised weights on their way from the parametrization's hook to the module's, in one thread."""
-
-    def __init__(self) -> None:
-        self.weights: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
-
-
-_computed = _Computed()
 
 
 class Observation:
@@ -58,26 +45,41 @@ class Observation:
     def __init__(self, module: nn.Module) -> None:
         module = getattr(module, "_orig_mod", module)  # torch.compile(module) runs the module's own hooks
         use_type(module)
+        self._prepare(module)
+
+    def _prepare(self, module: nn.Module) -> None:
         self.module = module
-        self._watching = False
+        self._recorder: _Recorder | None = None
+        self._finalizer: Any = None
 
     def start(self) -> None:
         """Records the module's calls from now on."""
-        if not self._watching:
-            self._watching = True
-            _watch(self.module)
+        if self._finalizer is None:
+            self._recorder = _recorder_of(self.module)
+            self._recorder.observers.add(self)
             # A forgotten observation must not leave its hook on the user's model.
-            self._finalizer = weakref.finalize(self, _unwatch, self.module)
+            self._finalizer = weakref.finalize(self, self._recorder.leave)
 
     def stop(self) -> None:
         """Ends the recording; calls recorded so far stay usable as long as their graph lives."""
-        if self._watching:
-            self._watching = False
+        if self._finalizer is not None and self._recorder is not None:
+            self._recorder.observers.discard(self)
             self._finalizer()
+            self._finalizer = None
 
-    def live_uses(self) -> Collection[LayerUse]:
-        """The recorded calls whose graph is still alive."""
-        return _live.get(self.module, ())
+    def owns(self, use: Use) -> bool:
+        """Whether `use` is a call of the module that has not been forgotten."""
+        return isinstance(use, LayerUse) and use.module() is self.module and not use.is_released
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether the module multiplies with its weight as it is stored."""
+        return use_type(self.module) is Conv1DUse
+
+    def called_within(self, checkpoint: Node) -> bool:
+        """Whether the module was called inside a reentrant activation checkpoint, where there is no graph."""
+        made = nodes.sequence_number(checkpoint) + 1
+        return self._recorder is not None and made in self._recorder.without_graph
 
     def __enter__(self) -> Observation:
         self.start()
@@ -87,11 +89,10 @@ class Observation:
         self.stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "watching": self._watching}
+        return {"module": self.module, "watching": self._finalizer is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
-        self._watching = False
+        self._prepare(state["module"])
         if state["watching"]:
             self.start()
 
@@ -127,15 +128,6 @@ def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
     return None if record is None else (record[0], GradientEdge(node, record[1]))
 
 
-def release(use: LayerUse) -> None:
-    """Forgets a use after the step on its loss, although the user may keep the loss and so its graph."""
-    module = use.module()
-    live = None if module is None else _live.get(module)
-    if live is not None:
-        live.discard(use)
-    vars(use).pop("phi", None)  # two optimizers may have used it
-
-
 def parametrization(module: nn.Module) -> nn.Module | None:
     """What computes a parametrised weight; None for a plain one."""
     # Where nn.Module keeps it: looking in vain for an attribute of a module raises and catches an error.
@@ -144,139 +136,119 @@ def parametrization(module: nn.Module) -> nn.Module | None:
     return cast("nn.ModuleDict", module.parametrizations)["weight"]
 
 
-def _watch(module: nn.Module) -> None:
-    _watchers[module] = _watchers.get(module, 0) + 1
-    if not _has_hook(module, _record):
-        # First in line: a hook of the user's may change the output, and belongs to the tail then.
-        module.register_forward_hook(_record, prepend=True, with_kwargs=True)
-    source = parametrization(module)
-    if source is not None and not _has_hook(source, _keep_computed):
-        source.register_forward_hook(_keep_computed)
+class _Recorder:
+    """A module's hooks, and what they know: one for all who observe the module.
 
+    Attributes:
+        module: what it records the calls of.
+        observers: who wants to know of them.
+        without_graph: how many graph nodes this thread had made at calls without one, lately.
+    """
 
-def _unwatch(module: nn.Module) -> None:
-    _watchers[module] = _watchers.get(module, 1) - 1
-    if _watchers[module] <= 0:
-        del _watchers[module]
-        _remove_hook(module, _record)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        self.observers: weakref.WeakSet[Observation] = weakref.WeakSet()
+        self.without_graph: deque[int] = deque(maxlen=256)
+        self._numbers_seen = False
+        self._computed = threading.local()  # a parametrised weight, on its way from one hook to the other
+        hooks.attach(module, self.record)
         source = parametrization(module)
         if source is not None:
-            _remove_hook(source, _keep_computed)
+            hooks.attach(source, self.keep)
 
+    def leave(self) -> None:
+        """Takes the hooks away when nobody observes the module any more."""
+        module = self.module()
+        if module is not None and not list(self.observers) and _recorder_if_any(module) is self:
+            hooks.detach(module)
+            source = parametrization(module)
+            if source is not None:
+                hooks.detach(source)
 
-def _has_hook(module: nn.Module, hook: Any) -> bool:
-    return any(h is hook for h in module._forward_hooks.values())
+    @hooks.unscripted
+    def keep(self, source: nn.Module, args: Any, kwargs: Any, weight: Any = None) -> None:
+        """Forward hook of a parametrization: keeps the weight as the forward got it, since computing it
+        again may advance its state (spectral_norm iterates at every access)."""
+        if torch.is_grad_enabled():
+            self._keep(weight)
 
+    @partial(opaque, reason=OBSERVED)
+    def _keep(self, weight: Tensor) -> None:
+        self._computed.weight = weight
 
-def _remove_hook(module: nn.Module, hook: Any) -> None:
-    for key in [k for k, h in module._forward_hooks.items() if h is hook]:
-        del module._forward_hooks[key]
-        module._forward_hooks_with_kwargs.pop(key, None)
-
-
-def _keep_computed(parametrization: nn.Module, args: Any, weight: Tensor) -> None:
-    """Keeps a parametrised weight as the forward got it: computing it again may advance its state
-    (spectral_norm iterates at every access)."""
-    if torch.is_grad_enabled():
-        _keep(parametrization, weight)
-
-
-@partial(opaque, reason=OBSERVED)
-def _keep(parametrization: nn.Module, weight: Tensor) -> None:
-    _computed.weights[parametrization] = weight
-
-
-def _weight_in_use(module: nn.Module) -> Tensor:
-    source = parametrization(module)
-    if source is not None and not _has_hook(source, _keep_computed):
-        raise RuntimeError(
-            f"`layer` {describe(module)} was parametrised after it was observed. Register parametrizations "
-            "(weight_norm, spectral_norm, LoRA) before building FAM or entering observe()."
-        )
-    computed = None if source is None else _computed.weights.pop(source, None)
-    return module.weight if computed is None else computed  # type: ignore[return-value]
-
-
-def _record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-    """Forward hook: leaves a `Use` on the node that computes `output`."""
-    # The only thing that torch.compile sees of it: evaluation is compiled in one piece.
-    return _leave_use(module, args, kwargs, output) if torch.is_grad_enabled() else None
-
-
-@partial(opaque, reason=OBSERVED)
-def _leave_use(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-    observed: Tensor | None = unseen(_observed, module, args, kwargs, output)
-    return observed
-
-
-def _observed(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-    if torch.is_inference_mode_enabled():
+    @hooks.unscripted
+    def record(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        """Forward hook of the module: leaves a `Use` on the node that computes `output`."""
+        # The only thing that torch.compile sees of it: evaluation is compiled in one piece.
+        if torch.is_grad_enabled():
+            return self._leave_use(module, args, kwargs, output)
+        if not torch.compiler.is_compiling():
+            self._note_without_graph()
         return None
-    if "_is_replica" in vars(module):
-        raise RuntimeError(
-            f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
-            "observed. Use torch.nn.parallel.DistributedDataParallel."
-        )
-    # A copy carries the hook along (an average of the model, say), but nobody asked for its kappa. And
-    # within torch.func.grad, vmap, jvp, ... there is no graph that a loss outside could be walked down.
-    if module not in _watchers or torch._C._are_functorch_transforms_active():
-        return None
-    phi = args[0] if args else kwargs["input"]
-    replaced = None
-    if not output.requires_grad:
-        # Nothing up to here is trained (a frozen body and layer), but kappa depends on what comes
-        # behind, so the graph must begin here. A clone, since a leaf bars in-place activations.
-        output = replaced = output.detach().requires_grad_().clone()
-    # The edge, not the tensor: ReLU(inplace=True) behind the layer turns the tensor into its own
-    # output (pytorch/pytorch#61519). And the edge of the base where z is a view of all of it (Linear
-    # on sequences): an in-place operation on a view rewires the view's node, never the base's.
-    base = output._base if output._is_view() else None
-    source = output if base is None or base.numel() != output.numel() else base
-    node = source.grad_fn
-    if node is None or _KEY in nodes.metadata(node):
+
+    def _note_without_graph(self) -> None:
+        made = nodes.made_so_far()
+        if made not in self.without_graph:
+            self.without_graph.append(made)
+
+    @partial(opaque, reason=OBSERVED)
+    def _leave_use(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        if "_is_replica" in vars(module):
+            raise RuntimeError(
+                f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
+                "observed. Use torch.nn.parallel.DistributedDataParallel."
+            )
+        # Within torch.func.grad, vmap, jvp, ... there is no graph that a loss outside could be walked down;
+        # an exported graph has none either. A shallow copy has the module's hooks, and is not observed.
+        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        if module is not self.module() or transformed or torch.is_inference_mode_enabled():
+            return None
+        if not isinstance(output, Tensor):  # of a forward that is not the class's
+            return None
+        weight = self._weight_in_use(module)
+        replaced = None
+        if not output.requires_grad:
+            # Nothing up to here is trained (a frozen body and layer), but kappa depends on what comes
+            # behind, so the graph must begin here. A clone, since a leaf bars in-place activations.
+            output = replaced = output.detach().requires_grad_().clone()
+        use = use_type(module)(module, _input(args, kwargs), weight, output.shape)
+        if overridden(module) is not None or not hooks.is_first(module):
+            use.objection = objection(module, use, output, self._numbers_seen)
+            self._numbers_seen = True
+        # The edge, not the tensor: ReLU(inplace=True) behind the layer turns the tensor into its own
+        # output (pytorch/pytorch#61519). And the edge of the base where z is a view of all of it (Linear
+        # on sequences): an in-place operation on a view rewires the view's node, never the base's.
+        base = output._base if output._is_view() else None
+        source = output if base is None or base.numel() != output.numel() else base
+        node = source.grad_fn
+        if node is not None and _KEY not in nodes.metadata(node):
+            nodes.metadata(node)[_KEY] = (use, source.output_nr)
+            use.holders.update(self.observers)
         return replaced
-    use = use_type(module)(module, phi, _weight_in_use(module), output.shape)
-    if overridden(module) is not None:
-        _check_output(module, use, output)
-    nodes.metadata(node)[_KEY] = (use, source.output_nr)
-    _live.setdefault(module, weakref.WeakSet()).add(use)
-    return replaced
+
+    def _weight_in_use(self, module: nn.Module) -> Tensor:
+        source = parametrization(module)
+        if source is None:
+            return cast("Tensor", module.weight)
+        if getattr(hooks.attached(source), "__self__", None) is not self:
+            raise RuntimeError(
+                f"`layer` {describe(module)} was parametrised after it was observed. Register "
+                "parametrizations (weight_norm, spectral_norm, LoRA) before building FAM or entering "
+                "observe()."
+            )
+        computed = vars(self._computed).pop("weight", None)
+        return cast("Tensor", module.weight if computed is None else computed)
 
 
-def _check_output(module: nn.Module, use: LayerUse, output: Tensor) -> None:
-    """Raises TypeError unless a class that overrides torch's forward computes the same: by the same
-    operations on the same tensors, to the same numbers, here and now. (Fake quantisation does not.)"""
-    again = use.again(cast("Tensor | None", module.bias))
-    same_graph = _same_graph(output.grad_fn, again.grad_fn) or not (
-        again.requires_grad and output.requires_grad
-    )
-    outputs = output.detach(), again.detach()
-
-    def same(new: bool) -> Tensor:
-        if outputs[0].shape != outputs[1].shape:
-            return verdicts.outcome(torch.zeros((), dtype=torch.bool))
-        return verdicts.outcome((outputs[0] == outputs[1]).all(), outputs[1].isfinite().all())
-
-    if not (same_graph and verdicts.of(module).holds(b"computes what its base does", same, insist=True)):
-        base, name = base_type(module), overridden(module)
-        assert base is not None
-        raise TypeError(
-            f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, overrides "
-            f"{base.__name__}.{name} and computes something else than {base.__name__} does with this weight "
-            "and input, so its output need not be linear in its weight (quantisation-aware layers are not). "
-            f"Pass a plain nn.{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
-        )
+def _recorder_if_any(module: nn.Module) -> _Recorder | None:
+    recorder = getattr(hooks.attached(module), "__self__", None)
+    mine = isinstance(recorder, _Recorder) and recorder.module() is module
+    return recorder if mine else None
 
 
-def _same_graph(left: Node | None, right: Node | None) -> bool:
-    """Whether two graphs are of the same operations, down to nodes that they share."""
-    if left is right:
-        return True
-    if left is None or right is None or left.name() != right.name():
-        return False
-    below = list(zip(left.next_functions, right.next_functions, strict=False))
-    return (
-        len(left.next_functions) == len(right.next_functions) > 0
-        and nodes.settings(left) == nodes.settings(right)
-        and all(a[1] == b[1] and _same_graph(a[0], b[0]) for a, b in below)
-    )
+def _recorder_of(module: nn.Module) -> _Recorder:
+    return _recorder_if_any(module) or _Recorder(module)
+
+
+def _input(args: Any, kwargs: Any) -> Tensor:
+    return cast("Tensor", args[0] if args else kwargs["x" if "x" in kwargs else "input"])

@@ -85,7 +85,8 @@ class Use:
         return self
 
     def check(self) -> None:
-        """Raises RuntimeError if what was recorded is no longer what the graph was built with."""
+        """Raises RuntimeError if what was recorded is no longer what the graph was built with, TypeError if
+        it never was."""
 
 
 class LayerUse(Use):
@@ -102,9 +103,22 @@ class LayerUse(Use):
                 "weights that kappa still needs. Use FSDP2, torch.distributed.fsdp.fully_shard."
             )
         self.module = weakref.ref(module)
+        self.holders: weakref.WeakSet[object] = weakref.WeakSet()  # who may still ask for kappa of it
+        self.objection: str | None = None  # why kappa cannot be computed of it
         self.phi = phi
-        self._version = phi._version
+        self._versions = phi._version, weight._version
         super().__init__(weight, shape)
+
+    def release(self, holder: object) -> None:
+        """Lets go of the input when nobody needs it any more."""
+        self.holders.discard(holder)
+        if not self.holders:
+            vars(self).pop("phi", None)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the input is gone."""
+        return "phi" not in vars(self)
 
     @property
     def input(self) -> Tensor:
@@ -144,7 +158,16 @@ class LayerUse(Use):
         return use
 
     def check(self) -> None:
-        if self.phi._version != self._version:
+        if self.objection is not None:
+            raise TypeError(self.objection)
+        phi, weight = self._versions
+        if self.weight._version != weight:
+            raise RuntimeError(
+                f"the weight of the observed layer {describe(self.module())} was modified in place after the "
+                "forward, so kappa of this loss cannot be computed any more. Compute it, or regularise, "
+                "before anything changes the weight: a step, load_state_dict, the swap of an average."
+            )
+        if self.phi._version != phi:
             raise RuntimeError(
                 f"the input of the observed layer {describe(self.module())} was modified in place after "
                 "the layer had used it, so kappa cannot be computed from it. Use an out-of-place "
@@ -171,6 +194,26 @@ class LinearUse(LayerUse):
 
     def squared_norms(self) -> Tensor:
         return self.input.square().sum(-1)
+
+
+class Conv1DUse(LinearUse):
+    """Hugging Face's Conv1D: the weight is stored as ``W^T (m, d)``."""
+
+    @property
+    def d(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def m(self) -> int:
+        return self.weight.shape[0]
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def again(self, bias: Tensor | None) -> Tensor:
+        assert bias is not None
+        flat = torch.addmm(bias, self.phi.view(-1, self.m), self.weight)
+        return flat.view(*self.phi.shape[:-1], self.d)
 
 
 class ConvUse(LayerUse):

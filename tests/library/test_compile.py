@@ -20,7 +20,6 @@ from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations
 
 from fam_optim import FAM, dataset_relative_flatness, observe, relative_flatness
-from fam_optim.layer import record
 from tests import reference
 from tests.support import (
     LAM,
@@ -31,6 +30,7 @@ from tests.support import (
     by_style,
     calls_backward,
     penalised,
+    recorded_calls,
     regularizes,
 )
 
@@ -301,7 +301,7 @@ def test_forwards_that_are_never_regularized_do_not_pile_up() -> None:
     for step in range(20):
         compiled(batch(step)[0])
     assert live() <= before
-    assert not record._live[model.head]
+    assert not recorded_calls(model.head)
     regularizes(compiled, build_alive, *batch(0))
     assert live() <= before + sum(1 for p in model.parameters() if p.grad is not None) + 1
 

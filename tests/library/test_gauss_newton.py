@@ -352,8 +352,11 @@ def test_negative_weights_are_refused(later: bool, monkeypatch: pytest.MonkeyPat
             loss = (rows * torch.tensor([1.0, 1.0, weight, 1.0])).sum()
         return relative_flatness(loss, layer, mode="hutchinson", curvature="gauss_newton")
 
-    with pytest.raises(RuntimeError, match="negative weight"):
-        kappa(-1.0)
+    if later:  # as on an accelerator, where nobody waits for a number
+        assert kappa(-1.0).isnan()
+    else:
+        with pytest.raises(RuntimeError, match="negative weight"):
+            kappa(-1.0)
     assert kappa(0.0).isfinite()
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fam_optim import observe, relative_flatness
 from fam_optim.estimators.curvature import Curvature
-from fam_optim.estimators.rows import Grouping, shown_independent
+from fam_optim.estimators.rows import find_grouping, shown_axes
 from fam_optim.graph import independence
 from fam_optim.graph.trace import find_tail
 from tests.cases import GRID, Case, each, observed
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def mixed(loss: Tensor, z: Tensor, groups: int) -> float:
-    """The largest second derivative of the loss in z between entries of different groups."""
+def mixed(loss: Tensor, z: Tensor, axis: int) -> float:
+    """The largest second derivative of the loss in z between entries at different places of an axis."""
     (gradient,) = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True, materialize_grads=True)
     rows = []
     for entry in gradient.flatten():
         if not entry.requires_grad:
             return 0.0
         (row,) = torch.autograd.grad(entry, z, retain_graph=True, allow_unused=True, materialize_grads=True)
-        rows.append(row.flatten())
-    hessian = torch.stack(rows).reshape(groups, z.numel() // groups, groups, -1)
-    between = hessian.abs().amax((1, 3))
+        rows.append(row.movedim(axis, 0).flatten())
+    length = z.shape[axis]
+    hessian = torch.stack(rows).reshape(*z.shape, -1).movedim(axis, 0)
+    between = hessian.reshape(length, z.numel() // length, length, -1).abs().amax((1, 3))
     return between.fill_diagonal_(0).max().item()
 
 
@@ -119,36 +120,33 @@ def test_random_tails() -> None:
         with observe(linear) as layer:
             z = linear(x)
             loss = tail_of(z)
-        if not loss.requires_grad or loss.numel() != 1:
+        if not loss.requires_grad or loss.numel() != 1 or not loss.isfinite():
             continue
         tail = find_tail(loss, layer)
-        for groups in {math.prod(x.shape[:-1]), x.shape[0]} - {1}:
-            if independence.independent(frozenset(tail.path), tail.ends, groups):
-                proven += 1
-                assert mixed(loss, z, groups) == 0, (
-                    f"seed {seed}, {groups} groups: {[n.name() for n in tail.path]}"
-                )
-    assert proven > 500
+        (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
+        path = [n.name() for n in tail.path]
+        for axis in shown:
+            proven += 1
+            assert mixed(loss, z, axis) == 0, f"seed {seed}, axis {axis}: {path}"
+        if independence.independent(tail.path, tail.ends, len(x)):
+            assert mixed(loss, z, 0) == 0, f"seed {seed}, as runs: {path}"
+    assert proven > 1000
 
 
 @pytest.mark.parametrize("case", covering([*GRID, *SPECIAL], each), ids=lambda case: case.name)
 def test_cases(case: Case) -> None:
     """And of every case: scaling directions by group scales the product likewise."""
     loss, (layer, *_) = observed(case.problem())
-    curvature = Curvature(find_tail(loss, layer), differentiable=False)
-    uses = curvature.uses
-    if curvature.tail.nested or not all(getattr(use, "has_rows", False) for use in uses):
+    tail = find_tail(loss, layer)
+    curvature = Curvature(tail, differentiable=False)
+    grouping = find_grouping(curvature.tail, curvature.uses)
+    if grouping is None or grouping.groups < 2:
         return
-    for axis in ("row", 0):
-        if (axis == 0 and len({use.lead[0] if use.lead else 0 for use in uses}) > 1) or not uses[0].lead:
-            continue
-        grouping = Grouping(uses, axis)
-        if grouping.groups > 1 and shown_independent(curvature, grouping):
-            scales = grouping.scatter(torch.rand(grouping.groups, 1, 1).expand(-1, grouping.size, 1))
-            q = [torch.randn_like(g) for g in curvature.gradient]
-            scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)])
-            for e, s, h in zip(scales, scaled, curvature.hvp(q), strict=True):
-                torch.testing.assert_close(s, e * h, rtol=1e-9, atol=1e-13)
+    scales = grouping.scatter(torch.rand(grouping.groups, 1, 1).expand(-1, grouping.size, 1))
+    q = [torch.randn_like(g) for g in curvature.gradient]
+    scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)])
+    for e, s, h in zip(scales, scaled, curvature.hvp(q), strict=True):
+        torch.testing.assert_close(s, e * h, rtol=1e-9, atol=1e-13)
 
 
 SHOWN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -172,7 +170,56 @@ def test_common_tails_are_shown(tail_of: Callable[[Tensor], Tensor]) -> None:
     with observe(linear) as layer:
         loss = tail_of(linear(torch.randn(6, 3)))
     tail = find_tail(loss, layer)
-    assert independence.independent(frozenset(tail.path), tail.ends, 6)
+    (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
+    assert list(shown) == [0]
+    assert independence.independent(tail.path, tail.ends, 6)
+
+
+def attention(z: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """Of two heads, on ``(samples, words, 4)``."""
+    heads = z.view(*z.shape[:2], 2, 2).transpose(1, 2)
+    with sdpa_kernel(SDPBackend.MATH):
+        mixed = F.scaled_dot_product_attention(heads, heads, heads, mask, is_causal=causal)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def module(make: Callable[[], nn.Module]) -> Callable[[Tensor], Tensor]:
+    return lambda z: make().double()(z)
+
+
+SEQUENCES: dict[str, tuple[list[int], Callable[[Tensor], Tensor]]] = {
+    # what is shown of z (samples, words, 4): the axes along which nothing interacts
+    "words by themselves": ([0, 1], lambda z: F.gelu(F.layer_norm(z, (4,))) @ torch.randn(4, 3)),
+    "attention": ([0], lambda z: z + attention(z)),
+    "causal attention": ([0], lambda z: attention(z, causal=True)),
+    "attention with a mask": ([0], lambda z: attention(z, torch.rand(6, 1, 5, 5).round().bool())),
+    "encoder layer": ([0], module(lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.3, batch_first=True))),
+    "sequence first": ([1], module(lambda: nn.TransformerEncoderLayer(4, 2, 8))),
+    "recurrent": ([0], lambda z: nn.GRU(4, 3, batch_first=True).double()(z)[0]),
+    "mean over words": ([0], lambda z: z.mean(1).tanh()),
+    "the first word": ([0], lambda z: z[:, 0].tanh()),
+    "some words": ([0], lambda z: z[:, torch.tensor([0, 2])].softmax(1)),
+    "a word in front": ([0], lambda z: torch.cat([torch.zeros(6, 1, 4), z], 1).cumsum(1).sin()),
+    "channels in front": ([0], lambda z: F.conv1d(z.mT, torch.randn(2, 4, 3)).relu().square()),
+    "words as a batch": ([0, 1], lambda z: (z.reshape(-1, 4) @ torch.randn(4, 4)).view(6, 5, 4).tanh()),
+    "heads as a batch": ([0], lambda z: z.view(6, 5, 2, 2).transpose(1, 2).reshape(12, 5, 2).softmax(1)),
+    "over the samples": ([1], lambda z: z.softmax(0)),
+    "batch norm in train mode": ([], lambda z: F.batch_norm(z.mT, None, None, training=True)),
+}
+
+
+@pytest.mark.parametrize(("axes", "tail_of"), SEQUENCES.values(), ids=SEQUENCES)
+def test_axes_of_sequences(axes: list[int], tail_of: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3, 4), torch.randn(6, 5, 3)
+    with observe(linear) as layer:
+        z = linear(x)
+        loss = tail_of(z).sin().square().mean()
+    tail = find_tail(loss, layer)
+    (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
+    assert list(shown) == axes
+    for axis in shown:
+        assert mixed(loss, z, axis) == 0
 
 
 def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
@@ -181,10 +228,9 @@ def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
     with observe(convolution) as layer:
         loss = convolution(torch.randn(2, 4)).softmax(1).square().sum()
     tail = find_tail(loss, layer)
-    assert independence.independent(frozenset(tail.path), tail.ends, 4), "of channels it is true"
-    curvature = Curvature(tail, differentiable=False)
-    for axis in ("row", 0):
-        assert not shown_independent(curvature, Grouping(curvature.uses, axis))
+    assert independence.independent(tail.path, tail.ends, 4), "of channels it is true"
+    grouping = find_grouping(tail, tail.uses)
+    assert grouping is not None and grouping.axes == ()
     torch.testing.assert_close(
         relative_flatness(loss, layer), relative_flatness(loss, layer, mode="full"), rtol=1e-9, atol=0
     )

@@ -5,7 +5,9 @@ A name that is gone fails here, by that name, before anything else goes wrong wi
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.nn.functional as F
-import torch.utils.weak
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,8 +58,33 @@ NODES: dict[str, tuple[str, Callable[[], Tensor]]] = {
     "Gather": ("softmax heads", lambda: ROW.gather(0, torch.zeros(1, 4, dtype=torch.long))),
     "Index": ("softmax heads", lambda: ROW[torch.tensor([0, 1])]),
     "Unsqueeze": ("softmax heads, independence", lambda: ROW[:, None]),
-    "MseLoss": ("independence", lambda: F.mse_loss(ROW, torch.zeros(4, 4))),
+    "MseLoss": ("squared errors, independence", lambda: F.mse_loss(ROW, torch.zeros(4, 4))),
+    "BinaryCrossEntropyWithLogits": (
+        "Gauss-Newton, and its curvature in float32",
+        lambda: F.binary_cross_entropy_with_logits(ROW, ROW.detach()),
+    ),
+    "Pow": ("squared errors", lambda: ROW.square()),
+    "LogSigmoid": ("its curvature in float32", lambda: F.logsigmoid(ROW)),
+    "Softplus": ("its curvature in float32", lambda: F.softplus(ROW)),
+    "LinalgVectorNorm": ("no squared error", lambda: torch.linalg.vector_norm(ROW)),
+    "SafeSoftmax": ("independence: attention", lambda: torch._safe_softmax(ROW, 1)),
+    "Baddbmm": ("independence: attention", lambda: torch.baddbmm(Z[0], Z[0], Z[0])),
+    "NativeGroupNorm": ("independence", lambda: F.group_norm(Z, 3)),
+    "ConstantPadNd": ("independence", lambda: F.pad(ROW, (1, 1))),
+    "Stack": ("independence", lambda: torch.stack([ROW, ROW])),
+    "Cat": ("independence", lambda: torch.cat([ROW, ROW])),
+    "Softmax": ("independence", lambda: ROW.softmax(1)),
+    "ScaledDotProductFlashAttentionForCpu": ("independence", lambda: F.scaled_dot_product_attention(Z, Z, Z)),
+    "ConvolutionBackward": (
+        "a derivative through a convolution",
+        lambda: derivative(F.conv2d(Z, torch.ones(1, 3, 1, 1)).sin()),
+    ),
+    "NativeLayerNormBackward": ("a derivative of LayerNorm", lambda: derivative(F.layer_norm(Z, (4,)).sin())),
 }
+
+
+def derivative(value: Tensor) -> Tensor:
+    return torch.autograd.grad(value.sum(), Z, create_graph=True)[0]
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -83,10 +109,37 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_self": ("hardsigmoid written out", lambda: F.hardsigmoid(ROW), None),
     "_saved_v": ("weight_norm written out", lambda: torch._weight_norm(ROW, ROW[:, :1], 0), None),
     "_saved_g": ("weight_norm written out", lambda: torch._weight_norm(ROW, ROW[:, :1], 0), None),
+    "_saved_target": ("targets of a binary cross-entropy", lambda: binary(), None),
+    "_saved_pos_weight": ("weights of its positives", lambda: binary(), None),
+    "_saved_reduction": ("whether a loss is a mean", lambda: binary(), 1),
+    "_saved_exponent": ("squares", lambda: ROW.square(), 2),
+    "_saved_beta": ("softplus written out", lambda: F.softplus(ROW, 2.0), 2),
+    "_saved_threshold": ("softplus written out", lambda: F.softplus(ROW), 20),
+    "_saved_indices": ("which axes are picked from", lambda: ROW[:, torch.tensor([0])], None),
+    "_saved_index": ("one index for all classes", lambda: ROW.gather(0, torch.zeros(1, 4).long()), None),
+    "_saved_pad": ("which axes a padding moves", lambda: F.pad(ROW, (1, 2)), (1, 2)),
+    "_saved_other": ("factors", lambda: ROW * ROW.exp(), None),
+    "_saved_alpha": ("a product's own factor", lambda: torch.addmm(ROW, ROW, ROW, alpha=2), 2),
+    "_saved_mat1": ("phi of a Linear layer", lambda: torch.addmm(ROW, ROW, ROW), None),
+    "_saved_mat2": ("a derivative through a frozen layer", lambda: ROW @ ROW.exp(), None),
     "_input_metadata": ("shapes of results", lambda: ROW * 2, None),
     "metadata": ("where records live", lambda: ROW * 2, None),
     "next_functions": ("the walk", lambda: ROW * 2, None),
 }
+
+
+def binary() -> Tensor:
+    return F.binary_cross_entropy_with_logits(ROW, ROW.detach(), pos_weight=torch.ones(4))
+
+
+def test_all_attributes_of_nodes_are_listed() -> None:
+    """And asked for in `nodes` alone."""
+    asked: set[str] = set()
+    for path in Path(nodes.__file__).parents[1].rglob("*.py"):
+        names = re.findall(r"_saved_[a-z0-9_]+", path.read_text())
+        assert not names or path.name == "nodes.py", path.name
+        asked |= set(names) | {f"_saved_{n}" for n in re.findall(r'kept\(node, "(\w+)"\)', path.read_text())}
+    assert asked <= SAVED.keys()
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -116,6 +169,8 @@ def test_functions_of_python() -> None:
     assert not nodes.is_function(node.next_functions[0][0])
     (grad,) = torch.autograd.grad(z.square().sum(), ROW, create_graph=True)
     assert any(nodes.is_error(below) for below in everything_below(grad))
+    assert nodes.has_no_second_derivative(node)
+    assert not nodes.has_no_second_derivative(node.next_functions[0][0])
 
 
 def everything_below(t: Tensor) -> set[Any]:
@@ -142,8 +197,7 @@ def test_compiled_regions() -> None:
 
 
 ATTRIBUTES: dict[str, tuple[Any, str]] = {
-    "torch.utils.weak.WeakIdKeyDictionary": (torch.utils.weak, "verdicts of parameters"),
-    "torch.Tensor._backward_hooks": (ROW, "a hook on the loss bars the shortcut past the engine"),
+    "torch.Tensor._backward_hooks": (ROW, "hooks of the user's on a weight"),
     "torch.Tensor._version": (ROW, "in-place changes of the input"),
     "torch.Tensor._base": (ROW, "views"),
     "torch.Tensor._is_view": (ROW, "views"),

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim.layer import record
 from tests.sandwich import MODES, Sandwich, assert_step, check, data, definition, fam_on, loss_of
-from tests.support import seeded
+from tests.support import recorded_calls, seeded
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -25,13 +24,13 @@ def test_evaluation_leaves_no_trace() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             model(x)
-            assert len(record._live[model.layer]) == 1
+            assert len(recorded_calls(model.layer)) == 1
     fam.regularize(loss).backward()
     fam.step()
     assert_step(model, fam, kappa, moved)
     del loss
     gc.collect()
-    assert not record._live[model.layer]
+    assert not recorded_calls(model.layer)
 
 
 @MODES

@@ -15,9 +15,19 @@ from torch.optim import swa_utils
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fam_optim import FAM, observe, relative_flatness
-from fam_optim.layer import record
 from tests.sandwich import Sandwich, check, data, fam_on, loss_of
-from tests.support import LAM, LR, Net, Style, assert_close, batch, by_style, plain_step, seeded
+from tests.support import (
+    LAM,
+    LR,
+    Net,
+    Style,
+    assert_close,
+    batch,
+    by_style,
+    plain_step,
+    recorded_calls,
+    seeded,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -71,7 +81,7 @@ def test_averaged_model_is_a_model_like_any_other() -> None:
         output = copied(x)
         assert not output.requires_grad, "the copy's output would keep a graph that nobody asked for"
         assert torch.equal(output, expected(x))
-        assert not record._live.get(copied.module.layer)
+        assert not recorded_calls(copied.module.layer)
         with torch.inference_mode():
             assert torch.equal(copied(x), output)
     trained = copy.deepcopy(average).requires_grad_(True)

@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_optim import FAM
-from fam_optim.graph import verdicts
-from fam_optim.layer import record
-from tests.support import assert_same, seeded
+from tests.support import assert_same, recorded_calls, seeded
 
 STEPS = 1000
 WARM = 200
@@ -180,9 +178,7 @@ def inventory(run: Run) -> dict[str, int]:
         "numbers in tensors": sum(o.numel() for o in alive),
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in run.net.modules()),
         "step hooks": len(run.fam._optimizer_step_pre_hooks) + len(run.fam._optimizer_step_post_hooks),
-        "recorded calls": len(record._live.get(run.net[run.layer], ())),
-        "observed modules": len(record._watchers),
-        "remembered tails": sum(len(memory._entries) for memory in verdicts._memories.values()),
+        "recorded calls": len(recorded_calls(run.net[run.layer])),
         "state": sum(t.numel() for s in run.fam.state.values() for t in s.values()),
     }
 
@@ -230,5 +226,5 @@ def test_a_finished_run_leaves_nothing() -> None:
     del run
     gc.collect()
     assert optimizer() is None
-    assert not net[3]._forward_hooks and net[3] not in record._watchers
-    assert not record._live[net[3]]
+    assert not net[3]._forward_hooks
+    assert not recorded_calls(net[3])

@@ -1,0 +1,217 @@
+"""What an operation may do: one table, by kind of node, of what is linear and which axes are kept apart."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fam_optim.graph import nodes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.autograd.graph import Node
+
+    Shape = Sequence[int]
+    Rule = Callable[[Node, int, int, Shape, Shape], int | None]
+
+
+def _kinds(names: str) -> set[str]:
+    return set(names.split())
+
+
+VIEWS = _kinds("View UnsafeView ReshapeAlias Squeeze Unsqueeze Clone ToCopy Alias") | {nodes.DDP_SINK}
+"""The same numbers in the same order, whatever the shape."""
+
+PERMUTATIONS = _kinds("Permute Transpose T")
+
+PARTS = _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
+"""Some of the entries along an axis, all other axes being as they were."""
+
+MOVES = VIEWS | PERMUTATIONS | PARTS | _kinds("Expand Index Flip Roll")
+"""Every entry of the result is one of the operand, and the same along every axis that is kept apart."""
+
+ADDITIONS = _kinds("Add Sub Rsub Neg")
+PRODUCTS = _kinds("Mul Dot Mv Mm Bmm")
+LINEAR = MOVES | ADDITIONS
+LINEAR |= _kinds("Sum Mean NllLoss NllLoss2D Cat Stack MaskedFill MaskedSelect Where Gather Cumsum Repeat")
+
+ELEMENTWISE = ADDITIONS | _kinds(
+    """Mul Div Pow Sqrt Rsqrt Reciprocal Abs Sgn Sign Exp Exp2 Expm1 Log Log10 Log1P Log2 Logit Sin Cos Tan
+    Asin Acos Atan Atan2 Sinh Cosh Tanh Sigmoid LogSigmoid Erf Erfc Sinc Relu LeakyRelu PreluKernel Elu Celu
+    Gelu Silu Mish Hardtanh Hardswish Hardsigmoid Softplus Threshold RreluWithNoise Clamp ClampMin ClampMax
+    Minimum Maximum Where MaskedFill Lerp Addcmul Addcdiv NativeDropout Softshrink Hardshrink Xlogy Fmod
+    Remainder NanToNum Tril Triu Expand Logaddexp Hypot"""
+)
+"""Entry by entry, operands of length 1 being repeated."""
+
+ENTRYWISE_LOSSES = _kinds("MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy KlDiv")
+ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits"}
+"""A loss of every entry, their sum, or their mean."""
+
+DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
+DISTANCES |= _kinds("CdistForward EuclideanDist")
+"""What says how far something is off: a loss, a norm or a distance, or the last step of one written out."""
+
+CLIPS = _kinds("Relu Clamp ClampMin ClampMax Threshold Hardtanh LeakyRelu Maximum Minimum")
+
+
+def is_linear(kind: str, positions: Sequence[int]) -> bool:
+    """Whether an operation is linear in its operands at `positions` together, the others being fixed."""
+    if kind in ("Div", "KlDiv"):
+        return list(positions) == [0]
+    if kind in PRODUCTS:
+        return len(positions) == 1
+    return kind in LINEAR
+
+
+def moved(
+    node: Node, kind: str, position: int, operand: Shape, result: Shape, stride: int, length: int
+) -> int | None:
+    """Where an operation takes a digit of the indices of its operand at `position`; None if it may lose it.
+
+    Number the entries of a tensor in order. The digit of entry e is ``e // stride % length``. It is kept if
+    what an entry of the result is computed from has that entry's digit.
+
+    Returns:
+        The stride of the digit in the result.
+    """
+    if kind in VIEWS:
+        return stride if math.prod(operand) == math.prod(result) else None
+    elementwise = kind in ELEMENTWISE or kind in ENTRYWISE_LOSSES
+    if elementwise and tuple(operand) == tuple(result):
+        return stride
+    place = axis_of_digit(operand, stride, length)
+    rule = _aligned if elementwise else _RULES.get(kind)
+    if place is None or rule is None:
+        return None
+    axis, inner = place
+    to = rule(node, position, axis, operand, result)
+    if to is None or not 0 <= to < len(result) or result[to] != operand[axis]:
+        return None
+    return inner * math.prod(result[to + 1 :])
+
+
+def axis_of_digit(shape: Shape, stride: int, length: int) -> tuple[int, int] | None:
+    """The axis along which a digit lies and its stride there; None if it lies along several."""
+    behind = 1
+    for axis in reversed(range(len(shape))):
+        if stride < behind * shape[axis]:
+            inner, rest = divmod(stride, behind)
+            return (axis, inner) if rest == 0 and shape[axis] % (inner * length) == 0 else None
+        behind *= shape[axis]
+    return None
+
+
+# A rule is given the node, which of its operands is looked at, an axis of that, and the shapes of operand and
+# result. It says which axis of the result goes along that axis, entry by entry.
+
+
+def _aligned(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    return axis + len(result) - len(operand)
+
+
+def _beside(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    """Along some axes: the others are not touched."""
+    along = nodes.axes(node, len(operand))
+    if axis in along:
+        return None
+    return axis if len(result) == len(operand) else axis - sum(a < axis for a in along)
+
+
+def _permuted(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    return nodes.order(node, len(operand)).index(axis)
+
+
+def _stacked(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    (new,) = nodes.axes(node, len(result))
+    return axis + (axis >= new)
+
+
+def _indexed(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    """``x[:, index]``: the axes in front of those that are picked from, and those behind."""
+    picked = nodes.picked_axes(node)
+    if axis < picked.start:
+        return axis
+    return axis + len(result) - len(operand) if axis >= picked.stop else None
+
+
+def _first(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    """Every entry of the first axis by itself: convolutions, pools, and the like."""
+    return 0 if position == 0 and axis == 0 else None
+
+
+def _product(*kept: dict[int, int]) -> Rule:
+    """For every operand, which of its axes are axes of the result; the others are summed over."""
+    return lambda node, position, axis, operand, result: (
+        kept[position].get(axis) if position < len(kept) else None
+    )
+
+
+def _plus(rule: Rule) -> Rule:
+    """The same with a first operand that is added to the result."""
+
+    def plus(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+        if position == 0:
+            return _aligned(node, position, axis, operand, result)
+        return rule(node, position - 1, axis, operand, result)
+
+    return plus
+
+
+def _normalised(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    return axis if position == 0 and axis < len(operand) - nodes.normalised_axes(node) else None
+
+
+def _batch_norm(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    return axis if position == 0 and not nodes.normalises_over_batch(node) else None
+
+
+def _padded(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    return axis if axis < len(operand) - nodes.padded_axes(node) else None
+
+
+def _attention(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+    """Every head of every sample by itself."""
+    return axis if position < 3 and axis < len(operand) - 2 else None
+
+
+_MATRICES, _BATCHES = _product({0: 0}, {1: 1}), _product({0: 0, 1: 1}, {0: 0, 2: 2})
+_RULES: dict[str, Rule] = {
+    "Repeat": _aligned,
+    "Stack": _stacked,
+    "Index": _indexed,
+    "ConstantPadNd": _padded,
+    "NllLoss": _product({0: 0}),
+    "NllLoss2D": _product({0: 0, 2: 1, 3: 2}),
+    "Mm": _MATRICES,
+    "Addmm": _plus(_MATRICES),
+    "Mv": _product({0: 0}),
+    "Bmm": _BATCHES,
+    "Baddbmm": _plus(_BATCHES),
+}
+for _names, _rule in (
+    ("Permute Transpose T", _permuted),
+    (
+        """Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect Flip Roll Softmax SafeSoftmax
+        LogSoftmax Cumsum Cumprod Gather Sum Mean Prod Cat Glu Logsumexp Amax Amin Max Min Var Std
+        LinalgVectorNorm Norm Sort Topk""",
+        _beside,
+    ),
+    (
+        """Convolution NativeGroupNorm Im2Col Col2Im PixelShuffle PixelUnshuffle MaxPool2DWithIndices
+        MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
+        AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
+        UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ReflectionPad1D ReflectionPad2D
+        ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D""",
+        _first,
+    ),
+    ("NativeLayerNorm FusedRmsNorm", _normalised),
+    ("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm", _batch_norm),
+    (
+        """ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention
+        ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention""",
+        _attention,
+    ),
+):
+    _RULES.update(dict.fromkeys(_kinds(_names), _rule))
