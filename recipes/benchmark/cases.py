@@ -129,7 +129,7 @@ def module(name: str) -> Layers:
     return lambda model: model.get_submodule(name)
 
 
-def hidden(model: nn.Module) -> list[nn.Module]:
+def hidden(model: nn.Module) -> list[Any]:
     """All but the last."""
     return weight_layers(model)[:-1]
 
@@ -187,7 +187,7 @@ def perceptron(layers: Layers, rows: int, *widths: int) -> Problem:
 def small_convolutional() -> Problem:
     """The quick start's."""
     model = SmallConvNet()
-    return Problem(model, weight_layers(model)[-2], torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,)))
+    return Problem(model, hidden(model)[-1], torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,)))
 
 
 def skull_autoencoder() -> Problem:

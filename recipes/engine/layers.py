@@ -1,6 +1,7 @@
 """Whose flatness counts: a network's layers by their module names, or "all", "hidden" and "last" of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -9,7 +10,7 @@ from fam_optim import weight_layers
 GROUPS = {"all": slice(None), "hidden": slice(-1), "last": slice(-1, None)}  # of what FAM can regularise
 
 
-def select(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+def select(model: nn.Module, names: Sequence[str]) -> list[Any]:
     """The layers of these names, each once.
 
     Raises:
@@ -17,7 +18,7 @@ def select(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """
     every = weight_layers(model)
     by_name = {name: module for name, module in model.named_modules() if module in every}
-    chosen: list[nn.Module] = []
+    chosen: list[Any] = []
     for name in names:
         if name in GROUPS:
             chosen += every[GROUPS[name]]

@@ -29,7 +29,7 @@ BASES: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "adam": (Adam, {}),
     "adamw": (AdamW, {}),
 }
-LAYERS: dict[str, Callable[[Sequence[nn.Module]], Sequence[nn.Module]]] = {
+LAYERS: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
     "last": lambda layers: layers[-1:],
     "last but one": lambda layers: layers[-2:-1],
     "first": lambda layers: layers[:1],
