@@ -17,14 +17,13 @@ from torch import Tensor
 from fam_optim.compilation import opaque
 from fam_optim.graph.trace import LayerNotUsedError
 from fam_optim.interception import BackwardInterception
-from fam_optim.penalty import penalties_in, without_penalties
+from fam_optim.penalty import Penalty, penalties_in, without_penalties
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.autograd.graph import Node
 
-    from fam_optim.penalty import Penalty
     from fam_optim.proximal import Proximal
 
 
@@ -155,20 +154,20 @@ class _Backward(NamedTuple):
 
 
 class SeenClosure:
-    """The closure of one proximal step: shows every loss that is backpropagated to `proximal`.
+    """The closure of one step whose losses are backpropagated as they are, once `proximal` has seen them.
 
-    Args:
-        closure: the user's.
-        proximal: what takes A of a loss before its backward.
-        zero_grad: empties the gradients.
-
-    Attributes:
-        evaluations: how often the base has evaluated it.
-        returned: what the user's closure returned first.
+    Args, Attributes: those of `RegularizedClosure`.
     """
 
-    def __init__(self, closure: Callable[[], Any], proximal: Proximal, zero_grad: Callable[[], None]) -> None:
-        self.closure, self.proximal, self.zero_grad = closure, proximal, zero_grad
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        proximal: Proximal,
+        *,
+        check: Callable[[], None],
+        zero_grad: Callable[[], None],
+    ) -> None:
+        self.closure, self.proximal, self.check, self.zero_grad = closure, proximal, check, zero_grad
         self.evaluations = 0
         self.returned: Any = None
 
@@ -178,8 +177,8 @@ class SeenClosure:
     def _evaluate(self) -> Any:
         self.evaluations += 1
         if self.evaluations > 1:  # the base tries again, from other weights
-            self.proximal.forget_backpropagated()
-        with torch.enable_grad(), BackwardInterception(self._see) as backward:
+            self.proximal.gradients_zeroed()
+        with torch.enable_grad(), BackwardInterception(self.proximal.regularize) as backward:
             result = self.closure()
             only_steps = result is None and self.proximal.given  # Lightning's manual optimisation
             if not backward.seen and not only_steps:
@@ -187,15 +186,23 @@ class SeenClosure:
                 if self.evaluations > 1:
                     self.zero_grad()
                 result.backward()
-        if self.proximal.due:
-            self.proximal.check()
+        self.check()
         if self.evaluations == 1:
             self.returned = result
         return result.detach() if isinstance(result, Tensor) else result
 
-    def _see(self, loss: Tensor) -> Tensor:
-        self.proximal.see(loss)
-        return loss
+
+def watched(
+    closure: Callable[[], Any],
+    regularizer: Penalty | Proximal,
+    *,
+    check: Callable[[], None],
+    zero_grad: Callable[[], None],
+) -> RegularizedClosure | SeenClosure:
+    """The user's closure as the base gets it, of either regulariser."""
+    if isinstance(regularizer, Penalty):
+        return RegularizedClosure(closure, regularizer, check=check, zero_grad=zero_grad)
+    return SeenClosure(closure, regularizer, check=check, zero_grad=zero_grad)
 
 
 @partial(opaque, reason="fam_optim looks into the graph that the closure builds")

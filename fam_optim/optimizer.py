@@ -1,24 +1,21 @@
-"""FAM, the optimizer: minimises ``loss + lam * kappa`` and hands the step to a base optimizer.
+"""FAM, the optimizer: a base optimizer, and the regulariser that keeps layers flat while it trains.
 
-Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2307.02337), equation 3.
+Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2307.02337).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import LBFGS, Optimizer
 
 from fam_optim.backup import Backup
-from fam_optim.closure import RegularizedClosure, SeenClosure
-from fam_optim.flatness import Settings
-from fam_optim.gradients import FiniteGuard
+from fam_optim.closure import watched
+from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam
 from fam_optim.layer.use import describe
-from fam_optim.layers import name_of, weight_layers, weights_of
+from fam_optim.layers import weight_layers
 from fam_optim.penalty import Penalty
-from fam_optim.proximal import Proximal
 from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
@@ -27,71 +24,79 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fam_optim.proximal import Proximal
+
 _CHECKPOINT_KEY = "fam"
 
 
 class FAM(OptimizerWrapper):
-    """Minimises ``loss + lam * kappa``, kappa the relative flatness of one layer's weights.
+    """Keeps layers of a network flat while a base optimizer trains it.
 
-    >>> optimizer = FAM(model.parameters(), torch.optim.SGD, layer=model.head, lr=0.1, momentum=0.9)
+    >>> optimizer = FAM.for_model(model, torch.optim.SGD, lr=0.05, momentum=0.9)
     >>> optimizer.zero_grad()
     >>> loss = optimizer.step(lambda: criterion(model(x), y))
 
-    A step
+    That is ``FAM(model.parameters(), torch.optim.SGD, weight_layers(model)[:-1], mode="proximal", ...)``.
+    With mode="proximal" a step
 
-    1.  runs the closure once, under gradient mode;
-    2.  computes kappa of its loss at the layer, from the graph that the forward left;
-    3.  backpropagates ``loss + lam * kappa`` in one ordinary backward;
-    4.  lets the base optimizer step on these gradients;
-    5.  returns what the closure returned: the plain loss.
+    1.  runs the closure and backpropagates its loss; every tenth time the curvature T of the layers is
+        estimated before, in one more backward;
+    2.  lets the base optimizer step on these gradients;
+    3.  every tenth time moves each layer's weight W to ``(I + 2 c T)^-1 W``, where kappa, the relative
+        flatness of the layer, is smaller, `lam` times as far as the loss moved it in ten steps;
+    4.  returns what the closure returned.
+
+    With the other modes, the paper's, the loss that is backpropagated is ``loss + lam * kappa``, at every
+    step.
 
     The closure may leave backward to FAM (it returns the loss) or call ``loss.backward()`` itself, as
-    closures for LBFGS or Lightning do; that backward then runs on ``loss + lam * kappa``. Zeroing the
-    gradients stays the caller's business, as with any optimizer. Loops that want no closure call
-    ``optimizer.regularize(loss).backward()`` and ``optimizer.step()``.
+    closures for LBFGS or Lightning do. Zeroing the gradients stays the caller's business, as with any
+    optimizer. Loops that want no closure call ``optimizer.regularize(loss).backward()`` and
+    ``optimizer.step()``.
 
     Args:
         params: parameters or parameter groups, for the base optimizer.
         base_optimizer: a class or callable ``(params, **base_kwargs) -> torch.optim.Optimizer``.
-        layer: what is kept flat: an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d; an nn.Parameter
-            (modes full and hutchinson); or a sequence of these, such as all but the last,
-            ``weight_layers(model)[:-1]``, whose kappas are added. On a last layer with a convex loss
-            kappa is never negative; on layers below it can be, as the loss need not be convex in their
-            weights (unless curvature is "gauss_newton").
-        lam: weight of kappa, at least 0; may be changed at any time. At 0 the step is the base's, bit
-            for bit. On a last layer 0.008 with detach_hessian lost least against tuning it
-            (recipes/study/LAST_LAYER.md); on all hidden layers start with 0.003 (recipes/study/README.md).
-        mode: "exact", "full" (forms the Hessian; tiny layers) or "hutchinson" (random probes, unbiased).
-        measure: "neuronwise" (paper, section 1) or "layerwise" (section 3.2).
-        curvature: "hessian" (the paper's) or "gauss_newton": its part that is never negative, on any layer,
-            for all layers at the price of one backward (mode "hutchinson"); behind BatchNorm too. For
-            softmax cross-entropy, binary cross-entropy with logits, squared error and sums of these.
+        layer: what is kept flat: an nn.Linear, a convolution or transposed convolution, Hugging Face's
+            Conv1D, an nn.Parameter with one row per output (not with mode="exact"), or a sequence of these,
+            such as all but the last, ``weight_layers(model)[:-1]``.
+        lam: with mode="proximal" how far kappa pulls each weight, relative to the loss; 1 by default.
+            Otherwise the weight of kappa in the loss; 0.008 by default. At least 0, where a step is the
+            base's, bit for bit; may be changed at any time.
+        mode: "proximal", or how the penalty's kappa is computed: "exact" (the default), "full" (forms the
+            Hessian; tiny layers) or "hutchinson" (random probes, right on average).
+        every: steps from one proximal step to the next; 10 by default (proximal alone).
+        measure: "neuronwise", the default (paper, section 1), or "layerwise" (section 3.2). Of a penalty.
+        curvature: "hessian", the default (the paper's), or "gauss_newton": its part that is never negative,
+            for all layers at the price of one backward with mode="hutchinson". Of a penalty.
         normalize: divide kappa by the number of the layer's inputs, as the authors' code does; the paper's
-            lambdas apply then.
+            lambdas apply then. Of a penalty.
         detach_hessian: hold the Hessian constant: keep only the part of kappa's gradient that goes through
-            the layer's own weights, (I) of the paper's Lemma 1.
-        n_samples: probes per step, at least 1 (hutchinson).
-        generator: of the probes, by default torch's global one; its state is in `state_dict` (hutchinson).
+            the layer's own weights, (I) of the paper's Lemma 1. Of a penalty.
+        n_samples: random signs or probes, at least 1 (proximal, hutchinson).
+        generator: of these; by default FAM's own, with torch's seed. Its state is in `state_dict`.
         **base_kwargs: for the base optimizer: lr, momentum, ...
 
     Attributes:
-        lam: weight of kappa; may be set.
+        lam: as above.
         base_optimizer: owns ``state``, ``param_groups`` and ``defaults``; FAM's are the same objects.
-        last_kappa: kappa of the loss as it last entered the penalty, detached, on the device; None before.
-        last_penalty: ``lam * kappa`` then: what part of the objective it is.
+        last_kappa: kappa of the last due step's loss, or as it last entered the penalty; detached, on the
+            device; None before.
+        last_penalty: ``lam * kappa`` as it was last added to a loss; None with mode="proximal".
 
     Raises:
         TypeError: if the layer has no weight matrix, or the base is not an optimizer.
-        ValueError: for a negative or non-finite lam, an unknown mode or measure, exact with a parameter.
+        ValueError: for a negative or non-finite lam, an unknown mode or measure, exact with a parameter, an
+            argument that means nothing in this mode, or LBFGS with mode="proximal".
 
     Warns:
-        UserWarning: if the layer's weight is not among `params`: it is measured but not trained.
+        UserWarning: if a layer's weight is not among `params`: it is not trained.
 
-    Cost: that of `relative_flatness`, in tail backwards: about one for a softmax cross-entropy head.
+    Cost: mode="proximal", at every tenth step, one more backward, a copy of the layers' weights, and products
+    of ``d^2 m`` for each weight ``(d, m)``; nothing at the others. A penalty: that of `relative_flatness`.
     """
 
-    penalty: Penalty | None
-    proximal: Proximal | None
+    regularizer: Penalty | Proximal
 
     def __init__(
         self,
@@ -110,28 +115,16 @@ class FAM(OptimizerWrapper):
         generator: torch.Generator | None = None,
         **base_kwargs: Any,
     ) -> None:
-        form = {
+        of_penalty = {
             "measure": measure,
             "curvature": curvature,
             "normalize": normalize,
             "detach_hessian": detach_hessian,
         }
-        given: dict[str, Any] = {name: value for name, value in form.items() if value is not None}
-        self.penalty = self.proximal = None
-        if mode == "proximal":
-            _refuse_penalty_arguments(given)
-            own = 10 if every is None else every
-            layers = layer if isinstance(layer, (list, tuple)) else (layer,)
-            self.proximal = Proximal(layers, _checked(1.0 if lam is None else lam), own, n_samples, generator)
-        else:
-            if every is not None:
-                raise ValueError(
-                    f"expected `every` with mode='proximal' alone, got it with mode={mode!r}, whose "
-                    "penalty is in every step. Leave it out."
-                )
-            settings = Settings(mode=mode, n_samples=n_samples, generator=generator, **given)
-            self.penalty = Penalty(layer, _checked(8e-3 if lam is None else lam), settings)
-        self._start(_build_base(base_optimizer, params, base_kwargs, mode == "proximal"))
+        given = {name: value for name, value in of_penalty.items() if value is not None}
+        random = {"n_samples": n_samples, "generator": generator}
+        regularizer = build_regularizer(layer, lam, mode, every, given, **random)
+        self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
         self._warn_untrained()
 
     @classmethod
@@ -168,75 +161,65 @@ class FAM(OptimizerWrapper):
         trained = model.parameters() if params is None else params
         return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
 
-    def _start(self, base_optimizer: Optimizer) -> None:
-        """What a new, copied or unpickled FAM needs beside its attributes."""
+    def _start(self, base_optimizer: Optimizer, regularizer: Penalty | Proximal) -> None:
+        """What a new, copied or unpickled FAM is made of."""
+        check_pair(base_optimizer, regularizer)
         self._wrap(base_optimizer)
-        if self.penalty is not None:
-            self.penalty.start(self._parameters())
-        self._guard = FiniteGuard()
+        self.regularizer = regularizer
+        regularizer.start(self._parameters())
         self._evaluations = 0  # of a closure, at most in one step
 
     # The regulariser
 
     @property
-    def _regularizer(self) -> Penalty | Proximal:
-        found = self.proximal or self.penalty
-        assert found is not None
-        return found
-
-    @property
     def lam(self) -> float:
-        """How far kappa pulls the weights, relative to the loss; of the penalty, the weight of kappa."""
-        return self._regularizer.lam
+        """How far kappa pulls the weights, relative to the loss; of a penalty, the weight of kappa."""
+        return self.regularizer.lam
 
     @lam.setter
     def lam(self, value: float) -> None:
-        self._regularizer.lam = _checked(value)
+        self.regularizer.lam = checked_lam(value)
 
     @property
     def last_kappa(self) -> Tensor | None:
         """kappa of the last due step's loss, or as it last entered the penalty; detached."""
-        return self._regularizer.last_kappa
+        return self.regularizer.last_kappa
 
     @property
     def last_penalty(self) -> Tensor | None:
         """``lam * kappa`` as it was last added to a loss, detached; None before, and with mode="proximal"."""
-        if self.penalty is None or self.penalty.last_kappa is None:
-            return None
-        return self.penalty.last_lam * self.penalty.last_kappa
+        return self.regularizer.last_penalty if isinstance(self.regularizer, Penalty) else None
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """``loss + lam * kappa``, differentiable: for loops that call backward themselves.
+        """What to backpropagate in place of a loss, in loops that call backward themselves.
 
         >>> scaler.scale(optimizer.regularize(loss)).backward()
         >>> scaler.step(optimizer)
 
-        With gradient accumulation call it on every micro-batch's loss: kappa is linear in the loss. What
-        it returned is not regularised again, neither by a second call nor by a closure's backward.
+        With mode="proximal" this is the loss itself, whose curvature is estimated if the step is due;
+        otherwise ``loss + lam * kappa``, differentiable. With gradient accumulation call it on every
+        micro-batch's loss.
 
         Args:
             loss: the scalar loss of a forward since FAM was built, before its backward.
 
         Raises:
-            RuntimeError: if the loss does not depend on the layer, and as `relative_flatness`.
+            RuntimeError: if the loss depends on no layer, is none that the curvature is known of, and as
+                `relative_flatness`.
         """
-        if self.proximal is not None:
-            self.proximal.see(loss)
-        elif self.penalty is not None and self.lam:
-            loss = self.penalty.add(loss)
-        self._regularizer.given = True
-        return loss
+        regularized = self.regularizer.regularize(loss)
+        self.regularizer.given = True
+        return regularized
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the gradients, as the base optimizer does."""
         super().zero_grad(set_to_none)
-        if self.proximal is not None:
-            self.proximal.forget_backpropagated()
+        self.regularizer.gradients_zeroed()
 
     # The step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer on the gradients of ``loss + lam * kappa``.
+        """One step of the base optimizer, with what keeps the layers flat.
 
         Args:
             closure: runs the forward and returns the scalar loss, or also calls its backward. Without a
@@ -250,65 +233,41 @@ class FAM(OptimizerWrapper):
                 are as before the step.
         """
         if closure is None:
-            if self.lam and not self._regularizer.given and self._trains():
-                raise RuntimeError(
-                    "FAM.step() without a closure expects gradients of loss + lam * kappa, but regularize() "
-                    "was not called since the last step. Use optimizer.regularize(loss).backward() before "
-                    "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
-                    "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
-                )
             return self._step_on_gradients()
-        regularized = self._regularized(closure)
+        evaluated = watched(closure, self.regularizer, check=self._check, zero_grad=self.zero_grad)
         backup = Backup(self) if self._may_reevaluate() else None
-        before = None if self.proximal is None else self.proximal.before()
+        self.regularizer.before_step()
         try:
-            result = self._base_step(regularized)
+            result = self._base_step(evaluated)
         except BaseException:
             if backup is not None:
                 backup.restore()
-            self._regularizer.forget()
+            self.regularizer.forget()
             raise
         finally:
-            self._evaluations = max(self._evaluations, regularized.evaluations)
-        self._finish(before)
-        return regularized.returned if regularized.evaluations else result
+            self._evaluations = max(self._evaluations, evaluated.evaluations)
+        self.regularizer.after_step()
+        return evaluated.returned if evaluated.evaluations else result
 
     def _step_on_gradients(self) -> Any:
         """The step without a closure."""
-        before = None
-        if self.penalty is not None:
-            self._check_gradients(self.penalty)
-        elif self.proximal is not None:
-            if self.proximal.due and self.proximal.given:
-                self.proximal.check()
-            before = self.proximal.before()
+        if self.lam and not self.regularizer.given and self._trains():
+            raise RuntimeError(
+                "FAM.step() without a closure expects gradients of a regularised loss, but regularize() was "
+                "not called since the last step. Use optimizer.regularize(loss).backward() before "
+                "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
+                "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
+            )
+        self._check()
+        self.regularizer.before_step()
         result = self._base_step()
-        self._finish(before)
+        self.regularizer.after_step()
         return result
 
-    def _regularized(self, closure: Callable[[], Any]) -> RegularizedClosure | SeenClosure:
-        if self.penalty is None:
-            assert self.proximal is not None
-            return SeenClosure(closure, self.proximal, self.zero_grad)
-        penalty = self.penalty
-        return RegularizedClosure(
-            closure,
-            penalty,
-            check=lambda: self._check_gradients(penalty),
-            zero_grad=self.zero_grad,
-        )
-
-    def _check_gradients(self, penalty: Penalty) -> None:
+    def _check(self) -> None:
         """Raises RuntimeError if no step may be made on the gradients that are there."""
-        if penalty.lam and self._trains():
-            penalty.ledger.check(penalty.names)
-        self._guard.check(penalty, self._parameters())
-
-    def _finish(self, before: list[Tensor] | None) -> None:
-        if self.proximal is not None:
-            self.proximal.after(before)
-        elif self.penalty is not None:
-            self.penalty.forget()
+        if self.lam and self._trains():
+            self.regularizer.check(self._parameters())
 
     def _may_reevaluate(self) -> bool:
         """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS
@@ -325,51 +284,26 @@ class FAM(OptimizerWrapper):
     # Copies and checkpoints
 
     def _own_state(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"lam": self.lam}
-        if self.proximal is not None:
-            own["proximal"] = self.proximal.state()
-        elif self.penalty is not None:
-            generator = self.penalty.settings.generator
-            own["generator"] = None if generator is None else generator.get_state()
-        return {_CHECKPOINT_KEY: own}
+        return {_CHECKPOINT_KEY: {"lam": self.lam, **self.regularizer.state()}}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         saved = own.get(_CHECKPOINT_KEY)
-        if saved is None:  # of a plain base optimizer: lam stays as it is
-            return
-        self.lam = saved["lam"]
-        if self.proximal is not None and "proximal" in saved:
-            self.proximal.load(saved["proximal"])
-        generator = None if self.penalty is None else self.penalty.settings.generator
-        if generator is not None and saved.get("generator") is not None:
-            generator.set_state(saved["generator"].cpu())
+        if saved is not None:  # a plain base optimizer has none, and lam stays as it is
+            self.lam = saved["lam"]
+            self.regularizer.load(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "penalty": self.penalty,
-            "proximal": self.proximal,
-            "base_optimizer": self.base_optimizer,
-        }
+        return {"regularizer": self.regularizer, "base_optimizer": self.base_optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.penalty, self.proximal = state["penalty"], state["proximal"]
-        self._start(state["base_optimizer"])
+        self._start(**state)
 
     def __repr__(self) -> str:
-        if self.proximal is not None:
-            settings = f"mode='proximal', lam={self.lam}, every={self.proximal.every}"
-        else:
-            assert self.penalty is not None
-            settings = f"mode={self.penalty.settings.mode!r}, lam={self.lam}"
-        return f"FAM({settings}, layer={self._regularizer.names}, base={self.base_optimizer})"
+        return f"FAM({self.regularizer}, base={self.base_optimizer})"
 
     def _warn_untrained(self) -> None:
         trained = {id(p) for p in self._parameters()}
-        layers = [] if self.penalty is None else self.penalty.layers
-        named = [(name_of(layer), weights_of(layer)) for layer in layers]
-        if self.proximal is not None:
-            named = [(w.name, [w.parameter]) for w in self.proximal.weights]
-        for name, weights in named:
+        for name, weights in self.regularizer.named_weights():
             if not any(id(p) in trained for p in weights):
                 warnings.warn(
                     f"the weight of `layer` {name} is not among the parameters given to FAM: it is not "
@@ -377,48 +311,3 @@ class FAM(OptimizerWrapper):
                     "leave it out of `layer`.",
                     stacklevel=3,
                 )
-
-
-def _checked(lam: float) -> float:
-    if not (math.isfinite(lam) and lam >= 0):
-        raise ValueError(f"expected `lam` to be finite and at least 0, got {lam!r}.")
-    return float(lam)
-
-
-def _refuse_penalty_arguments(given: dict[str, Any]) -> None:
-    """Raises ValueError for what the proximal step has no use for."""
-    meaningless = {
-        name: value for name, value in given.items() if (name, value) != ("curvature", "gauss_newton")
-    }
-    if meaningless:
-        listed = ", ".join(f"{name}={value!r}" for name, value in meaningless.items())
-        raise ValueError(
-            f"got {listed} with mode='proximal', which is neuronwise, with Gauss-Newton curvature that is "
-            "held constant, and has no unit. Leave that out, or use mode='hutchinson'."
-        )
-
-
-def _build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any], proximal: bool) -> Optimizer:
-    if isinstance(base_optimizer, Optimizer):
-        raise TypeError(
-            "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got an "
-            f"instance of {type(base_optimizer).__name__}. Pass the class and its arguments: "
-            f"FAM(params, {type(base_optimizer).__name__}, layer, lr=...)."
-        )
-    if not callable(base_optimizer):
-        raise TypeError(
-            "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got "
-            f"{base_optimizer!r}."
-        )
-    base = base_optimizer(params, **base_kwargs)
-    if proximal and isinstance(base, LBFGS):
-        raise ValueError(
-            "mode='proximal' moves the weights between steps, and LBFGS's history of them would be wrong. "
-            "Use another base optimizer, or mode='hutchinson' with curvature='gauss_newton'."
-        )
-    if not isinstance(base, Optimizer):
-        raise TypeError(
-            "expected `base_optimizer` to make a torch.optim.Optimizer, got a "
-            f"{type(base).__name__} from {base_optimizer!r}."
-        )
-    return base

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
-from fam_optim.gradients import Ledger
+from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import flags, nodes
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
@@ -85,11 +85,54 @@ class Penalty:
             if isinstance(layer, Observation):
                 layer.start()
         self.ledger = Ledger(self.layers, trained)
+        self._guard = FiniteGuard()
 
     @property
     def names(self) -> str:
         """The layers, for messages."""
         return ", ".join(name_of(layer) for layer in self.layers)
+
+    def named_weights(self) -> list[tuple[str, list[Tensor]]]:
+        """The layers' names with their parameters."""
+        return [(name_of(layer), weights_of(layer)) for layer in self.layers]
+
+    @property
+    def last_penalty(self) -> Tensor | None:
+        """``lam * kappa`` as it was last added to a loss, detached; None before."""
+        return None if self.last_kappa is None else self.last_lam * self.last_kappa
+
+    def regularize(self, loss: Tensor) -> Tensor:
+        """`add`; the loss itself where lam is 0."""
+        return self.add(loss) if self.lam else loss
+
+    def check(self, trained: Iterable[Tensor]) -> None:
+        """Raises RuntimeError if no step may be made on the gradients of what is trained."""
+        self.ledger.check(self.names)
+        self._guard.check(self, trained)
+
+    def gradients_zeroed(self) -> None:
+        """The ledger looks at the gradients themselves."""
+
+    def before_step(self) -> None:
+        """Nothing: the penalty is in the gradients."""
+
+    def after_step(self) -> None:
+        """Nothing of this step's losses is needed any more."""
+        self.forget()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside lam."""
+        generator = self.settings.generator
+        return {"generator": None if generator is None else generator.get_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        generator = self.settings.generator
+        if generator is not None and state.get("generator") is not None:
+            generator.set_state(state["generator"].cpu())
+
+    def __repr__(self) -> str:
+        return f"mode={self.settings.mode!r}, lam={self.lam}, layer={self.names}"
 
     def forget(self) -> None:
         """After a step: drops what was recorded of its forwards, although the user may keep their losses."""

@@ -33,7 +33,7 @@ from fam_optim.layer.weights import weight_matrix
 from fam_optim.parallel import Replicas, unsunk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 from fam_optim.estimators.roots import Roots
 
@@ -105,11 +105,15 @@ class Proximal:
     def forget(self) -> None:
         """Drops what was taken, as after a step."""
         self.given = False
+        self._before: list[Tensor] | None = None
         self._taken: list[Taken] = []
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def forget_backpropagated(self) -> None:
-        """When gradients are zeroed: whatever was taken with them is of a step that was not made."""
+    def start(self, trained: Iterable[Tensor]) -> None:
+        """Nothing: weights are found in the graph of a loss."""
+
+    def gradients_zeroed(self) -> None:
+        """Drops whatever was taken with the gradients: it is of a step that was not made."""
         self._taken = self._pending()
         if not self._taken:
             self._generators.clear()
@@ -125,8 +129,8 @@ class Proximal:
 
     # Before the loss's backward: A
 
-    def see(self, loss: Tensor) -> None:
-        """Takes A of a loss that is about to be backpropagated, if the step is due.
+    def regularize(self, loss: Tensor) -> Tensor:
+        """Takes A of a loss that is about to be backpropagated, if the step is due; returns the loss.
 
         Raises:
             RuntimeError: if the loss is not known to be convex in the network's outputs. The first loss is
@@ -134,6 +138,7 @@ class Proximal:
         """
         if self.due or (self.lam and not self._recognised):
             _untraced(self, loss)
+        return loss
 
     def _see(self, loss: Tensor) -> None:
         check_scalar(loss)
@@ -164,12 +169,14 @@ class Proximal:
 
     # Around the base's step: the proximal one
 
-    def before(self) -> list[Tensor] | None:
-        """W' of every weight, if the coming step is due."""
-        return [w.parameter.detach().clone() for w in self.weights] if self.due else None
+    def before_step(self) -> None:
+        """Keeps W' of every weight, if the step is due."""
+        self._before = [w.parameter.detach().clone() for w in self.weights] if self.due else None
 
-    def check(self) -> None:
-        """Before a due step: raises RuntimeError if no loss, or another than was seen, was backpropagated."""
+    def check(self, trained: Iterable[Tensor]) -> None:
+        """Raises RuntimeError before a due step whose losses were not, or were others than, those seen."""
+        if not self.due:
+            return
         if self._taken and not any(taken.backpropagated for taken in self._taken):
             raise RuntimeError(
                 "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
@@ -181,15 +188,15 @@ class Proximal:
                 "keep flat. Expected layers of the model that is trained, whose weights require gradients."
             )
 
-    def after(self, before: list[Tensor] | None) -> None:
+    def after_step(self) -> None:
         """Counts the step, and makes the proximal one if it was due."""
         self.steps += 1
-        if before is not None:
+        if self._before is not None:
             roots: Roots = {}
             for taken in self._taken:
                 if taken.backpropagated:
                     roots = added(roots, taken.roots, self.weights)
-            self._pull(roots, before)
+            self._pull(roots, self._before)
         self.forget()
 
     @torch.no_grad()
@@ -266,8 +273,12 @@ class Proximal:
         """The layers, for messages."""
         return ", ".join(w.name for w in self.weights)
 
+    def named_weights(self) -> list[tuple[str, list[Tensor]]]:
+        """The layers' names with their parameters."""
+        return [(w.name, [w.parameter]) for w in self.weights]
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """What a checkpoint needs beside lam."""
         return {"seed": self.seed, "steps": self.steps, "means": self.means}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -276,6 +287,8 @@ class Proximal:
         Raises:
             ValueError: if it is of other layers.
         """
+        if "means" not in state:  # of a penalty
+            return
         means: dict[int, Tensor] = state["means"]
         outputs = dict(enumerate(w.d for w in self.weights))
         saved = {i: len(mean) for i, mean in means.items()}
@@ -287,6 +300,9 @@ class Proximal:
         self.seed, self.steps = state["seed"], state["steps"]
         self.means = {i: mean.to(self.weights[i].parameter.device, copy=True) for i, mean in means.items()}
         self.forget()
+
+    def __repr__(self) -> str:
+        return f"mode='proximal', lam={self.lam}, every={self.every}, layer={self.names}"
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")

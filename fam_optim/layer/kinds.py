@@ -23,7 +23,6 @@ from fam_optim.layer.use import (
 )
 
 if TYPE_CHECKING:
-
     from fam_optim.layer.use import LayerUse
 
 

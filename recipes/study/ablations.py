@@ -70,7 +70,7 @@ def make(
     """FAM with another form of the step."""
     fam = FAM(model.parameters(), base, list(layers), mode="proximal", every=every, **settings)
     generator = torch.Generator().manual_seed(seed)
-    fam.proximal = OtherForm(form, layers, every, generator, fam.param_groups[0])
+    fam.regularizer = OtherForm(form, layers, every, generator, fam.param_groups[0])
     return fam
 
 

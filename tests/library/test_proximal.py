@@ -334,7 +334,7 @@ def test_first_order() -> None:
             fam.zero_grad()
             fam.regularize(F.cross_entropy(net(x), y)).backward()
             fam.step()
-    means = [fam.proximal.means[i] for i in range(2)]
+    means = [fam.regularizer.means[i] for i in range(2)]
     for i, k in enumerate((0, 2)):
         w, moved = nets[0][k].weight.detach(), nets[0][k].weight.detach() - before[i]
         pull = w - nets[1][k].weight.detach()
@@ -359,16 +359,16 @@ def test_cannot_overshoot(lam: float, dtype: torch.dtype) -> None:
         )
         fam.regularize(F.cross_entropy(net(x), y)).backward()
         seen: list[Tensor] = []
-        original = fam.proximal.after
-        fam.proximal.after = lambda before, o=original, s=seen: (  # type: ignore[method-assign]
+        original = fam.regularizer.after
+        fam.regularizer.after = lambda before, o=original, s=seen: (  # type: ignore[method-assign]
             s.extend(layer.weight.detach().clone() for layer in layers),
             o(before),
         )
         fam.step()
         hook.remove()
-        del fam.proximal.after
+        del fam.regularizer.after
         for i, layer in enumerate(layers):
-            w, t = layer.weight.detach(), fam.proximal.means[i]
+            w, t = layer.weight.detach(), fam.regularizer.means[i]
             slack = 1 + 1e3 * torch.finfo(dtype).eps
             assert w.isfinite().all()
             assert w.norm() <= seen[i].norm() * slack
@@ -431,4 +431,4 @@ def test_transposed_convolutions_and_groups() -> None:
 def test_a_weight_named_twice_counts_once() -> None:
     net = wide()
     fam = FAM(net.parameters(), torch.optim.SGD, [net[0], net[0], net[0].weight], mode="proximal", lr=0.1)
-    assert len(fam.proximal.weights) == 1
+    assert len(fam.regularizer.weights) == 1

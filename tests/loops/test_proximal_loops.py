@@ -190,7 +190,9 @@ def test_copies_go_on_alike(how: Callable[[Any], Any]) -> None:
     trained(model, optimizer, 4, first=5)
     trained(copied, its_optimizer, 4, first=5)
     assert_same(model, copied)
-    assert not {id(p) for p in model.parameters()} & {id(w.parameter) for w in its_optimizer.proximal.weights}
+    assert not {id(p) for p in model.parameters()} & {
+        id(w.parameter) for w in its_optimizer.regularizer.weights
+    }
 
 
 def test_checkpoints_of_the_plain_base() -> None:
@@ -400,7 +402,7 @@ def test_a_step_that_a_scaler_skips_neither_counts_nor_moves() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
-    assert optimizer.proximal.steps == 0
+    assert optimizer.regularizer.steps == 0
 
     twin = net(torch.float32)
     other = fam(twin, every=1)
@@ -411,7 +413,7 @@ def test_a_step_that_a_scaler_skips_neither_counts_nor_moves() -> None:
         scaler.step(its)
         scaler.update()
     assert_same(model, twin)  # what was taken with the skipped step is forgotten
-    assert optimizer.proximal.steps == 1
+    assert optimizer.regularizer.steps == 1
 
 
 def test_bfloat16_weights() -> None:
@@ -420,7 +422,7 @@ def test_bfloat16_weights() -> None:
     x, y = samples(0, 16, dtype=torch.bfloat16)
     by_regularize(model, optimizer, x, y)
     assert model[0].weight.dtype == torch.bfloat16
-    assert optimizer.proximal.means[0].dtype == torch.float32
+    assert optimizer.regularizer.means[0].dtype == torch.float32
 
 
 def test_a_root_that_is_not_finite_is_no_step() -> None:
@@ -435,7 +437,7 @@ def test_a_root_that_is_not_finite_is_no_step() -> None:
 
     def spoilt(module: nn.Module) -> Tensor:
         z = module[:2](x)
-        if module is model and optimizer.proximal.due:
+        if module is model and optimizer.regularizer.due:
             z.register_hook(lambda g: g * torch.inf if spoil[0] else g)
         return F.cross_entropy(module[2:](z), y)
 
@@ -450,7 +452,7 @@ def test_a_root_that_is_not_finite_is_no_step() -> None:
     base.step()
     assert torch.equal(model[0].weight, plain[0].weight)
     assert not torch.equal(model[2].weight, plain[2].weight)
-    mean = optimizer.proximal.means[0]
+    mean = optimizer.regularizer.means[0]
     assert mean.isfinite().all() and mean.any()
 
 
@@ -505,7 +507,7 @@ def assert_pulled_along_its_trace(model: nn.Module, loss_of: Callable[[], Tensor
     """A due step makes all hidden weights that have curvature shorter along T, and leaves the others."""
     optimizer = fam(model, every=1, lr=1e-3, **settings)
     optimizer.regularize(loss_of()).backward()
-    proximal = optimizer.proximal
+    proximal = optimizer.regularizer
     after: list[Tensor] = []
     original = proximal.after
 
@@ -585,7 +587,7 @@ def test_tied_and_shared_weights_count_every_use() -> None:
     optimizer = FAM(model.parameters(), torch.optim.SGD, model[2], mode="proximal", every=1, lr=1e-3)
     x, y = samples(0, 3, dtype=torch.float64)  # few rows, but two uses: the weight's gradient
     by_regularize(model, optimizer, x, y)
-    assert 0 in optimizer.proximal.means
+    assert 0 in optimizer.regularizer.means
 
 
 # --------------------------------------------------------------------------------------- refused
@@ -674,7 +676,7 @@ def test_a_closure_that_fails_changes_nothing() -> None:
     model = net()
     optimizer = fam(model, every=1)
     trained(model, optimizer, 2)
-    before, steps = parameters(model), optimizer.proximal.steps
+    before, steps = parameters(model), optimizer.regularizer.steps
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -684,7 +686,7 @@ def test_a_closure_that_fails_changes_nothing() -> None:
     with pytest.raises(KeyError, match="lost"):
         optimizer.step(closure)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
-    assert optimizer.proximal.steps == steps
+    assert optimizer.regularizer.steps == steps
     assert torch.autograd.backward.__module__ == "torch.autograd"
     other = net()
     other.load_state_dict(model.state_dict())

@@ -61,8 +61,8 @@ def test_is_one_process_with_the_same_signs(wrapper: str, n_samples: int) -> Non
         )
         for m in (model, twin)
     )
-    assert alone.proximal is not None
-    alone.proximal._replicas.__dict__["group"] = None
+    assert alone.regularizer is not None
+    alone.regularizer._replicas.__dict__["group"] = None
     signs = Signs()
     try:
         for number in range(6):

@@ -1,0 +1,90 @@
+"""What an optimizer is built of, from the arguments that were given, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from fam_optim.flatness import Settings
+from fam_optim.penalty import Penalty
+from fam_optim.proximal import Proximal
+
+LAM = {"proximal": 1.0}  # by mode
+LAM_OF_A_PENALTY = 8e-3
+EVERY = 10
+
+
+def build_regularizer(
+    layer: Any, lam: float | None, mode: str, every: int | None, given: dict[str, Any], **random: Any
+) -> Penalty | Proximal:
+    """The regulariser of a mode.
+
+    Args:
+        layer, lam, mode, every: as in `FAM`.
+        given: the settings of a penalty that were given: measure, curvature, normalize, detach_hessian.
+        **random: n_samples and generator.
+
+    Raises:
+        ValueError: for what means nothing in this mode, and as `Penalty` and `Proximal`.
+    """
+    lam = checked_lam(LAM.get(mode, LAM_OF_A_PENALTY) if lam is None else lam)
+    if mode != "proximal":
+        if every is not None:
+            raise ValueError(
+                f"expected `every` with mode='proximal' alone, got it with mode={mode!r}, whose penalty is "
+                "in every step. Leave it out."
+            )
+        return Penalty(layer, lam, Settings(mode=mode, **given, **random))
+    meaningless = {name: value for name, value in given.items() if value != "gauss_newton"}
+    if meaningless:
+        listed = ", ".join(f"{name}={value!r}" for name, value in meaningless.items())
+        raise ValueError(
+            f"got {listed} with mode='proximal', which is neuronwise, with Gauss-Newton curvature that is "
+            "held constant, and has no unit. Leave that out, or use mode='hutchinson'."
+        )
+    layers = layer if isinstance(layer, (list, tuple)) else (layer,)
+    return Proximal(layers, lam, EVERY if every is None else every, **random)
+
+
+def checked_lam(lam: float) -> float:
+    """`lam`, if it is one."""
+    if not (math.isfinite(lam) and lam >= 0):
+        raise ValueError(f"expected `lam` to be finite and at least 0, got {lam!r}.")
+    return float(lam)
+
+
+def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -> Optimizer:
+    """The base optimizer.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if isinstance(base_optimizer, Optimizer):
+        raise TypeError(
+            "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got an "
+            f"instance of {type(base_optimizer).__name__}. Pass the class and its arguments: "
+            f"FAM(params, {type(base_optimizer).__name__}, layer, lr=...)."
+        )
+    if not callable(base_optimizer):
+        raise TypeError(
+            "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got "
+            f"{base_optimizer!r}."
+        )
+    base = base_optimizer(params, **base_kwargs)
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            "expected `base_optimizer` to make a torch.optim.Optimizer, got a "
+            f"{type(base).__name__} from {base_optimizer!r}."
+        )
+    return base
+
+
+def check_pair(base: Optimizer, regularizer: Penalty | Proximal) -> None:
+    """Raises ValueError if the base cannot be moved apart from its own steps."""
+    if isinstance(base, LBFGS) and isinstance(regularizer, Proximal):
+        raise ValueError(
+            "mode='proximal' moves the weights between steps, and LBFGS's history of them would be wrong. "
+            "Use another base optimizer, or mode='hutchinson' with curvature='gauss_newton'."
+        )
