@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from fam_optim.compilation import opaque
-from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
+from fam_optim.estimators.resolvent import LowRank, frobenius, squared_product
 from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
+from fam_optim.estimators.running_mean import RunningMean, stack
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import reach
 from fam_optim.graph.trace import check_scalar
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
 
 from fam_optim.estimators.roots import Roots
 
-KEPT = 0.75
-"""Part of T's running mean that a due step keeps. (A correction at the start is a factor, which c undoes.)"""
-FACTORS = 4
-"""How many A make up the mean where they are smaller than T; they count the same."""
 STACKED = 1 << 16
 """Weights of one shape with no more entries than this are stacked, to spare calls."""
 
@@ -72,7 +69,7 @@ class Proximal:
         every: steps of the base from one proximal step to the next.
         steps: of the base, so far.
         seed: of the signs, together with the number of the step and the process.
-        means: by weight, T's running mean ``(d, d)``, or the last A side by side where these are smaller.
+        means: T of every weight.
         last_kappa: ``||A^T W'||_F^2`` of the last due step, over all weights: an unbiased kappa of its loss.
         given: whether `regularize` was called since the last step.
     """
@@ -92,7 +89,7 @@ class Proximal:
         self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
         # torch's own generator is asked for its seed and not advanced.
         self.seed = torch.initial_seed() if generator is None else _draw_seed(generator)
-        self.means: dict[int, Tensor] = {}
+        self.means = RunningMean()
         self.last_kappa: Tensor | None = None
         self._prepare()
 
@@ -205,9 +202,10 @@ class Proximal:
         whole = self._of_all_processes({i: joined(samples) for i, samples in roots.items()})
         stacks: dict[Any, list[int]] = {}
         for i, a in whole.items():  # small weights of one shape make the step at once
-            shapes = (a.shape, self.weights[i].m, self._mean(i, a).shape, i in of_rows)
+            mean = self.means.kept[i].shape if i in self.means.kept else None
             alone = i if a.numel() > STACKED else None
-            stacks.setdefault((*shapes, a.dtype, a.device, alone), []).append(i)
+            alike = (a.shape, self.weights[i].m, mean, i in of_rows, a.dtype, a.device, alone)
+            stacks.setdefault(alike, []).append(i)
         kappas = [
             self._pull_alike(numbers, [whole[i] for i in numbers], before, numbers[0] in of_rows)
             for numbers in stacks.values()
@@ -220,43 +218,17 @@ class Proximal:
     ) -> Tensor:
         """The step of weights of one shape; returns the sum of their kappas."""
         weights = [self.weights[i] for i in numbers]
-        a, w = _stack(roots), _stack([x.of(x.parameter) for x in weights])
-        old = _stack([x.of(before[i]) for i, x in zip(numbers, weights, strict=True)])
+        a, w = stack(roots), stack([x.of(x.parameter) for x in weights])
+        old = stack([x.of(before[i]) for i, x in zip(numbers, weights, strict=True)])
         size = frobenius(a)
         live = (size > 0) & (size < torch.inf)  # an expert may be run on no tokens
         a = torch.where(live[:, None, None], a, 0)
-        t: Dense | LowRank
-        if of_rows or self._is_narrow(numbers[0]):
-            t = LowRank(a if of_rows else self._keep(numbers, a), w)
-            kappa = (a.mT @ old).square().sum()
-        else:
-            squared = a @ a.mT
-            t = Dense(self._keep(numbers, squared), w)
-            kappa = ((squared @ old) * old).sum()
+        t = LowRank(a, w) if of_rows else self.means.add(numbers, a, w)
         twice_c = self.lam * self.every * frobenius(w - old) / t.pull
         moved = t.solve(torch.where(live & twice_c.isfinite(), twice_c, 0))
         for x, new in zip(weights, moved, strict=True):
             x.parameter.copy_(x.back(new))
-        return kappa
-
-    def _is_narrow(self, i: int) -> bool:
-        """Whether the A that make up the mean are smaller together than T."""
-        return FACTORS * self.weights[i].m * self.n_samples < self.weights[i].d
-
-    def _mean(self, i: int, a: Tensor) -> Tensor:
-        """T's running mean, or the A that it is of, before A is added."""
-        d = self.weights[i].d
-        return self.means[i] if i in self.means else a.new_zeros(d, 0 if self._is_narrow(i) else d)
-
-    def _keep(self, numbers: list[int], new: Tensor) -> Tensor:
-        """The means with what is new in them. A zero, for want of a finite A, only scales T."""
-        old = _stack([self._mean(i, a) for i, a in zip(numbers, new, strict=True)])
-        if self._is_narrow(numbers[0]):
-            means = torch.cat([old, new], -1)[..., -FACTORS * new.shape[-1] :]
-        else:
-            means = torch.lerp(old, new, 1 - KEPT)
-        self.means.update(zip(numbers, means, strict=True))
-        return means
+        return squared_product(a, old)
 
     def _of_all_processes(self, roots: dict[int, Tensor]) -> dict[int, Tensor]:
         """A of the whole batch: zero of a weight that no process uses."""
@@ -279,7 +251,7 @@ class Proximal:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside lam."""
-        return {"seed": self.seed, "steps": self.steps, "means": self.means}
+        return {"seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint.
@@ -298,7 +270,8 @@ class Proximal:
                 f"means for {list(saved.values())}. Build FAM with the layers that it was saved with."
             )
         self.seed, self.steps = state["seed"], state["steps"]
-        self.means = {i: mean.to(self.weights[i].parameter.device, copy=True) for i, mean in means.items()}
+        devices = {i: self.weights[i].parameter.device for i in means}
+        self.means.kept = {i: mean.to(devices[i], copy=True) for i, mean in means.items()}
         self.forget()
 
     def __repr__(self) -> str:
@@ -311,10 +284,6 @@ class Proximal:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
 def _draw_seed(generator: torch.Generator) -> int:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from fam_optim import FAM
 from fam_optim.estimators.resolvent import Dense
 from fam_optim.estimators.roots import Rows, joined
-from fam_optim.proximal import KEPT, Proximal
+from fam_optim.estimators.running_mean import KEPT
+from fam_optim.proximal import Proximal
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class OtherForm(Proximal):
             a = joined(samples)
             t = a @ a.mT
             if form.averages_rows or not (rows and form.rows):
-                mean = self.means.setdefault(i, torch.zeros_like(t))
+                mean = self.means.kept.setdefault(i, torch.zeros_like(t))
                 assert isinstance(mean, Tensor)
                 t = mean.lerp_(t, 1 - form.kept)
             twice_c = self.length(t, w, old)

@@ -87,7 +87,7 @@ def test_one_step_is_the_formula(row: Row, monkeypatch: pytest.MonkeyPatch) -> N
     weights = [weight_matrix(layer) for layer in twins]
     traces = []
     for i, (layer, w) in enumerate(zip(twins, weights, strict=True)):
-        if i in fam.regularizer.means or not isinstance(layer, nn.Linear) or layer not in calls:
+        if i in fam.regularizer.means.kept or not isinstance(layer, nn.Linear) or layer not in calls:
             (g,) = torch.autograd.grad(
                 value, w.parameter, retain_graph=True, allow_unused=True, materialize_grads=True
             )

@@ -422,7 +422,7 @@ def test_bfloat16_weights() -> None:
     x, y = samples(0, 16, dtype=torch.bfloat16)
     by_regularize(model, optimizer, x, y)
     assert model[0].weight.dtype == torch.bfloat16
-    assert optimizer.regularizer.means[0].dtype == torch.float32
+    assert optimizer.regularizer.means.kept[0].dtype == torch.float32
 
 
 def test_a_root_that_is_not_finite_is_no_step() -> None:
@@ -452,7 +452,7 @@ def test_a_root_that_is_not_finite_is_no_step() -> None:
     base.step()
     assert torch.equal(model[0].weight, plain[0].weight)
     assert not torch.equal(model[2].weight, plain[2].weight)
-    mean = optimizer.regularizer.means[0]
+    mean = optimizer.regularizer.means.kept[0]
     assert mean.isfinite().all() and mean.any()
 
 
@@ -509,13 +509,13 @@ def assert_pulled_along_its_trace(model: nn.Module, loss_of: Callable[[], Tensor
     optimizer.regularize(loss_of()).backward()
     proximal = optimizer.regularizer
     after: list[Tensor] = []
-    original = proximal.after
+    original = proximal.after_step
 
-    def spy(before: Any) -> None:
+    def spy() -> None:
         after.extend(w.of(w.parameter).detach().clone() for w in proximal.weights)
-        original(before)
+        original()
 
-    proximal.after = spy  # type: ignore[method-assign]
+    proximal.after_step = spy  # type: ignore[method-assign]
     optimizer.step()
     assert float(optimizer.last_kappa) > 0
     moved = 0
@@ -587,7 +587,7 @@ def test_tied_and_shared_weights_count_every_use() -> None:
     optimizer = FAM(model.parameters(), torch.optim.SGD, model[2], mode="proximal", every=1, lr=1e-3)
     x, y = samples(0, 3, dtype=torch.float64)  # few rows, but two uses: the weight's gradient
     by_regularize(model, optimizer, x, y)
-    assert 0 in optimizer.regularizer.means
+    assert 0 in optimizer.regularizer.means.kept
 
 
 # --------------------------------------------------------------------------------------- refused
