@@ -25,11 +25,13 @@ class OptimizerWrapper(Optimizer):
 
     base_optimizer: Optimizer
 
-    def __getattr__(self, name: str) -> Any:
-        """`train` and `eval` of a schedule-free base, which frameworks ask an optimizer for by name."""
-        if name in ("train", "eval") and "base_optimizer" in vars(self):
-            return getattr(self.base_optimizer, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # or no misspelt name would be seen
+
+        def __getattr__(self, name: str) -> Any:
+            """`train` and `eval` of a schedule-free base, which frameworks ask an optimizer for by name."""
+            if name in ("train", "eval") and "base_optimizer" in vars(self):
+                return getattr(self.base_optimizer, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses names that are none of the optimizer's: settings are chosen when it is built."""

@@ -80,6 +80,8 @@ def test_the_readmes_first_block_runs(installed: Path, tmp_path: Path) -> None:
     """
     after = """
         import fam_optim
+        for _ in range(10):
+            optimizer.step(closure)
         assert optimizer.last_kappa > 0
         print(fam_optim.__file__)
     """
@@ -132,6 +134,7 @@ from fam_optim import FAM, Observation, dataset_relative_flatness, observe, rela
 model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 x, y, criterion = torch.randn(5, 3), torch.zeros(5).long(), nn.CrossEntropyLoss()
 fam = FAM(model.parameters(), torch.optim.SGD, layer=model[2], lam=0.01, detach_hessian=True, lr=0.1)
+whole = FAM.for_model(model, torch.optim.SGD, lr=0.1, momentum=0.9)
 several = FAM([{"params": model.parameters()}], torch.optim.AdamW, weight_layers(model)[:-1], lr=0.1)
 bare = FAM(model.parameters(), lambda p, **kw: torch.optim.SGD(p, **kw), nn.Parameter(x), mode="full", lr=1)
 optimizer: torch.optim.Optimizer = fam

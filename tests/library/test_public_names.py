@@ -67,13 +67,13 @@ def test_every_attribute_is_described() -> None:
     model = nn.Linear(3, 2)
     fam = FAM(model.parameters(), torch.optim.SGD, model, lr=0.1)
     own = {name for name in ({*vars(fam)} | {*vars(FAM)}) if name[0] != "_" and name not in METHODS}
-    internal = {"penalty", "defaults"}  # FAM's own affair, and what torch.optim.Optimizer has
+    internal = {"regularizer", "defaults", "for_model"}  # FAM's own affair, torch's, and a constructor
     assert own - internal == set(names_in(described(inspect.getdoc(FAM) or "", "Attributes")))
 
 
 def test_help_says_what_it_is_and_how_to_call_it_first() -> None:
     page = pydoc.plain(pydoc.render_doc(FAM)).splitlines()
-    assert any("Minimises ``loss + lam * kappa``" in line for line in page[:8])
+    assert any("Keeps layers of a network flat" in line for line in page[:8])
     assert any(">>> loss = optimizer.step(" in line for line in page[:12])
     undescribed = [name for name in vars(FAM) if name[0] != "_" and not getattr(FAM, name).__doc__]
     assert undescribed == []
