@@ -6,7 +6,7 @@ from fam_optim.layer.record import Observation, observe
 from fam_optim.layers import weight_layers
 from fam_optim.optimizer import FAM
 
-__version__ = "0.2.2"
+__version__ = "0.3.0"
 __all__ = [
     "FAM",
     "Observation",
