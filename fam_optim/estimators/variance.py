@@ -147,13 +147,15 @@ class _ByMean(torch.autograd.Function):
 
 def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradient, in operations that can be differentiated again."""
-    log_p, w, by_row = inputs
+    # Views, so that the derivative in W is not also the one through log p, which is computed from W.
+    partial = [t.view_as(t) for t in inputs]
+    log_p, w, by_row = partial
     q, top = _without_top(log_p)
     rest, centred = q.sum(1), w - w.detach().mean(0)
     squares, w_top = centred.square().sum(1), centred[top]
     delta = q @ centred - rest[:, None] * w_top
     c = q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
-    needed = [t for t, asked in zip(inputs, ctx.needs_input_grad, strict=True) if asked]
+    needed = [t for t, asked in zip(partial, ctx.needs_input_grad, strict=True) if asked]
     found = iter(torch.autograd.grad(c @ by_row, needed, scale, create_graph=True))
     return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
 
