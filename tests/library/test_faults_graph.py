@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import FAM, observe, relative_flatness, weight_layers
+from fam_optim.estimators import variance
 from fam_optim.graph import flags
 from fam_optim.graph.trace import find_tails
 
@@ -151,10 +152,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["few classes", "many classes"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("number", [0, 2], ids=["below", "last"])
-def test_hessian_vector_products_of_kappa(settings: dict[str, Any], number: int) -> None:
+def test_hessian_vector_products_of_kappa(
+    settings: dict[str, Any], number: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As AdaHessian and Sophia take them: right where kappa can be differentiated twice, else refused."""
+    monkeypatch.setattr(variance, "few_classes", lambda n, d, m: few)
     m = perceptron()
     parameters = list(m.parameters())
     torch.manual_seed(2)
@@ -426,7 +431,9 @@ def test_nothing_to_learn_from(
 # -------------------------------------------------------------------------------------- precision
 
 
-def test_class_vectors_with_much_in_common() -> None:
+@pytest.mark.parametrize("few", [True, False], ids=["few classes", "many classes"])
+def test_class_vectors_with_much_in_common(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variance, "few_classes", lambda n, d, m: few)
     torch.manual_seed(0)
     weight, x, y = torch.randn(10, 64) + 2e4, (torch.randn(8, 64) * 1e-3).float(), torch.arange(8)
     for classes in (slice(0, 10), slice(None)):
