@@ -816,6 +816,19 @@ def test_hugging_face_conv1d_is_a_layer() -> None:
     assert_close([by_keyword], [measured(lambda: loss(twin), twin)], "called by keyword", 1e-12)
     with pytest.raises(RuntimeError, match="call that was not observed"):
         measured(lambda: loss(layer) + layer.forward(x).square().mean(), layer)
+    twice = measured(lambda: loss(layer) + layer(x + 1).square().mean(), layer)
+    assert_close([twice], [measured(lambda: loss(twin) + twin(x + 1).square().mean(), twin)], "twice", 1e-11)
+    for trained in (True, False):
+        layer.weight.requires_grad_(trained)
+
+        def penalty() -> Tensor:
+            at = x.clone().requires_grad_()
+            z = layer(at)
+            (slope,) = torch.autograd.grad(z.tanh().sum(), at, create_graph=True)
+            return slope.square().mean() + z.square().mean()
+
+        with pytest.raises(RuntimeError, match=r"derivative.*taken through `layer` Conv1D"):
+            measured(penalty, layer)
 
 
 def test_layer_flatness_against_brute_force() -> None:
