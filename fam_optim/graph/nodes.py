@@ -117,7 +117,9 @@ def is_derivative_through(node: Any, product: Node, weight: torch.Tensor) -> boo
     if kind(node) != "Mm" or node.next_functions[1][0] is not None:
         return is_derivative(node)
     other = node._saved_mat2
-    return other is not None and other.shape == weight.shape and other.data_ptr() == weight.data_ptr()
+    if other is None or other.data_ptr() != weight.data_ptr():
+        return False
+    return bool(other.shape == weight.shape and other.stride() == weight.stride())
 
 
 def computed_alike(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from fam_optim.graph.reach import above
 from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
-from fam_optim.layer.use import LayerUse, Use, describe
+from fam_optim.layer.use import Conv1DUse, LayerUse, Use, describe
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -192,7 +192,13 @@ def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_
             continue
         transposed = nodes.transposed_weight(product)
         suspects = derivatives if transposed is None else parents.get(transposed, ())
-        if any(nodes.is_derivative_through(node, product, use.weight) for node in suspects):
+        if isinstance(use, Conv1DUse) and transposed is not None:
+            # All calls share the weight as it is stored, and a derivative multiplies with its transpose.
+            through = any(nodes.kind(node) in nodes.TRANSPOSES for node in suspects)
+        else:
+            weight = use.weight.mT if isinstance(use, Conv1DUse) else use.weight
+            through = any(nodes.is_derivative_through(node, product, weight) for node in suspects)
+        if through:
             raise RuntimeError(
                 "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential "
                 f"equation) that was taken through `layer` {describe(use.module())}, whose weight counts "

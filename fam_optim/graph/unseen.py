@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.autograd.graph import get_gradient_edge
 
@@ -70,7 +70,11 @@ def _weights(layer: Observation, uses: Sequence[Use]) -> set[Node]:
 
 
 def _products(start: Node, parents: Mapping[Node, Sequence[Node]], layer: Observation) -> Iterator[Node]:
-    """The products ``phi W^T`` with the weight that begins at `start`: not ``z W`` nor ``W W^T``."""
+    """The products ``phi W^T + b`` of the layer, b its own, with the weight that begins at `start`.
+
+    Not ``z W`` nor ``W W^T``; nor, if the layer has a bias, products without it: these are other uses of the
+    weight, which do not count.
+    """
     stack = [(start, layer.stores_transposed)]
     while stack:
         node, transposed = stack.pop()
@@ -81,7 +85,31 @@ def _products(start: Node, parents: Mapping[Node, Sequence[Node]], layer: Observ
                 stack.append((above, not transposed))
             elif kind in nodes.SAME_NUMBERS:
                 stack.append((above, transposed))
-            elif kind == "Convolution":
-                yield from [above] * (operands[1] is node)
-            elif kind in nodes.PRODUCTS and transposed and operands[-1] is node:
-                yield from [above] * (operands[-2] is not start)
+            else:
+                of_weight = kind == "Convolution" and operands[1] is node
+                if kind in nodes.PRODUCTS:
+                    of_weight = transposed and operands[-1] is node and operands[-2] is not start
+                if of_weight and _has_bias(above, parents, layer.module.bias):
+                    yield above
+
+
+def _has_bias(product: Node, parents: Mapping[Node, Sequence[Node]], bias: Any) -> bool:
+    """Whether a bias is added to a product; True if that cannot be told, as it has none or is frozen."""
+    if bias is None or not bias.requires_grad:
+        return True
+    begins = get_gradient_edge(bias).node
+    stack = [product]
+    while stack:
+        node = stack.pop()
+        if any(_origin(below) is begins for below, _ in node.next_functions):
+            return True
+        same = (above for above in parents[node] if nodes.kind(above) in (*nodes.SAME_NUMBERS, "Add"))
+        stack.extend(same if node is product or nodes.kind(node) != "Add" else ())
+    return False
+
+
+def _origin(node: Node | None) -> Node | None:
+    """What a node has all its numbers from."""
+    while node is not None and nodes.kind(node) in nodes.SAME_NUMBERS:
+        node = node.next_functions[0][0]
+    return node

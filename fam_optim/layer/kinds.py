@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fam_optim.graph import flags, nodes
+from fam_optim.layer.convolution import CONVOLUTIONS, TRANSPOSED, ConvTransposeUse, ConvUse
 from fam_optim.layer.use import (
-    CONVOLUTIONS,
-    TRANSPOSED,
     Conv1DUse,
-    ConvTransposeUse,
-    ConvUse,
     LinearUse,
     Use,
     describe,
@@ -108,15 +105,15 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
 
 def _is_same(use: LayerUse, bias: Tensor | None, output: Tensor, seen: bool) -> bool:
     try:
-        again = use.again(bias)
+        computed = use.forward(bias)
     except RuntimeError:  # not even of fitting shapes
         return False
-    graph = again.requires_grad and output.requires_grad
-    if output.shape != again.shape or (graph and not nodes.computed_alike(output, again)):
+    graph = computed.requires_grad and output.requires_grad
+    if output.shape != computed.shape or (graph and not nodes.computed_alike(output, computed)):
         return False
-    if seen and flags.reading_waits(again):
+    if seen and flags.reading_waits(computed):
         return True
-    return torch.allclose(output.detach(), again.detach(), rtol=0, atol=0, equal_nan=True)
+    return torch.allclose(output.detach(), computed.detach(), rtol=0, atol=0, equal_nan=True)
 
 
 def parameter_use(parameter: Tensor) -> Use:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fam_optim.layer.use import TRANSPOSED, at_least_float32, describe, is_sharded
+from fam_optim.layer.convolution import TRANSPOSED
+from fam_optim.layer.use import at_least_float32, describe, is_sharded
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fam_optim import parallel
+from fam_optim import parallel, wrapper
 from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_indices": ("which axes are picked from", lambda: ROW[:, torch.tensor([0])], None),
     "_saved_index": ("one index for all classes", lambda: ROW.gather(0, torch.zeros(1, 4).long()), None),
     "_saved_pad": ("which axes a padding moves", lambda: F.pad(ROW, (1, 2)), (1, 2)),
+    "_saved_sparse": ("embeddings", lambda: F.embedding(torch.tensor([0]), ROW, sparse=True), True),
     "_saved_other": ("factors", lambda: ROW * ROW.exp(), None),
     "_saved_alpha": ("a product's own factor", lambda: torch.addmm(ROW, ROW, ROW, alpha=2), 2),
     "_saved_mat1": ("phi of a Linear layer", lambda: torch.addmm(ROW, ROW, ROW), None),
@@ -191,6 +192,26 @@ def test_leaves_and_checkpoints() -> None:
     assert nodes.is_derivative(grad.grad_fn)
 
 
+def test_a_call_within_a_reentrant_checkpoint_is_numbered_next() -> None:
+    numbers = []
+
+    def run(x: Tensor) -> Tensor:
+        numbers.append(nodes.made_so_far())
+        return x.sin()
+
+    before = ROW.sin()
+    node = checkpoint(run, before, use_reentrant=True).grad_fn
+    assert numbers == [nodes.sequence_number(node) + 1] != [nodes.sequence_number(before.grad_fn) + 1]
+
+
+def test_the_end_of_a_backward() -> None:
+    ended: list[str] = []
+    value = ROW.sin().sum()
+    value.register_hook(lambda g: nodes.after_backward(lambda: ended.append("backward")))
+    torch.autograd.grad(value, ROW)
+    assert ended == ["backward"]
+
+
 def test_compiled_regions() -> None:
     compiled = torch.compile(lambda x: x.sin() * 2, backend="aot_eager")
     assert nodes.is_compiled(compiled(ROW).grad_fn)
@@ -198,7 +219,7 @@ def test_compiled_regions() -> None:
 
 ATTRIBUTES: dict[str, tuple[Any, str]] = {
     "torch.Tensor._backward_hooks": (ROW, "hooks of the user's on a weight"),
-    "torch.Tensor._version": (ROW, "in-place changes of the input"),
+    "torch.Tensor._version": (ROW, "in-place changes of the input and of the weight"),
     "torch.Tensor._base": (ROW, "views"),
     "torch.Tensor._is_view": (ROW, "views"),
     "torch.nn.Module._forward_hooks": (nn.Linear(2, 2), "removing our hook"),
@@ -206,9 +227,14 @@ ATTRIBUTES: dict[str, tuple[Any, str]] = {
     "torch.nn.Conv2d._conv_forward": (nn.Conv2d(1, 1, 1), "padding modes"),
     "torch._C._are_functorch_transforms_active": (torch._C, "torch.func"),
     "torch._foreach_norm": (torch, "gradients that are not finite"),
-    "torch.overrides._get_current_function_mode": (torch.overrides, "the interception of backward"),
-    "torch.overrides._pop_mode_temporarily": (torch.overrides, "the interception of backward"),
+    "torch.nn.modules.module._global_forward_hooks": (nn.modules.module, "a forward that is not the class's"),
+    "torch.autograd._get_sequence_nr": (torch.autograd, "calls within reentrant checkpoints"),
+    "torch.autograd.graph.Node._sequence_nr": (ROW.sin().grad_fn, "calls within reentrant checkpoints"),
+    "torch.autograd.Variable._execution_engine": (torch.autograd.Variable, "the end of a backward"),
     "torch.optim.Optimizer._patch_step_function": (torch.optim.Optimizer, "step hooks"),
+    "torch.optim.Optimizer.profile_hook_step": (torch.optim.Optimizer, "the base's step below its hooks"),
+    "torch.optim.Optimizer._optimizer_step_pre_hooks": (torch.optim.SGD([ROW]), "step hooks run once"),
+    "torch.optim.Optimizer._optimizer_step_post_hooks": (torch.optim.SGD([ROW]), "step hooks run once"),
     "torch.nn.parallel.distributed._DDPSink": (torch.nn.parallel.distributed, "DDP, static graph"),
     "torch.distributed._composable_state._module_state_mapping": (
         sys.modules["torch.distributed._composable_state"], "FSDP2: which modules are sharded"),
@@ -229,8 +255,8 @@ def test_attributes(name: str) -> None:
 
 def test_marks_of_wrappers() -> None:
     assert hasattr(torch.compile(nn.Linear(2, 2)), "_orig_mod"), "a compiled layer is its module"
-    assert hasattr(torch.optim.SGD.step, "__wrapped__"), "the base's step below its hooks"
     optimizer = torch.optim.SGD([ROW], lr=0.1)
+    assert torch.optim.SGD.step.__code__ is wrapper._TORCHS_WRAPPER, "the base's step below its hooks"
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     assert hasattr(optimizer.step, "_wrapped_by_lr_sched"), "the base's step below a scheduler's"
     ddp = nn.parallel.DistributedDataParallel

@@ -1,0 +1,859 @@
+"""Inputs that came out wrong, or died obscurely, and are right now or refused in a sentence.
+
+Calls, changes and backwards that are not seen; what is left on a model and its copies; batches as they come;
+wrapped bases.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import io
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fam_optim import (
+    FAM,
+    dataset_relative_flatness,
+    layer_flatness,
+    observe,
+    relative_flatness,
+    weight_layers,
+)
+from tests import reference
+from tests.support import assert_close, set_gradients, true_kappa
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:lam . kappa"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning"),
+]
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+CE = F.cross_entropy
+
+
+def mlp(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=bias))
+
+
+def fam_on(model: nn.Module, layer: Any, lam: float = 0.5, **settings: Any) -> FAM:
+    return FAM(model.parameters(), torch.optim.SGD, layer, lam, lr=0.1, **settings)
+
+
+def measured(loss_of: Callable[[], Tensor], layer: nn.Module, **settings: Any) -> Tensor:
+    with observe(layer) as seen:
+        loss = loss_of()
+    return relative_flatness(loss, seen, **settings)
+
+
+# --------------------------------------------------------------------------- what is left on a model
+
+
+def copies(model: nn.Module) -> dict[str, nn.Module]:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "save": torch.load(file, weights_only=False),
+    }
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_hooks_with_kwargs) + len(module._forward_pre_hooks)
+        for module in model.modules()
+    )
+
+
+def test_copies_of_a_model_carry_nothing() -> None:
+    model = mlp()
+    fam = fam_on(model, [model[0], model[2]])
+    fam.step(lambda: CE(model(X), Y))
+    for name, twin in copies(model).items():
+        assert hooks_of(twin) == 0, name
+        assert b"fam_optim" not in pickle.dumps(twin), name
+        assert not any(p._post_accumulate_grad_hooks for p in twin.parameters()), name
+
+
+def test_copies_keep_the_users_hooks() -> None:
+    model, calls = mlp(), []
+    before = model[2].register_forward_hook(Called(calls, "before"))
+    fam = fam_on(model, model[2])
+    after = model[2].register_forward_hook(Called(calls, "after"))
+    fam.step(lambda: CE(model(X), Y))
+    assert [c for c in calls if c] == ["before", "after"]
+    twin = copy.deepcopy(model)
+    assert len(twin[2]._forward_hooks) == 2
+    for handle in (before, after):  # one that was given out before FAM was built removes its hook as well
+        handle.remove()
+    calls.clear()
+    fam.step(lambda: CE(model(X), Y))
+    assert not calls and len(model[2]._forward_hooks) == 1
+
+
+class Called:
+    def __init__(self, calls: list[str], name: str) -> None:
+        self.calls, self.name = calls, name
+
+    def __call__(self, *args: Any) -> None:
+        self.calls.append(self.name)
+
+
+@pytest.mark.parametrize("alive", [True, False], ids=["FAM alive", "FAM gone"])
+def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) -> None:
+    model = mlp().float()
+    fam = fam_on(model, model[2])
+    x = X.float()
+    fam.step(lambda: CE(model(x), Y))
+    twin = copy.deepcopy(model)
+    if not alive:
+        del fam
+        assert hooks_of(model) == 0, "gone at once, without the garbage collector"
+    for net in (model, twin):
+        with torch.no_grad():
+            expected = net(x)
+            assert torch.equal(torch.jit.script(net)(x), expected)
+            assert torch.equal(torch.jit.trace(net, x)(x), expected)
+            assert torch.equal(torch.export.export(net, (x,)).module()(x), expected)
+        with warnings.catch_warnings(action="ignore"):
+            quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
+        assert (quantised(x) - expected).abs().max() < 0.1
+    exported = torch.export.export(model, (x,))  # with gradients on
+    assert torch.equal(exported.module()(x), expected)
+
+
+def test_quantised_in_place_with_its_optimizer_alive() -> None:
+    model = mlp().float()
+    fam = fam_on(model, model[2])
+    with warnings.catch_warnings(action="ignore"):
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    assert model(X.float()).shape == (6, 3)
+    assert fam.lam == 0.5
+
+
+@pytest.mark.parametrize("first", ["hook", "FAM"])
+def test_trainers_with_a_hook_on_the_layer_do_not_stay_alive(first: str) -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.net = nn.Linear(4, 3)
+            if first == "hook":
+                self.net.register_forward_hook(self.log)
+            self.optimizer = fam_on(self.net, self.net)
+            if first == "FAM":
+                self.net.register_forward_hook(self.log)
+            self.optimizer.step(lambda: CE(self.net(X), Y))
+
+        def log(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            self.features = args[0]
+
+    alive = [weakref.ref(Trainer()) for _ in range(5)]
+    gc.collect()
+    assert not any(trainer() for trainer in alive)
+
+
+def test_a_hook_on_a_weight_goes_with_the_optimizer() -> None:
+    model = mlp()
+    fam = fam_on(model, model[2])
+    fam.step(lambda: CE(model(X), Y))
+    assert model[2].weight._post_accumulate_grad_hooks
+    del fam
+    gc.collect()
+    assert not model[2].weight._post_accumulate_grad_hooks and hooks_of(model) == 0
+
+
+class Equal(nn.Linear):
+    """Equal to everything."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Twin(nn.Linear):
+    """Equal to all of its kind."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Twin)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_modules_are_told_apart_by_identity() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Equal(5, 3))
+    plain = mlp()
+    plain.load_state_dict(model.state_dict())
+    kappa = measured(lambda: CE(model(X), Y), model[2])
+    assert_close([kappa], [true_kappa(lambda: CE(plain(X), Y), plain[2])], "kappa", 1e-12)
+    pair = nn.Sequential(Twin(4, 4), nn.Tanh(), Twin(4, 3))
+    with observe(pair[0]) as first, observe(pair[2]) as last:
+        loss = CE(pair(X), Y)
+    twin = mlp()
+    twin[0], twin[2] = nn.Linear(4, 4), nn.Linear(4, 3)
+    twin.load_state_dict(pair.state_dict())
+    for seen, layer in ((first, twin[0]), (last, twin[2])):
+        wanted = true_kappa(lambda: CE(twin(X), Y), layer)
+        assert_close([relative_flatness(loss, seen)], [wanted], "kappa", 1e-11)
+
+
+# ------------------------------------------------------------------------- calls that are not seen
+
+
+def another(model: nn.Sequential, how: str) -> Tensor:
+    """The model called a second time, past its last layer's hook."""
+    u = X + 1
+    if how == "vmap":
+        return torch.func.vmap(model)(u)
+    if how == "forward":
+        return model[2].forward(model[:2](u))
+    if how == "reentrant checkpoint":
+        return checkpoint(model, u.clone().requires_grad_(), use_reentrant=True)
+    if how == "checkpoint of a sample":
+        return checkpoint(lambda z: model[2](z.tanh()), model[0](u), use_reentrant=True)
+    assert how == "class"
+    return nn.Linear.forward(model[2], model[:2](u))
+
+
+UNSEEN = ["vmap", "forward", "reentrant checkpoint", "checkpoint of a sample", "class"]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("how", UNSEEN)
+def test_a_call_beside_an_observed_one_is_not_passed_over(how: str, bias: bool) -> None:
+    model = mlp(bias)
+    for mode in ("exact", "hutchinson"):
+        with pytest.raises(
+            RuntimeError, match=r"call that was not observed.*mode='hutchinson', which counts"
+        ):
+            measured(lambda: CE(model(X), Y) + another(model, how).square().mean(), model[2], mode=mode)
+    # The remedy, where torch has the derivatives.
+    if "checkpoint" not in how:
+        loss = CE(model(X), Y) + another(model, how).square().mean()
+        kappa = relative_flatness(loss, model[2].weight, mode="full")
+        seen = true_kappa(lambda: CE(model(X), Y) + model(X + 1).square().mean(), model[2])
+        assert_close([kappa], [seen], how, 1e-11)
+
+
+def test_a_call_of_one_layer_that_is_unseen_while_another_is_seen() -> None:
+    model = mlp()
+    fam = fam_on(model, [model[0], model[2]])
+    with pytest.raises(RuntimeError, match="call that was not observed"):
+        fam.regularize(CE(model[2].forward(model[1](model[0](X))), Y))
+
+
+@pytest.mark.parametrize("where", ["beside", "below"])
+def test_what_is_no_call_of_the_layer_is_no_false_refusal(where: str) -> None:
+    """Calls without a graph, other uses of the weight, a reentrant checkpoint of what comes before."""
+    model = mlp()
+    weight = model[2].weight
+
+    def loss_of() -> Tensor:
+        with torch.no_grad():
+            model(X)
+        if where == "below":
+            return CE(model[2](checkpoint(model[:2], X.clone().requires_grad_(), use_reentrant=True)), Y)
+        x = X + 1
+        decoded = F.linear(model(x), weight.T)
+        return decoded.square().mean() + 0 * (weight @ weight.T - torch.eye(3)).square().sum()
+
+    kappa = measured(loss_of, model[2], mode="full")
+    if where == "below":
+        wanted = true_kappa(lambda: CE(model(X), Y), model[2])
+        assert_close([kappa], [wanted], "kappa", 1e-11)
+    assert kappa.isfinite()
+
+
+def replaced(model: nn.Sequential, how: str) -> Any:
+    layer = model[2]
+    if how == "on the instance":
+        layer.forward = lambda x: F.linear(x, 3 * layer.weight, layer.bias)
+    elif how == "another input":
+        layer.forward = lambda x: F.linear(x.detach() * 2, layer.weight, layer.bias)
+    elif how == "global hook":
+        return nn.modules.module.register_module_forward_hook(lambda m, a, z: 2 * z if m is layer else None)
+    else:
+        assert how == "hook put first"
+        layer.register_forward_hook(lambda m, a, z: 2 * z, prepend=True)
+    return None
+
+
+@pytest.mark.parametrize("how", ["on the instance", "another input", "global hook", "hook put first"])
+def test_a_forward_that_is_not_the_classs_is_refused(how: str) -> None:
+    model = mlp()
+    with observe(model[2]) as seen:
+        handle = replaced(model, how)
+        try:
+            loss = CE(model(X), Y)
+        finally:
+            if handle is not None:
+                handle.remove()
+    with pytest.raises(TypeError, match=r"computes something else than Linear.*hutchinson"):
+        relative_flatness(loss, seen)
+
+
+def test_a_forward_replaced_by_the_same_is_taken() -> None:
+    """As accelerate does, to move tensors between devices."""
+    model = mlp()
+    original = model[2].forward
+    wanted = true_kappa(lambda: CE(model(X), Y), model[2])
+    model[2].forward = functools.wraps(original)(lambda x: original(x))
+    assert_close([measured(lambda: CE(model(X), Y), model[2])], [wanted], "kappa", 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["module", "several"])
+def test_a_weight_changed_since_the_forward_is_refused(kind: str) -> None:
+    layer = nn.Linear(4, 3)
+    with observe(layer) as seen:
+        loss = CE(layer(X), Y)
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    with pytest.raises(RuntimeError, match=r"weight of the observed layer.*modified in place.*regularise"):
+        relative_flatness(loss, seen if kind == "module" else [seen])
+
+
+def test_a_step_leaves_what_another_optimizer_needs() -> None:
+    """Two FAMs on one layer, each with its loss of the same forward; neither trains the layer's weight."""
+    model = mlp()
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    with warnings.catch_warnings(action="ignore"):
+        a, b = (FAM(m.parameters(), torch.optim.SGD, model[2], 0.1, lr=0.1) for m in (first, second))
+
+    def loss(z: Tensor) -> Tensor:
+        return CE(z, Y.roll(1)) + CE(second(model(X + 1)), Y)
+
+    wanted = true_kappa(lambda: loss(model(X)), model[2])
+    z = model(X)
+    a.regularize(CE(first(z), Y)).backward(retain_graph=True)
+    a.step()
+    b.regularize(loss(z))
+    assert_close([b.last_kappa], [wanted.detach()], "kappa", 1e-10)
+
+
+# -------------------------------------------------------------------------- the same weight twice
+
+
+def test_a_weight_named_twice_counts_once() -> None:
+    model = mlp()
+    with observe(model[2]) as one, observe(model[2]) as two:
+        loss = CE(model(X), Y)
+    kappa = relative_flatness(loss, one)
+    for several in ([one, one], [one, two], [two, one, two]):
+        assert_close([relative_flatness(loss, several)], [kappa], "kappa", 1e-12)
+    weight = model[2].weight
+    both = relative_flatness(loss, [one, weight], mode="full")
+    assert_close([both], [relative_flatness(loss, weight, mode="full")], "kappa", 1e-12)
+    for layers in ([model[2], model[2]], [weight, weight], [model[2], weight]):
+        with pytest.raises(ValueError, match=r"different layers.*same one twice"):
+            fam_on(model, layers, mode="full")
+
+
+# --------------------------------------------------------- trained unregularised, or twice, in silence
+
+
+def test_backpropagating_another_loss_than_regularize_returned_is_refused() -> None:
+    model = mlp()
+    fam = fam_on(model, model[2])
+    loss = CE(model(X), Y)
+    fam.regularize(loss)
+    loss.backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"Backpropagate what optimizer.regularize"):
+        fam.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("order", ["plain last", "plain first"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen layer"])
+def test_one_of_two_losses_without_its_penalty_is_refused(order: str, frozen: bool) -> None:
+    model = mlp()
+    model[2].requires_grad_(not frozen)
+    with warnings.catch_warnings(action="ignore"):
+        fam = fam_on(model, model[2])
+    plain, regularized = CE(model(X + 1), Y), fam.regularize(CE(model(X), Y))
+    for value in (regularized, plain) if order == "plain last" else (plain, regularized):
+        value.backward()
+    with pytest.raises(RuntimeError, match="for every loss and micro-batch of a step"):
+        fam.step()
+    fam.zero_grad()  # what lay there is gone
+    fam.regularize(CE(model(X), Y)).backward()
+    fam.step()
+
+
+def test_gradients_assigned_by_hand_are_those_of_the_regularised_loss() -> None:
+    model = mlp()
+    fam = fam_on(model, model[2])
+    loss = CE(model(X), Y)
+    regularized = fam.regularize(loss)
+    parameters = list(model.parameters())
+    for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+        p.grad = g
+    with pytest.raises(RuntimeError, match=r"Backpropagate what optimizer.regularize"):
+        fam.step()
+    fam.zero_grad()
+    for p, g in zip(parameters, torch.autograd.grad(regularized, parameters), strict=True):
+        p.grad = g
+    fam.step()
+
+
+def combined(fam: FAM, model: nn.Module, how: str) -> Tensor:
+    a, b = CE(model(X), Y), CE(model(X + 1), Y)
+    if how == "stacked":
+        return torch.stack([fam.regularize(a), fam.regularize(b)]).mean()
+    if how == "averaged":
+        return (fam.regularize(a) + fam.regularize(b)) / 2
+    if how == "in a list":
+        return torch.cat([fam.regularize(a)[None], fam.regularize(b)[None]]).mean()
+    assert how == "weighed"
+    return torch.stack([fam.regularize(a), fam.regularize(b)]) @ torch.tensor([0.5, 0.5])
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["calls backward", "returns loss"])
+@pytest.mark.parametrize("how", ["stacked", "averaged", "in a list", "weighed"])
+def test_regularised_losses_are_known_however_they_are_put_together(how: str, backward: bool) -> None:
+    model, plain = mlp(), mlp()
+    fam = fam_on(model, model[2])
+
+    def closure() -> Tensor:
+        fam.zero_grad()
+        total = combined(fam, model, how)
+        if backward:
+            total.backward()
+        return total
+
+    def loss() -> Tensor:
+        return (CE(plain(X), Y) + CE(plain(X + 1), Y)) / 2
+
+    returned = fam.step(closure)
+    assert_close([returned], [loss().detach()], "the plain loss", 1e-12)
+    set_gradients(loss() + 0.5 * true_kappa(loss, plain[2]), plain.parameters())
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert_close(model.parameters(), plain.parameters(), "weights", 1e-12)
+
+
+def test_a_loss_of_which_part_was_regularised_is_refused() -> None:
+    model = mlp()
+    fam = fam_on(model, model[2])
+
+    def closure() -> Tensor:
+        fam.zero_grad()
+        total = fam.regularize(CE(model(X), Y)) + CE(model(X + 1), Y)
+        total.backward()
+        return total
+
+    with pytest.raises(RuntimeError, match=r"part of it was not.*optimizer.regularize\(a \+ b\)"):
+        fam.step(closure)
+    with pytest.raises(RuntimeError, match="part of it was not"):
+        fam.regularize(fam.regularize(CE(model(X), Y)) + CE(model(X + 1), Y))
+    # A term that does not depend on the layer may be added.
+    value = fam.regularize(CE(model(X), Y)) + model[0].weight.square().sum()
+    assert fam.regularize(value) is value
+
+
+BACKWARDS: dict[str, Callable[[Tensor], None]] = {
+    "method": lambda loss: loss.backward(),
+    "function": lambda loss: torch.autograd.backward(loss),
+    "of a list": lambda loss: torch.autograd.backward([loss]),
+    "from a gradient": lambda loss: torch.autograd.backward([loss], [torch.ones(())]),
+}
+
+
+@pytest.mark.parametrize("how", BACKWARDS.values(), ids=BACKWARDS)
+def test_a_backward_in_a_closure_is_seen_in_every_spelling(how: Callable[[Tensor], None]) -> None:
+    model, plain = mlp(), mlp()
+    fam = fam_on(model, model[2])
+
+    def closure() -> Tensor:
+        fam.zero_grad()
+        losses = [CE(model(X[half]), Y[half]) for half in (slice(3), slice(3, 6))]
+        losses[0].backward()
+        how(losses[1])
+        return losses[0] + losses[1]
+
+    def loss() -> Tensor:
+        return CE(plain(X[:3]), Y[:3]) + CE(plain(X[3:]), Y[3:])
+
+    fam.step(closure)
+    set_gradients(loss() + 0.5 * true_kappa(loss, plain[2]), plain.parameters())
+    assert_close(
+        [p.grad for p in model.parameters()], [p.grad for p in plain.parameters()], "gradient", 1e-12
+    )
+
+
+CHANGES: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "clipped": lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.1),
+    "scaled": lambda parameters: [p.grad.mul_(0.5) for p in parameters if p.grad is not None],
+    "replaced": lambda parameters: [setattr(p, "grad", p.grad * 1.0) for p in parameters],  # type: ignore[operator]
+    "noise added": lambda parameters: [p.grad.add_(1e-3) for p in parameters if p.grad is not None],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("style", ["closure", "regularize"])
+def test_changing_gradients_is_no_foreign_backward(style: str, change: Any) -> None:
+    """After a step, and then a closure that adds to them, as SGD's would."""
+    model = mlp()
+    fam = fam_on(model, model[2], 0.1)
+    for _ in range(3):
+        if style == "closure":
+            fam.step(lambda: CE(model(X), Y))
+            change(list(model.parameters()))
+        else:
+            fam.regularize(CE(model(X), Y)).backward()
+            change(list(model.parameters()))
+            fam.step()
+
+
+def test_a_checkpoint_in_the_tail_is_no_foreign_backward() -> None:
+    """A reentrant one backpropagates by itself, within the step's backward."""
+    model = mlp()
+    fam = fam_on(model, model[2])
+    for _ in range(2):
+        fam.zero_grad()
+        hidden = checkpoint(model[:2], X.clone().requires_grad_(), use_reentrant=True)
+        fam.regularize(CE(model[2](hidden), Y)).backward()
+        fam.step()
+
+
+# -------------------------------------------------------------------------------- batches as they come
+
+
+def test_layers_that_a_batch_does_not_use_are_left_out() -> None:
+    """Tasks in turns: each step's gradient is that of its loss and the kappas of the layers that it used."""
+    trunk, a, b = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 1)
+    model = nn.ModuleList([trunk, a, b])
+    twin = copy.deepcopy(model)
+    fam = fam_on(model, [trunk, a, b])
+    for step in range(4):
+
+        def loss(of: Any, step: int = step) -> Tensor:
+            h = of[0](X).tanh()
+            return CE(of[1](h), Y) if step % 2 == 0 else of[2](h).square().mean()
+
+        fam.zero_grad()
+        if step < 2:
+            fam.regularize(loss(model)).backward()
+            fam.step()
+        else:
+            fam.step(lambda loss=loss: loss(model))
+        used = [twin[0], twin[1 + step % 2]]
+        value = loss(twin) + 0.5 * true_kappa(lambda loss=loss: loss(twin), *used)
+        parameters = [p for m in used for p in m.parameters()]
+        set_gradients(value, parameters)
+        torch.optim.SGD(parameters, lr=0.1).step()
+        assert_close(model.parameters(), twin.parameters(), f"weights after step {step}", 1e-9)
+    with pytest.raises(RuntimeError, match="does not depend on an observed call"):
+        fam.regularize((nn.Linear(4, 1)(X)).square().mean())
+
+
+PACKED: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
+    "targets in a dict": lambda x, y: (x, {"y": y}),
+    "inputs in a dict": lambda x, y: ({"ids": x}, {"y": y}),
+    "tuples": lambda x, y: ((x, None), (y,)),
+    "a number beside": lambda x, y: ((0.5, [x]), {"y": y}),
+}
+
+
+def unpacked(batch: Any) -> Tensor:
+    while not isinstance(batch, Tensor):
+        items = list(batch.values()) if isinstance(batch, dict) else batch
+        batch = next(item for item in items if isinstance(item, (Tensor, list, tuple)))
+    return batch
+
+
+class Takes(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(unpacked(batch))
+
+
+@pytest.mark.parametrize("pack", PACKED.values(), ids=PACKED)
+def test_batches_are_weighed_by_their_samples_however_they_are_packed(pack: Any) -> None:
+    net = nn.Linear(4, 3)
+    parts = [pack(X[:5], Y[:5]), pack(X[5:], Y[5:]), pack(X[:0], Y[:0])]
+    got = dataset_relative_flatness(Takes(net), net, lambda o, t: CE(o, unpacked(t)), parts)
+    whole = dataset_relative_flatness(net, net, CE, [(X, Y)])
+    assert_close([got], [whole], "kappa", 1e-12)
+
+
+def test_batches_are_weighed_by_what_the_user_says() -> None:
+    """A mean over the tokens that are not ignored; a batch without any counts nothing."""
+    net = nn.Linear(4, 3)
+    y = torch.tensor([0, -100, -100, 2, 1, -100])
+    parts = [(X[:2], y[:2]), (X[2:3], y[2:3]), (X[3:], y[3:])]
+    kappa = dataset_relative_flatness(net, net, CE, parts, weight=lambda x, t: (t != -100).sum())
+    assert_close([kappa], [dataset_relative_flatness(net, net, CE, [(X, y)])], "kappa", 1e-12)
+
+
+def test_a_batch_without_tensors_is_refused_with_the_remedy() -> None:
+    net = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match=r"by whose length the batch is weighed.*weight=lambda"):
+        dataset_relative_flatness(net, net, lambda o, t: CE(net(X), Y), [(0.5, Y)])
+
+
+# ------------------------------------------------------------------------------------------- hooks
+
+
+def test_hooks_on_a_weight_do_not_change_kappa() -> None:
+    """Which freeze rows, or zero all of it; and the gradient of the step still passes them."""
+    model = mlp()
+    weight = model[2].weight
+    settings = [{"mode": "full"}, {"mode": "full", "curvature": "gauss_newton"}]
+    before = [relative_flatness(CE(model(X), Y), weight, **s) for s in settings]  # type: ignore[arg-type]
+    seen: list[Tensor] = []
+    keep = (torch.arange(3) > 0).double()[:, None]
+    weight.register_hook(lambda g: (seen.append(g), g * keep)[1])
+    for s, kappa in zip(settings, before, strict=True):
+        assert_close([relative_flatness(CE(model(X), Y), weight, **s)], [kappa], "kappa", 1e-12)  # type: ignore[arg-type]
+    assert not seen
+    fam = fam_on(model, weight, mode="full")
+    fam.regularize(CE(model(X), Y)).backward()
+    assert len(seen) == 1 and weight.grad is not None and not weight.grad[0].any()
+
+
+def test_hooks_behind_the_layer_that_were_set_after_regularize_see_the_steps_gradient_alone() -> None:
+    """torch calls them at every derivative that passes; kappa's are taken within regularize."""
+    norms = []
+    for lam in (0.0, 1e-12):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        fam = fam_on(model, model[2], lam, mode="hutchinson")
+        h = model[:4](X)
+        seen: list[Tensor] = []
+        early: list[Tensor] = []
+        h.register_hook(early.append)
+        regularized = fam.regularize(CE(model[4](h), Y))
+        h.retain_grad()
+        h.register_hook(seen.append)
+        regularized.backward()
+        assert len(seen) == 1 and h.grad is not None
+        assert len(early) == 1 or lam, "what the manual says of hooks that were set before"
+        norms.append(h.grad.norm())
+    assert_close([norms[1]], [norms[0]], "gradient", 1e-9)
+
+
+# ---------------------------------------------------------------------------------------- wrappers
+
+
+def test_a_bases_own_decorated_step_runs_and_hooks_run_once() -> None:
+    log: list[str] = []
+
+    def counted(step: Any) -> Any:
+        @functools.wraps(step)
+        def own(self: Any, closure: Any = None) -> Any:
+            log.append("step")
+            return step(self, closure)
+
+        return own
+
+    class Decorated(torch.optim.SGD):
+        step = counted(torch.optim.SGD.step)
+
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)  # torch has wrapped its step by now
+    model = mlp()
+    fam = FAM(model.parameters(), Decorated, model[2], lr=0.1)
+    fam.register_step_pre_hook(lambda *args: log.append("before"))
+    fam.register_step_post_hook(lambda *args: log.append("after"))
+    fam.step(lambda: CE(model(X), Y))
+    assert log == ["before", "step", "after"]
+
+
+def test_train_and_eval_of_a_schedule_free_base() -> None:
+    from pytorch_optimizer import ScheduleFreeSGD
+
+    model = mlp()
+    fam = FAM(model.parameters(), ScheduleFreeSGD, model[2], 0.1, lr=1.0)
+    twin = copy.deepcopy(fam)
+    for optimizer in (fam, twin):
+        assert hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+    fam.train()
+    fam.step(lambda: CE(model(X), Y))
+    training = model[2].weight.detach().clone()
+    fam.step(lambda: CE(model(X), Y))
+    training = model[2].weight.detach().clone()
+    fam.eval()
+    assert not torch.equal(model[2].weight, training)
+    fam.train()
+    assert_close([model[2].weight], [training], "weights", 1e-12)
+    plain = fam_on(model, model[2])
+    assert not hasattr(plain, "train") and not hasattr(plain, "eval") and not hasattr(plain, "anything")
+
+
+@pytest.mark.parametrize("name", ["mode", "measure", "n_samples", "layer", "lamda"])
+def test_setting_what_is_no_attribute_is_an_error(name: str) -> None:
+    fam = fam_on(mlp(), mlp()[2])
+    with pytest.raises(AttributeError, match=f"no attribute '{name}' that can be set.*`lam`"):
+        setattr(fam, name, "full")
+    fam.lam = 0.2
+    fam.defaults = {}
+
+
+def test_sentences_where_torchs_own_came_through() -> None:
+    model = mlp()
+    fam = fam_on(model, model[2])
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"one without a graph.*torch.no_grad\(\)"):
+        fam.regularize(CE(model(X), Y))
+    embedding = nn.Embedding(7, 4, sparse=True)
+    with pytest.raises(RuntimeError, match=r"sparse gradient.*sparse=False"):
+        relative_flatness(embedding(Y).square().mean(), embedding.weight, mode="hutchinson")
+    with pytest.raises(TypeError, match=r"str 'head'.*get_submodule"):
+        fam_on(model, "head")
+
+
+# ---------------------------------------------------------------------------------- probes and logging
+
+
+def test_probes_change_nothing_else_in_a_run_and_resume_bit_for_bit() -> None:
+    def train(lam: float, steps: int, start: Any = None) -> tuple[nn.Module, FAM, list[Tensor]]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3))
+        fam = FAM(model.parameters(), torch.optim.SGD, model[0], lam, "hutchinson", lr=0.1, momentum=0.9)
+        if start is not None:
+            model.load_state_dict(start[0])
+            fam.load_state_dict(start[1])
+            torch.set_rng_state(start[2])
+        drawn = []
+        for _ in range(steps):
+            fam.zero_grad()
+            fam.step(lambda: CE(model(X), Y))
+            drawn.append(torch.rand(()))
+        return model, fam, drawn
+
+    assert all(map(torch.equal, train(0.0, 3)[2], train(0.3, 3)[2]))
+    whole, _, _ = train(0.3, 4)
+    half, fam, _ = train(0.3, 2)
+    saved = copy.deepcopy((half.state_dict(), fam.state_dict(), torch.get_rng_state()))
+    resumed, _, _ = train(0.3, 2, saved)
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.filterwarnings("default:lam . kappa")
+def test_last_penalty_and_one_warning_where_it_is_larger_than_the_loss() -> None:
+    model = mlp()
+    fam = fam_on(model, model[2], 0.1)
+    assert fam.last_penalty is None
+    with warnings.catch_warnings(action="error"):
+        fam.regularize(CE(model(X), Y))
+    kappa = true_kappa(lambda: CE(model(X), Y), model[2]).detach()
+    assert_close([fam.last_penalty], [0.1 * kappa], "penalty", 1e-12)
+    fam.lam = 100.0
+    assert_close([fam.last_penalty], [0.1 * kappa], "penalty", 1e-12)
+    with pytest.warns(UserWarning, match="larger than the loss itself.*smaller lam"):
+        fam.regularize(CE(model(X), Y))
+    with warnings.catch_warnings(action="error"):
+        fam.regularize(CE(model(X), Y))
+
+
+# ------------------------------------------------------------------------------ the layers of a model
+
+
+def test_weight_layers_names_every_matrix_once() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4))
+    tied[1].weight = tied[0].weight
+    layers = weight_layers(tied)
+    weights = [layer if isinstance(layer, nn.Parameter) else layer.weight for layer in layers]
+    expected = [tied[0].weight, tied[2].in_proj_weight, tied[2].out_proj.weight]
+    expected += [tied[3].weight_ih_l0, tied[3].weight_hh_l0]
+    assert all(w is e for w, e in zip(weights, expected, strict=True))
+    assert layers[0] is tied[0].weight, "shared by two modules: all their uses count"
+    apart = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    assert len(weight_layers(apart)) == 4
+
+
+def test_hugging_face_conv1d_is_a_layer() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    gpt = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+        )
+    )
+    assert len(weight_layers(gpt)) == 2 * 4 + 1
+    torch.manual_seed(0)
+    layer = Conv1D(3, 4).double()
+    twin = nn.Linear(4, 3)
+    with torch.no_grad():
+        nn.init.normal_(layer.weight)
+        twin.weight.copy_(layer.weight.T)
+        twin.bias.copy_(layer.bias)
+    head = nn.Linear(3, 3)
+    x = torch.randn(6, 2, 4)
+
+    def loss(of: nn.Module, **call: Any) -> Tensor:
+        return CE(head((of(**call) if call else of(x)).tanh()).mean(1), Y)
+
+    for mode in ("full", "exact"):
+        for measure in ("neuronwise", "layerwise"):
+            kappas = []
+            for of in (layer, twin):
+                kappa = measured(lambda of=of: loss(of), of, mode=mode, measure=measure)
+                (gradient,) = torch.autograd.grad(kappa, of.weight)
+                kappas.append((kappa, gradient.T if of is layer else gradient))
+            for got, wanted in zip(*kappas, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-13)
+    by_keyword = measured(lambda: loss(layer, x=x), layer)
+    assert_close([by_keyword], [measured(lambda: loss(twin), twin)], "called by keyword", 1e-12)
+    with pytest.raises(RuntimeError, match="call that was not observed"):
+        measured(lambda: loss(layer) + layer.forward(x).square().mean(), layer)
+    twice = measured(lambda: loss(layer) + layer(x + 1).square().mean(), layer)
+    assert_close([twice], [measured(lambda: loss(twin) + twin(x + 1).square().mean(), twin)], "twice", 1e-11)
+    for trained in (True, False):
+        layer.weight.requires_grad_(trained)
+
+        def penalty() -> Tensor:
+            at = x.clone().requires_grad_()
+            z = layer(at)
+            (slope,) = torch.autograd.grad(z.tanh().sum(), at, create_graph=True)
+            return slope.square().mean() + z.square().mean()
+
+        with pytest.raises(RuntimeError, match=r"derivative.*taken through `layer` Conv1D"):
+            measured(penalty, layer)
+
+
+def test_layer_flatness_against_brute_force() -> None:
+    """The mean over many probes; where samples are few, over the seeds of one batch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).train()
+    batches = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+    found = layer_flatness(net, CE, batches, n_samples=4000)
+    assert list(found) == ["0", "2", "4"] and all(module.training for module in net.modules())
+    for name, kappa in found.items():
+        layer = net.get_submodule(name)
+        exact = dataset_relative_flatness(net, layer, CE, batches, mode="exact", curvature="gauss_newton")
+        wanted = reference.sum_of_kappas(reference.curvatures(lambda: CE(net(X), Y), [layer]), "neuronwise")
+        assert_close([exact], [wanted.detach()], name, 1e-10)  # piecewise linear: the Hessian's
+        assert abs(kappa - float(exact)) < 0.05 * float(exact), name
+    assert layer_flatness(net, CE, batches) == layer_flatness(net, CE, batches), "the same probes"
+    lines = repr(found).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
+
+
+def test_several_layers_by_name() -> None:
+    net = mlp()
+    batches = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+    several = dataset_relative_flatness(net, ["0", net[2]], CE, batches, mode="full")
+    single = [dataset_relative_flatness(net, layer, CE, batches, mode="full") for layer in (net[0], "2")]
+    assert_close(several, single, "kappas", 1e-12)
+    with pytest.raises(ValueError, match=r"name a layer of the model, got 'head'.*0, 2"):
+        dataset_relative_flatness(net, "head", CE, batches)
