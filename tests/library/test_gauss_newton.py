@@ -262,26 +262,24 @@ def test_positive_where_the_hessians_is_negative() -> None:
     assert negative
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_never_negative_in_any_precision(dtype: torch.dtype) -> None:
-    """A thousand random networks, in three precisions."""
-    for seed in range(334):
+    """A hundred random networks; where all class vectors are one, kappa is 0 and rounding all there is."""
+    for seed in range(100):
         torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Linear(4, 3),
-            nn.GELU(),
-            nn.Unflatten(1, (1, 3)),
-            nn.Conv1d(1, 2, 2),
-            nn.Flatten(),
-            nn.Linear(4, 3),
-        ).float()
+        head = [nn.Flatten(), nn.Linear(4, 3)] if seed % 2 else [nn.GELU(), nn.Conv1d(2, 3, 2, padding=1)]
+        body = nn.Linear(4, 3), nn.GELU(), nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2)
+        net = nn.Sequential(*body, *head).float()
+        zero = seed % 4 > 1
         with torch.no_grad():
             for p in net.parameters():
                 p *= 10 ** float(torch.randn(()))
-        layer = observe(weighted(net)[seed % 3]).__enter__()
+            if zero:
+                net[5].weight[:] = net[5].weight[0]
+        layer = observe(net[5 if zero else seed // 4 % 2 * 3]).__enter__()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(net(torch.randn(4, 4).float()), Y)
+            out = net(torch.randn(4, 4).float())
+            loss = F.cross_entropy(out, Y.reshape(-1, *[1] * (out.dim() - 2)).expand(out[:, 0].shape))
         for mode in ("exact", "hutchinson", "full"):
             kappa = relative_flatness(loss, layer, mode=mode, curvature="gauss_newton")
             assert kappa >= 0, f"seed {seed}, {layer}, {mode}: {kappa}"
