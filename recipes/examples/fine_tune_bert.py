@@ -32,7 +32,7 @@ size: dict[str, Any] = {
     "intermediate_size": 128,
 }
 model = BertForSequenceClassification(BertConfig(vocab_size=WORDS, **size))
-fam = FAM(model.parameters(), torch.optim.AdamW, layer=model.classifier, detach_hessian=True, lr=1e-3)
+fam = FAM.for_model(model, torch.optim.AdamW, lr=1e-3)
 
 
 class FlatTrainer(Trainer):

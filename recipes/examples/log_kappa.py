@@ -3,7 +3,7 @@
     python recipes/examples/log_kappa.py                 # writes runs/log_kappa
     tensorboard --logdir runs/log_kappa
 
-kappa of a batch is a by-product of the step. It stays on the device until it is read, here every tenth step.
+kappa of a batch is a by-product of every tenth step. It stays on the device until it is read.
 """
 
 import argparse
@@ -29,9 +29,8 @@ plt.switch_backend("agg")
 
 x = torch.randn(2000, 10)
 y = (x[:, :2].norm(dim=1) < 1.18).long()  # inside or outside of a circle
-head = nn.Linear(64, 2)
-model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), head)
-optimizer = FAM(model.parameters(), torch.optim.AdamW, layer=head, detach_hessian=True, lr=3e-3)
+model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+optimizer = FAM.for_model(model, torch.optim.AdamW, lr=3e-3)
 
 kappas = {}
 with SummaryWriter(str(folder)) as writer:
@@ -39,7 +38,7 @@ with SummaryWriter(str(folder)) as writer:
         rows = torch.randint(len(x), (64,))
         optimizer.zero_grad()
         loss = optimizer.step(lambda: F.cross_entropy(model(x[rows]), y[rows]))
-        if step % 10 == 0 and optimizer.last_kappa is not None:
+        if step % 10 == 9 and optimizer.last_kappa is not None:  # the step that took it
             kappas[step] = optimizer.last_kappa.item()
             writer.add_scalar("loss", loss.item(), step)
             writer.add_scalar("kappa", kappas[step], step)

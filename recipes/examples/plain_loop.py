@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fam_optim import FAM, weight_layers
+from fam_optim import FAM
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--lam", type=float, default=0.003, help="weight of kappa")
+parser.add_argument("--lam", type=float, default=1.0, help="how far kappa pulls, relative to the loss")
 parser.add_argument("--epochs", type=int, default=20)
 options = parser.parse_args()
 torch.manual_seed(0)
@@ -35,17 +35,7 @@ y_train[wrong] = (y_train[wrong] + torch.randint(1, 10, (int(wrong.sum()),))) % 
 loader = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
 
 model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-optimizer = FAM(
-    model.parameters(),
-    torch.optim.SGD,
-    layer=weight_layers(model)[:-1],  # all but the last
-    lam=options.lam,
-    curvature="gauss_newton",
-    mode="hutchinson",
-    detach_hessian=True,
-    lr=0.05,
-    momentum=0.9,
-)
+optimizer = FAM.for_model(model, torch.optim.SGD, lam=options.lam, lr=0.05, momentum=0.9)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
 
 for epoch in range(1, options.epochs + 1):

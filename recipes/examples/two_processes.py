@@ -1,6 +1,6 @@
 """DistributedDataParallel: two processes on the CPU train as one on the whole batch.
 
-Nothing in the loop knows of the other process: the gradients of loss + lam * kappa are averaged once, as any.
+Nothing in the loop knows of the other process: every tenth step FAM averages what it has seen over both.
 
     torchrun --nproc-per-node 2 recipes/examples/two_processes.py
 
@@ -29,7 +29,7 @@ loader = DataLoader(train, batch_size=32, sampler=sampler)
 
 model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 parallel = DistributedDataParallel(model)
-optimizer = FAM(model.parameters(), torch.optim.AdamW, layer=model[-1], detach_hessian=True, lr=3e-3)
+optimizer = FAM.for_model(model, torch.optim.AdamW, lr=3e-3)
 
 for epoch in range(20):
     sampler.set_epoch(epoch)

@@ -35,7 +35,7 @@ class Classifier(lightning.LightningModule):
         self.log("test accuracy", (self.head(self.body(x)).argmax(1) == y).float().mean())
 
     def configure_optimizers(self) -> Any:
-        optimizer = FAM(self.parameters(), torch.optim.AdamW, layer=self.head, detach_hessian=True, lr=3e-3)
+        optimizer = FAM.for_model(self, torch.optim.AdamW, lr=3e-3)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
 
 
