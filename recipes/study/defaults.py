@@ -146,13 +146,13 @@ def confirmation(results: Results) -> Iterator[Trial]:
         condition = of(task, noise)
         settings = {
             **changes,
-            "lr": base(results, condition)["lr"],
+            "lr": rate(results, condition),
             "variant": "confirmation",
             "tested": True,
         }
-        yield trial(condition, "base", 0.0, seed, **settings, tested=True)
+        yield trial(condition, "base", 0.0, seed, **settings)
         for lam, every in GRID:
-            yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every, tested=True)
+            yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every)
 
 
 def ablations(results: Results) -> Iterator[Trial]:

@@ -16,7 +16,14 @@ from recipes.study.methods import COMPARED
 from recipes.study.tables import Gains, gains
 
 Found = Mapping[str, Results]  # what was measured, by stage
-FRONT = ("FAM, proximal", "SAM", "LookSAM, k = 5", "control, T = I", "label smoothing")
+FRONT = (
+    "FAM, proximal",
+    "noise, hidden layers",
+    "control, T = I",
+    "SAM",
+    "label smoothing",
+    "LookSAM, k = 5",
+)
 BOLD = "with 95 % intervals; bold: the interval leaves out zero"
 
 
@@ -62,18 +69,16 @@ def without_a_search(found: Found, base: str) -> tuple[Results, dict[str, Gains]
 
 
 def front(found: Found) -> Table:
-    """Points over the base alone, without any search: the mean over conditions, and the worst of them."""
-    by_base = {base: without_a_search(found, base)[1] for base in ("sgd", "adamw")}
-    conditions = {base: max((len(g) for g in by.values()), default=0) for base, by in by_base.items()}
-    heads = [f"{name}, {conditions[base]} tasks" for base, name in (("sgd", "SGD"), ("adamw", "AdamW"))]
-    result = new_table("method", heads[0], "worst task", heads[1], "worst task")
-    for method in FRONT:
-        cells = []
-        for by_method in by_base.values():
-            mean = list(tables.means(by_method.get(method, {})).values())
-            cells += [tables.signed(mean), f"{min(mean):+.1f}" if mean else ""]
-        result.add_row(method, *cells)
-    return result
+    """Points over the base alone without a search: mean over the tasks that all methods have, and the worst."""
+    heads, columns = ["method"], [list(FRONT)]
+    for base, name in (("sgd", "SGD"), ("adamw", "AdamW")):
+        _, by_method = without_a_search(found, base)
+        own = [tables.means(by_method.get(method, {})) for method in FRONT]
+        common = set(own[0]).intersection(*own[1:])
+        values = [[means[condition] for condition in common] for means in own]
+        heads += [f"{name}, {len(common)} tasks", "worst task"]
+        columns += [[tables.signed(v) for v in values], [f"{min(v):+.1f}" if v else "" for v in values]]
+    return new_table(*heads, rows=list(zip(*columns, strict=True)))
 
 
 def of_defaults(found: Found) -> Iterator[Captioned]:
