@@ -136,10 +136,13 @@ EVERY_LOSS = ("perceptron", "convolutions", "batch norm")
 ONE_OF_A_SORT = ("ce", "bce weights", "mse none")
 
 
-@pytest.mark.parametrize(
+by_network_and_loss = pytest.mark.parametrize(
     ("name", "loss"),
     [(name, loss) for name in NETWORKS for loss in LOSSES if name in EVERY_LOSS or loss in ONE_OF_A_SORT],
 )
+
+
+@by_network_and_loss
 def test_exact_and_full_are_the_definition(name: str, loss: str) -> None:
     net, x = problem(name)
     for layer, measure in itertools.product(weighted(net), reference.MEASURES):

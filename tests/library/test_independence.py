@@ -133,20 +133,26 @@ def test_random_tails() -> None:
     assert proven > 1000
 
 
-@pytest.mark.parametrize("case", covering([*GRID, *SPECIAL], each), ids=lambda case: case.name)
-def test_cases(case: Case) -> None:
-    """And of every case: scaling directions by group scales the product likewise."""
+def test_cases() -> None:
+    """And of every layer, tail and loss of the table, half of which have groups that do not interact."""
+    cases = covering([*GRID, *SPECIAL], each)
+    assert sum(map(check, cases)) > len(cases) / 2
+
+
+def check(case: Case) -> bool:
+    """Whether groups are shown. If so, scaling directions by group scales the product likewise."""
     loss, (layer, *_) = observed(case.problem())
     tail = find_tail(loss, layer)
     curvature = Curvature(tail, differentiable=False)
     grouping = find_grouping(curvature.tail, curvature.uses)
     if grouping is None or grouping.groups < 2:
-        return
+        return False
     scales = grouping.scatter(torch.rand(grouping.groups, 1, 1).expand(-1, grouping.size, 1))
     q = [torch.randn_like(g) for g in curvature.gradient]
     scaled = curvature.hvp([e * u for e, u in zip(scales, q, strict=True)])
     for e, s, h in zip(scales, scaled, curvature.hvp(q), strict=True):
-        torch.testing.assert_close(s, e * h, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(s, e * h, rtol=1e-9, atol=1e-13, msg=lambda text: f"{case.name}: {text}")
+    return True
 
 
 SHOWN: dict[str, Callable[[Tensor], Tensor]] = {

@@ -19,7 +19,7 @@ from fam_optim.graph.reach import reach
 from fam_optim.layer.weights import weight_matrix
 from tests import reference
 from tests.cases import GRID, Case
-from tests.library.test_gauss_newton import LOSSES, NETWORKS, TINY, problem, weighted
+from tests.library.test_gauss_newton import LOSSES, TINY, by_network_and_loss, problem, weighted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -120,8 +120,7 @@ def mean_of_squares(
     return list(total.values())
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", NETWORKS)
+@by_network_and_loss
 def test_trace_of_networks(name: str, loss: str, signs: Signs) -> None:
     """BatchNorm in train mode, several uses, every loss; in both forms."""
     net, x = problem(name)
