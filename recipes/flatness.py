@@ -33,9 +33,9 @@ from recipes.tasks import Trained, load_task, trained
 
 def by_layer(model: nn.Module, loss: Any, batches: Any) -> dict[str, float]:
     """kappa of every weight layer by name."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {id(layer): name for name, layer in (*model.named_parameters(), *model.named_modules())}
     return {
-        names[layer]: dataset_relative_flatness(model, layer, loss, batches, **GAUSS_NEWTON).item()
+        names[id(layer)]: dataset_relative_flatness(model, layer, loss, batches, **GAUSS_NEWTON).item()
         for layer in weight_layers(model)
     }
 

@@ -16,6 +16,7 @@ from recipes.shared.problem import Problem, observed
 BASE: dict[str, Any] = {"base": "sgd", "lr": 1e-3, "momentum": 0.9}
 PENALTY: dict[str, Any] = {"optimizer": "fam", **BASE, "lam": 1e-3}  # any positive lam costs the same
 DETACHED = {"detach_hessian": True}
+REFUSALS = (RuntimeError, TypeError, ValueError)  # of the library
 Step = Callable[[], Any]
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from recipes.benchmark.candidates import Candidate, flatness
+from recipes.benchmark.candidates import REFUSALS, Candidate, flatness
 from recipes.shared.problem import Problem
 
 TOLERANCE = 1e-4  # relative, in float32
@@ -29,7 +29,7 @@ def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dic
         try:
             (exact,) = flatness(twins[0], curvature=curvature)
             values = flatness(twins[1], probes, curvature=curvature, mode="hutchinson")
-        except RuntimeError as error:
+        except REFUSALS as error:
             result[curvature] = {"refused": str(error)}
             continue
         result[curvature] = {"exact": exact, **agreement(exact, values, f"{curvature} curvature")}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.benchmark.candidates import Candidate, Step
+from recipes.benchmark.candidates import REFUSALS, Candidate, Step
 from recipes.benchmark.memory import alive_bytes, peak_bytes
 from recipes.shared.problem import Problem
 from recipes.shared.timing import alternate, median, ratio, timed
@@ -44,7 +44,7 @@ def prepared(
             results[label] = {"peak_bytes": peak_bytes(period, device) - others}
             if counted:
                 results[label]["operations"] = flops(period) / candidate.period
-        except RuntimeError as error:  # a refusal is an answer too
+        except REFUSALS as error:  # an answer too
             results[label] = {"refused": str(error)}
         else:
             steps[label] = step

@@ -30,12 +30,14 @@ loader = DataLoader(train, batch_size=32, sampler=sampler)
 model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 parallel = DistributedDataParallel(model)
 optimizer = FAM.for_model(model, torch.optim.AdamW, lr=3e-3)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
 
 for epoch in range(20):
     sampler.set_epoch(epoch)
     for inputs, targets in loader:
         optimizer.zero_grad()
         loss = optimizer.step(lambda: F.cross_entropy(parallel(inputs), targets))
+    schedule.step()
 
 with torch.no_grad():
     accuracy = (model(test[0]).argmax(1) == test[1]).float().mean().item()

@@ -15,10 +15,12 @@ from fam_optim import observe, relative_flatness
 
 
 @contextmanager
-def observed(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """The library's observation of several layers."""
+def observed(layers: Sequence[Any]) -> Iterator[list[Any]]:
+    """The library's observation of several layers; weights stand for themselves."""
     with ExitStack() as stack:
-        yield [stack.enter_context(observe(layer)) for layer in layers]
+        yield [
+            stack.enter_context(observe(layer)) if isinstance(layer, nn.Module) else layer for layer in layers
+        ]
 
 
 @dataclass(frozen=True)
