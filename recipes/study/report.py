@@ -69,7 +69,7 @@ def without_a_search(found: Found, base: str) -> tuple[Results, dict[str, Gains]
 
 
 def front(found: Found) -> Table:
-    """Points over the base alone without a search: mean over the tasks that all methods have, and the worst."""
+    """Points over the base alone, without a search: mean over tasks that all methods have, and worst."""
     heads, columns = ["method"], [list(FRONT)]
     for base, name in (("sgd", "SGD"), ("adamw", "AdamW")):
         _, by_method = without_a_search(found, base)
