@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fam_optim.compilation import opaque
+from fam_optim.graph import nodes
 from fam_optim.graph.trace import LayerNotUsedError
 from fam_optim.interception import BackwardInterception
-from fam_optim.penalty import Penalty, penalties_in, without_penalties
+from fam_optim.penalty import Penalty, is_regularized, made_of, penalties_in, without_penalties
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,9 +104,10 @@ class RegularizedClosure:
             return loss
         if not self._backwards:  # the others add to it rightly
             self.penalty.ledger.check(self.penalty.names)
-        contained = penalties_in(loss)  # while there is a graph to ask
         regularized = self.penalty.add(loss)
-        self._backwards.append(_Backward(loss.grad_fn, regularized.detach(), contained, loss.detach()))
+        # While there is a graph to ask. It is walked only if this penalty was somewhere in the loss.
+        contained = penalties_in(loss) if regularized is loss or is_regularized(loss) else None
+        self._backwards.append(_Backward(_factors(loss), regularized.detach(), loss.detach(), contained))
         return regularized
 
     def _contained(self, result: Any) -> Tensor | None:
@@ -112,7 +115,7 @@ class RegularizedClosure:
         if not isinstance(result, Tensor):
             return None
         for backward in self._backwards:  # whose graph is gone
-            if backward.node is result.grad_fn:
+            if backward.factors.get(result.grad_fn) == 1:
                 return backward.contained
         return penalties_in(result)
 
@@ -122,18 +125,20 @@ class RegularizedClosure:
         kappa is linear in the loss: where the closure backpropagated a multiple of what it returned (a
         GradScaler's), the penalty is that multiple too, and so is `last_kappa`.
         """
-        plain = result.detach() if isinstance(result, Tensor) else result
         if not self._backwards or not isinstance(result, (Tensor, float)):
-            return plain
-        if len(self._backwards) == 1 and self._backwards[0].node is getattr(result, "grad_fn", None):
+            return result.detach() if isinstance(result, Tensor) else result
+        shares = [b.share_in(result) for b in self._backwards]
+        if shares[-1] is not None:
+            self.penalty.rescale(shares[-1])
+        if len(shares) == 1 and self._backwards[0].factors.get(getattr(result, "grad_fn", None)) == 1:
             return self._backwards[0].objective  # the loss itself, as almost always
-        if contained is not None:
-            plain = plain - contained
-        losses = torch.stack([b.loss - (b.contained or 0) for b in self._backwards]).sum()
-        unit = torch.where(losses != 0, plain / losses, 1)
-        penalties = torch.stack([b.objective for b in self._backwards]).sum() - losses
-        self.penalty.rescale(unit)
-        objective = plain + unit * penalties
+        if all(share is None for share in shares):  # a number, or detached: in the unit of the losses
+            shares = [1.0] * len(shares)
+        objective = result.detach() if isinstance(result, Tensor) else result
+        for backward, share in zip(self._backwards, shares, strict=True):
+            if share is not None:
+                objective = objective + share * backward.penalties
+        objective = objective if contained is None else objective - contained
         return float(objective) if isinstance(result, float) else objective
 
 
@@ -141,16 +146,52 @@ class _Backward(NamedTuple):
     """One backward of a closure's.
 
     Attributes:
-        node: of the loss that the closure backpropagated.
+        factors: the node of the loss that the closure backpropagated, and those of the scalars that it is a
+            multiple of, with the factors.
         objective: the value of what was backpropagated in its place.
-        contained: the penalties that the loss had already; None if it had none.
-        loss: its value.
+        loss: its own value.
+        contained: the penalties that were in it already; None if there were none.
     """
 
-    node: Node | None
+    factors: dict[Node | None, Any]
     objective: Tensor
-    contained: Tensor | None
     loss: Tensor
+    contained: Tensor | None
+
+    @property
+    def penalties(self) -> Tensor:
+        """All penalties in what was backpropagated."""
+        added = self.objective - self.loss
+        return added if self.contained is None else added + self.contained
+
+    def share_in(self, result: Any) -> Any:
+        """How often `result` contains the loss; None if it was not made of it."""
+        if not isinstance(result, Tensor):
+            return None
+        if result.grad_fn in self.factors:
+            return 1 / self.factors[result.grad_fn]
+        inside = next((node for node in made_of(result) if node in self.factors), None)
+        return None if inside is None else _derivative(result, inside) / self.factors[inside]
+
+
+def _factors(loss: Tensor) -> dict[Node | None, Any]:
+    """The scalars that `loss` is a multiple of, by their nodes, and the factors."""
+    factors: dict[Node | None, Any] = {loss.grad_fn: 1}
+    node = loss.grad_fn
+    while node is not None and nodes.kind(node) in ("Mul", "Div") and len(_operands(node)) == 1:
+        (node,) = _operands(node)
+        factors[node] = _derivative(loss, node)
+    return factors
+
+
+def _operands(node: Node) -> list[Node]:
+    return [below for below, _ in node.next_functions if below is not None]
+
+
+def _derivative(value: Tensor, scalar: Node) -> Tensor:
+    edge = GradientEdge(scalar, 0)
+    (derivative,) = torch.autograd.grad(value, edge, torch.ones_like(value), retain_graph=True)
+    return derivative.reshape(())
 
 
 class SeenClosure:

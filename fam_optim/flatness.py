@@ -202,6 +202,8 @@ def check_mode(layer: object, settings: Settings) -> None:
 
 
 def _flatness(tail: Tail, settings: Settings) -> Tensor:
+    if all(0 in use.shape for use in tail.uses):  # a batch without samples
+        return 0 * tail.uses[0].matrix().sum()
     differentiable = not settings.detach_hessian
     factor = MEASURES[settings.measure](_matrix(tail))
     kappa = closed_form(tail, factor, differentiable=differentiable) if settings.mode == "exact" else None

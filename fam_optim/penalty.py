@@ -136,9 +136,9 @@ class Penalty:
 
     def forget(self) -> None:
         """After a step: drops what was recorded of its forwards, although the user may keep their losses."""
+        observed = {id(layer.module): layer for layer in self.layers if isinstance(layer, Observation)}
         for use in list(self._used):
-            for layer in self.layers:
-                use.release(layer)
+            use.release(observed.get(id(use.module())))
         self._used.clear()
         self.touched = self.given = False
         self.losses: list[Tensor] = []
@@ -236,6 +236,11 @@ class Penalty:
         self._prepare()
 
 
+def is_regularized(loss: Tensor) -> bool:
+    """Whether `loss` is what some FAM made of a loss."""
+    return loss.grad_fn is not None and _MARK in nodes.metadata(loss.grad_fn)
+
+
 def penalties_in(loss: Tensor) -> Tensor | None:
     """The penalties in a loss, whatever was done to regularised losses since; None if there are none.
 
@@ -267,15 +272,15 @@ def without_penalties(loss: Tensor, penalties: Tensor) -> Tensor:
 
 def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:
     """The regularised losses that `loss` was made of, with their marks."""
-    return [(node, nodes.metadata(node)[_MARK]) for node in _walk(loss) if _MARK in nodes.metadata(node)]
+    return [(node, nodes.metadata(node)[_MARK]) for node in made_of(loss) if _MARK in nodes.metadata(node)]
 
 
 def _unmarked(loss: Tensor) -> list[Node]:
     """What `loss` was made of beside regularised losses."""
-    return [node for node in _walk(loss) if _MARK not in nodes.metadata(node)]
+    return [node for node in made_of(loss) if _MARK not in nodes.metadata(node)]
 
 
-def _walk(loss: Tensor) -> list[Node]:
+def made_of(loss: Tensor) -> list[Node]:
     """The graph of `loss`, its own node first, without what lies below regularised losses."""
     walked = [] if loss.grad_fn is None else [loss.grad_fn]
     seen = set(walked)

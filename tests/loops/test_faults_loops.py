@@ -562,6 +562,19 @@ def test_layers_that_a_batch_does_not_use_are_left_out() -> None:
         fam.regularize((nn.Linear(4, 1)(X)).square().mean())
 
 
+@pytest.mark.parametrize("mode", ["exact", "full", "hutchinson"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_batch_without_samples_has_no_kappa(hidden: bool, curvature: str, mode: str) -> None:
+    model = mlp()
+    fam = fam_on(model, model[0 if hidden else 2], mode=mode, curvature=curvature)
+    before = copy.deepcopy(list(model.parameters()))
+    y = torch.zeros(0, dtype=torch.long)
+    assert fam.step(lambda: CE(model(X[:0]), y, reduction="sum")) == 0
+    assert fam.last_kappa == 0
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 PACKED: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
     "targets in a dict": lambda x, y: (x, {"y": y}),
     "inputs in a dict": lambda x, y: ({"ids": x}, {"y": y}),

@@ -109,13 +109,26 @@ def several_backwards_and_a_number(model: nn.Sequential, fam: FAM) -> Any:
     return several_backwards_and_a_detached_sum(model, fam).item()
 
 
+def several_backwards_and_a_mean(model: nn.Sequential, fam: FAM) -> Any:
+    losses = [F.cross_entropy(model(x), y) for x, y in HALVES]
+    for loss in losses:
+        (loss / 2).backward()
+    return torch.stack(losses).mean()
+
+
+def another_loss_beside(model: nn.Sequential, fam: FAM) -> Any:
+    """Which has no penalty, and is not in what is returned."""
+    (0.0 * model[0].weight.square().sum() + 5).backward()
+    return calls_backward(model, fam)
+
+
 STYLES = {
     function.__name__: function
     for function in (
         *(returns_loss, calls_backward, returns_regularized, returns_regularized_and_scaled),
         *(regularizes_and_returns_plain, regularizes_and_returns_that, scales_as_a_grad_scaler),
         *(several_backwards, several_scaled_backwards, several_backwards_and_a_detached_sum),
-        several_backwards_and_a_number,
+        *(several_backwards_and_a_number, several_backwards_and_a_mean, another_loss_beside),
     )
 }
 
