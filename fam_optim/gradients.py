@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fam_optim.compilation import opaque
 from fam_optim.graph import flags, nodes
 from fam_optim.layer.use import is_sharded
 from fam_optim.layers import weights_of
@@ -119,8 +120,11 @@ class FiniteGuard:
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
             raise RuntimeError(_not_finite(penalty) + " An earlier step was made on zero gradients instead.")
-        if not penalty.losses:
-            return
+        if penalty.losses:
+            _look(self, penalty, trained)
+
+    def look(self, penalty: Penalty, trained: Iterable[Tensor]) -> None:
+        """The same, of gradients that are there."""
         whole = [p.grad for p in trained if p.grad is not None]
         gradients = [g for g in map(_local, whole) if g.numel()]
         sound = ~_all_finite(penalty.losses) | _all_finite(gradients or penalty.losses)
@@ -135,6 +139,11 @@ class FiniteGuard:
         for gradient in gradients:
             gradient.masked_fill_(~sound.to(gradient.device), 0)
         self._earlier = flags.AsyncFlag(sound)
+
+
+@partial(opaque, reason="fam_optim looks at the gradients before a step")
+def _look(guard: FiniteGuard, penalty: Penalty, trained: Iterable[Tensor]) -> None:
+    guard.look(penalty, trained)
 
 
 def _not_finite(penalty: Penalty) -> str:

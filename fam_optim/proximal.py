@@ -27,6 +27,7 @@ from fam_optim.compilation import opaque
 from fam_optim.estimators.resolvent import LowRank, frobenius, squared_product
 from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
 from fam_optim.estimators.running_mean import RunningMean, stack
+from fam_optim.graph import nodes
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import reach
 from fam_optim.graph.trace import check_scalar
@@ -145,6 +146,8 @@ class Proximal:
         ends = frozenset(reached.leaves.values())
         with torch.autocast(loss.device.type, enabled=False), unsunk(reached.path):
             outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
+            # The square of a weight itself is weight decay, and no output of the network.
+            outputs = [o for o in outputs if not all(nodes.is_leaf(edge.node) for edge in o.edges)]
             self._recognised = True
             if not self.due:
                 return

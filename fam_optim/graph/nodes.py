@@ -159,6 +159,11 @@ def kept(node: Node, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
+def is_leaf(node: Node) -> bool:
+    """Whether the node accumulates the gradient of a leaf."""
+    return leaf(node) is not None
+
+
 def settings(node: Node) -> tuple[tuple[str, Any], ...]:
     """What the node keeps of its operation beside tensors: axes, sizes, modes."""
     return tuple((name, getattr(node, name)) for name in _settings_of(type(node)))

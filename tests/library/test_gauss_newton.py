@@ -601,13 +601,15 @@ def test_unknown_curvature() -> None:
 
 
 def test_weight_layers() -> None:
-    """In the order of the model, each once, and only what a forward calls as a module."""
+    """In the order of the model, each once; the weight itself where its owner multiplies with it."""
     shared = nn.Linear(4, 4)
     model = nn.Sequential(
         nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.Sequential(shared, nn.GELU(), shared), nn.Embedding(3, 4),
         nn.MultiheadAttention(4, 2), nn.ConvTranspose2d(1, 1, 1), nn.Linear(4, 3, bias=False),
     )  # fmt: skip
-    assert weight_layers(model) == [model[0], shared, model[5], model[6]]
+    attention = model[4]
+    expected = [model[0], shared, attention.in_proj_weight, attention.out_proj.weight, model[5], model[6]]
+    assert [id(layer) for layer in weight_layers(model)] == [id(layer) for layer in expected]
     block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
     fam = FAM(block.parameters(), torch.optim.SGD, weight_layers(block), mode="hutchinson",
               curvature="gauss_newton", detach_hessian=True, lr=0.1)  # fmt: skip

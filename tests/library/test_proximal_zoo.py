@@ -96,6 +96,7 @@ def test_one_step_is_the_formula(row: Row, monkeypatch: pytest.MonkeyPatch) -> N
         else:  # rows of their own
             ((phi, z),) = calls[layer]
             (delta,) = torch.autograd.grad(value, z, retain_graph=True)
+            phi, delta = phi.flatten(0, -2), delta.flatten(0, -2)
             traces.append((delta * phi.square().sum(1, keepdim=True)).mT @ delta)
     loss.backward()
     tolerance = 1e-9 if loss.dtype == torch.float64 else 1e-5

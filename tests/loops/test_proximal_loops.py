@@ -645,6 +645,28 @@ def test_an_unknown_loss_is_refused_at_the_first_call() -> None:
         optimizer.regularize(model(torch.ones(2, 5).double()).sin().sum())
 
 
+def test_negative_weights_of_samples_are_refused() -> None:
+    model = net()
+    x, y = samples(0, 8, dtype=torch.float64)
+    weights = torch.linspace(-0.1, 1, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="negative weight"):
+        fam(model, every=1).regularize((F.cross_entropy(model(x), y, reduction="none") * weights).sum())
+
+
+def test_weight_decay_in_the_loss_is_no_curvature() -> None:
+    """It would make T a multiple of the identity, whose pull is that of more weight decay."""
+    kappas = []
+    x, y = samples(0, 8, dtype=torch.float64)
+    for decay in (0.0, 0.1):
+        model = net()
+        optimizer = fam(model, every=1)
+        loss = F.cross_entropy(model(x), y) + decay * sum(p.square().sum() for p in model.parameters())
+        optimizer.regularize(loss).backward()
+        optimizer.step()
+        kappas.append(optimizer.last_kappa.item())
+    assert kappas[0] == pytest.approx(kappas[1], rel=1e-12)
+
+
 def test_a_loss_without_a_graph_is_refused() -> None:
     model = net()
     optimizer = fam(model, every=1)
