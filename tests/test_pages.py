@@ -95,7 +95,7 @@ def test_python_blocks_run_in_order_in_one_namespace(
 
 
 def test_pages_have_code() -> None:
-    assert len(blocks(ROOT / "README.md", "python")) == 1
+    assert len(blocks(ROOT / "README.md", "python")) == 3
     assert len(blocks(ROOT / "fam_optim" / "README.md", "python")) > 10
 
 
