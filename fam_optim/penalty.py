@@ -6,12 +6,14 @@ import itertools
 import warnings
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fam_optim.compilation import opaque
 from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import flags, nodes
@@ -105,6 +107,7 @@ class Penalty:
         """`add`; the loss itself where lam is 0."""
         return self.add(loss) if self.lam else loss
 
+    @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self, trained: Iterable[Tensor]) -> None:
         """Raises RuntimeError if no step may be made on the gradients of what is trained."""
         self.ledger.check(self.names)

@@ -94,7 +94,8 @@ def has_sparse_gradient(node: Node) -> bool:
 def product_of_call(end: Node) -> Node | None:
     """The product with the weight below the node that makes a layer's output; None if it is not found."""
     node: Node | None = end
-    while node is not None and kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias"):
+    # The bias is added by itself where the input is not contiguous.
+    while node is not None and kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias", "Add"):
         node = node.next_functions[0][0]
     return node if node is not None and kind(node) in ("Addmm", "Mm", "Convolution") else None
 

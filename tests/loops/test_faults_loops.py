@@ -280,6 +280,34 @@ def test_what_is_no_call_of_the_layer_is_no_false_refusal(where: str) -> None:
     assert kappa.isfinite()
 
 
+LAYOUTS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "vector": (lambda: nn.Linear(4, 3), lambda x: x[0]),
+    "sequence": (lambda: nn.Linear(4, 3), lambda x: x.view(2, 3, 4)),
+    "not contiguous": (lambda: nn.Linear(3, 3), lambda x: x.view(2, 1, 3, 4).transpose(2, 3)),
+    "expanded": (lambda: nn.Linear(4, 3), lambda x: x[:, None].expand(6, 2, 4)),
+    "no bias": (lambda: nn.Linear(3, 3, bias=False), lambda x: x.view(2, 3, 4).mT),
+    "convolution": (lambda: nn.Conv1d(2, 3, 2), lambda x: x.view(3, 2, 4)),
+    "one image": (lambda: nn.Conv1d(6, 3, 2), lambda x: x),
+    "padded": (lambda: nn.Conv1d(2, 3, 2, padding=1, padding_mode="circular"), lambda x: x.view(3, 2, 4)),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 3, 2), lambda x: x.view(3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_of_a_layers_input_is_seen(name: str) -> None:
+    make, arrange = LAYOUTS[name]
+    for requires_grad in (False, True):
+        layer, x = make(), X.clone().requires_grad_(requires_grad)
+
+        def loss_of(layer: nn.Module = layer, x: Tensor = x) -> Tensor:
+            return layer(arrange(x)).tanh().square().mean() + layer(arrange(x + 1)).square().mean()
+
+        kappa = measured(loss_of, layer, mode="full")
+        assert_close([kappa], [true_kappa(loss_of, layer)], name, 1e-10)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert measured(loss_of, layer, mode="hutchinson").isfinite()
+
+
 def replaced(model: nn.Sequential, how: str) -> Any:
     layer = model[2]
     if how == "on the instance":
