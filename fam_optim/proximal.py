@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fam_optim.compilation import opaque
-from fam_optim.estimators.resolvent import LowRank, frobenius, squared_product
+from fam_optim.estimators.resolvent import Dense, LowRank, frobenius, squared_product
 from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
 from fam_optim.estimators.running_mean import RunningMean, stack
 from fam_optim.graph import nodes
@@ -71,7 +71,7 @@ class Proximal:
         steps: of the base, so far.
         seed: of the signs, together with the number of the step and the process.
         means: T of every weight.
-        last_kappa: ``||A^T W'||_F^2`` of the last due step, over all weights: an unbiased kappa of its loss.
+        last_kappa: ``||A^T W||_F^2`` of the last due step, over all weights: an unbiased kappa of its loss.
         given: whether `regularize` was called since the last step.
     """
 
@@ -226,12 +226,17 @@ class Proximal:
         size = frobenius(a)
         live = (size > 0) & (size < torch.inf)  # an expert may be run on no tokens
         a = torch.where(live[:, None, None], a, 0)
-        t = LowRank(a, w) if of_rows else self.means.add(numbers, a, w)
-        twice_c = self.lam * self.every * frobenius(w - old) / t.pull
+        if of_rows:
+            t: Dense | LowRank = (of_batch := LowRank(a, w))
+            kappa = of_batch.at_w.square().sum()
+        else:
+            t = self.means.add(numbers, a, w)
+            kappa = squared_product(a, w)
+        twice_c = self.lam * self.every * frobenius(old.sub_(w)) / t.pull
         moved = t.solve(torch.where(live & twice_c.isfinite(), twice_c, 0))
         for x, new in zip(weights, moved, strict=True):
             x.parameter.copy_(x.back(new))
-        return squared_product(a, old)
+        return kappa
 
     def _of_all_processes(self, roots: dict[int, Tensor]) -> dict[int, Tensor]:
         """A of the whole batch: zero of a weight that no process uses."""

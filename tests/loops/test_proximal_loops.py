@@ -659,7 +659,7 @@ def test_weight_decay_in_the_loss_is_no_curvature() -> None:
     x, y = samples(0, 8, dtype=torch.float64)
     for decay in (0.0, 0.1):
         model = net()
-        optimizer = fam(model, every=1)
+        optimizer = fam(model, every=1, lr=0.0)
         loss = F.cross_entropy(model(x), y) + decay * sum(p.square().sum() for p in model.parameters())
         optimizer.regularize(loss).backward()
         optimizer.step()
