@@ -17,6 +17,7 @@ sampled outputs every 10 steps, Liu et al. 2024.
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fam_optim.compilation import opaque
 from fam_optim.estimators.resolvent import Dense, LowRank, frobenius, squared_product
-from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
+from fam_optim.estimators.roots import Roots, Rows, added, joined, products_of_rows, sample_roots
 from fam_optim.estimators.running_mean import RunningMean, stack
 from fam_optim.graph import nodes
 from fam_optim.graph.losses import find_outputs
@@ -37,8 +38,7 @@ from fam_optim.parallel import Replicas, unsunk
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-from fam_optim.estimators.roots import Roots
-
+_SEEN = "fam_optim.seen"
 STACKED = 1 << 16
 """Weights of one shape with no more entries than this are stacked, to spare calls."""
 
@@ -148,11 +148,12 @@ class Proximal:
             outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
             # The square of a weight itself is weight decay, and no output of the network.
             outputs = [o for o in outputs if not all(nodes.is_leaf(edge.node) for edge in o.edges)]
+            alone = self._replicas.group is None
             self._recognised = True
-            if not self.due:
+            if not self.due or _is_seen(loss, self):
                 return
             # g has the same size on all processes, however many rows they have.
-            rows = products_of_rows(reached, self.weights) if self._replicas.group is None else {}
+            rows = products_of_rows(reached, self.weights) if alone else {}
             taken = Taken(sample_roots(reached, outputs, self.weights, rows, self._generator, self.n_samples))
         loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
         for earlier in self._taken:
@@ -292,6 +293,14 @@ class Proximal:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
+
+
+def _is_seen(loss: Tensor, proximal: Proximal) -> bool:
+    """Whether A of a loss was taken before: by regularize(), of a loss that a closure then backpropagates."""
+    by = nodes.metadata(loss.grad_fn).setdefault(_SEEN, weakref.WeakSet())  # type: ignore[arg-type]
+    known = proximal in by
+    by.add(proximal)
+    return known
 
 
 def _draw_seed(generator: torch.Generator) -> int:

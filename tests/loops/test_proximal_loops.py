@@ -134,6 +134,28 @@ def test_losses_may_be_stacked_before_one_backward() -> None:
         assert torch.allclose(p, q, rtol=0, atol=1e-12)
 
 
+def test_a_loss_is_taken_once() -> None:
+    """Regularised in a closure that backpropagates it, or regularised twice."""
+    results = []
+    for how in ("once", "in a closure", "twice"):
+        model = net()
+        optimizer = fam(model, every=1)
+        x, y = samples(0, 16, dtype=torch.float64)
+
+        def loss(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(model(x), y)
+
+        if how == "in a closure":
+            optimizer.step(lambda o=optimizer, loss=loss: o.regularize(loss()).backward())
+        else:
+            regularized = optimizer.regularize(loss())
+            (optimizer.regularize(regularized) if how == "twice" else regularized).backward()
+            optimizer.step()
+        results.append(model)
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
 def test_zeroing_between_the_loss_and_its_backward() -> None:
     one, other = net(), net()
     trained(one, fam(one), 4)
