@@ -17,11 +17,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
-from torch import nn
 
-from fam_optim import dataset_relative_flatness, weight_layers
+from fam_optim import layer_flatness
 from recipes.engine.batches import first, ordered
-from recipes.engine.optimizers import GAUSS_NEWTON, settings
+from recipes.engine.optimizers import settings
 from recipes.engine.task import Source
 from recipes.engine.training import Conditions, train
 from recipes.shared.command import Options, Recipe, fresh, out
@@ -29,15 +28,6 @@ from recipes.shared.pictures import SERIES, legend_above, looks, panels, tidy
 from recipes.shared.results import CPU
 from recipes.shared.tables import table as make_table
 from recipes.tasks import Trained, load_task, trained
-
-
-def by_layer(model: nn.Module, loss: Any, batches: Any) -> dict[str, float]:
-    """kappa of every weight layer by name."""
-    names = {id(layer): name for name, layer in (*model.named_parameters(), *model.named_modules())}
-    return {
-        names[id(layer)]: dataset_relative_flatness(model, layer, loss, batches, **GAUSS_NEWTON).item()
-        for layer in weight_layers(model)
-    }
 
 
 def runs_asked(options: Options) -> list[Trained]:
@@ -63,7 +53,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
         batches = ordered(first(run.data.train, run.task.kappa_samples), run.config["batch_size"])
         of = {"task": run.config["task"], "label": run.label, "seed": run.config["seed"]}
         for epoch, model in run.networks.items():
-            kappas = by_layer(model, run.task.loss, batches)
+            kappas = layer_flatness(model, run.task.loss, batches, n_samples=4)
             rows += [
                 {**of, "epoch": epoch, "layer": layer, "kappa": kappa} for layer, kappa in kappas.items()
             ]

@@ -26,7 +26,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     rows = []
     for name in options.tasks:
         torch.manual_seed(options.seed)
-        _, found = prepared(CASES[name].build(), chosen(list(CANDIDATES), name), CPU)
+        _, found = prepared(CASES[name].build(), chosen(list(CANDIDATES), name), CPU, weighed=False)
         rows.append({"task": name, "candidates": found})
     return rows
 

@@ -10,6 +10,7 @@ Both end in a cross-entropy on a batch of 64 random samples with random labels.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from recipes.shared import timing
-from recipes.shared.command import Options, device, number, positive
+from recipes.shared.command import Options, device, positive
 from recipes.shared.pictures import legend_above, looks, panels, tidy
 from recipes.shared.problem import Problem
 from recipes.shared.tables import table as make_table
@@ -36,7 +37,6 @@ QUADRATIC_LIMIT = 7000
 TOLERANCE = 1e-6  # of the check, relative
 OPTIONS: dict[str, dict[str, Any]] = {  # of both recipes
     "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
-    "--limit": {"type": number, "default": 20.0, "help": "seconds; slower methods end at that size"},
     "--device": {"type": device, "default": torch.device("cpu"), "help": "cpu (default), cuda, ..."},
 }
 SMOKE = {"rounds": 3}
@@ -75,23 +75,21 @@ def sweep(
 ) -> Iterator[tuple[Problem, dict[str, Any]]]:
     """Every size of both families: check, then time. Yields the problem and one row per method.
 
-    A quadratic method is left out of large layers, and any beyond the size where it took over the limit.
+    A quadratic method is left out of large layers.
     """
     for family, sizes in SIZES.items():
-        slow: set[str] = set()
         for m in sizes[:3] if options.smoke else sizes:
             problem = build(family, m).copy(device=options.device)
             d, weights = len(problem.weight), problem.weight.numel()
             chosen = {
                 label: method
                 for label, method in methods.items()
-                if label not in slow and (weights <= QUADRATIC_LIMIT or not method.quadratic)
+                if weights <= QUADRATIC_LIMIT or not method.quadratic
             }
             check(problem.copy(torch.float64), chosen, expected)
-            for label, seconds in alternate(problem, chosen, options).items():
+            calls = {label: partial(method.run, problem) for label, method in chosen.items()}
+            for label, seconds in timing.alternate(calls, options.rounds, options.device).items():
                 middle, quartiles = timing.median(seconds)
-                if middle > options.limit:
-                    slow.add(label)
                 size = {"family": family, "d": d, "m": m, "weights": weights}
                 times = {"seconds": middle, "quartiles": quartiles, "calls": len(seconds)}
                 yield problem, {**size, "method": label, **times}
@@ -107,17 +105,6 @@ def check(problem: Problem, methods: Mapping[str, Method], expected: Callable[[P
         if abs(answer - reference) > TOLERANCE * abs(reference):
             shape = tuple(problem.weight.shape)
             raise RuntimeError(f"{label}, layer {shape}: expected {reference}, got {answer}")
-
-
-def alternate(problem: Problem, methods: Mapping[str, Method], options: Options) -> dict[str, list[float]]:
-    """Seconds of every call, the methods in alternation.
-
-    A first call of each warms up; one that takes over the limit is not repeated.
-    """
-    calls = {label: lambda run=method.run: run(problem) for label, method in methods.items()}
-    first = timing.alternate(calls, 1, options.device, warm_up=0)
-    fast = {label: call for label, call in calls.items() if first[label][0] <= options.limit}
-    return first | timing.alternate(fast, options.rounds, options.device, warm_up=0)
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
