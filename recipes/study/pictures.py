@@ -35,8 +35,8 @@ FLATTENED_NAMES = {
 BY_TIME = ("SGD", "noise, hidden layers", "SAM", "LookSAM, k = 5", "FAM, hidden, detached", "FAM, proximal")
 LOST = 5.0  # points that the picture for choosing lam shows
 LOOKS: dict[str, Any] = looks([*GAINS, *BY_TIME])
+LOOKS |= looks(["SGD", "first", "last but one"])
 LOOKS["base"] = LOOKS["SGD"]
-LOOKS |= looks(["first", "last but one"])
 
 
 def draw(found: Found, costs: Mapping[str, Any], folder: Path) -> None:
