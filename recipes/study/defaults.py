@@ -110,6 +110,12 @@ def other_rates(results: Results) -> Iterator[Trial]:
         yield trial(of(task, noise), method, DEFAULTS[method], seed, **settings)
 
 
+def half(results: Results) -> Iterator[Trial]:
+    """The proximal step at half its lam with AdamW, which a pilot had found to be safer."""
+    for seed, key in product(DEFAULT_SEEDS, WITH_ADAMW):
+        yield trial(of(*key), "FAM, proximal", 0.5, seed, **ADAMW, variant="half", tested=True)
+
+
 def bar(results: Results) -> Iterator[Trial]:
     """SGD with searched learning rate and weight decay on the same seeds."""
     for seed, condition in product(DEFAULT_SEEDS, cheap_first()):

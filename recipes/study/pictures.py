@@ -13,7 +13,6 @@ from recipes.study import search, tables
 from recipes.study.analysis import Results, values_of, where, with_interval
 from recipes.study.conditions import of
 from recipes.study.defaults import GRID
-from recipes.study.methods import METHODS
 from recipes.study.report import Found, without_a_search
 
 GAINS = (
@@ -35,8 +34,9 @@ FLATTENED_NAMES = {
 }
 BY_TIME = ("SGD", "noise, hidden layers", "SAM", "LookSAM, k = 5", "FAM, hidden, detached", "FAM, proximal")
 LOST = 5.0  # points that the picture for choosing lam shows
-LOOKS: dict[str, Any] = looks([*METHODS, *GAINS])
-LOOKS |= {method: looks(FLATTENED_NAMES.values())[name] for method, name in FLATTENED_NAMES.items()}
+LOOKS: dict[str, Any] = looks([*GAINS, *BY_TIME])
+LOOKS |= looks(["SGD", "first", "last but one"])
+LOOKS["base"] = LOOKS["SGD"]
 
 
 def draw(found: Found, costs: Mapping[str, Any], folder: Path) -> None:

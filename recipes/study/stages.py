@@ -11,6 +11,7 @@ from recipes.study.trial import Trial
 
 STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
     "defaults": defaults.defaults,
+    "half": defaults.half,
     "other_rates": defaults.other_rates,
     "sgd": search.sgd,
     "bar": defaults.bar,
