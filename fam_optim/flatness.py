@@ -21,7 +21,7 @@ from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.estimators.measure import MEASURES
 from fam_optim.estimators.softmax import closed_form
-from fam_optim.graph import errors, nodes
+from fam_optim.graph import calls, errors
 from fam_optim.graph.recomputation import counted_once
 from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
@@ -247,7 +247,7 @@ def _matrix(tail: Tail) -> Tensor:
 
 def _check_one_weight(weight: Tensor, others: Sequence[Tensor]) -> None:
     """Raises RuntimeError unless all are computed alike from the same parameters, to the same numbers."""
-    alike = all(nodes.computed_alike(weight, other) for other in others)
+    alike = all(calls.computed_alike(weight, other) for other in others)
     if not (alike and all(torch.equal(weight, other) for other in others)):
         raise RuntimeError(
             "the calls of the layer that the loss depends on were made with different weights "

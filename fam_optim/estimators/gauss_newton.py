@@ -110,7 +110,7 @@ def _shared(
             {shown[0][axis].strides.get((edge.node, edge.output_nr), SUM) for edge in output.edges}
             for output in jacobian.outputs
         ]
-        if len(lengths) > 1 or any(len(of) > 1 or SUM in of for of in strides):
+        if len(lengths) > 1 or any(len(of) > 1 or min(of) <= SUM for of in strides):
             continue
         axes.append(axis)
         for of_output, (stride,) in zip(digits, strides, strict=True):

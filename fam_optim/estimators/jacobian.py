@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from fam_optim.graph import errors, nodes
+from fam_optim.graph import calls, errors, nodes
 from fam_optim.graph.corrections import corrected
 from fam_optim.graph.losses import cotangents, find_outputs
 from fam_optim.graph.trace import path_of
@@ -88,7 +88,7 @@ class Jacobian:
         return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
 
     def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
-        weight = nodes.weight_of_convolution(edge.node)
+        weight = calls.weight_of_convolution(edge.node)
         if weight is None or nodes.results(edge.node)[0].dtype in LOW_PRECISION:  # under autocast, say
             return use.pull(delta)
         # The forward's own node, which spares the convolution that `pull` builds a graph with.

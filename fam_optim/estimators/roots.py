@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.graph import errors, nodes
+from fam_optim.graph import calls, errors, nodes
 from fam_optim.graph.independence import independent
 from fam_optim.graph.losses import cotangents
 from fam_optim.graph.reach import above, product_on_vectors
@@ -86,7 +86,7 @@ def sample_roots(
             unscaled = at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
             root: Root
             if i in products:
-                root = Rows(unscaled, at_least_float32(nodes.first_factor(products[i])))
+                root = Rows(unscaled, at_least_float32(calls.first_factor(products[i])))
             else:
                 root = weights[i].of(unscaled.to_dense() if g.is_sparse else unscaled)
             roots.setdefault(i, []).append(root)

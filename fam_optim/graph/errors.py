@@ -20,12 +20,17 @@ _MATH_ATTENTION = (
     "Fused attention has no second derivative: run the forward under "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 )
+_PLAIN_RNN = (
+    "Fused recurrent kernels have no second derivative: run the forward under "
+    "torch.backends.cudnn.flags(enabled=False), on the CPU torch.backends.mkldnn.flags(enabled=False)."
+)
+_FUSED = {"ScaledDotProduct": _MATH_ATTENTION, "CudnnRnn": _PLAIN_RNN}
+_FUSED |= {"MiopenRnn": _PLAIN_RNN, "ThnnFused": _PLAIN_RNN}
 _REMEDIES = (  # by what torch's message contains
     (r"scaled_dot_product|_efficient_attention|_flash_attention|_cudnn_attention", _MATH_ATTENTION),
     (
         r"_cudnn_rnn|CuDNN RNN|miopen_rnn|_thnn_fused_(lstm|gru)|mkldnn_rnn|_thnn_differentiable",
-        "Fused recurrent kernels have no second derivative: run the forward under "
-        "torch.backends.cudnn.flags(enabled=False), on the CPU torch.backends.mkldnn.flags(enabled=False).",
+        _PLAIN_RNN,
     ),
     (
         r"use_reentrant",
@@ -89,7 +94,7 @@ def remedy(error: RuntimeError) -> str | None:
 
 
 def check_differentiable(path: Iterable[Node]) -> None:
-    """Raises RuntimeError for nodes whose second derivatives torch gives wrong without a word."""
+    """Raises RuntimeError for nodes whose second derivatives torch gives wrong without a word, or misses."""
     for node in path:
         # torch refuses only where the region's backward depends on what requires gradients, and takes
         # second derivatives for zero elsewhere: in a compiled cross-entropy, say.
@@ -101,6 +106,9 @@ def check_differentiable(path: Iterable[Node]) -> None:
                 "torch.compiler.disable on what follows. (A softmax cross-entropy right on the layer's "
                 "output needs none: only the loss must be outside.)"
             )
+        for fused, text in _FUSED.items():  # torch's own error comes late, in the backward of kappa
+            if nodes.kind(node).startswith(fused):
+                raise RuntimeError(f"kappa needs second derivatives of what follows the layer. {text}")
         # Backwards of DTensor's conversions lose their own graph; collectives would mix processes.
         if nodes.communicates(node):
             raise RuntimeError(

@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     Result = tuple[Node, int]
 
 SUM = 0
-"""In place of a stride: every entry is a sum of functions of one group each."""
+"""In place of a stride: every entry is a sum of functions of one group each. Where all entries are computed
+from group i alone, it is ``-1 - i``."""
 
 
 class Groups(NamedTuple):
     """What the graph shows about groups.
 
     Attributes:
-        strides: by node and number of its result, the stride of the digit (`operations.moved`), or `SUM`.
+        strides: by node and number of its result, the stride of the digit (`operations.moved`), or what
+            stands in its place: see `SUM`.
         dependent: nodes between which and the loss groups may interact.
     """
 
@@ -80,10 +82,12 @@ def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) ->
 def _after(
     node: Node, output: int, operands: list[tuple[int, Result]], strides: Mapping[Result, int], length: int
 ) -> int | None:
-    """The digit's stride in a result, `SUM`, or None where groups may interact."""
+    """The digit's stride in a result, or what stands in its place; None where groups may interact."""
     kind, result = nodes.kind(node), nodes.shape(node, output)
     before = {strides[edge] for _, edge in operands}
-    if SUM not in before:
+    if len(before) == 1 and min(before) < SUM:
+        return min(before)
+    if min(before) > SUM:
         shapes = [(i, nodes.shape(*edge), strides[edge]) for i, edge in operands]
         after = {operations.moved(node, kind, i, shape, result, s, length) for i, shape, s in shapes}
         if len(after) == 1 and None not in after:
@@ -91,6 +95,9 @@ def _after(
         entrywise = kind in operations.ENTRYWISE_LOSSES and len({shape for _, shape, _ in shapes}) == 1
         if entrywise and len(before) == 1 and result.numel() == 1:
             return SUM
+        if kind == "Select" and (place := operations.axis_of_digit(shapes[0][1], shapes[0][2], length)):
+            axis, inner = place
+            return -1 - nodes.selected(node, shapes[0][1][axis]) // inner % length
     return SUM if operations.is_linear(kind, [i for i, _ in operands]) else None
 
 

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 DDP_SINK = "_DDPSink"
 """An autograd.Function that passes on what a model wrapped in DDP returns."""
 
-PRODUCTS = ("Addmm", "Mm", "Bmm")
-TRANSPOSES = ("T", "Transpose", "Permute")
-SAME_NUMBERS = ("Alias", "Expand", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View")
-"""What keeps every number of a weight, on its way into a product."""
-
 FSDP_POST_BACKWARD = "RegisterPostBackwardFunction"
 """An autograd.Function on the inputs of a module sharded by FSDP2."""
 
@@ -66,83 +61,9 @@ def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
     return [edge for edge in node.next_functions if edge[0] is not None][rank : rank + 1]
 
 
-def weight_of_convolution(node: Node) -> tuple[Node, int] | None:
-    """What made the weight, if the node is a convolution whose weight has a derivative."""
-    if kind(node) != "Convolution":
-        return None
-    below, output = node.next_functions[1]
-    return None if below is None else (below, output)
-
-
-def is_unscaled(node: Node) -> bool:
-    """Whether a matrix product, with a bias or without, comes without a factor of its own."""
-    return bool(getattr(node, "_saved_alpha", 1) == 1)
-
-
-def first_factor(node: Node) -> torch.Tensor:
-    """What an Addmm or Mm multiplies with its second factor, whose derivative needs it."""
-    name = "_saved_mat1" if kind(node) == "Addmm" else "_saved_self"
-    factor: torch.Tensor = getattr(node, name)
-    return factor
-
-
 def has_sparse_gradient(node: Node) -> bool:
     """Whether the node is an embedding whose weight gets a sparse gradient."""
     return kind(node).startswith("Embedding") and bool(getattr(node, "_saved_sparse", False))
-
-
-def product_of_call(end: Node) -> Node | None:
-    """The product with the weight below the node that makes a layer's output; None if it is not found."""
-    node: Node | None = end
-    # The bias is added by itself where the input is not contiguous.
-    while node is not None and kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias", "Add"):
-        node = node.next_functions[0][0]
-    return node if node is not None and kind(node) in ("Addmm", "Mm", "Convolution") else None
-
-
-def transposed_weight(product: Node) -> Node | None:
-    """The transpose that F.linear makes of its weight, anew in every call, if the weight has a derivative."""
-    return None if kind(product) == "Convolution" else product.next_functions[-1][0]
-
-
-def is_derivative_through(node: Any, product: Node, weight: torch.Tensor) -> bool:
-    """Whether `node` belongs to a derivative, taken in the forward, with respect to what `product` multiplies
-    with `weight`: there the weight counts beside the product."""
-    if kind(product) == "Convolution":
-        # A derivative with respect to the weight alone does not contain it; its first result has no shape.
-        through = node.name().startswith("ConvolutionBackwardBackward") and len(shape(node, 0)) > 0
-        return through and node.next_functions[1:3] == product.next_functions[:2]
-    if transposed_weight(product) is not None:
-        return node is not product and any(n is transposed_weight(product) for n, _ in node.next_functions)
-    # A frozen weight leaves no trace but the numbers that the derivative was multiplied with.
-    if kind(node) != "Mm" or node.next_functions[1][0] is not None:
-        return is_derivative(node)
-    other = node._saved_mat2
-    if other is None or other.data_ptr() != weight.data_ptr():
-        return False
-    return bool(other.shape == weight.shape and other.stride() == weight.stride())
-
-
-def computed_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors were computed by the same operations from the same tensors, as far as the graph
-    shows it."""
-    if left is right or not (left.requires_grad or right.requires_grad):
-        return True
-    return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)
-
-
-def same_graph(left: Node | None, right: Node | None) -> bool:
-    """Whether two graphs are of the same operations, down to nodes that they share."""
-    if left is right:
-        return True
-    if left is None or right is None or left.name() != right.name():
-        return False
-    below = list(zip(left.next_functions, right.next_functions, strict=False))
-    return (
-        len(left.next_functions) == len(right.next_functions) > 0
-        and settings(left) == settings(right)
-        and all(a[1] == b[1] and same_graph(a[0], b[0]) for a, b in below)
-    )
 
 
 def metadata(node: Node) -> dict[str, Any]:
@@ -220,6 +141,11 @@ def picked_axes(node: Any) -> range:
     return range(picked[0] if side_by_side else 0, picked[-1] + 1)
 
 
+def selected(node: Any, length: int) -> int:
+    """Which place along an axis of some length ``x[:, place]`` takes."""
+    return _from_front(node._saved_index, length)
+
+
 def other_operand(node: Any, position: int) -> torch.Tensor | None:
     """What a product or quotient multiplies its operand at `position` with, or divides it by, or a gather's
     index; None if the node does not keep it."""
@@ -282,6 +208,11 @@ def is_derivative(node: Node) -> bool:
     return node.name().count("Backward") > 1
 
 
+def is_derivative_of_layer_norm(node: Node) -> bool:
+    """Whether `node` is of a derivative of layer_norm."""
+    return node.name().startswith("NativeLayerNormBackwardBackward")
+
+
 def has_no_second_derivative(node: Node) -> bool:
     """Whether `node` is of an autograd.Function whose backward is marked with once_differentiable."""
     function = getattr(type(node), "_forward_cls", None)
@@ -291,16 +222,6 @@ def has_no_second_derivative(node: Node) -> bool:
 
 
 _ONCE_DIFFERENTIABLE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
-
-
-def may_be_derivative(node: Node) -> bool:
-    """Whether `node` is of a derivative, or multiplies with a constant, as one of a frozen layer does."""
-    return is_derivative(node) or (node.name().startswith("Mm") and node.next_functions[1][0] is None)
-
-
-def is_derivative_of_layer_norm(node: Node) -> bool:
-    """Whether `node` is of a derivative of layer_norm."""
-    return node.name().startswith("NativeLayerNormBackwardBackward")
 
 
 def is_scalar(node: Node) -> bool:

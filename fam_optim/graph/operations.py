@@ -33,6 +33,7 @@ MOVES = VIEWS | PERMUTATIONS | PARTS | _kinds("Expand Index Flip Roll")
 
 ADDITIONS = _kinds("Add Sub Rsub Neg")
 PRODUCTS = _kinds("Mul Dot Mv Mm Bmm")
+MATRIX_PRODUCTS = _kinds("Addmm Mm Bmm")
 LINEAR = MOVES | ADDITIONS
 LINEAR |= _kinds("Sum Mean NllLoss NllLoss2D Cat Stack MaskedFill MaskedSelect Where Gather Cumsum Repeat")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fam_optim.graph import nodes
+from fam_optim.graph import calls, nodes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -78,7 +78,7 @@ def product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node 
         kind = nodes.kind(node)
         if kind in ("Addmm", "Mm"):
             second_factor, _ = node.next_functions[-1]
-            whole = second_factor is below and not transposed and nodes.is_unscaled(node)
+            whole = second_factor is below and not transposed and calls.is_unscaled(node)
             return node if whole else None
         if kind == "T" and transposed:
             transposed = False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from fam_optim.graph import nodes
+from fam_optim.graph import calls, nodes, operations
 from fam_optim.graph.reach import above
 from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
@@ -178,7 +178,7 @@ def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_
     One taken behind the layer is a function of z like any other. One taken through the layer multiplies with
     W, beside ``z = lin(phi; W)``, and only the weight sees both.
     """
-    derivatives = [node for node in parents if nodes.may_be_derivative(node)]
+    derivatives = [node for node in parents if calls.may_be_derivative(node)]
     path = above([one.edge.node for one in found], parents) if derivatives else frozenset()
     if any(nodes.is_derivative_of_layer_norm(node) for node in derivatives if node in path):
         raise RuntimeError(
@@ -187,17 +187,17 @@ def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_
         )
     for _, use, edge in found:
         use.check()
-        product = nodes.product_of_call(edge.node)
+        product = calls.product_of_call(edge.node)
         if product is None or not isinstance(use, LayerUse):
             continue
-        transposed = nodes.transposed_weight(product)
+        transposed = calls.transposed_weight(product)
         suspects = derivatives if transposed is None else parents.get(transposed, ())
         if isinstance(use, Conv1DUse) and transposed is not None:
             # All calls share the weight as it is stored, and a derivative multiplies with its transpose.
-            through = any(nodes.kind(node) in nodes.TRANSPOSES for node in suspects)
+            through = any(nodes.kind(node) in operations.PERMUTATIONS for node in suspects)
         else:
             weight = use.weight.mT if isinstance(use, Conv1DUse) else use.weight
-            through = any(nodes.is_derivative_through(node, product, weight) for node in suspects)
+            through = any(calls.is_derivative_through(node, product, weight) for node in suspects)
         if through:
             raise RuntimeError(
                 "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential "

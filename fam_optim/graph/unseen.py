@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.autograd.graph import get_gradient_edge
 
-from fam_optim.graph import nodes
+from fam_optim.graph import calls, nodes, operations
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import describe
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from fam_optim.layer.use import Use
+
+
+_SAME_NUMBERS = operations.VIEWS | {"Expand"}
 
 
 def check_all_seen(
@@ -57,7 +60,7 @@ def _unseen(layer: Observation) -> str:
 def _recorded_products(parents: Mapping[Node, Sequence[Node]]) -> set[Node | None]:
     """The products of all calls that were recorded, of whatever layer, and not forgotten."""
     found = ((node, recorded_use(node)) for node in parents)
-    return {nodes.product_of_call(node) for node, record in found if record and not record[0].is_released}
+    return {calls.product_of_call(node) for node, record in found if record and not record[0].is_released}
 
 
 def _weights(layer: Observation, uses: Sequence[Use]) -> set[Node]:
@@ -81,13 +84,13 @@ def _products(start: Node, parents: Mapping[Node, Sequence[Node]], layer: Observ
         for above in set(parents.get(node, ())):
             kind = nodes.kind(above)
             operands = [below for below, _ in above.next_functions]
-            if kind in nodes.TRANSPOSES:
+            if kind in operations.PERMUTATIONS:
                 stack.append((above, not transposed))
-            elif kind in nodes.SAME_NUMBERS:
+            elif kind in _SAME_NUMBERS:
                 stack.append((above, transposed))
             else:
                 of_weight = kind == "Convolution" and operands[1] is node
-                if kind in nodes.PRODUCTS:
+                if kind in operations.MATRIX_PRODUCTS:
                     of_weight = transposed and operands[-1] is node and operands[-2] is not start
                 if of_weight and _has_bias(above, parents, layer.module.bias):
                     yield above
@@ -103,13 +106,13 @@ def _has_bias(product: Node, parents: Mapping[Node, Sequence[Node]], bias: Any) 
         node = stack.pop()
         if any(_origin(below) is begins for below, _ in node.next_functions):
             return True
-        same = (above for above in parents[node] if nodes.kind(above) in (*nodes.SAME_NUMBERS, "Add"))
+        same = (above for above in parents[node] if nodes.kind(above) in _SAME_NUMBERS | {"Add"})
         stack.extend(same if node is product or nodes.kind(node) != "Add" else ())
     return False
 
 
 def _origin(node: Node | None) -> Node | None:
     """What a node has all its numbers from."""
-    while node is not None and nodes.kind(node) in nodes.SAME_NUMBERS:
+    while node is not None and nodes.kind(node) in _SAME_NUMBERS:
         node = node.next_functions[0][0]
     return node

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fam_optim.graph import flags, nodes
+from fam_optim.graph import calls, flags
 from fam_optim.layer.convolution import CONVOLUTIONS, TRANSPOSED, ConvTransposeUse, ConvUse
 from fam_optim.layer.use import (
     Conv1DUse,
@@ -109,7 +109,7 @@ def _is_same(use: LayerUse, bias: Tensor | None, output: Tensor, seen: bool) -> 
     except RuntimeError:  # not even of fitting shapes
         return False
     graph = computed.requires_grad and output.requires_grad
-    if output.shape != computed.shape or (graph and not nodes.computed_alike(output, computed)):
+    if output.shape != computed.shape or (graph and not calls.computed_alike(output, computed)):
         return False
     if seen and flags.reading_waits(computed):
         return True

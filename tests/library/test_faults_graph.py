@@ -540,3 +540,20 @@ def test_tails_of_several_layers_are_those_of_each() -> None:
         assert alone is not None
         assert (alone.path, alone.ends, len(alone.uses)) == (tail.path, tail.ends, len(tail.uses))
     assert math.isclose(relative_flatness(loss, layers).item(), relative_flatness(loss, layers[:2]).item())
+
+
+# ------------------------------------------------------------------------------- fused kernels
+
+
+@pytest.mark.parametrize("mode", ["exact", "hutchinson", "full"])
+def test_fused_attention_is_refused_before_its_backward(mode: str) -> None:
+    """By Gauss-Newton's whole gradient too, whose value needs a first derivative only."""
+    layer = nn.Linear(4, 4)
+
+    def loss() -> Tensor:
+        q = layer(X)[None, None]
+        return CE(F.scaled_dot_product_attention(q, q, q)[0, 0], Y)
+
+    for curvature in ("hessian", "gauss_newton"):
+        with pytest.raises(RuntimeError, match=r"Fused attention has no second derivative.*SDPBackend.MATH"):
+            kappa(loss, layer, curvature=curvature, mode=mode)
