@@ -50,7 +50,7 @@ ENTRYWISE_LOSSES = _kinds("MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryC
 ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits"}
 """A loss of every entry, their sum, or their mean."""
 
-DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
+DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
 DISTANCES |= _kinds("CdistForward EuclideanDist")
 """What says how far something is off: a loss, a norm or a distance, or the last step of one written out."""
 

@@ -119,7 +119,6 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_index": ("one index for all classes", lambda: ROW.gather(0, torch.zeros(1, 4).long()), None),
     "_saved_sparse": ("sparse gradients", lambda: F.embedding(torch.tensor([0, 1]), ROW), False),
     "_saved_pad": ("which axes a padding moves", lambda: F.pad(ROW, (1, 2)), (1, 2)),
-    "_saved_sparse": ("embeddings", lambda: F.embedding(torch.tensor([0]), ROW, sparse=True), True),
     "_saved_other": ("factors", lambda: ROW * ROW.exp(), None),
     "_saved_alpha": ("a product's own factor", lambda: torch.addmm(ROW, ROW, ROW, alpha=2), 2),
     "_saved_mat1": ("phi of a Linear layer", lambda: torch.addmm(ROW, ROW, ROW), None),
