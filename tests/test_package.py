@@ -81,7 +81,7 @@ def test_the_readmes_first_block_runs(installed: Path, tmp_path: Path) -> None:
     after = """
         import fam_optim
         for _ in range(10):
-            optimizer.step(closure)
+            optimizer.step(lambda: (optimizer.zero_grad(), criterion(model(x), y))[1])
         assert optimizer.last_kappa > 0
         print(fam_optim.__file__)
     """
