@@ -152,9 +152,9 @@ def _square(
             return factor.square(g.movedim(0, 1).flatten(1))
         return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
     rows = [
-        f.through.reshape(*use.lead, -1)
+        f.product.reshape(*use.lead, -1)
         for f, use in zip(found, grouping.uses, strict=True)
-        if f.through is not None
+        if f.product is not None
     ]
     product = grouping.gather(rows) if len(rows) == len(found) else None
     scale, pulled = factor.pulled(delta, product)

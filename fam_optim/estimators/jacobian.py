@@ -51,11 +51,11 @@ class Jacobian:
         at_phi = [edge for edge in self._below.values() if edge is not None]
         found = self._backward(edges, at_z + at_phi, vectors, scale)
         deltas = iter(found[: len(at_z)])
-        through = iter(found[len(at_z) :])
-        return [[self._pulled(use, next(deltas), through) for use in uses] for uses in self.uses]
+        products = iter(found[len(at_z) :])
+        return [[self._pulled(use, next(deltas), products) for use in uses] for uses in self.uses]
 
-    def _pulled(self, use: Use, gradient: Tensor | None, through: Iterator[Tensor | None]) -> Pulled:
-        below = next(through) if self._below[use] is not None else None
+    def _pulled(self, use: Use, gradient: Tensor | None, products: Iterator[Tensor | None]) -> Pulled:
+        below = next(products) if self._below[use] is not None else None
         if gradient is None:
             return Pulled(use.matrix().detach().new_zeros(use.shape), None)
         delta = at_least_float32(gradient).reshape(use.shape)
@@ -124,7 +124,7 @@ class Pulled(NamedTuple):
     """A derivative at one use: ``delta``, in the shape of z, and ``delta W`` if that was formed anyway."""
 
     delta: Tensor
-    through: Tensor | None
+    product: Tensor | None
 
 
 _PRODUCTS = {"Addmm": 1, "Mm": 0}

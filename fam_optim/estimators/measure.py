@@ -101,8 +101,8 @@ class Neuronwise:
             return 1.0, rows @ self.matrix
         if product.requires_grad:
             return 1.0, product
-        known: Tensor = _KnownProduct.apply(rows, self.matrix, product)
-        return 1.0, known
+        attached: Tensor = _KnownProduct.apply(rows, self.matrix, product)
+        return 1.0, attached
 
     def inner(self, rows: Tensor) -> Tensor:
         if self.by_unit:
