@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from fam_optim.parallel import Replicas, unsunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from torch.autograd.graph import Node
 
 _SEEN = "fam_optim.seen"
 STACKED = 1 << 16
@@ -296,11 +298,18 @@ class Proximal:
 
 
 def _is_seen(loss: Tensor, proximal: Proximal) -> bool:
-    """Whether A of a loss was taken before: by regularize(), of a loss that a closure then backpropagates."""
-    by = nodes.metadata(loss.grad_fn).setdefault(_SEEN, weakref.WeakSet())  # type: ignore[arg-type]
-    known = proximal in by
-    by.add(proximal)
-    return known
+    """Whether A was taken before of a loss, or of what it is a multiple of or a sum with.
+
+    By regularize(), of a loss that a closure then backpropagates, scaled perhaps, as Lightning's does.
+    """
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if proximal in nodes.metadata(node).get(_SEEN, ()):
+            return True
+        stack.extend(below for below, _ in node.next_functions if below and nodes.is_scalar(below))
+    nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(proximal)
+    return False
 
 
 def _draw_seed(generator: torch.Generator) -> int:

@@ -23,8 +23,7 @@ class Dense:
 
     def solve(self, twice_c: Tensor) -> Tensor:
         """``(I + 2 c T)^-1 W``."""
-        inverse, _ = _inverse(twice_c, self.t)
-        return inverse @ self.w
+        return _solve(twice_c, self.t, self.w)[0]
 
 
 class LowRank:
@@ -42,8 +41,8 @@ class LowRank:
 
     def solve(self, twice_c: Tensor) -> Tensor:
         """``(I + 2 c T)^-1 W = W - 2 c A (I + 2 c A^T A)^-1 A^T W``."""
-        inverse, twice_c = _inverse(twice_c, self.gram)
-        return self.w - self.a @ (twice_c[..., None, None] * inverse @ self.at_w)
+        solved, twice_c = _solve(twice_c, self.gram, self.at_w)
+        return self.w - self.a @ (twice_c[..., None, None] * solved)
 
 
 def squared_product(a: Tensor, w: Tensor) -> Tensor:
@@ -64,15 +63,17 @@ def trace(t: Tensor) -> Tensor:
     return t.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _inverse(twice_c: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """``(I + 2 c t)^-1`` and 2 c, which is kept where rounding leaves the matrix positive definite.
+def _solve(twice_c: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """``(I + 2 c t)^-1 w`` and 2 c, which is kept where rounding leaves the matrix positive definite.
 
     No eigenvalue is below 1, so nobody needs to wait for Cholesky's error flag, and the inverse by itself is
-    as accurate as a solve, which takes up to twice the time.
+    as accurate as a solve. It takes less time unless w has far fewer columns than rows.
     """
     largest = 1 / (t.shape[-1] * torch.finfo(t.dtype).eps * trace(t))
     twice_c = torch.minimum(twice_c, largest)
     matrix = twice_c[..., None, None] * t
     matrix.diagonal(dim1=-2, dim2=-1).add_(1)
     factor, _ = torch.linalg.cholesky_ex(matrix, check_errors=False)
-    return torch.cholesky_inverse(factor), twice_c
+    if 2 * w.shape[-1] <= w.shape[-2]:
+        return torch.cholesky_solve(w, factor), twice_c
+    return torch.cholesky_inverse(factor) @ w, twice_c

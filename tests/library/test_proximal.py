@@ -220,9 +220,10 @@ def test_a_hook_on_the_weight_is_obeyed() -> None:
 
 @pytest.mark.parametrize("q", [3, 5, 12])
 @pytest.mark.parametrize("c", [1e-3, 1.0, 1e3])
-def test_resolvent_is_the_minimiser(q: int, c: float) -> None:
+@pytest.mark.parametrize("m", [4, 2])
+def test_resolvent_is_the_minimiser(m: int, c: float, q: int) -> None:
     torch.manual_seed(0)
-    w, a = torch.randn(5, 4), torch.randn(5, q)
+    w, a = torch.randn(5, m), torch.randn(5, q)
     right = reference.minimiser(w, a @ a.mT, torch.tensor(c))
     twice_c = torch.tensor(2 * c)
     for t, tolerance in ((Dense(a @ a.mT, w), 1e-12), (LowRank(a, w), 1e-10)):
