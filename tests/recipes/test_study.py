@@ -339,7 +339,7 @@ def test_gains_are_paired_by_seed() -> None:
     assert found == {CONDITIONS[0]: [3.0, 2.0]}
     worse = {CONDITIONS[1]: [-2.0, -4.0]}
     cells = [next(iter(column.cells)) for column in tables.summary({"SAM": found | worse}).columns]
-    assert cells == ["SAM", "-0.3 ± 34.9", "+2.5", "-3.0", "0 of 2", "0", "1", "-3.0"]
+    assert cells == ["SAM", "-0.2 ± 34.9", "+2.5", "-3.0", "0 of 2", "0", "1", "-3.0"]
 
 
 def test_points_lost_to_the_best_lam() -> None:
