@@ -135,7 +135,7 @@ def of_the_step(found: Found) -> Iterator[Captioned]:
     """lam, every, and the step's forms."""
     for stage, quantity, name in (
         ("step", "validation", "validation score, two seeds; the conditions by which the default was chosen"),
-        ("confirmation", "test_score", "test score, three fresh seeds; conditions that chose nothing"),
+        ("confirmation", "test_score", "test score, fresh seeds; conditions that chose nothing"),
     ):
         if found[stage]:
             yield Captioned(
