@@ -101,7 +101,7 @@ def report(folder: Path, console: Console) -> None:
     stages = read(folder)
     if not any(stages.values()):
         raise Missing(
-            f"{folder}: expected a folder with the study's results, such as {next(iter(STAGES))}.jsonl, and "
+            f"{folder}: expected a folder with the study's results, such as defaults.jsonl, and "
             "there are none; python -m recipes.study --out FOLDER makes them"
         )
     everything = list(chain(*stages.values()))

@@ -5,7 +5,7 @@ at least 0.05 where classes are learned. AdamW has 1e-3 and torch's own weight d
 with both searched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -97,7 +97,7 @@ TRIED_ON_REVIEWS = {"base": (0.0,), "FAM, proximal": (1.0, 0.5), "control, T = I
 
 def defaults(results: Results) -> Iterator[Trial]:
     """Every method at its default, seed by seed."""
-    for seed, condition in product(DEFAULT_SEEDS, cheap_first()):
+    for seed, condition in product(DEFAULT_SEEDS, with_a_rate(results, cheap_first())):
         for settings, (method, value) in product(bases(results, condition), DEFAULTS.items()):
             if METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes":
                 yield trial(condition, method, value, seed, **settings, variant="defaults", tested=True)
@@ -130,6 +130,11 @@ def bases(results: Results, condition: Condition) -> Iterator[dict[str, Any]]:
         yield ADAMW
 
 
+def with_a_rate(results: Results, conditions: Iterable[Condition]) -> list[Condition]:
+    """Those whose learning rate is known: the others wait for SGD's search."""
+    return [c for c in conditions if c.task in NOT_SEARCHED or not missing(results, sgd_of(results, c))]
+
+
 def rate(results: Results, condition: Condition) -> float:
     """SGD's usual learning rate."""
     if condition.task in NOT_SEARCHED:
@@ -140,8 +145,8 @@ def rate(results: Results, condition: Condition) -> float:
 
 def step(results: Results) -> Iterator[Trial]:
     """lam and every of the proximal step where they were chosen, by validation."""
-    for key, seed in product(sorted(CHOSEN_ON, key=lambda key: key[0] not in CHEAP), TUNING_SEEDS):
-        condition = of(*key)
+    wanted = [of(*key) for key in sorted(CHOSEN_ON, key=lambda key: key[0] not in CHEAP)]
+    for condition, seed in product(with_a_rate(results, wanted), TUNING_SEEDS):
         for settings, (lam, every) in product(bases(results, condition), GRID):
             yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every, variant="step")
 
@@ -150,6 +155,8 @@ def confirmation(results: Results) -> Iterator[Trial]:
     """The same where nothing was chosen, by test scores of fresh seeds; and the base alone."""
     for seed, (task, noise, changes) in product(FRESH_SEEDS, CONFIRMED_ON):
         condition = of(task, noise)
+        if not with_a_rate(results, [condition]):
+            continue
         settings = {
             **changes,
             "lr": rate(results, condition),
@@ -163,16 +170,17 @@ def confirmation(results: Results) -> Iterator[Trial]:
 
 def ablations(results: Results) -> Iterator[Trial]:
     """Other forms of the step, by validation."""
-    for seed, key, (name, form) in product(TUNING_SEEDS, ABLATED_ON, FORMS.items()):
-        settings = {"lr": rate(results, of(*key)), "variant": "ablations"}
-        yield trial(of(*key), name, form.lam, seed, **settings)
+    wanted = with_a_rate(results, [of(*key) for key in ABLATED_ON])
+    for seed, condition, (name, form) in product(TUNING_SEEDS, wanted, FORMS.items()):
+        settings = {"lr": rate(results, condition), "variant": "ablations"}
+        yield trial(condition, name, form.lam, seed, **settings)
 
 
 def flattening(results: Results) -> Iterator[Trial]:
     """kappa of every layer along the training."""
-    condition = of("mnist1d", 0.2)
-    settings = {"lr": rate(results, condition), "variant": FLATTENING, "tested": True}
-    for seed, (method, value) in product(FRESH_SEEDS, FLATTENED.items()):
+    wanted = with_a_rate(results, [of("mnist1d", 0.2)])
+    for seed, condition, (method, value) in product(FRESH_SEEDS, wanted, FLATTENED.items()):
+        settings = {"lr": rate(results, condition), "variant": FLATTENING, "tested": True}
         yield trial(condition, method, value, seed, **settings)
 
 

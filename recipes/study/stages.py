@@ -10,10 +10,10 @@ from recipes.study.analysis import Results
 from recipes.study.trial import Trial
 
 STAGES: dict[str, Callable[[Results], Iterator[Trial]]] = {
+    "sgd": search.sgd,
     "defaults": defaults.defaults,
     "half": defaults.half,
     "other_rates": defaults.other_rates,
-    "sgd": search.sgd,
     "bar": defaults.bar,
     "step": defaults.step,
     "confirmation": defaults.confirmation,

@@ -318,6 +318,14 @@ def test_seeds_that_chose_something_test_nothing() -> None:
     assert not any(trial.tested for trial in STAGES["step"](results))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_waits_for_the_learning_rates(stage: str) -> None:
+    for trial in STAGES[stage]([]):
+        assert trial.lr > 0
+        if trial.variant in ("defaults", "step") and trial.base == "sgd":
+            assert trial.task in defaults.NOT_SEARCHED
+
+
 def test_without_a_search_a_seed_is_complete_before_the_next_begins() -> None:
     trials = list(defaults.defaults(searched([])))
     seeds = [trial.seed for trial in trials]
