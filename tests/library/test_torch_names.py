@@ -117,6 +117,7 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_threshold": ("softplus written out", lambda: F.softplus(ROW), 20),
     "_saved_indices": ("which axes are picked from", lambda: ROW[:, torch.tensor([0])], None),
     "_saved_index": ("one index for all classes", lambda: ROW.gather(0, torch.zeros(1, 4).long()), None),
+    "_saved_sparse": ("sparse gradients", lambda: F.embedding(torch.tensor([0, 1]), ROW), False),
     "_saved_pad": ("which axes a padding moves", lambda: F.pad(ROW, (1, 2)), (1, 2)),
     "_saved_other": ("factors", lambda: ROW * ROW.exp(), None),
     "_saved_alpha": ("a product's own factor", lambda: torch.addmm(ROW, ROW, ROW, alpha=2), 2),

@@ -158,7 +158,7 @@ def test_an_unknown_layer_is_one_sentence_with_the_names(tmp_path: Path) -> None
 
 
 def test_what_kappa_cannot_do_is_said_before_a_run_is_begun(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"quickstart: exact kappa of this layer.*mode='hutchinson'"):
+    with pytest.raises(SystemExit, match=r"quickstart: exact kappa of `layer` Conv2d.*mode='hutchinson'"):
         arguments = ["--smoke", "--optimizer", "sgd", "--layer", "all", "--out", str(tmp_path / "runs")]
         train.main(["quickstart", *arguments])
     assert not (tmp_path / "runs").exists()
