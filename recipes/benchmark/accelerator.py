@@ -34,7 +34,7 @@ COLUMNS = {
     **{label: CANDIDATES[label] for label in ("plain", "FAM proximal", "SAM")},
     "FAM exact": Candidate("the penalty of the last layer", {**PENALTY, "layers": ["last"]}),
 }
-# A penalty would have to be built before the model runs compiled for the first time, which the plain step does.
+# A penalty would have to be built before the model first runs compiled, which it does in the plain step.
 COMPILED = ("plain", "FAM proximal")
 NETWORKS = {
     "ResNet-18": partial(images, resnet18_cifar, hidden, 256),
