@@ -36,13 +36,14 @@ class RunningMean:
         """
         old = [self.kept[i] for i in numbers if i in self.kept]
         before = stack(old) if old else None
-        if FACTORS * a.shape[-1] < a.shape[-2]:
+        narrow = FACTORS * a.shape[-1] < a.shape[-2]
+        if narrow:
             new = a if before is None else torch.cat([before, a], -1)[..., -FACTORS * a.shape[-1] :]
         else:
             squared = a @ a.mT
             new = (1 - KEPT) * squared if before is None else torch.lerp(before, squared, 1 - KEPT)
         self.kept.update(zip(numbers, new, strict=True))
-        return LowRank(new, w) if FACTORS * a.shape[-1] < a.shape[-2] else Dense(new, w)
+        return LowRank(new, w) if narrow else Dense(new, w)
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
