@@ -1,4 +1,4 @@
-"""A closure as the base optimizer gets it: backpropagates ``loss + lam * kappa`` and returns its value.
+"""A closure as the base optimizer gets it: its losses are regularised before they are backpropagated.
 
 The user's closure either returns the loss and leaves backward to FAM, or calls backward itself, on one
 loss or several, scaled or not; a backward that it calls runs on the loss with its penalty. A base that reads
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
-    from fam_optim.proximal import Proximal
+    from fam_optim.regularizer import Regularizer
 
 
-class RegularizedClosure:
-    """The closure of one step.
+class WatchedClosure:
+    """The closure of one step, whose losses a regulariser sees before they are backpropagated.
 
     Args:
         closure: the user's.
-        penalty: what is added to losses.
+        regularizer: what sees them.
         check: called after an evaluation: refuses gradients that no step may be made on.
         zero_grad: empties the gradients.
 
@@ -46,60 +46,95 @@ class RegularizedClosure:
     def __init__(
         self,
         closure: Callable[[], Any],
-        penalty: Penalty,
+        regularizer: Regularizer,
         *,
         check: Callable[[], None],
         zero_grad: Callable[[], None],
     ) -> None:
-        self.closure, self.penalty, self.check, self.zero_grad = closure, penalty, check, zero_grad
+        self.closure, self.regularizer, self.check, self.zero_grad = closure, regularizer, check, zero_grad
         self.evaluations = 0
         self.returned: Any = None
-        self._missed: LayerNotUsedError | None = None
 
     def __call__(self) -> Any:
         return _untraced(self._evaluate)
 
     def _evaluate(self) -> Any:
         self.evaluations += 1
-        self._backwards: list[_Backward] = []
-        self.penalty.touched = False
-        with torch.enable_grad(), BackwardInterception(self._regularize) as backward:
+        self._begin()
+        with torch.enable_grad(), BackwardInterception(self._seen) as backward:
             result = self.closure()
         if backward.seen:
-            if self.penalty.lam and not self.penalty.touched:
-                raise LayerNotUsedError(
-                    "no loss that was backpropagated in the closure depends on `layer` "
-                    f"{self.penalty.names}, so there is nothing to regularise. Expected the layer to be "
-                    "called, as a module, in the forward that made the loss."
-                ) from self._missed
+            self._check_seen()
         elif result is not None or not self._may_only_step():
-            self._backpropagate(result)
+            _check_returned(result)
+            if self.evaluations > 1:  # the base tries again, from gradients that are still the last try's
+                self.zero_grad()
+            self._regularized(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
         self.check()
+        return self._value(result)
+
+    def _may_only_step(self) -> bool:
+        return self.regularizer.given or not self.regularizer.lam  # Lightning's manual optimisation
+
+    def _begin(self) -> None:
+        """Before an evaluation."""
+        if self.evaluations > 1:  # from other weights
+            self.regularizer.gradients_zeroed()
+
+    def _regularized(self, loss: Tensor) -> Tensor:
+        """What is backpropagated in place of a loss."""
+        return self.regularizer.regularize(loss)
+
+    def _seen(self, loss: Tensor) -> Tensor:
+        """The same of a loss that the closure backpropagates."""
+        return self._regularized(loss)
+
+    def _check_seen(self) -> None:
+        """Raises RuntimeError if the closure backpropagated nothing that could be regularised."""
+
+    def _value(self, result: Any) -> Any:
+        """What the base gets of what the closure returned."""
+        if self.evaluations == 1:
+            self.returned = result
+        return result.detach() if isinstance(result, Tensor) else result
+
+
+class PenalizedClosure(WatchedClosure):
+    """The closure of one step whose losses are backpropagated with their penalty."""
+
+    def __init__(self, closure: Callable[[], Any], penalty: Penalty, **functions: Any) -> None:
+        super().__init__(closure, penalty, **functions)
+        self.penalty = penalty
+        self._missed: LayerNotUsedError | None = None
+
+    def _begin(self) -> None:
+        self._backwards: list[_Backward] = []
+        self.penalty.touched = False
+
+    def _check_seen(self) -> None:
+        if self.penalty.lam and not self.penalty.touched:
+            raise LayerNotUsedError(
+                "no loss that was backpropagated in the closure depends on `layer` "
+                f"{self.penalty.names}, so there is nothing to regularise. Expected the layer to be "
+                "called, as a module, in the forward that made the loss."
+            ) from self._missed
+
+    def _value(self, result: Any) -> Any:
         contained = self._contained(result)
         if self.evaluations == 1:
             self.returned = result if contained is None else without_penalties(result, contained)
         return self._objective(result, contained)
 
-    def _may_only_step(self) -> bool:
-        return self.penalty.given or not self.penalty.lam  # Lightning's manual optimisation
-
-    def _regularize(self, loss: Tensor) -> Tensor:
-        """What a backward of the closure's runs on, in place of `loss`: another network's loss passes."""
+    def _seen(self, loss: Tensor) -> Tensor:
+        """Another network's loss passes."""
         try:
-            return self._with_penalty(loss)
+            return self._regularized(loss)
         except LayerNotUsedError as error:
             self._missed = error.with_traceback(None)  # whose frames would keep the graph
             self.penalty.ledger.expect(loss)
             return loss
 
-    def _backpropagate(self, result: Any) -> None:
-        """The backward that the closure left to FAM."""
-        if self.evaluations > 1:  # the base tries again, from gradients that are still the last try's
-            self.zero_grad()
-        _check_returned(result)
-        self._with_penalty(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
-
-    def _with_penalty(self, loss: Tensor) -> Tensor:
+    def _regularized(self, loss: Tensor) -> Tensor:
         if not self.penalty.lam:
             return loss
         if not self._backwards:  # the others add to it rightly
@@ -194,56 +229,11 @@ def _derivative(value: Tensor, scalar: Node) -> Tensor:
     return derivative.reshape(())
 
 
-class SeenClosure:
-    """The closure of one step whose losses are backpropagated as they are, once `proximal` has seen them.
-
-    Args, Attributes: those of `RegularizedClosure`.
-    """
-
-    def __init__(
-        self,
-        closure: Callable[[], Any],
-        proximal: Proximal,
-        *,
-        check: Callable[[], None],
-        zero_grad: Callable[[], None],
-    ) -> None:
-        self.closure, self.proximal, self.check, self.zero_grad = closure, proximal, check, zero_grad
-        self.evaluations = 0
-        self.returned: Any = None
-
-    def __call__(self) -> Any:
-        return _untraced(self._evaluate)
-
-    def _evaluate(self) -> Any:
-        self.evaluations += 1
-        if self.evaluations > 1:  # the base tries again, from other weights
-            self.proximal.gradients_zeroed()
-        with torch.enable_grad(), BackwardInterception(self.proximal.regularize) as backward:
-            result = self.closure()
-            only_steps = result is None and self.proximal.given  # Lightning's manual optimisation
-            if not backward.seen and not only_steps:
-                _check_returned(result)
-                if self.evaluations > 1:
-                    self.zero_grad()
-                result.backward()
-        self.check()
-        if self.evaluations == 1:
-            self.returned = result
-        return result.detach() if isinstance(result, Tensor) else result
-
-
-def watched(
-    closure: Callable[[], Any],
-    regularizer: Penalty | Proximal,
-    *,
-    check: Callable[[], None],
-    zero_grad: Callable[[], None],
-) -> RegularizedClosure | SeenClosure:
-    """The user's closure as the base gets it, of either regulariser."""
+def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: Any) -> WatchedClosure:
+    """The user's closure as the base gets it."""
     if isinstance(regularizer, Penalty):
-        return RegularizedClosure(closure, regularizer, check=check, zero_grad=zero_grad)
-    return SeenClosure(closure, regularizer, check=check, zero_grad=zero_grad)
+        return PenalizedClosure(closure, regularizer, **functions)
+    return WatchedClosure(closure, regularizer, **functions)
 
 
 @partial(opaque, reason="fam_optim looks into the graph that the closure builds")

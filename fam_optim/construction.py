@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import LBFGS, Optimizer
 
 from fam_optim.flatness import Settings
 from fam_optim.penalty import Penalty
 from fam_optim.proximal import Proximal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from fam_optim.regularizer import Regularizer
 
 LAM = {"proximal": 1.0}  # by mode
 LAM_OF_A_PENALTY = 8e-3
@@ -18,7 +26,7 @@ EVERY = 10
 
 def build_regularizer(
     layer: Any, lam: float | None, mode: str, every: int | None, given: dict[str, Any], **random: Any
-) -> Penalty | Proximal:
+) -> Regularizer:
     """The regulariser of a mode.
 
     Args:
@@ -81,10 +89,23 @@ def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) ->
     return base
 
 
-def check_pair(base: Optimizer, regularizer: Penalty | Proximal) -> None:
+def check_pair(base: Optimizer, regularizer: Regularizer) -> None:
     """Raises ValueError if the base cannot be moved apart from its own steps."""
     if isinstance(base, LBFGS) and isinstance(regularizer, Proximal):
         raise ValueError(
             "mode='proximal' moves the weights between steps, and LBFGS's history of them would be wrong. "
             "Use another base optimizer, or mode='hutchinson' with curvature='gauss_newton'."
         )
+
+
+def warn_untrained(regularizer: Regularizer, parameters: Iterable[Tensor]) -> None:
+    """Warns if a layer's weight is not among the parameters that are trained."""
+    trained = {id(p) for p in parameters}
+    for name, weights in regularizer.named_weights():
+        if not any(id(p) in trained for p in weights):
+            warnings.warn(
+                f"the weight of `layer` {name} is not among the parameters given to FAM: it is not trained "
+                "(as a penalty its kappa still regularises the others). Add it to `params`, or leave it out "
+                "of `layer`.",
+                stacklevel=3,
+            )

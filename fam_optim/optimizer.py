@@ -5,17 +5,15 @@ Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import LBFGS, Optimizer
 
 from fam_optim.backup import Backup
 from fam_optim.closure import watched
-from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam
+from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
 from fam_optim.layers import weight_layers
-from fam_optim.penalty import Penalty
 from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fam_optim.proximal import Proximal
+    from fam_optim.regularizer import Regularizer
 
 _CHECKPOINT_KEY = "fam"
 
@@ -96,7 +94,7 @@ class FAM(OptimizerWrapper):
     of ``d^2 m`` for each weight ``(d, m)``; nothing at the others. A penalty: that of `relative_flatness`.
     """
 
-    regularizer: Penalty | Proximal
+    regularizer: Regularizer
 
     def __init__(
         self,
@@ -125,7 +123,7 @@ class FAM(OptimizerWrapper):
         random = {"n_samples": n_samples, "generator": generator}
         regularizer = build_regularizer(layer, lam, mode, every, given, **random)
         self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
-        self._warn_untrained()
+        warn_untrained(regularizer, self._parameters())
 
     @classmethod
     def for_model(
@@ -161,7 +159,7 @@ class FAM(OptimizerWrapper):
         trained = model.parameters() if params is None else params
         return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
 
-    def _start(self, base_optimizer: Optimizer, regularizer: Penalty | Proximal) -> None:
+    def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
         """What a new, copied or unpickled FAM is made of."""
         check_pair(base_optimizer, regularizer)
         self._wrap(base_optimizer)
@@ -188,7 +186,7 @@ class FAM(OptimizerWrapper):
     @property
     def last_penalty(self) -> Tensor | None:
         """``lam * kappa`` as it was last added to a loss, detached; None before, and with mode="proximal"."""
-        return self.regularizer.last_penalty if isinstance(self.regularizer, Penalty) else None
+        return self.regularizer.last_penalty
 
     def regularize(self, loss: Tensor) -> Tensor:
         """What to backpropagate in place of a loss, in loops that call backward themselves.
@@ -300,14 +298,3 @@ class FAM(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"FAM({self.regularizer}, base={self.base_optimizer})"
-
-    def _warn_untrained(self) -> None:
-        trained = {id(p) for p in self._parameters()}
-        for name, weights in self.regularizer.named_weights():
-            if not any(id(p) in trained for p in weights):
-                warnings.warn(
-                    f"the weight of `layer` {name} is not among the parameters given to FAM: it is not "
-                    "trained (as a penalty its kappa still regularises the others). Add it to `params`, or "
-                    "leave it out of `layer`.",
-                    stacklevel=3,
-                )

@@ -20,6 +20,7 @@ from fam_optim.graph import flags, nodes
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
+from fam_optim.regularizer import Regularizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,25 +41,19 @@ class _Mark(NamedTuple):
     penalties: Mapping[int, Tensor]
 
 
-class Penalty:
+class Penalty(Regularizer):
     """``lam * kappa`` at some layers, and what happened to it since the last step.
-
-    It is one object beside the optimizer, since trainers wrap optimizers in a class that inherits from
-    theirs: methods and setters are then called with the wrapper for self, which reads the optimizer's
-    attributes but writes its own (Lightning-AI/pytorch-lightning, core/optimizer.py).
 
     Attributes:
         layers: observations and parameters.
-        lam: weight of kappa.
-        last_kappa: kappa of the loss as it last entered the penalty, detached; None before.
-        last_lam: lam then.
+        last_lam: lam when kappa last entered the penalty.
         ledger: whether gradients are of regularised losses.
-        given: whether a regularised loss was handed out since the last step.
         touched: whether a loss depended on a layer in this closure.
         losses: the losses regularised since the last step, detached.
     """
 
     ledger: Ledger
+    _saved = ("settings", "lam", "layers", "last_kappa", "last_lam")
 
     def __init__(self, layer: Any, lam: float, settings: Settings) -> None:
         self.lam = lam
@@ -68,12 +63,11 @@ class Penalty:
         if settings.mode == "hutchinson" and settings.generator is None:
             settings = replace(settings, generator=_own_generator(self.layers[0]))
         self.settings = settings
-        self.last_kappa: Tensor | None = None
+        self.last_kappa = None
         self.last_lam = lam
         self._prepare()
 
     def _prepare(self) -> None:
-        """What a new, copied or unpickled penalty needs beside its arguments."""
         # Not the identity, which a later object may have again while this one's marks are still about.
         self._serial = next(_serial_numbers)
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
@@ -89,13 +83,7 @@ class Penalty:
         self.ledger = Ledger(self.layers, trained)
         self._guard = FiniteGuard()
 
-    @property
-    def names(self) -> str:
-        """The layers, for messages."""
-        return ", ".join(name_of(layer) for layer in self.layers)
-
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
-        """The layers' names with their parameters."""
         return [(name_of(layer), weights_of(layer)) for layer in self.layers]
 
     @property
@@ -109,27 +97,17 @@ class Penalty:
 
     @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self, trained: Iterable[Tensor]) -> None:
-        """Raises RuntimeError if no step may be made on the gradients of what is trained."""
         self.ledger.check(self.names)
         self._guard.check(self, trained)
 
-    def gradients_zeroed(self) -> None:
-        """The ledger looks at the gradients themselves."""
-
-    def before_step(self) -> None:
-        """Nothing: the penalty is in the gradients."""
-
     def after_step(self) -> None:
-        """Nothing of this step's losses is needed any more."""
         self.forget()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside lam."""
         generator = self.settings.generator
         return {"generator": None if generator is None else generator.get_state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
         generator = self.settings.generator
         if generator is not None and state.get("generator") is not None:
             generator.set_state(state["generator"].cpu())
@@ -138,7 +116,7 @@ class Penalty:
         return f"mode={self.settings.mode!r}, lam={self.lam}, layer={self.names}"
 
     def forget(self) -> None:
-        """After a step: drops what was recorded of its forwards, although the user may keep their losses."""
+        # What was recorded of a step's forwards goes, although the user may keep their losses.
         observed = {id(layer.module): layer for layer in self.layers if isinstance(layer, Observation)}
         for use in list(self._used):
             use.release(observed.get(id(use.module())))
@@ -229,14 +207,6 @@ class Penalty:
                 "to be flat before it is trained to fit. Try a smaller lam, such as a tenth.",
                 stacklevel=2,
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("settings", "lam", "layers", "last_kappa", "last_lam")
-        return {name: vars(self)[name] for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._prepare()
 
 
 def is_regularized(loss: Tensor) -> bool:

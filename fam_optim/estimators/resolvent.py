@@ -45,13 +45,6 @@ class LowRank:
         return self.w - self.a @ (twice_c[..., None, None] * solved)
 
 
-def squared_product(a: Tensor, w: Tensor) -> Tensor:
-    """``||A^T W||_F^2``, by the smaller side of A ``(..., d, q)``; the sum over all matrices."""
-    if a.shape[-1] <= a.shape[-2]:
-        return (a.mT @ w).square().sum()
-    return (a @ a.mT @ w * w).sum()
-
-
 def frobenius(t: Tensor) -> Tensor:
     """The norm of every matrix."""
     norms: Tensor = t.flatten(-2).norm(dim=-1)

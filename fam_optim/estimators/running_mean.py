@@ -1,9 +1,8 @@
 """T over the due steps of a training: the running mean of ``A A^T``, for several weights by number.
 
 ``T <- 3/4 T + 1/4 A A^T``, or, where four A are smaller together than T ``(d, d)``, the mean over the last
-four. Only
-its direction counts: a factor, such as a correction at the start, is undone by the length of the proximal
-    step.
+four. Only its direction counts: a factor, such as a correction at the start, is undone by the length of the
+proximal step.
 """
 
 from __future__ import annotations
@@ -29,21 +28,27 @@ class RunningMean:
     def __init__(self) -> None:
         self.kept: dict[int, Tensor] = {}
 
-    def add(self, numbers: list[int], a: Tensor, w: Tensor) -> Dense | LowRank:
-        """The means of weights of one shape with ``A A^T`` in them, A ``(weights, d, q)``, beside their W.
+    def add(self, numbers: list[int], a: Tensor, w: Tensor) -> tuple[Dense | LowRank, Tensor]:
+        """The means of weights of one shape with ``A A^T`` in them, A ``(weights, d, q)``, beside their W;
+        and ``||A^T W||_F^2``, the sum over the weights.
 
         An A that is zero, for want of a finite one, only scales the mean.
         """
         old = [self.kept[i] for i in numbers if i in self.kept]
         before = stack(old) if old else None
-        narrow = FACTORS * a.shape[-1] < a.shape[-2]
-        if narrow:
-            new = a if before is None else torch.cat([before, a], -1)[..., -FACTORS * a.shape[-1] :]
+        d, q = a.shape[-2:]
+        t: Dense | LowRank
+        if FACTORS * q < d:
+            new = a if before is None else torch.cat([before, a], -1)[..., -FACTORS * q :]
+            t = narrow = LowRank(new, w)
+            kappa = narrow.at_w[..., -q:, :].square().sum()
         else:
             squared = a @ a.mT
             new = (1 - KEPT) * squared if before is None else torch.lerp(before, squared, 1 - KEPT)
+            t = Dense(new, w)
+            kappa = (squared @ w * w).sum() if q > d else (a.mT @ w).square().sum()
         self.kept.update(zip(numbers, new, strict=True))
-        return LowRank(new, w) if narrow else Dense(new, w)
+        return t, kappa
 
 
 def stack(tensors: list[Tensor]) -> Tensor:

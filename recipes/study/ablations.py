@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from fam_optim import FAM
 from fam_optim.estimators.resolvent import Dense
-from fam_optim.estimators.roots import Rows, joined
 from fam_optim.estimators.running_mean import KEPT
 from fam_optim.proximal import Proximal
+from fam_optim.step_roots import StepRoots
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ def make(
     return fam
 
 
+class Gradients(StepRoots):
+    """A is the weight's gradient everywhere."""
+
+    def rows(self, reached: Any) -> dict[int, Any]:
+        return {}
+
+
 class OtherForm(Proximal):
     """The library's step with its parts exchanged, in one process."""
 
@@ -88,20 +95,17 @@ class OtherForm(Proximal):
     ) -> None:
         super().__init__(layers, form.lam, every, form.n_samples, generator)
         self.form, self.group = form, group
+        if not form.rows:
+            self.roots = Gradients(self.weights, self.n_samples)
 
     @torch.no_grad()
-    def _pull(self, roots: Any, before: list[Tensor]) -> None:
-        for i, samples in roots.items():
+    def _pull(self, roots: dict[int, Tensor], of_rows: set[int], before: list[Tensor]) -> None:
+        for i, a in roots.items():
             weight, form = self.weights[i], self.form
             w, old = weight.of(weight.parameter), weight.of(before[i])
-            rows = isinstance(samples[0], Rows)
-            if rows and not form.rows:
-                samples = [sample.delta.mT @ sample.phi for sample in samples]
-            a = joined(samples)
             t = a @ a.mT
-            if form.averages_rows or not (rows and form.rows):
+            if form.averages_rows or i not in of_rows:
                 mean = self.means.kept.setdefault(i, torch.zeros_like(t))
-                assert isinstance(mean, Tensor)
                 t = mean.lerp_(t, 1 - form.kept)
             twice_c = self.length(t, w, old)
             moved = (
