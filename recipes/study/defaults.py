@@ -96,11 +96,14 @@ TRIED_ON_REVIEWS = {"base": (0.0,), "FAM, proximal": (1.0, 0.5), "control, T = I
 
 
 def defaults(results: Results) -> Iterator[Trial]:
-    """Every method at its default, seed by seed."""
-    for seed, condition in product(DEFAULT_SEEDS, with_a_rate(results, cheap_first())):
-        for settings, (method, value) in product(bases(results, condition), DEFAULTS.items()):
-            if METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes":
-                yield trial(condition, method, value, seed, **settings, variant="defaults", tested=True)
+    """Every method at its default, seed by seed; those of the front page first."""
+    front = ("base", *KEY)
+    for seeds, methods in product((LATER_SEEDS, MORE_SEEDS), (front, sorted(DEFAULTS.keys() - {*front}))):
+        for seed, condition in product(seeds, with_a_rate(results, cheap_first())):
+            for settings, method in product(bases(results, condition), methods):
+                if METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes":
+                    value = DEFAULTS[method]
+                    yield trial(condition, method, value, seed, **settings, variant="defaults", tested=True)
 
 
 def other_rates(results: Results) -> Iterator[Trial]:

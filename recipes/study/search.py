@@ -45,7 +45,7 @@ SHORTLIST = (
     "FAM, proximal",
 )
 TIMES = (2, 4, 0.5, 0.25)  # lengths of training, relative to that which was tuned
-LONGER = (("mnist1d", 0.2), ("fashion", 0.4))
+LONGER = (("mnist1d", 0.2), ("digits", 0.4))
 
 
 def sgd(results: Results) -> Iterator[Trial]:
