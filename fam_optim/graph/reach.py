@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from fam_optim.graph import calls, nodes
@@ -33,24 +34,27 @@ def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
     Cost: a microsecond or two per node of the graph, whatever the number of weights.
     """
     wanted = {id(weight): weight for weight in weights}
-    leaves: dict[Tensor, Node] = {}
+    parents = parents_below(loss)
+    of_leaves = ((nodes.leaf(node), node) for node in parents)
+    leaves = {wanted[id(leaf)]: node for leaf, node in of_leaves if id(leaf) in wanted}
+    return Reach(above(leaves.values(), parents), leaves, parents)
+
+
+def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
+    """The nodes that use a node's result, for every node of a loss's graph, in the order of a walk down."""
     root = loss.grad_fn
     parents: dict[Node, list[Node]] = {} if root is None else {root: []}
-    stack = list(parents)
-    while stack:
-        node = stack.pop()
+    queue = deque(parents)
+    while queue:
+        node = queue.popleft()
         for below, _ in node.next_functions:
             if below is None:
                 continue
-            if below in parents:
-                parents[below].append(node)
-                continue
-            parents[below] = [node]
-            stack.append(below)
-            variable = nodes.leaf(below)
-            if variable is not None and id(variable) in wanted:
-                leaves[wanted[id(variable)]] = below
-    return Reach(above(leaves.values(), parents), leaves, parents)
+            if below not in parents:
+                parents[below] = []
+                queue.append(below)
+            parents[below].append(node)
+    return parents
 
 
 def above(ends: Collection[Node], parents: Mapping[Node, Sequence[Node]]) -> frozenset[Node]:

@@ -6,7 +6,6 @@ loss depends on, which operations lie on the way, and whether one call feeds ano
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import calls, nodes, operations
-from fam_optim.graph.reach import above
+from fam_optim.graph.reach import above, parents_below
 from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
@@ -133,26 +132,16 @@ def _walk(
     loss: Tensor, layers: Sequence[Observation | Tensor]
 ) -> tuple[dict[Node, list[Node]], list[_Found]]:
     """Walks the graph below `loss`: each node's parents, and what was found, in graph order."""
-    root = loss.grad_fn
-    assert root is not None
     observed = {id(layer.module): n for n, layer in enumerate(layers) if isinstance(layer, Observation)}
     parameters = {id(layer): n for n, layer in enumerate(layers) if isinstance(layer, Tensor)}
-    parents: dict[Node, list[Node]] = {root: []}
+    parents = parents_below(loss)
     found = []
-    queue = deque([root])
-    while queue:
-        node = queue.popleft()
+    for node in parents:
         record, leaf = recorded_use(node), nodes.leaf(node)
         if record is not None and id(record[0].module()) in observed and not record[0].is_released:
             found.append(_Found(observed[id(record[0].module())], *record))
         elif leaf is not None and id(leaf) in parameters:
             found.append(_Found(parameters[id(leaf)], parameter_use(leaf), GradientEdge(node, 0)))
-        for below, _ in node.next_functions:
-            if below is not None:
-                if below not in parents:
-                    parents[below] = []
-                    queue.append(below)
-                parents[below].append(node)
     return parents, found
 
 
