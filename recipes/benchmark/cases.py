@@ -163,10 +163,10 @@ def tied_language_model() -> Problem:
     return Problem(model, model.head, torch.randint(0, 50257, (2, 128)), torch.randint(0, 50257, (256,)))
 
 
-def bert(layers: Layers, number: int = 16) -> Problem:
-    """Sentences of 64 tokens."""
+def bert(layers: Layers, number: int = 16, tokens: int = 64) -> Problem:
+    """Sentences of so many tokens."""
     model = Encoder()
-    return Problem(model, layers(model), torch.randn(number, 64, 512), torch.randint(0, 2, (number,)))
+    return Problem(model, layers(model), torch.randn(number, tokens, 512), torch.randint(0, 2, (number,)))
 
 
 def vit(layers: Layers, depth: int = 6, fused: bool = False) -> Problem:
@@ -204,6 +204,9 @@ HIDDEN_ROWS = {
     "resnet18 hidden": Case(RESNET, partial(images, resnet18_cifar, hidden)),
     "vit hidden": Case(f"{VIT}, fused attention", partial(vit, hidden, fused=True)),
     "bert-small hidden": Case(ENCODER, partial(bert, hidden)),
+    "bert-small 32x128 hidden": Case(
+        "BERT-small's encoder, 32 sentences of 128 tokens", partial(bert, hidden, 32, 128)
+    ),
     "perceptron 3x1024 hidden": Case(
         "784-1024-1024-1024-10, 256 samples", partial(perceptron, hidden, 256, 784, 1024, 1024, 1024, 10)
     ),
