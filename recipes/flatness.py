@@ -20,12 +20,13 @@ from rich.table import Table
 
 from fam_optim import layer_flatness
 from recipes.engine.batches import first, ordered
+from recipes.engine.loop import Conditions
 from recipes.engine.optimizers import settings
 from recipes.engine.task import Source
-from recipes.engine.training import Conditions, train
+from recipes.engine.training import train
 from recipes.shared.command import Options, Recipe, fresh, out
 from recipes.shared.pictures import SERIES, legend_above, looks, panels, tidy
-from recipes.shared.results import CPU
+from recipes.shared.results import grouped
 from recipes.shared.tables import table as make_table
 from recipes.tasks import Trained, load_task, trained
 
@@ -36,7 +37,7 @@ def runs_asked(options: Options) -> list[Trained]:
     if not folders and options.smoke:
         task, folders = load_task("quickstart"), []
         for optimizer in ("sgd", "fam"):
-            conditions = Conditions(0, 2, task.batch_size, Source(smoke=True), CPU, keep=1)
+            conditions = Conditions(0, 2, task.batch_size, Source(smoke=True), keep=1)
             folders.append(fresh(out(options) / "runs" / optimizer / "seed0"))
             train(task, settings(task, optimizer, {}), conditions, folders[-1])
     if not folders:
@@ -62,10 +63,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 def by_run(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each run."""
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        grouped.setdefault(f"{run['label']}, seed {run['seed']}", []).append(run)
-    return grouped
+    return grouped(runs, lambda run: f"{run['label']}, seed {run['seed']}")
 
 
 def ends(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

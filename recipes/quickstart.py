@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.engine.loop import Conditions
 from recipes.engine.optimizers import GAUSS_NEWTON, PROXIMAL, settings
-from recipes.engine.progress import train_aloud
 from recipes.engine.task import Source
-from recipes.engine.training import Conditions
+from recipes.engine.training import train
 from recipes.report import collect, report
 from recipes.shared import command
 from recipes.shared.results import load, save
@@ -87,7 +87,8 @@ def run(options: argparse.Namespace) -> None:
             conditions = Conditions(seed, options.epochs, task.batch_size, source, options.device)
             for label, (optimizer, changes) in METHODS.items():
                 path, chosen = folder / "runs" / task.name / label, settings(task, optimizer, changes)
-                train_aloud(f"{label}, seed {seed}", task, chosen, conditions, path / f"seed{seed}", console)
+                title = f"{label}, seed {seed}"
+                train(task, chosen, conditions, path / f"seed{seed}", title=title, console=console)
     save(folder / "quickstart.json", collect(folder / "runs"))
     report(load(folder / "quickstart.json"), folder / "quickstart", console)
 

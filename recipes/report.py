@@ -9,24 +9,23 @@ the last epoch, and the leading metric at the epoch that was best on validation 
 experiment of the paper, or its small form, has a second one with the paper's numbers beside these.
 """
 
-import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from recipes.engine.optimizers import OPTIMIZERS
-from recipes.engine.pictures import of_task, plot_boxes, plot_curves, title
+from recipes.engine.pictures import at, curve, of_task, plot_boxes, plot_curves, title
 from recipes.engine.run_folder import RunFolder
-from recipes.engine.task import mean
 from recipes.paper.comparison import compare
 from recipes.shared.command import parser
 from recipes.shared.pictures import save as save_picture
-from recipes.shared.results import load, save
+from recipes.shared.results import grouped, load, save
 from recipes.shared.tables import console as make_console
 from recipes.shared.tables import markdown, show, summary
 from recipes.shared.tables import table as make_table
@@ -93,9 +92,7 @@ def table(task: str, runs: Sequence[Run]) -> Table:
     result = make_table(
         *("optimizer", "seeds", "epoch"), *map(title, shown), *best, "step time", title=caption(task, runs)
     )
-    labels = dict.fromkeys(run["label"] for run in runs)
-    for label in labels:
-        group = [run for run in runs if run["label"] == label]  # they differ in their seed alone
+    for label, group in grouped(runs, lambda run: run["label"]).items():  # they differ in their seed alone
         for number in evaluated(group[0]):
             cells = [summary(name, [at(run, name, number) for run in group]) for name in shown]
             if validated:
@@ -124,19 +121,9 @@ def evaluated(run: Run) -> list[int]:
     return indices[-1:] if len(indices) == len(history[rarest]) else indices
 
 
-def at(run: Run, name: str, index: int) -> float:
-    """A quantity after an epoch as one number; nan where it was not finite, or the run is not there yet."""
-    values = run["history"].get(name, [])
-    value = values[index] if index < len(values) else None
-    return float("nan") if value is None else mean(value)
-
-
 def best_epoch(run: Run, name: str) -> int:
     """Index of the first epoch with the highest value; one that is not finite is below all others."""
-    values = [at(run, name, index) for index in range(len(run["history"][name]))]
-    return max(
-        range(len(values)), key=lambda index: -math.inf if math.isnan(values[index]) else values[index]
-    )
+    return int(np.argmax(np.nan_to_num(curve(run, name), nan=-np.inf)))
 
 
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from recipes.engine import marks
+from recipes.engine.loop import Conditions
 from recipes.engine.optimizers import (
     FAM_OPTIONS,
     MEASURING,
@@ -32,9 +32,8 @@ from recipes.engine.optimizers import (
     Settings,
     settings,
 )
-from recipes.engine.progress import train_aloud
 from recipes.engine.task import Missing, Source, Task
-from recipes.engine.training import Conditions
+from recipes.engine.training import train
 from recipes.shared import command
 from recipes.shared.tables import console as make_console
 from recipes.tasks import TASKS, load_task
@@ -54,14 +53,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--epochs", type=command.positive)
     parser.add_argument("--batch-size", type=command.positive)
     for name in SWEPT:
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=command.number,
-            nargs="+",
-            action=command.Distinct,
-            metavar=name.upper(),
-        )
-    parser.add_argument("--layer", nargs="+", metavar="NAME", help="module names, or: all, hidden, last")
+        several: dict[str, Any] = {"nargs": "+", "action": command.Distinct, "metavar": name.upper()}
+        parser.add_argument(f"--{name.replace('_', '-')}", type=command.number, **several)
+    parser.add_argument(
+        "--layer", nargs="+", metavar="NAME", help="module names, or: all, hidden, last, first"
+    )
     parser.add_argument("--curvature", choices=("hessian", "gauss_newton"))
     parser.add_argument("--measure", choices=("neuronwise", "layerwise"))
     parser.add_argument("--mode", choices=("exact", "hutchinson", "full", "proximal"))
@@ -125,29 +121,20 @@ def conditions(task: Task, options: argparse.Namespace, seed: int) -> Conditions
     return Conditions(seed, epochs, size, source, options.device, options.workers, options.keep)
 
 
-def changed(options: argparse.Namespace) -> set[str]:
-    """Names of the settings that the command line gives, which are nobody's but the user's."""
-    names = (*SWEPT, *MEASURING, *CHOSEN, "layer", "epochs", "batch_size")
-    given = [name for name in names if getattr(options, name) is not None]
-    prefixed = {f"{prefix}{name}" for name in given for prefix in ("", "fam ", "sam ")}
-    return {name.replace("batch_size", "batch size") for name in prefixed}
-
-
 def run(options: argparse.Namespace, console: Console) -> None:
     """Train every combination with every seed."""
     task = adapted(load_task(options.task), options)
     console.print(f"[bold]{task.name}[/]: {task.about}")
-    for line in marks.lines(task, without=changed(options)):
-        console.print(line, style="dim", markup=False, highlight=False)
-    if task.differences:
-        console.print(f"Paper and released code differ: {task.differences}", markup=False, highlight=False)
+    if "paper" in task.about:
+        console.print("Who states each setting: recipes/paper/settings.md", style="dim")
     folder = command.out(options) / task.name
     for (label, chosen), seed in itertools.product([*combinations(task, options)], options.seeds):
         path = folder / label / f"seed{seed}"
         asked = conditions(task, options, seed)
         if options.smoke and not options.resume:
             command.fresh(path)
-        train_aloud(f"{label}, seed {seed}", task, chosen, asked, path, console, resume=options.resume)
+        title = f"{label}, seed {seed}"
+        train(task, chosen, asked, path, title=title, console=console, resume=options.resume)
     console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
 
 

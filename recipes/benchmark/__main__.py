@@ -21,7 +21,7 @@ import torch
 
 from recipes.benchmark import accelerator
 from recipes.benchmark.candidates import CANDIDATES, chosen
-from recipes.benchmark.cases import CASES
+from recipes.benchmark.cases import CASES, HIDDEN
 from recipes.benchmark.check import check
 from recipes.benchmark.measuring import prepared, timings
 from recipes.benchmark.picture import plot
@@ -39,23 +39,26 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     candidates = chosen(options.candidates, name)
     checked = check(copy.deepcopy(problem), candidates.values(), options.probes)
     steps, results = prepared(problem, candidates, options.device)
-    for label, found in timings(steps, candidates, options.seconds, options.device).items():
-        results[label] |= found
-    return {"task": name, "check": checked, "candidates": results}
+    timed = timings(steps, candidates, options.seconds, options.device)
+    return {
+        "task": name,
+        "check": checked,
+        "candidates": {label: {**own, **timed.get(label, {})} for label, own in results.items()},
+    }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, save."""
-    listed = {f"row {name}": case.about for name, case in CASES.items()}
+def parse(arguments: Sequence[str] | None) -> Options:
+    """Read the command line."""
+    listed = {
+        f"row {name}": f"{case.about}{'; all layers but the last' * (name in HIDDEN)}"
+        for name, case in CASES.items()
+    }
     listed |= {f"column {label}": candidate.about for label, candidate in CANDIDATES.items()}
     reader = parser("benchmark", __doc__, listed)
-    reader.add_argument(
-        "--tasks", nargs="+", action=Distinct, choices=CASES, default=list(CASES), metavar="ROW"
-    )
-    columns = list(CANDIDATES)
-    reader.add_argument(
-        "--candidates", nargs="+", action=Distinct, choices=columns, default=columns, metavar="COLUMN"
-    )
+    for option, names, metavar in (("--tasks", CASES, "ROW"), ("--candidates", CANDIDATES, "COLUMN")):
+        reader.add_argument(
+            option, nargs="+", action=Distinct, choices=names, default=list(names), metavar=metavar
+        )
     reader.add_argument("--seconds", type=positive, default=60, help="of the rounds of a row, about")
     reader.add_argument("--probes", type=positive, default=32, help="of the check")
     reader.add_argument("--threads", type=positive, default=2)
@@ -67,54 +70,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_smoke(reader, "the smallest task, a few rounds")
     options = reader.parse_args(arguments)
-    if options.accelerator:
-        run_accelerator(options)
-        return
+    if options.accelerator and options.device.type != "cuda" and not options.smoke:
+        sys.exit("benchmark: --accelerator expects a GPU, and torch sees none; with --smoke a CPU does.")
     if options.smoke:
         options.tasks, options.seconds, options.probes = ["tiny 16x16"], 0, 8
         options.threads = 1  # a test may share the machine
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, save."""
+    options = parse(arguments)
     try:
         path = options.plot or run(options)
         results = load(path)
     except ValueError as error:
         sys.exit(f"benchmark: {error}")
-    found = tables(results["runs"])
-    show(console(), *found)
-    path.with_suffix(".md").write_text(markdown(*found))
-    save_picture(plot(results), path.with_suffix(".png"))
+    if found := tables(results["runs"]):
+        show(console(), *found)
+        path.with_suffix(".md").write_text(markdown(*found))
+        save_picture(plot(results), path.with_suffix(".png"))
     print(f"{path.with_suffix('')}.* written")
+    if options.accelerator and (complaint := accelerator.verdict(results["runs"])):
+        sys.exit(f"benchmark: {complaint}")
 
 
 def run(options: Options) -> Path:
     """Measure the rows that were asked for; others in the results stay."""
     torch.set_num_threads(options.threads)
-    path = out(options) / "benchmark.json"
-    measured = {row["task"]: row for row in load(path)["runs"]} if path.exists() else {}
-    begin = time.perf_counter()
-    for name in options.tasks:
-        with console().status(name):
-            measured[name] = measure(name, options)
-        rows = [measured[task] for task in CASES if task in measured]
-        configuration = {"seconds": options.seconds, "probes": options.probes, "smoke": options.smoke}
-        save(path, record("benchmark", configuration, time.perf_counter() - begin, rows, options.device))
-    return path
-
-
-def run_accelerator(options: Options) -> None:
-    """Measure, save and print the rows of `recipes.benchmark.accelerator`."""
-    if options.device.type != "cuda" and not options.smoke:
-        sys.exit("benchmark: --accelerator expects a GPU, and torch sees none; with --smoke a CPU does.")
-    path, begin = out(options) / "accelerator.json", time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    for row in accelerator.measure(options.device, smoke=options.smoke):
-        rows.append(row)
+    name, order = ("accelerator", None) if options.accelerator else ("benchmark", list(CASES))
+    path, begin = out(options) / f"{name}.json", time.perf_counter()
+    measured = {row["task"]: row for row in load(path)["runs"]} if order and path.exists() else {}
+    if options.accelerator:
+        rows = accelerator.measure(options.device, smoke=options.smoke)
+    else:
+        rows = (measure(task, options) for task in options.tasks)
+    configuration = {key: getattr(options, key) for key in ("seconds", "probes", "smoke")}
+    for row in rows:
+        measured[row["task"]] = row
         seconds = time.perf_counter() - begin
         print(f"{seconds:4.0f} s  {row['task']}: {row.get('left out', 'measured')}")
-        save(path, record("accelerator", {"smoke": options.smoke}, seconds, rows, options.device))
-    show(console(), *tables(rows))
-    print(f"{path} written")
-    if complaint := accelerator.verdict(rows):
-        sys.exit(f"benchmark: {complaint}")
+        ordered = [measured[task] for task in order or measured if task in measured]
+        save(path, record(name, configuration, seconds, ordered, options.device))
+    return path
 
 
 if __name__ == "__main__":

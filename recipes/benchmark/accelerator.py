@@ -14,13 +14,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recipes.benchmark.candidates import CANDIDATES, PENALTY, Candidate, Step, flatness
+from recipes.benchmark.candidates import CANDIDATES, PENALTY, Candidate, Step
 from recipes.benchmark.cases import bert, hidden, images, perceptron, resnet50, vit
+from recipes.benchmark.check import seeded
 from recipes.benchmark.measuring import prepared, repeated, timings
 from recipes.shared.problem import Problem
 from recipes.shared.results import CPU
@@ -40,11 +42,9 @@ NETWORKS = {
     "ResNet-18": partial(images, resnet18_cifar, hidden, 256),
     "ResNet-50": partial(images, resnet50, hidden, 64, 224, 1000),
     "BERT-small": partial(bert, hidden, 64),
-    "vision transformer": partial(vit, hidden, fused=True),
+    "vision transformer": partial(vit, hidden),
 }
-SMOKE = {
-    name: partial(perceptron, hidden, 8, *widths) for name, widths in (("a", (6, 5, 4)), ("b", (9, 9, 3)))
-}
+SMOKE = {"a": partial(perceptron, hidden, 8, 6, 5, 4), "b": partial(perceptron, hidden, 8, 9, 9, 3)}
 
 
 class Autocast(nn.Module):
@@ -61,20 +61,19 @@ class Autocast(nn.Module):
 
 def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, Any]]:
     """A row per network and precision, the compiled ones last, until the time is over."""
-    end = time.perf_counter() + LIMIT
-    for precision, reserve in RESERVE.items():
-        for name, network in (SMOKE if smoke else NETWORKS).items():
-            row: dict[str, Any] = {"task": f"{name}, {precision}", "candidates": {}}
-            if time.perf_counter() + reserve > end:
-                yield {**row, "left out": "the ten minutes were over"}
-                continue
-            torch.manual_seed(0)
-            problem = network().copy(device=device)
-            if precision == "float32":
-                row["check"] = check(problem)
-            else:
-                problem = replace(problem, model=Autocast(problem.model, device.type))
-            yield {**row, "candidates": steps(problem, device, "compiled" in precision, smoke)}
+    end, networks = time.perf_counter() + LIMIT, SMOKE if smoke else NETWORKS
+    for (precision, reserve), (name, network) in product(RESERVE.items(), networks.items()):
+        row: dict[str, Any] = {"task": f"{name}, {precision}", "candidates": {}}
+        if time.perf_counter() + reserve > end:
+            yield {**row, "left out": "the ten minutes were over"}
+            continue
+        torch.manual_seed(0)
+        problem = network().copy(device=device)
+        if precision == "float32":
+            row["check"] = check(problem)
+        else:
+            problem = replace(problem, model=Autocast(problem.model, device.type))
+        yield {**row, "candidates": steps(problem, device, "compiled" in precision, smoke)}
 
 
 def check(problem: Problem) -> dict[str, float]:
@@ -82,13 +81,9 @@ def check(problem: Problem) -> dict[str, float]:
     part = problem.part(2).copy()
     part = replace(part, regularised=part.layers[-1])
     part.model.eval()
-    kappa: dict[str, Any] = {"curvature": "gauss_newton"}
-    exact, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        (here,), (there,) = flatness(part, **kappa), flatness(part.copy(device=CPU), **kappa)
-    finally:
-        torch.backends.cudnn.allow_tf32 = exact
-    return {"device": here, "cpu": there}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        here, there = (seeded(p, curvature="gauss_newton") for p in (part, part.copy(device=CPU)))
+    return {"device": here[0], "cpu": there[0]}
 
 
 def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -> dict[str, Any]:
@@ -102,15 +97,14 @@ def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -
     built, found = prepared(problem, candidates, device, before=before, counted=False)
     for label, step in built.items():
         found[label]["waits"] = what_waits(repeated(step, candidates[label].period), device)
-    for label, timed in timings(built, candidates, 0.0 if smoke else TIMING, device).items():
-        found[label] |= timed
-    return found
+    timed = timings(built, candidates, 0.0 if smoke else TIMING, device)
+    return {label: {**own, **timed.get(label, {})} for label, own in found.items()}
 
 
 def what_waits(step: Step, device: torch.device) -> str:
     """Why a step makes the host wait for the device; empty if it does not, or torch cannot tell."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+    set_mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
+    set_mode("error")
     try:
         step()
     except RuntimeError as error:
@@ -118,8 +112,7 @@ def what_waits(step: Step, device: torch.device) -> str:
             raise
         return str(error)
     finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        set_mode("default")
     return ""
 
 
@@ -127,16 +120,11 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """What is wrong, in a sentence or two; empty if nothing is."""
     sentences = []
     for row in rows:
-        check = row.get("check", {"device": 0.0, "cpu": 0.0})
-        if not abs(check["device"] - check["cpu"]) <= TOLERANCE * abs(check["cpu"]):
-            sentences.append(
-                f"{row['task']}: expected the CPU's kappa {check['cpu']}, got {check['device']}."
-            )
-        for label, result in row["candidates"].items():
-            if (
-                result.get("waits")
-                and label.startswith("FAM")
-                and not row["candidates"]["plain"].get("waits")
-            ):
+        here, there = row.get("check", {"device": 0.0, "cpu": 0.0}).values()
+        if not abs(here - there) <= TOLERANCE * abs(there):
+            sentences.append(f"{row['task']}: expected the CPU's kappa {there}, got {here}.")
+        waiting = [label for label, result in row["candidates"].items() if result.get("waits")]
+        for label in waiting:
+            if label.startswith("FAM") and "plain" not in waiting:
                 sentences.append(f"{row['task']}: expected no step to wait for the device, but {label} does.")
     return " ".join(sentences)

@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from fam_optim import relative_flatness
 from recipes.benchmark.cases import CASES, HIDDEN, INNER, ONE
 from recipes.engine.optimizers import GAUSS_NEWTON, Settings, build, take_step
-from recipes.shared.problem import Problem, observed
+from recipes.shared.problem import Problem
 
 BASE: dict[str, Any] = {"base": "sgd", "lr": 1e-3, "momentum": 0.9}
 PENALTY: dict[str, Any] = {"optimizer": "fam", **BASE, "lam": 1e-3}  # any positive lam costs the same
@@ -22,19 +19,12 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A training step.
-
-    Attributes:
-        about: what it is.
-        settings: of its optimizer, as `recipes.engine.optimizers.build` takes them.
-        rows: the cases that it fits.
-        period: after how many steps its cost repeats.
-    """
+    """A training step."""
 
     about: str
-    settings: Settings
-    rows: frozenset[str] = frozenset(CASES)
-    period: int = 1
+    settings: Settings  # of its optimizer, as `recipes.engine.optimizers.build` takes them
+    rows: frozenset[str] = frozenset(CASES)  # that it fits
+    period: int = 1  # after how many steps its cost repeats
 
     def build(self, problem: Problem) -> Step:
         """The step on a problem's batch, which it changes."""
@@ -85,11 +75,3 @@ def chosen(labels: Sequence[str], row: str) -> dict[str, Candidate]:
         for label, candidate in CANDIDATES.items()
         if label == "plain" or (label in labels and row in candidate.rows)
     }
-
-
-def flatness(problem: Problem, times: int = 1, **options: Any) -> list[float]:
-    """The library's number, of the same forward whatever the options: dropout is seeded."""
-    torch.manual_seed(0)
-    with observed(problem.layers) as layers:
-        loss = problem.loss()
-    return [relative_flatness(loss, layers, **options).item() for _ in range(times)]

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from recipes.benchmark.candidates import REFUSALS, Candidate, flatness
+import torch
+
+from recipes.benchmark.candidates import REFUSALS, Candidate
 from recipes.shared.problem import Problem
 
 TOLERANCE = 1e-4  # relative, in float32
@@ -27,13 +29,19 @@ def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dic
         part = problem if curvature == "hessian" else problem.part(4)
         twins = copy.deepcopy(part), copy.deepcopy(part)  # a forward changes batch statistics
         try:
-            (exact,) = flatness(twins[0], curvature=curvature)
-            values = flatness(twins[1], probes, curvature=curvature, mode="hutchinson")
+            (exact,) = seeded(twins[0], curvature=curvature)
+            values = seeded(twins[1], times=probes, curvature=curvature, mode="hutchinson")
         except REFUSALS as error:
             result[curvature] = {"refused": str(error)}
             continue
         result[curvature] = {"exact": exact, **agreement(exact, values, f"{curvature} curvature")}
     return result
+
+
+def seeded(problem: Problem, **options: Any) -> list[float]:
+    """The library's numbers, of the same forward whatever the options: dropout is seeded."""
+    torch.manual_seed(0)
+    return [kappa.item() for kappa in problem.penalised(**options)[1:]]
 
 
 def agreement(exact: float, values: list[float], name: str) -> dict[str, float]:

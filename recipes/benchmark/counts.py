@@ -9,6 +9,7 @@ candidate's share of its dear steps. Entrywise operations are not: where they, o
 the time, the measured ratio is the higher one.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from recipes.benchmark.candidates import CANDIDATES, chosen
 from recipes.benchmark.cases import CASES
 from recipes.benchmark.measuring import prepared
-from recipes.benchmark.tables import count_table
+from recipes.benchmark.tables import table_of
 from recipes.shared.command import Distinct, Options, Recipe
 from recipes.shared.results import CPU
 
@@ -33,7 +34,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 TASKS = {"nargs": "+", "action": Distinct, "choices": CASES, "default": list(CASES), "metavar": "TASK"}
 SMOKE = {"tasks": ["tiny 16x16"]}
-RECIPE = Recipe("benchmark.counts", __doc__, measure, count_table, None, {"--tasks": TASKS}, SMOKE)
+RECIPE = Recipe(
+    "benchmark.counts", __doc__, measure, partial(table_of, "count"), None, {"--tasks": TASKS}, SMOKE
+)
 main = RECIPE.main
 
 if __name__ == "__main__":

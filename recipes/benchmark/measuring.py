@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.benchmark.candidates import REFUSALS, Candidate, Step
 from recipes.benchmark.memory import alive_bytes, peak_bytes
+from recipes.shared import timing
 from recipes.shared.problem import Problem
-from recipes.shared.timing import alternate, median, ratio, timed
 
 LEAST, MOST = 5, 400  # rounds, whatever they take
 Result = dict[str, Any]
@@ -65,14 +65,12 @@ def timings(
     """
     size = math.lcm(*(candidates[label].period for label in steps))
     blocks = {label: repeated(step, size) for label, step in steps.items()}
-    once = sum(timed(block, device)[0] for block in blocks.values())
-    found = alternate(blocks, max(LEAST, min(MOST, int(seconds / once))), device, warm_up=0)
-    results = {}
-    for label, own in found.items():
-        middle, quartiles = ratio(own, found["plain"])
-        took = median(own)[0] / size
-        results[label] = {"ratio": middle, "quartiles": quartiles, "rounds": len(own), "seconds": took}
-    return results
+    once = sum(timing.timed(block, device)[0] for block in blocks.values())
+    rounds = max(LEAST, min(MOST, int(seconds / once)))
+    found = timing.relative(timing.alternate(blocks, rounds, device, warm_up=0), "plain")
+    return {
+        label: {**own, "rounds": rounds, "seconds": own["seconds"] / size} for label, own in found.items()
+    }
 
 
 def repeated(step: Step, times: int) -> Step:

@@ -30,7 +30,7 @@ from recipes.benchmark.memory import alive_bytes, peak_bytes
 from recipes.shared.command import Options, Recipe, positive
 from recipes.shared.pictures import legend_above, looks, panels, tidy
 from recipes.shared.problem import Problem
-from recipes.shared.results import CPU
+from recipes.shared.results import CPU, grouped
 from recipes.shared.tables import table as make_table
 from recipes.shared.timing import alternate, median
 
@@ -67,12 +67,9 @@ def sweep(mode: str, letter: str, options: Options) -> list[dict[str, Any]]:
     """One row per size of the letter, the smallest first."""
     largest, count, _ = SWEEPS[mode]
     rows = []
-    for halvings in range(1 if options.smoke else count, -1, -1):
-        shift = halvings + (4 if options.smoke else 0)
-        sizes = {
-            name: max(2, size >> (shift if name == letter else 0))
-            for name, size in zip("dmN", largest[letter], strict=True)
-        }
+    for halvings in (5, 4) if options.smoke else range(count, -1, -1):
+        sizes = dict(zip("dmN", largest[letter], strict=True))
+        sizes[letter] = max(2, sizes[letter] >> halvings)
         calls = {name: gradient(name, [*sizes.values()]) for name in ("plain", mode)}
         seconds = alternate(calls, options.rounds)
         others = alive_bytes(CPU)
@@ -93,10 +90,7 @@ def exponent(rows: Sequence[dict[str, Any]], quantity: str) -> float:
 
 def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The rows of each sweep."""
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in runs:
-        grouped.setdefault((run["mode"], run["swept"]), []).append(run)
-    return grouped
+    return grouped(runs, lambda run: (run["mode"], run["swept"]))
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
@@ -115,14 +109,14 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def plot(results: Mapping[str, Any]) -> Figure:
     """Time above and memory below, a column per size that grows."""
-    grouped = groups(results["runs"])
-    letters = list(dict.fromkeys(letter for _, letter in grouped))
+    sweeps = groups(results["runs"])
+    letters = list(dict.fromkeys(letter for _, letter in sweeps))
     chosen = looks([*SWEEPS, "plain"])
     figure, axes = panels(2, len(letters), 1 + 2.8 * len(letters), 5.4, sharex="col")
     for column, letter in zip(axes.T, letters, strict=True):
         for axis, (quantity, (what, unit)) in zip(column, QUANTITIES.items(), strict=True):
             for mode, look in chosen.items():
-                rows = grouped.get((mode if mode != "plain" else "exact", letter), [])
+                rows = sweeps.get((mode if mode != "plain" else "exact", letter), [])
                 name = quantity if mode != "plain" else f"plain_{quantity}"
                 values = [unit * row[name] for row in rows]
                 axis.plot([row[letter] for row in rows], values, **look, markersize=4, label=mode)

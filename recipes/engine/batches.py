@@ -1,4 +1,4 @@
-"""Batches for the recipes: shuffled from a seed of their own, or in order, and where the model is."""
+"""Batches for the recipes: in an order of their epoch's, or in the samples' own, and where the model is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +11,16 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from recipes.engine.task import Batch, Samples
 
 
-def shuffled(samples: Samples, batch_size: int, seed: int, workers: int = 0) -> DataLoader[Batch]:
-    """In an order drawn from the seed; the last, incomplete batch is left out (unless it is the only one)."""
-    generator = torch.Generator().manual_seed(seed)
+def of_epoch(samples: Samples, batch_size: int, seed: int, epoch: int, workers: int = 0) -> DataLoader[Batch]:
+    """In the order of a run's epoch, the same for every optimizer with the run's seed.
+
+    The last, incomplete batch is left out, unless it is the only one.
+    """
+    order = int(np.random.SeedSequence((seed, epoch, 1)).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(order)
     sampler = RandomSampler(samples, generator=generator)  # type: ignore[arg-type]
     drop_last = len(sampler) > batch_size
     return _loader(samples, BatchSampler(sampler, batch_size, drop_last), generator, workers)
-
-
-def of_epoch(samples: Samples, batch_size: int, seed: int, epoch: int, workers: int = 0) -> DataLoader[Batch]:
-    """In the order of a run's epoch, the same for every optimizer with the run's seed."""
-    order = int(np.random.SeedSequence((seed, epoch, 1)).generate_state(1)[0])
-    return shuffled(samples, batch_size, order, workers)
 
 
 def ordered(samples: Samples, batch_size: int, workers: int = 0) -> DataLoader[Batch]:
@@ -47,22 +45,6 @@ def first(samples: Samples, count: int) -> Samples:
     return Subset(samples, range(min(count, len(samples))))  # type: ignore[arg-type]
 
 
-def move(batch: Any, device: torch.device) -> Any:
-    """A batch on the device."""
-    return each_tensor(lambda tensor: tensor.to(device, non_blocking=True), batch)
-
-
-def cast(batch: Any, dtype: torch.dtype) -> Any:
-    """A batch with its floating point tensors in another precision."""
-    return each_tensor(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, batch)
-
-
 def each_tensor(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The same tuples and dicts with the function of every tensor in them."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, dict):
-        return {name: each_tensor(function, item) for name, item in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return tuple(each_tensor(function, item) for item in batch)
-    return batch
+    """The function of every tensor of a batch, which may be a tuple of tuples."""
+    return function(batch) if isinstance(batch, Tensor) else tuple(each_tensor(function, b) for b in batch)

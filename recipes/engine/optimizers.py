@@ -1,4 +1,4 @@
-"""The optimizers that every task can be trained with: SGD, Nesterov, Adam; SAM's kin and FAM around them.
+"""The optimizers that every task can be trained with: SGD, Adam and their kin; SAM's and FAM around them.
 
 Settings are flat data, such as ``{"optimizer": "fam", "base": "sgd", "lr": 0.03, "lam": 0.1}``; a run's
 folder holds them as JSON, and ``build`` makes the optimizer.
@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
 
 from fam_optim import FAM
 from recipes.engine.layers import select
 from recipes.engine.task import Task
 
+CLASSES = {"sgd": SGD, "nesterov": SGD, "adam": Adam, "adamw": AdamW}
 BASES: dict[str, dict[str, Any]] = {  # with the learning rates that are usual for them
     "sgd": {"lr": 0.05, "momentum": 0.9},
     "nesterov": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
     "adam": {"lr": 1e-3},
+    "adamw": {"lr": 1e-3},
 }
 WRAPPERS: dict[str, dict[str, Any]] = {
     "sam": {"rho": 0.05},
@@ -31,6 +34,14 @@ MEASURING = ("measure", "mode", "curvature", "n_samples")  # of FAM's options: w
 FAM_OPTIONS = ("layers", "lam", "every", "normalize", "detach_hessian", *MEASURING)
 SAM_OPTIONS = ("rho", "adaptive", "k")
 OPTIONS = {"fam": FAM_OPTIONS, **dict.fromkeys(("sam", "asam", "looksam"), SAM_OPTIONS)}  # not of their base
+# The penalty as the paper has it, whatever the library's defaults; the division by m is its released code's.
+PAPERS: dict[str, Any] = {
+    "measure": "neuronwise",
+    "mode": "exact",
+    "curvature": "hessian",
+    "detach_hessian": False,
+    "normalize": True,
+}
 # The proximal step needs no settings of a task; the curvature that it flattens is measured so.
 PROXIMAL: dict[str, Any] = {"mode": "proximal", "lam": 1.0, "every": 10}
 GAUSS_NEWTON: dict[str, Any] = {"curvature": "gauss_newton", "mode": "hutchinson"}
@@ -48,18 +59,26 @@ def settings(task: Task, optimizer: str, changes: Mapping[str, Any]) -> Settings
     return {"optimizer": optimizer, "base": base, **BASES[base], **own, **wrapper, **changes}
 
 
-def build(settings: Settings, model: nn.Module, layers: Sequence[nn.Module]) -> torch.optim.Optimizer:
+def build(
+    settings: Settings,
+    model: nn.Module,
+    layers: Sequence[nn.Module] = (),
+    generator: torch.Generator | None = None,
+) -> torch.optim.Optimizer:
     """Make the optimizer of a model's parameters; FAM regularises these layers, unless it names its own."""
     options = dict(settings)
-    name, base = options.pop("optimizer"), torch.optim.Adam if settings["base"] == "adam" else torch.optim.SGD
-    del options["base"]
+    name, base = options.pop("optimizer"), CLASSES[options.pop("base")]
     parameters = model.parameters()
     if name == "fam":
         own = options.pop("layers", None)
-        return FAM(parameters, base, select(model, own) if own else list(layers), **options)
-    if name in ("sam", "asam"):
-        return SAM(parameters, base, **options)
-    return LookSAM(parameters, base, **options) if name == "looksam" else base(parameters, **options)
+        chosen = select(model, own) if own else list(layers)
+        return FAM(parameters, base, chosen, generator=generator, **options)
+    if name in ("sam", "asam", "looksam"):
+        sam: Any = LookSAM if name == "looksam" else SAM  # whose types ask for a class
+        wrapped: torch.optim.Optimizer = sam(parameters, base, **options)
+        return wrapped
+    plain: torch.optim.Optimizer = base(parameters, **options)
+    return plain
 
 
 def plain(settings: Settings) -> Settings:

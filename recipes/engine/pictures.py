@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, SymmetricalLogLocator
 from numpy.typing import NDArray
 
 from recipes.shared.pictures import SERIES, legend_above, looks, panels, tidy
+from recipes.shared.results import grouped
 
 Run = dict[str, Any]
 WIDTH = 8.2  # inches, about 1,000 pixels: what a README shows
@@ -37,20 +38,18 @@ def title(name: str) -> str:
 
 def of_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs by their task."""
-    grouped: dict[str, list[Run]] = {}
-    for run in runs:
-        grouped.setdefault(run["task"], []).append(run)
-    return grouped
+    return grouped(runs, lambda run: run["task"])
 
 
 def fewest(runs: Sequence[Run]) -> list[Run]:
     """The runs that a picture has room for: of many labels those with the best first metric at the end."""
-    labels = list(dict.fromkeys(run["label"] for run in runs))
-    if len(labels) > SERIES:
-        lead = quantities(runs)[0]
-        ends = {label: [last(run, lead) for run in runs if run["label"] == label] for label in labels}
-        labels = sorted(labels, key=lambda label: -np.mean(ends[label]))[:SERIES]
-    return [run for run in runs if run["label"] in labels]
+    by_label = grouped(runs, lambda run: run["label"])
+    if len(by_label) <= SERIES:
+        return list(runs)
+    lead = quantities(runs)[0]
+    ends = {label: np.mean([last(run, lead) for run in own]) for label, own in by_label.items()}
+    best = sorted(ends, key=lambda label: -ends[label])[:SERIES]
+    return [run for run in runs if run["label"] in best]
 
 
 def last(run: Run, name: str) -> float:
@@ -101,8 +100,8 @@ def quantities(runs: Sequence[Run]) -> list[str]:
 def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: dict[str, dict[str, str]]) -> None:
     """Draw each optimizer's mean over its seeds, and the seeds themselves, faint."""
     shown = []
-    for number, label in enumerate(dict.fromkeys(run["label"] for run in runs)):
-        own = [curve(run, name) for run in runs if run["label"] == label]
+    for number, (label, seeds) in enumerate(grouped(runs, lambda run: run["label"]).items()):
+        own = [curve(run, name) for run in seeds]
         length = max(map(len, own))
         curves = np.stack([np.pad(c, (0, length - len(c)), constant_values=np.nan) for c in own])
         epochs, mean = np.arange(1, length + 1), curves.mean(0)
@@ -148,6 +147,12 @@ def curve(run: Run, name: str) -> NDArray[np.float64]:
     """A quantity by epoch; nan where it was not measured or not finite, which is left out of the picture."""
     values = run["history"].get(name, [])
     return np.array([np.nan if value is None else np.mean(value) for value in values], dtype=np.float64)
+
+
+def at(run: Run, name: str, index: int) -> float:
+    """A quantity after an epoch; nan where it was not finite, or the run is not there yet."""
+    values = curve(run, name)
+    return float(values[index]) if index < len(values) else float("nan")
 
 
 def plot_boxes(runs: Sequence[Run]) -> Figure | None:

@@ -1,59 +1,46 @@
 """How a run is doing: a line per epoch, and one a minute where an epoch takes longer."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
-from recipes.engine.optimizers import Settings
-from recipes.engine.task import Task, mean
-from recipes.engine.training import Conditions, Progress, train
+from recipes.engine.loop import Loop
+from recipes.engine.task import mean
 
 PATIENCE = 60.0  # seconds
 
 
-def train_aloud(
-    title: str,
-    task: Task,
-    settings: Settings,
-    conditions: Conditions,
-    path: Path,
-    console: Console,
-    *,
-    resume: bool = False,
-) -> None:
-    """Train into the folder ``path``, saying how it goes."""
-    train(task, settings, conditions, path, resume=resume, on_progress=telling(title, task, console))
+class Progress:
+    """Prints the lines; metrics and kappa are those of the last epoch."""
 
+    def __init__(self, title: str, loop: Loop, finished: int, step_time: float, console: Console) -> None:
+        self.title, self.loop, self.step_time, self.console = title, loop, step_time, console
+        self.first = finished * loop.per_epoch  # steps of an earlier command
+        self.begin = self.said = time.monotonic()
+        self.record: Mapping[str, Any] = {"epoch": finished}
 
-def telling(title: str, task: Task, console: Console) -> Callable[[Progress], None]:
-    """The callback that prints the lines; kappa and metrics are those of the last epoch."""
-    begin = said = time.monotonic()
-    first, epoch = None, 0
+    def after_step(self, step: int, loss: Tensor) -> None:
+        """Say something if it is time: to read the loss is to wait for the device."""
+        if time.monotonic() - self.said >= PATIENCE:
+            self.say(step, loss.item())
 
-    def show(progress: Progress) -> None:
-        nonlocal first, epoch, said
-        first = progress.step if first is None else first
-        finished, now = progress.record.get("epoch", 0), time.monotonic()
-        if finished == epoch and now - said < PATIENCE:
-            return
-        epoch, said = finished, now
-        left = (now - begin) / max(1, progress.step - first) * (progress.steps - progress.step)
-        what = [title, f"epoch {epoch}/{progress.epochs}", *numbers(progress, task)]
-        what.append(f"{timedelta(seconds=round(left))} left")
-        console.print("  ".join(what), markup=False, highlight=False, soft_wrap=True)
+    def after_epoch(self, record: Mapping[str, Any]) -> None:
+        """Say what was measured."""
+        self.record = record
+        self.say(record["epoch"] * self.loop.per_epoch, record["train_loss"])
 
-    return show
-
-
-def numbers(progress: Progress, task: Task) -> list[str]:
-    """Loss, metrics, kappa and the cost of a step, the most important first."""
-    shown = [f"loss {progress.loss:.3f}"]
-    names = [name for name in progress.record if name.endswith(f"_{task.metric}")]
-    names = [name for name in names if not name.startswith("validation_")] or names
-    shown += [f"{name.replace('_', ' ')} {mean(progress.record[name]):.4g}" for name in names]
-    if "kappa" in progress.record:
-        shown.append(f"kappa {progress.record['kappa']:.3g}")
-    return [*shown, f"step {progress.step_time:.2f}x"]
+    def say(self, step: int, loss: float) -> None:
+        """Loss, metrics, kappa and the cost of a step, the most important first."""
+        self.said, loop, record = time.monotonic(), self.loop, self.record
+        left = (self.said - self.begin) / max(1, step - self.first) * (loop.steps - step)
+        names = [name for name in record if name.endswith(f"_{loop.task.metric}")]
+        names = [name for name in names if not name.startswith("validation_")] or names
+        what = [self.title, f"epoch {record['epoch']}/{loop.conditions.epochs}", f"loss {loss:.3f}"]
+        what += [f"{name.replace('_', ' ')} {mean(record[name]):.4g}" for name in names]
+        what += [f"kappa {record['kappa']:.3g}"] if "kappa" in record else []
+        what += [f"step {self.step_time:.2f}x", f"{timedelta(seconds=round(left))} left"]
+        self.console.print("  ".join(what), markup=False, highlight=False, soft_wrap=True)

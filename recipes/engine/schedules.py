@@ -1,6 +1,7 @@
 """Learning rate schedules as functions: progress of the training in [0, 1) -> factor of the learning rate."""
 
 import math
+from collections.abc import Callable
 
 
 def constant(progress: float) -> float:
@@ -23,17 +24,6 @@ def warm_up(progress: float) -> float:
     return min(progress / 0.1, (1 - progress) / 0.9)
 
 
-class Steps:
-    """Multiply by ``factor`` at each milestone of the progress."""
-
-    def __init__(self, *milestones: float, factor: float) -> None:
-        """Take the milestones as parts of the training."""
-        self.milestones, self.factor = milestones, factor
-
-    def __call__(self, progress: float) -> float:
-        """Return the factor of the learning rate."""
-        return self.factor ** sum(progress >= milestone for milestone in self.milestones)
-
-    def __str__(self) -> str:
-        """Say it as a paper would."""
-        return f"x {self.factor:g} after {', '.join(f'{milestone:g}' for milestone in self.milestones)}"
+def steps(*milestones: float, factor: float) -> Callable[[float], float]:
+    """Multiplied by ``factor`` at each milestone of the progress."""
+    return lambda progress: factor ** sum(progress >= milestone for milestone in milestones)

@@ -11,7 +11,7 @@ from torch import nn
 from recipes.engine.layers import select
 from recipes.engine.optimizers import Settings, build, plain, take_step
 from recipes.engine.task import Batch, Task
-from recipes.shared.timing import alternate, median, ratio
+from recipes.shared.timing import alternate, relative
 
 STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; blocks, where some steps are dearer
 
@@ -37,10 +37,12 @@ def relative_step_time(
 
         return steps
 
-    calls = {"plain": block(plain(settings)), "own": block(settings)}
     rounds = STEPS if size == 1 else BLOCKS
-    seconds = alternate(calls, rounds, device)
-    middle, quartiles = ratio(seconds["own"], seconds["plain"])
-    milliseconds = 1000 * median(seconds["plain"])[0] / size
-    steps = rounds * size
-    return {"median": middle, "quartiles": quartiles, "steps": steps, "plain_milliseconds": milliseconds}
+    calls = {"plain": block(plain(settings)), "own": block(settings)}
+    found = relative(alternate(calls, rounds, device), "plain")
+    return {
+        "median": found["own"]["ratio"],
+        "quartiles": found["own"]["quartiles"],
+        "steps": rounds * size,
+        "plain_milliseconds": 1000 * found["plain"]["seconds"] / size,
+    }

@@ -1,4 +1,4 @@
-"""What a recipe has to say about an experiment; ``recipes.engine.training`` does the rest.
+"""What a recipe has to say about an experiment; ``recipes.engine.loop`` trains it.
 
 A task is data: where its samples come from, the network and the layer whose flatness counts, the loss, what
 is evaluated, and the settings of its optimizers. A new experiment is a new ``Task``, not a new script.
@@ -7,6 +7,7 @@ is evaluated, and the settings of its optimizers. A new experiment is a new ``Ta
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ class Source:
     smoke: bool = False  # a few samples, generated or shipped, through the same code; small networks
 
 
+def package(name: str, extra: str = "paper") -> Any:
+    """An optional package.
+
+    Raises:
+        Missing: if it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise Missing(f'{error.name or name} is not installed: pip install -e ".[{extra}]"') from error
+
+
 def missing(name: str, folder: Path, source: Source, otherwise: str = "") -> Missing:
     """What to say where reading a data set failed."""
     if source.download:
@@ -56,12 +69,27 @@ def mean(value: float | list[float]) -> float:
 
 
 @torch.no_grad()
-def classification(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-    """Accuracy in percent and mean negative log-likelihood, of a model in eval mode."""
+def predictions(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Outputs and targets, of a model in eval mode."""
     pairs = [(model(inputs).float(), targets) for inputs, targets in batches]
-    logits, targets = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+
+
+def classification(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+    """Accuracy in percent and mean negative log-likelihood."""
+    logits, targets = predictions(model, batches)
     accuracy = 100 * (logits.argmax(1) == targets).float().mean().item()
     return {"accuracy": accuracy, "nll": nn.functional.cross_entropy(logits, targets).item()}
+
+
+def regression(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+    """Part of the targets' variance that is explained (R^2), in percent, and mean squared error."""
+    outputs, targets = predictions(model, batches)
+    residual = (outputs - targets).square().mean() / targets.var(correction=0)
+    return {
+        "explained": 100 * (1 - residual.item()),
+        "mse": nn.functional.mse_loss(outputs, targets).item(),
+    }
 
 
 @dataclass(frozen=True)
@@ -75,7 +103,7 @@ class Task:
     batch_size: int
     name: str = ""  # the key in recipes.tasks.TASKS, which knows the sentence too
     about: str = ""  # what is trained on what, and where the paper has it
-    base: str = "sgd"  # the optimizer inside SAM, ASAM and FAM: "sgd", "nesterov" or "adam"
+    base: str = "sgd"  # the optimizer inside SAM, ASAM and FAM: a name in recipes.engine.optimizers.BASES
     options: Mapping[str, Any] = field(default_factory=dict)  # of the base optimizer
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what an --optimizer changes
     schedule: Callable[[float], float] = cosine  # factor of the learning rate by progress in [0, 1)
@@ -85,7 +113,3 @@ class Task:
     watch: Evaluation | None = None  # at every 20th of the training
     metric: str = "accuracy"  # the one that the progress bar shows
     kappa_samples: int = 1000  # training samples on which kappa is measured after an epoch
-    facts: Mapping[str, str] = field(default_factory=dict)  # settings in words: the network, its input, ...
-    paper: tuple[str, ...] = ()  # names of the settings that the paper states
-    code: tuple[str, ...] = ()  # ... that the released code decides; all others are ours (recipes.marks)
-    differences: str = ""  # where the paper and its released code differ, and the flags of the latter

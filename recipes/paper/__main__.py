@@ -1,9 +1,9 @@
-"""The paper on one page: the settings of its experiments with their marks, and its numbers beside ours.
+"""The paper's numbers beside ours, on one page.
 
     python -m recipes.paper
     python -m recipes.paper --out recipes/results/paper.md
 
-The numbers are those of the results that lie beside the recipes.
+Ours are those of the results that lie beside the recipes.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from recipes.engine import marks
 from recipes.paper.comparison import compare, figure_4
 from recipes.paper.numbers import ROWS, STAND_INS
 from recipes.shared.command import parser
 from recipes.shared.results import load
 from recipes.shared.tables import markdown
-from recipes.tasks import load_task
 
 RESULTS = Path(__file__).parents[1] / "results"
 EXPERIMENTS = tuple(dict.fromkeys(row.experiment for row in ROWS))
-
-
-def settings() -> Table:
-    """A column per experiment."""
-    return marks.table([load_task(name) for name in EXPERIMENTS])
 
 
 def comparisons(folder: Path = RESULTS) -> dict[str, Table]:
@@ -45,7 +38,7 @@ def comparisons(folder: Path = RESULTS) -> dict[str, Table]:
 
 def tables() -> list[Table]:
     """Everything on the page, in the order of the paper."""
-    return [settings(), *comparisons().values(), figure_4(load(RESULTS / "hessian_time.json")["runs"])]
+    return [*comparisons().values(), figure_4(load(RESULTS / "hessian_time.json")["runs"])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

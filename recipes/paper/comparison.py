@@ -1,14 +1,13 @@
 """The paper's numbers beside those of runs: a row per line of its table, "not run" where it was not."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from recipes.engine.pictures import title
-from recipes.engine.task import mean
-from recipes.paper.numbers import FIGURE_4, ROWS, STAND_INS, STATED, Row
+from recipes.engine.pictures import at, title
+from recipes.paper.numbers import FIGURE_4, ROWS, STAND_INS, Row
+from recipes.shared.results import grouped
 from recipes.shared.tables import summary
 from recipes.shared.tables import table as make_table
 
@@ -37,28 +36,20 @@ def compare(task: str, runs: Sequence[Run]) -> Table | None:
 
 def matching(row: Row, runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """The runs that are a line of the paper's, by label: those of a label differ in their seed alone."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        chosen = run["settings"]
+
+    def belongs(chosen: Mapping[str, Any]) -> bool:
         plain = chosen["optimizer"] == "fam" and chosen.get("lam") == 0  # bit for bit the base optimizer
         optimizer = chosen["base"] if plain else chosen["optimizer"]
-        if optimizer in row.optimizers and all(chosen.get(k) == v for k, v in row.settings.items()):
-            found.setdefault(run["label"], []).append(run)
-    return list(found.items())
+        return optimizer in row.optimizers and all(chosen.get(k) == v for k, v in row.settings.items())
+
+    return list(grouped((run for run in runs if belongs(run["settings"])), lambda run: run["label"]).items())
 
 
 def measured(row: Row, name: str, runs: Sequence[Run]) -> str:
     """What the runs have at the line's part of the training, in the paper's unit."""
     if not runs:
         return NOT_RUN
-    return summary(name, [row.scale * value_after(run, name, row.part) for run in runs])
-
-
-def value_after(run: Run, name: str, part: float) -> float:
-    """A quantity after a part of the training; nan if it was not finite, or the run is not there yet."""
-    values, index = run["history"].get(name, []), round(part * run["epochs"]) - 1
-    value = values[index] if index < len(values) else None
-    return math.nan if value is None else mean(value)
+    return summary(name, [row.scale * at(run, name, round(row.part * run["epochs"]) - 1) for run in runs])
 
 
 def differences(row: Row, runs: Sequence[Run], other: str) -> str:
@@ -66,8 +57,8 @@ def differences(row: Row, runs: Sequence[Run], other: str) -> str:
     if not runs:
         return "-"
     chosen = runs[0]["settings"]
-    stated = {**STATED[row.experiment], "detach_hessian": False, "curvature": "hessian"}
-    if row.optimizers == ("sam",):
+    stated = {**row.stated, "detach_hessian": False, "curvature": "hessian"}
+    if [*row.optimizers] == ["sam"]:
         stated.pop("lr", None)  # SAM has its own
     found = {**runs[0], **(chosen if "fam" in row.optimizers else {"lr": chosen["lr"]})}
     compared = [name for name in stated if name in found and (name in IN_STAND_INS or not other)]

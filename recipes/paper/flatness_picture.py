@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fam_optim import dataset_relative_flatness
-from recipes.engine.batches import cast, first, ordered
+from recipes.engine.batches import each_tensor, first, ordered
 from recipes.engine.layers import select
 from recipes.engine.task import Batch, Task
 from recipes.flatness import OF_RUNS, runs_asked
@@ -69,17 +69,18 @@ def extra_loss(run: Trained, draws: int) -> dict[str, Any]:
         raise ValueError(
             f"expected {run.label} to have one nn.Linear as its layer, got {run.config['layers']}"
         )
-    batches = [cast(batch, torch.float64) for batch in ordered(first(run.data.train, SAMPLES), SAMPLES)]
+    samples = ordered(first(run.data.train, SAMPLES), SAMPLES)
+    batches = [each_tensor(lambda t: t.double() if t.is_floating_point() else t, batch) for batch in samples]
     plain = mean_loss(task, model, batches)
     means, errors = [], []
     for strength in STRENGTHS:
         extra = []
         for seed in range(draws):  # each noise with both signs: what is linear in it cancels
-            both = []
+            both = 0.0
             for sign in (1, -1):
                 with noisy_input(layer, sign * strength, seed):
-                    both.append(mean_loss(task, model, batches))
-            extra.append(statistics.fmean(both) - plain)
+                    both += mean_loss(task, model, batches) / 2
+            extra.append(both - plain)
         means.append(statistics.fmean(extra))
         errors.append(statistics.stdev(extra) / draws**0.5)
     return {

@@ -16,15 +16,11 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
 Before a size is timed (float32), kappa of each Hessian is compared with relative_flatness in float64.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from recipes.paper.comparison import figure_4
-from recipes.paper.layer_timing import OPTIONS, SMOKE, Method, plain_step, plot, sweep, table
-from recipes.shared.command import Options, Recipe
+from recipes.paper.layer_timing import Method, plain_step, timing_recipe
 from recipes.shared.problem import Problem
 from recipes.shared.tables import markdown
 
@@ -76,17 +72,10 @@ METHODS = {
 }
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
-    """One row per layer and method."""
-    return [row for _, row in sweep(METHODS, Problem.flatness, options)]
-
-
-def factors(runs: Sequence[dict[str, Any]]) -> str:
-    """The paper's factors beside the measured ones."""
-    return markdown(figure_4(runs))
-
-
-RECIPE = Recipe("paper.hessian_time", __doc__, measure, table, plot, OPTIONS, SMOKE, factors)
+RECIPE = timing_recipe(
+    *("paper.hessian_time", __doc__, METHODS, Problem.flatness),
+    summary=lambda runs: markdown(figure_4(runs)),  # the paper's factors beside the measured ones
+)
 main = RECIPE.main
 
 if __name__ == "__main__":

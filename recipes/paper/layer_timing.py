@@ -19,9 +19,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from recipes.shared import timing
-from recipes.shared.command import Options, device, positive
+from recipes.shared.command import Options, Recipe, device, positive
 from recipes.shared.pictures import legend_above, looks, panels, tidy
 from recipes.shared.problem import Problem
+from recipes.shared.results import CPU
 from recipes.shared.tables import table as make_table
 
 BATCH, CLASSES = 64, 10
@@ -35,11 +36,6 @@ QUANTITIES = {"seconds": "time of a call (s)", "error": "error of the trace (a f
 # weights: a Hessian is 0.4 GB in float64 there, its computation takes several times that
 QUADRATIC_LIMIT = 7000
 TOLERANCE = 1e-6  # of the check, relative
-OPTIONS: dict[str, dict[str, Any]] = {  # of both recipes
-    "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
-    "--device": {"type": device, "default": torch.device("cpu"), "help": "cpu (default), cuda, ..."},
-}
-SMOKE = {"rounds": 3}
 
 
 @dataclass(frozen=True)
@@ -70,29 +66,42 @@ def plain_step(problem: Problem) -> Tensor:
     return problem.gradient(problem.loss())
 
 
-def sweep(
-    methods: Mapping[str, Method], expected: Callable[[Problem], Tensor], options: Options
-) -> Iterator[tuple[Problem, dict[str, Any]]]:
-    """Every size of both families: check, then time. Yields the problem and one row per method.
+def timing_recipe(
+    name: str,
+    doc: str | None,
+    methods: Mapping[str, Method],
+    expected: Callable[[Problem], Tensor],
+    also: Callable[[str, Problem, Options], dict[str, Any]] = lambda method, problem, options: {},
+    summary: Callable[[Sequence[dict[str, Any]]], str] | None = None,
+) -> Recipe:
+    """Every size of both families: check, then time. ``also`` is what else is measured of a method.
 
     A quadratic method is left out of large layers.
     """
-    for family, sizes in SIZES.items():
-        for m in sizes[:3] if options.smoke else sizes:
+
+    def rows(options: Options) -> Iterator[dict[str, Any]]:
+        for family, m in (
+            (f, m) for f, sizes in SIZES.items() for m in sizes[: 3 if options.smoke else None]
+        ):
             problem = build(family, m).copy(device=options.device)
             d, weights = len(problem.weight), problem.weight.numel()
-            chosen = {
-                label: method
-                for label, method in methods.items()
-                if weights <= QUADRATIC_LIMIT or not method.quadratic
-            }
+            small = weights <= QUADRATIC_LIMIT
+            chosen = {label: one for label, one in methods.items() if small or not one.quadratic}
             check(problem.copy(torch.float64), chosen, expected)
             calls = {label: partial(method.run, problem) for label, method in chosen.items()}
             for label, seconds in timing.alternate(calls, options.rounds, options.device).items():
                 middle, quartiles = timing.median(seconds)
-                size = {"family": family, "d": d, "m": m, "weights": weights}
-                times = {"seconds": middle, "quartiles": quartiles, "calls": len(seconds)}
-                yield problem, {**size, "method": label, **times}
+                row = {"family": family, "d": d, "m": m, "weights": weights, "method": label}
+                row |= {"seconds": middle, "quartiles": quartiles, "calls": len(seconds)}
+                yield {**row, **also(label, problem, options)}
+
+    settings: dict[str, dict[str, Any]] = {
+        "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
+        "--device": {"type": device, "default": CPU, "help": "cpu (default), cuda, ..."},
+    }
+    return Recipe(
+        *(name, doc, lambda options: [*rows(options)], table, plot, settings, {"rounds": 3}, summary)
+    )
 
 
 def check(problem: Problem, methods: Mapping[str, Method], expected: Callable[[Problem], Tensor]) -> None:
@@ -111,13 +120,12 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Median milliseconds, one line per layer."""
     labels = list(dict.fromkeys(run["method"] for run in runs))
     result = make_table("layer", "d x m", *labels, title="Median milliseconds")
-    for family, d, m in dict.fromkeys((run["family"], run["d"], run["m"]) for run in runs):
-        times = {
-            run["method"]: f"{1000 * run['seconds']:.3g}"
-            for run in runs
-            if (run["family"], run["d"], run["m"]) == (family, d, m)
-        }
-        result.add_row(family, f"{d} x {m}", *(times.get(label, "-") for label in labels))
+    milliseconds: dict[tuple[str, str], dict[str, str]] = {}
+    for run in runs:
+        layer = run["family"], f"{run['d']} x {run['m']}"
+        milliseconds.setdefault(layer, {})[run["method"]] = f"{1000 * run['seconds']:.3g}"
+    for layer, times in milliseconds.items():
+        result.add_row(*layer, *(times.get(label, "-") for label in labels))
     return result
 
 

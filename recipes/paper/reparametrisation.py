@@ -15,6 +15,7 @@ relu(alpha z) = alpha relu(z) for alpha > 0. Of both layers, on the training set
 Most of the alphas are no powers of two, by which a multiplication would not even round.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,44 +48,42 @@ def batches(images: Tensor, labels: Tensor, size: int) -> Batches:
     return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
 
 
-def measure(model: nn.Module, layer: nn.Linear, data: Batches) -> dict[str, float]:
+def measure(model: nn.Module, layer: nn.Module, data: Batches) -> dict[str, float]:
     """The three quantities of one layer."""
     kappa, kappa_hat = (
         dataset_relative_flatness(model, layer, cross_entropy, data, measure=name).item()
         for name in ("neuronwise", "layerwise")
     )
-    return {"kappa": kappa, "kappa_hat": kappa_hat, "trace": kappa_hat / layer.weight.square().sum().item()}
+    weight = layer.get_parameter("weight")
+    return {"kappa": kappa, "kappa_hat": kappa_hat, "trace": kappa_hat / weight.square().sum().item()}
+
+
+@torch.no_grad()
+def rescaled(model: nn.Sequential, alpha: float) -> nn.Sequential:
+    """A copy with the hidden layer times alpha and the last layer's weight divided by it."""
+    twin = copy.deepcopy(model)
+    for name, factor in (("1.weight", alpha), ("1.bias", alpha), ("3.weight", 1 / alpha)):
+        twin.get_parameter(name).mul_(factor)
+    return twin
 
 
 def sweep(options: Options) -> list[dict[str, Any]]:
     """Train, then one row per layer and alpha, with the change of each quantity since alpha = 1."""
     images, labels = (tensor[: options.images] for tensor in fashion_mnist("train"))
     torch.manual_seed(options.seed)
-    hidden, last = nn.Linear(784, 64), nn.Linear(64, 10)
-    model = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), last)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
     for _ in range(options.epochs):
         order = torch.randperm(len(labels))
         train_plainly(model, batches(images[order], labels[order], 64))
     model.double()
-    training = batches(images.double(), labels, 250)
-    originals = [parameter.detach().clone() for parameter in (hidden.weight, hidden.bias, last.weight)]
-    layers = {"hidden": hidden, "last": last}
-    origins = {name: measure(model, layer, training) for name, layer in layers.items()}
-    runs = []
-    for name, layer in layers.items():
-        for alpha in (2.0**exponent for exponent in (EXPONENTS[::4] if options.smoke else EXPONENTS)):
-            with torch.no_grad():
-                for parameter, original, factor in zip(
-                    (hidden.weight, hidden.bias, last.weight),
-                    originals,
-                    (alpha, alpha, 1 / alpha),
-                    strict=True,
-                ):
-                    parameter.copy_(original * factor)
-            found = measure(model, layer, training)
-            changes = {
-                f"{quantity}_change": found[quantity] / origins[name][quantity] - 1 for quantity in found
-            }
+    training, runs = batches(images.double(), labels, 250), []
+    exponents = EXPONENTS[::4] if options.smoke else EXPONENTS
+    for name, index in {"hidden": 1, "last": 3}.items():
+        origin = measure(model, model[index], training)
+        for alpha in (2.0**exponent for exponent in exponents):
+            twin = rescaled(model, alpha)
+            found = measure(twin, twin[index], training)
+            changes = {f"{quantity}_change": found[quantity] / origin[quantity] - 1 for quantity in found}
             runs.append({"layer": name, "alpha": alpha, **found, **changes})
     return runs
 

@@ -19,14 +19,14 @@ The hidden layer's trace can be near zero by chance, since its curvatures have b
 
 import math
 import statistics
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipes.paper.layer_timing import OPTIONS, SMOKE, Method, plain_step, plot, sweep, table
-from recipes.shared.command import Options, Recipe
+from recipes.paper.layer_timing import Method, plain_step, timing_recipe
+from recipes.shared.command import Options
 from recipes.shared.problem import Problem
 
 REPEATS = 20  # draws behind the error of an estimator
@@ -54,50 +54,35 @@ def basis_products(problem: Problem) -> Tensor:
     return curvatures.sum()
 
 
-def exact(problem: Problem) -> Tensor:
-    """The trace ``()`` from kappa_hat = ||W||^2 Tr(H)."""
-    return problem.flatness(measure="layerwise") / problem.weight.detach().square().sum()
+def trace(problem: Problem, **options: Any) -> Tensor:
+    """The trace ``()`` from kappa_hat = ||W||^2 Tr(H), in the library's exact mode or another."""
+    return problem.flatness(measure="layerwise", **options) / problem.weight.detach().square().sum()
 
 
-def hutchinson(probes: int) -> Callable[[Problem], Tensor]:
-    """The same, estimated."""
-
-    def trace(problem: Problem) -> Tensor:
-        kappa_hat = problem.flatness(measure="layerwise", mode="hutchinson", n_samples=probes)
-        return kappa_hat / problem.weight.detach().square().sum()
-
-    return trace
-
-
-ESTIMATORS = {f"hutchinson, {probes}": Method(hutchinson(probes), answer=None) for probes in (1, 10, 100)}
+ESTIMATORS = {
+    f"hutchinson, {probes}": Method(partial(trace, mode="hutchinson", n_samples=probes), answer=None)
+    for probes in (1, 10, 100)
+}
 METHODS = {
     "plain step": Method(plain_step, answer=None),
-    "exact": Method(exact),
+    "exact": Method(trace),
     **ESTIMATORS,
     "torch.func, products": Method(basis_products, quadratic=True),
     "torch.func, Hessian": Method(diagonal_of_hessian, quadratic=True),
 }
 
 
-def relative_error(problem: Problem, method: Method, repeats: int) -> float:
-    """Root mean square of the estimates' distance from the trace, relative to it."""
-    trace = exact(problem).item()
-    return math.sqrt(statistics.fmean((method.run(problem).item() / trace - 1) ** 2 for _ in range(repeats)))
+def relative_error(label: str, problem: Problem, options: Options) -> dict[str, Any]:
+    """Of an estimator: root mean square of its estimates' distance from the trace, relative to it."""
+    if label not in ESTIMATORS:
+        return {}
+    repeats, problem = 2 if options.smoke else REPEATS, problem.copy(torch.float64)
+    run, exact = ESTIMATORS[label].run, trace(problem).item()
+    squares = [(run(problem).item() / exact - 1) ** 2 for _ in range(repeats)]
+    return {"error": math.sqrt(statistics.fmean(squares)), "error_repeats": repeats}
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
-    """One row per layer and method, the estimators' with their error."""
-    runs = []
-    repeats = 2 if options.smoke else REPEATS
-    for problem, row in sweep(METHODS, exact, options):
-        if row["method"] in ESTIMATORS:
-            row["error"] = relative_error(problem.copy(torch.float64), ESTIMATORS[row["method"]], repeats)
-            row["error_repeats"] = repeats
-        runs.append(row)
-    return runs
-
-
-RECIPE = Recipe("paper.trace_time", __doc__, measure, table, plot, OPTIONS, SMOKE)
+RECIPE = timing_recipe("paper.trace_time", __doc__, METHODS, trace, relative_error)
 main = RECIPE.main
 
 if __name__ == "__main__":

@@ -41,22 +41,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def number(text: str) -> float:
+def number(text: str, least: float = -math.inf, most: float = math.inf, what: str = "finite number") -> float:
     """A finite number, for argparse."""
     try:
         found = float(text)
     except ValueError:
         found = math.nan
-    if not math.isfinite(found):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    if not (math.isfinite(found) and least <= found <= most):
+        raise argparse.ArgumentTypeError(f"expected a {what}, got {text!r}")
     return found
 
 
 def fraction(text: str) -> float:
     """A part of a whole, for argparse."""
-    if not 0 <= (found := number(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, such as 0.4, got {text!r}")
-    return found
+    return number(text, 0, 1, "fraction from 0 to 1, such as 0.4")
 
 
 class Distinct(argparse.Action):
@@ -123,27 +121,16 @@ def fresh(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A command that measures: a table, a JSON file and a picture in --out.
+    """A command that measures: a table, a JSON file and a picture in --out."""
 
-    Attributes:
-        name: its module below ``recipes``, such as "paper.hessian_time".
-        doc: the module's docstring.
-        measure: one dict per row of what was measured.
-        table: of the saved rows.
-        plot: of the saved results; None if there is nothing to draw.
-        options: arguments of its own, as for argparse.
-        smoke: the options' values in a smoke test.
-        summary: a closing line, if there is one.
-    """
-
-    name: str
-    doc: str | None
-    measure: Callable[[Options], list[dict[str, Any]]]
-    table: Callable[[Sequence[dict[str, Any]]], Table]
-    plot: Callable[[Mapping[str, Any]], Figure] | None = None
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    smoke: Mapping[str, Any] = field(default_factory=dict)
-    summary: Callable[[Sequence[dict[str, Any]]], str] | None = None
+    name: str  # its module below recipes, such as "paper.hessian_time"
+    doc: str | None  # the module's docstring
+    measure: Callable[[Options], list[dict[str, Any]]]  # one dict per row of what was measured
+    table: Callable[[Sequence[dict[str, Any]]], Table]  # of the saved rows
+    plot: Callable[[Mapping[str, Any]], Figure] | None = None  # of the saved results
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of its own, as for argparse
+    smoke: Mapping[str, Any] = field(default_factory=dict)  # the options' values in a smoke test
+    summary: Callable[[Sequence[dict[str, Any]]], str] | None = None  # a closing line
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Measure, save, print, draw."""

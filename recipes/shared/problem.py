@@ -73,11 +73,11 @@ class Problem:
         outputs = functional_call(self.model, {**constants, f"{name}.weight": weight}, (self.inputs,))
         return self.loss_fn(outputs, self.targets)
 
-    def penalised(self, **options: Any) -> tuple[Tensor, Tensor]:
-        """The loss and the library's kappa of one forward, ``()`` each."""
+    def penalised(self, times: int = 1, **options: Any) -> tuple[Tensor, ...]:
+        """The loss of a forward, and the library's kappa, ``()`` each; estimated several times if asked."""
         with observed(self.layers) as layers:
             loss = self.loss()
-        return loss, relative_flatness(loss, layers, **options)
+        return loss, *(relative_flatness(loss, layers, **options) for _ in range(times))
 
     def flatness(self, **options: Any) -> Tensor:
         """The library's kappa, forward included, ``()``."""
@@ -91,10 +91,17 @@ class Problem:
         return torch.cat([part.flatten() for part in parts])
 
 
-def train_plainly(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], momentum: float = 0.0) -> None:
-    """A step of SGD on the cross-entropy of each batch: for recipes whose subject is not the training."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+def train_plainly(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    schedule: Callable[[int], float] = lambda step: 1.0,
+    **settings: Any,
+) -> None:
+    """SGD on the cross-entropy of each batch: for recipes whose subject is not the training."""
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, **settings})
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     for inputs, targets in batches:
         optimizer.zero_grad()
         cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        rate.step()

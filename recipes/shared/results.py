@@ -4,15 +4,18 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import fam_optim
 
 CPU = torch.device("cpu")
+Row = TypeVar("Row", bound=Mapping[str, Any])
+Key = TypeVar("Key")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -62,6 +65,14 @@ def compact(value: Any, digits: int = 5) -> Any:
     if isinstance(value, list | tuple):
         return [compact(item, digits) for item in value]
     return value
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    """The rows by their key, in the order in which these come."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def save(path: Path, results: dict[str, Any]) -> None:

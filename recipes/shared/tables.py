@@ -52,14 +52,20 @@ def show(target: Console, *tables: Table) -> None:
             target.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True, end="\n\n")
 
 
+def titled(result: Table, heading: str, caption: str) -> Table:
+    """The table with a heading, and with what one must know to read it."""
+    result.title, result.caption = heading, caption
+    return result
+
+
 def markdown(*tables: Table) -> str:
-    """Tables as Markdown, each under its title as a caption."""
+    """Tables as Markdown, each under its title; one that has a caption too has a heading."""
     parts = []
     for each in tables:
         text = StringIO()
         Console(file=text, width=WIDE).print(each)
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
-        parts.append("\n".join(line for line in lines if line.startswith("|")))
-        if each.title:
-            parts[-1] = f"{each.title}:\n\n{parts[-1]}"
+        above = f"## {each.title}\n\n{each.caption}\n\n" if each.caption else f"{each.title}:\n\n"
+        body = "\n".join(line for line in lines if line.startswith("|"))
+        parts.append(f"{above if each.title else ''}{body}")
     return "\n\n".join(parts) + "\n"

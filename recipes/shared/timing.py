@@ -1,6 +1,5 @@
 """Times calls against each other: they take turns, so that a busy machine slows all of them alike."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,47 +28,44 @@ def clock(device: torch.device) -> float:
 
 
 def turns(
-    calls: Mapping[Label, Callable[[], Any]],
-    rounds: int,
-    device: torch.device = CPU,
-    *,
-    warm_up: int = 1,
-    every: Mapping[Label, int] | None = None,
+    calls: Mapping[Label, Callable[[], Any]], rounds: int, device: torch.device = CPU, warm_up: int = 1
 ) -> Iterator[tuple[Label, float, Any]]:
     """Label, seconds and result of every call; each round begins with another one.
 
-    The first ``warm_up`` rounds are made, but not yielded. A call with an ``every`` of n sits out all but
-    each n-th round: its seconds are nan then.
+    The first ``warm_up`` rounds are made, but not yielded.
     """
     order = deque(calls)
     for number in range(-warm_up, rounds):
         for label in order:
-            absent = every is not None and number % every.get(label, 1)
-            seconds, result = (math.nan, None) if absent else timed(calls[label], device)
+            seconds, result = timed(calls[label], device)
             if number >= 0:
                 yield label, seconds, result
         order.rotate(-1)
 
 
 def alternate(
-    calls: Mapping[Label, Callable[[], Any]], rounds: int, device: torch.device = CPU, **options: Any
+    calls: Mapping[Label, Callable[[], Any]], rounds: int, device: torch.device = CPU, warm_up: int = 1
 ) -> dict[Label, list[float]]:
-    """The seconds of every call by label, in the order of the rounds; ``options`` as for `turns`."""
+    """The seconds of every call by label, in the order of the rounds."""
     seconds: dict[Label, list[float]] = {label: [] for label in calls}
-    for label, took, _ in turns(calls, rounds, device, **options):
+    for label, took, _ in turns(calls, rounds, device, warm_up):
         seconds[label].append(took)
     return seconds
 
 
+def relative(seconds: Mapping[Label, Sequence[float]], reference: Label) -> dict[Label, dict[str, Any]]:
+    """Of every call: median and quartiles of the ratio to the reference of the same round; median seconds."""
+    found = {}
+    for label, own in seconds.items():
+        middle, quartiles = median([a / b for a, b in zip(own, seconds[reference], strict=True)])
+        found[label] = {"ratio": middle, "quartiles": quartiles, "seconds": median(own)[0]}
+    return found
+
+
 def median(values: Sequence[float]) -> tuple[float, list[float]]:
-    """The median, and the lower and the upper quartile; nan is left out."""
-    low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75)).tolist()
+    """The median, and the lower and the upper quartile."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return middle, [low, high]
-
-
-def ratio(own: Sequence[float], reference: Sequence[float]) -> tuple[float, list[float]]:
-    """Median and quartiles of the quotients of seconds that belong to the same rounds."""
-    return median([a / b for a, b in zip(own, reference, strict=True)])
 
 
 def with_quartiles(middle: float, quartiles: Sequence[float]) -> str:

@@ -7,12 +7,10 @@ ablations   other forms of the step
 flattening  kappa of every layer along training
 stages      all of them by name
 methods     what is compared
-tasks       samples and networks by name
-networks    the networks
 trial       trains one network, and measures it
 cost        what a step of each method costs
 analysis    selection on validation data, paired differences, corrected p-values
 tables      rows, columns and cells
-report      the tables with their captions
+sections    the tables with their captions
 pictures    drawn from the saved results
 """

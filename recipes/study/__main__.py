@@ -23,18 +23,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from recipes.engine.task import Missing
+from recipes.engine.task import Missing, Source
 from recipes.shared import command
 from recipes.shared.results import CPU, compact, environment
+from recipes.shared.tables import markdown
 from recipes.study import conditions
 from recipes.study.analysis import Results
-from recipes.study.conditions import CONDITIONS
+from recipes.study.conditions import CONDITIONS, LANGUAGE, TASKS
 from recipes.study.cost import relative_costs
 from recipes.study.methods import METHODS
 from recipes.study.pictures import draw
-from recipes.study.report import write
+from recipes.study.sections import sections
 from recipes.study.stages import STAGES
-from recipes.study.tasks import TASKS, samples
 from recipes.study.trial import Trial, filled, measured, missing, run, shortened
 
 
@@ -50,7 +50,7 @@ def lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-def pending(stage: str, stages: dict[str, Results], tasks: Sequence[str] = tuple(TASKS)) -> list[Trial]:
+def pending(stage: str, stages: dict[str, Results], tasks: Sequence[str] = TASKS) -> list[Trial]:
     """The stage's trials that were not measured yet, in this stage or in another."""
     everything = list(chain(*stages.values()))
     return missing(everything, (trial for trial in STAGES[stage](everything) if trial.task in tasks))
@@ -63,11 +63,9 @@ def execute(trials: Sequence[Trial], workers: int) -> Iterator[dict[str, Any]]:
     ) as pool:
         futures = [pool.submit(run, trial) for trial in trials]
         try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def run_stage(stage: str, options: argparse.Namespace, console: Console) -> None:
@@ -107,26 +105,23 @@ def report(folder: Path, console: Console) -> None:
     everything = list(chain(*stages.values()))
     found = {stage: measured(everything, STAGES[stage](everything)) for stage in STAGES}
     costs = json.loads(path.read_text()) if (path := folder / "cost.json").exists() else {}
-    write(found, everything, costs, folder)
+    (folder / "tables.md").write_text(
+        f"# Tables of the study\n\n{markdown(*sections(found, everything, costs))}"
+    )
     draw(found, costs, folder)
     console.print(f"{folder}: tables and pictures written", soft_wrap=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = command.parser("study", __doc__)
-    about = "; ".join(f"{name}: {(stage.__doc__ or '').splitlines()[0]}" for name, stage in STAGES.items())
-    parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=about
-    )
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        choices=TASKS,
-        default=list(TASKS),
-        metavar="TASK",
-        help="; ".join(f"{task}: {', '.join(names(task))}" for task in TASKS),
-    )
+    listed = {f"stage {name}": (stage.__doc__ or "").splitlines()[0] for name, stage in STAGES.items()}
+    for task in TASKS:
+        names = (c.name for c in (*CONDITIONS, *LANGUAGE) if c.task == task)
+        listed[f"task {task}"] = "; ".join(names)
+    parser = command.parser("study", __doc__, listed)
+    for option, choices in (("--stages", list(STAGES)), ("--tasks", list(TASKS))):
+        metavar = option[2:-1].upper()
+        parser.add_argument(option, nargs="+", choices=choices, default=choices, metavar=metavar)
     parser.add_argument(
         "--workers", type=command.positive, default=os.cpu_count() or 1, help="networks trained at a time"
     )
@@ -135,12 +130,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="report on these, train nothing")
     parser.add_argument("--smoke", action="store_true", help="one epoch of each kind: a test, no result")
     return parser.parse_args(arguments)
-
-
-def names(task: str) -> list[str]:
-    """A task's conditions, with nothing in them that argparse would take for a format."""
-    every = (*CONDITIONS, *conditions.LANGUAGE)
-    return [c.name.replace(" % ", " percent ") for c in every if c.task == task]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -168,7 +157,7 @@ def measure(options: argparse.Namespace, console: Console) -> None:
         (options.out / "cost.json").write_text(json.dumps(compact(cost), indent=1) + "\n")
         return
     for task in options.tasks:
-        samples(task, 0, 0)
+        conditions.usual(task).data(Source(download=True), 0)  # what is missing is said, or fetched, at once
     for stage in options.stages:
         run_stage(stage, options, console)
     report(options.out, console)

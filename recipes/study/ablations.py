@@ -17,28 +17,18 @@ from fam_optim.step_roots import StepRoots
 
 @dataclass(frozen=True)
 class Form:
-    """How the step is made.
+    """How the step is made."""
 
-    Attributes:
-        layers: which weights are moved.
-        lam: of the step.
-        n_samples: signs in a due step.
-        rows: whether A is made of rows where it can be; otherwise it is the weight's gradient.
-        kept: part of T's running mean that a due step keeps.
-        averages_rows: whether T is a running mean there too.
-        implicit: whether W moves to the minimum of the quadratic, or along its gradient.
-        trust: whether the step's length is measured against the base's, or is the penalty's own,
-            ``c = every lr lam / (1 - momentum)``.
-    """
-
-    layers: str = "hidden"
+    layers: str = "hidden"  # which weights are moved
     lam: float = 1.0
-    n_samples: int = 1
-    rows: bool = True
-    kept: float = KEPT
-    averages_rows: bool = False
-    implicit: bool = True
-    trust: bool = True
+    n_samples: int = 1  # signs in a due step
+    rows: bool = True  # whether A is made of rows where it can be; otherwise it is the weight's gradient
+    kept: float = KEPT  # part of T's running mean that a due step keeps
+    averages_rows: bool = False  # whether T is a running mean there too
+    implicit: bool = True  # whether W moves to the minimum of the quadratic, or along its gradient
+    trust: bool = (
+        True  # whether the length is the base's, or the penalty's, c = every lr lam / (1 - momentum)
+    )
 
 
 FORMS = {
@@ -59,20 +49,11 @@ FORMS = {
 }
 
 
-def make(
-    form: Form,
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    base: Any,
-    seed: int,
-    every: int,
-    **settings: Any,
-) -> Optimizer:
-    """FAM with another form of the step."""
-    fam = FAM(model.parameters(), base, list(layers), mode="proximal", every=every, **settings)
+def with_form(optimizer: Optimizer, form: Form, layers: Sequence[nn.Module], every: int, seed: int) -> None:
+    """Give a FAM another form of the step."""
+    assert isinstance(optimizer, FAM)
     generator = torch.Generator().manual_seed(seed)
-    fam.regularizer = OtherForm(form, layers, every, generator, fam.param_groups[0])
-    return fam
+    optimizer.regularizer = OtherForm(form, layers, every, generator, optimizer.param_groups[0])
 
 
 class Gradients(StepRoots):

@@ -3,9 +3,12 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from scipy.stats import ttest_1samp
+
+from recipes.shared.results import grouped
 
 Results = list[dict[str, Any]]
 
@@ -22,10 +25,7 @@ def values_of(results: Results, name: str) -> list[float]:
 
 def mean_by(results: Results, *names: str, quantity: str = "validation") -> dict[Any, float]:
     """Mean of a quantity over the seeds, by one field or by several."""
-    groups: dict[Any, Results] = {}
-    for r in results:
-        key = tuple(r[name] for name in names)
-        groups.setdefault(key if len(names) > 1 else key[0], []).append(r)
+    groups = grouped(results, itemgetter(*names))
     return {key: statistics.fmean(values_of(found, quantity)) for key, found in sorted(groups.items())}
 
 

@@ -1,9 +1,12 @@
 """What is learned, by whom and with which seeds: the conditions, and a trial of one."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
-from recipes.study.tasks import TASKS
+from recipes.engine.task import Task
+from recipes.study.methods import METHODS
 from recipes.study.trial import Trial
+from recipes.tasks import load_task
 
 
 class Condition(NamedTuple):
@@ -35,6 +38,7 @@ LANGUAGE = (
     Condition("reviews", 0.0, "film reviews, MiniLM"),
     Condition("reviews", 0.2, "film reviews, MiniLM, 20 % wrong"),
 )
+TASKS = tuple(dict.fromkeys(condition.task for condition in (*CONDITIONS, *LANGUAGE)))
 CHEAP = ("diabetes", "digits", "finetune-200", "finetune-1000", "mnist1d", "mnist1d-layernorm")
 IMAGES = ("fashion-nobatchnorm", "fashion", "fashion-vit", "fashion-resnet")
 TUNING_SEEDS = (100, 101)  # by which everything is chosen
@@ -55,9 +59,25 @@ def cheap_first() -> list[Condition]:
     return sorted(CONDITIONS, key=lambda c: (*CHEAP, *IMAGES).index(c.task))
 
 
+@cache
+def usual(task: str) -> Task:
+    """The task with networks of its usual size."""
+    return load_task(task)
+
+
+def classifies(task: str) -> bool:
+    """Whether a task's targets are classes, not numbers."""
+    return usual(task).metric == "accuracy"
+
+
+def fits(method: str, task: str) -> bool:
+    """Whether a method can be used: labels can be smoothed, numbers cannot."""
+    return METHODS[method].kind != "smoothing" or classifies(task)
+
+
 def trial(condition: Condition, method: str, value: float, seed: int, **changes: Any) -> Trial:
     """A trial of the task's length, with the usual weight decay."""
     task, noise, _ = condition
-    own = TASKS[task]
+    own = usual(task)
     settings = {"epochs": own.epochs, "batch_size": own.batch_size, "lr": value, "weight_decay": DECAY}
     return Trial(task, noise, method, value, seed, **{**settings, **changes})

@@ -6,28 +6,16 @@ from typing import Any
 
 import torch
 
-from recipes.shared.timing import alternate, median, ratio
-from recipes.study.conditions import CONDITIONS, trial
-from recipes.study.methods import METHODS
-from recipes.study.tasks import TASKS, samples
-from recipes.study.trial import Stepper, batches
+from recipes.engine.loop import Loop
+from recipes.shared.timing import alternate, relative
+from recipes.study.conditions import CONDITIONS, fits, trial
+from recipes.study.methods import COMPARED, METHODS, OTHERS
+from recipes.study.trial import loop_of
 
 ROUNDS = 100
-TIMED = (
-    "SGD",
-    "label smoothing",
-    "dropout",
-    "noise, hidden layers",
-    "SAM",
-    "ASAM",
-    "LookSAM, k = 5",
-    "LookSAM, k = 10",
-    "control, T = I",
-    "FAM, last layer, detached",
-    "FAM, hidden, detached",
-    "FAM, hidden",
-    "FAM, proximal",
-)
+TIMED = [
+    name for name in (*COMPARED, *OTHERS) if name not in ("SGD, no weight decay", "base", "FAM, last layer")
+]
 
 
 def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
@@ -39,20 +27,17 @@ def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]
 def relative_cost(task: str, rounds: int) -> dict[str, Any]:
     """Of one task's network."""
     condition = next(c for c in CONDITIONS if c.task == task)
-    classes = TASKS[task].predicts == "classes"  # labels can be smoothed, numbers cannot
-    timed = [name for name in TIMED if classes or METHODS[name].kind != "smoothing"]
-    trials = {name: trial(condition, name, (METHODS[name].start or (0.01,))[0], 0, lr=0.01) for name in timed}
-    steppers = {name: Stepper(one) for name, one in trials.items()}
-    train = list(batches(trials["SGD"], samples(task, condition.noise, 0).train, 1))
+    starts = {name: (METHODS[name].start or (0.01,))[0] for name in TIMED if fits(name, task)}
+    loops = {name: loop_of(trial(condition, name, value, 0, lr=0.01)) for name, value in starts.items()}
+    train = list(loops["SGD"].batches(1))
 
-    def stepping(stepper: Stepper) -> Callable[[], None]:
+    def stepping(loop: Loop) -> Callable[[], Any]:
         remaining = cycle(train)
-        return lambda: stepper.step(*next(remaining))
+        return lambda: loop.step(*next(remaining))
 
-    calls = {name: stepping(stepper) for name, stepper in steppers.items()}
-    seconds = alternate(calls, rounds, warm_up=2)
-    found: dict[str, Any] = {"milliseconds": 1000 * median(seconds["SGD"])[0], "methods": {}}
-    for name, own in seconds.items():
-        middle, quartiles = ratio(own, seconds["SGD"])
-        found["methods"][name] = {"ratio": middle, "quartiles": quartiles}
-    return found
+    calls = {name: stepping(loop) for name, loop in loops.items()}
+    found = relative(alternate(calls, rounds, warm_up=2), "SGD")
+    milliseconds = 1000 * found["SGD"]["seconds"]
+    for own in found.values():
+        del own["seconds"]
+    return {"milliseconds": milliseconds, "methods": found}

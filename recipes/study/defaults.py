@@ -13,7 +13,6 @@ from typing import Any
 from recipes.study.ablations import FORMS
 from recipes.study.analysis import Results
 from recipes.study.conditions import (
-    CHEAP,
     DECAY,
     FRESH_SEEDS,
     LANGUAGE,
@@ -22,12 +21,12 @@ from recipes.study.conditions import (
     TUNING_SEEDS,
     Condition,
     cheap_first,
+    classifies,
+    fits,
     of,
     trial,
 )
-from recipes.study.methods import METHODS
 from recipes.study.search import base, chosen, sgd_of
-from recipes.study.tasks import TASKS
 from recipes.study.trial import FLATTENING, Trial, missing
 
 DEFAULTS = {  # noise: of 4.5 %, the best for these conditions by validation
@@ -62,19 +61,7 @@ WITH_ADAMW = (
     ("fashion-vit", 0.2),
 )
 GRID = ((0.3, 10), (0.5, 10), (1, 10), (2, 10), (1, 5), (1, 20), (1, 40))  # lam, every
-CHOSEN_ON = (
-    ("mnist1d", 0.2),
-    ("mnist1d", 0.0),
-    ("mnist1d", 0.4),
-    ("mnist1d-layernorm", 0.2),
-    ("digits", 0.4),
-    ("digits", 0.0),
-    ("finetune-200", 0.0),
-    ("fashion-nobatchnorm", 0.2),
-    ("fashion", 0.4),
-    ("fashion", 0.0),
-    ("fashion-vit", 0.2),
-)
+NOT_CHOSEN_ON = ("finetune-1000", "diabetes", "fashion-resnet")
 CONFIRMED_ON: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("finetune-1000", 0.0, {}),
     ("diabetes", 0.0, {}),
@@ -101,7 +88,7 @@ def defaults(results: Results) -> Iterator[Trial]:
     for seeds, methods in product((LATER_SEEDS, MORE_SEEDS), (front, sorted(DEFAULTS.keys() - {*front}))):
         for seed, condition in product(seeds, with_a_rate(results, cheap_first())):
             for settings, method in product(bases(results, condition), methods):
-                if METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes":
+                if fits(method, condition.task):
                     value = DEFAULTS[method]
                     yield trial(condition, method, value, seed, **settings, variant="defaults", tested=True)
 
@@ -143,12 +130,12 @@ def rate(results: Results, condition: Condition) -> float:
     if condition.task in NOT_SEARCHED:
         return USUAL_RATE
     best = base(results, condition, weight_decay=DECAY)["lr"]
-    return best if TASKS[condition.task].predicts == "numbers" else max(best, USUAL_RATE)
+    return max(best, USUAL_RATE) if classifies(condition.task) else best
 
 
 def step(results: Results) -> Iterator[Trial]:
     """lam and every of the proximal step where they were chosen, by validation."""
-    wanted = [of(*key) for key in sorted(CHOSEN_ON, key=lambda key: key[0] not in CHEAP)]
+    wanted = [c for c in cheap_first() if c.task not in NOT_CHOSEN_ON]
     for condition, seed in product(with_a_rate(results, wanted), TUNING_SEEDS):
         for settings, (lam, every) in product(bases(results, condition), GRID):
             yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every, variant="step")
@@ -160,12 +147,7 @@ def confirmation(results: Results) -> Iterator[Trial]:
         condition = of(task, noise)
         if not with_a_rate(results, [condition]):
             continue
-        settings = {
-            **changes,
-            "lr": rate(results, condition),
-            "variant": "confirmation",
-            "tested": True,
-        }
+        settings = {**changes, "lr": rate(results, condition), "variant": "confirmation", "tested": True}
         yield trial(condition, "base", 0.0, seed, **settings)
         for lam, every in GRID:
             yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every)

@@ -11,50 +11,32 @@ weight among positions; there ``W' = W + sigma W Z``, Z ``(m, m)`` standard norm
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, dropout
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from fam_optim import FAM, weight_layers
-from recipes.study.ablations import FORMS, make
-
-BASES: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
-    "sgd": (SGD, {"momentum": 0.9}),
-    "adam": (Adam, {}),
-    "adamw": (AdamW, {}),
-}
-LAYERS: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
-    "last": lambda layers: layers[-1:],
-    "last but one": lambda layers: layers[-2:-1],
-    "first": lambda layers: layers[:1],
-    "hidden": lambda layers: layers[:-1],
-    "all": lambda layers: layers,
-}
+from fam_optim import weight_layers
+from recipes.engine.layers import select
+from recipes.engine.optimizers import BASES, GAUSS_NEWTON, Settings, build
+from recipes.study.ablations import FORMS, with_form
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, but for the value of its hyper-parameter.
+    """A way to train, but for the value of its hyper-parameter."""
 
-    Attributes:
-        values: all that may be tried, in order; at most one step beyond what was tried, if that was best.
-        start: those tried first.
-        kind: what takes the value.
-        layers: name of the layers that are regularised.
-        options: fixed ones.
-    """
-
-    values: tuple[float, ...]
-    start: tuple[float, ...]
-    kind: str
-    layers: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    values: tuple[
+        float, ...
+    ]  # all that may be tried; at most one step beyond what was tried, if that was best
+    start: tuple[float, ...]  # those tried first
+    kind: str  # what takes the value
+    layers: str = ""  # those that are regularised, as `recipes.engine.layers` knows them
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the optimizer, fixed ones
 
 
 def powers(lowest: int, highest: int) -> tuple[float, ...]:
@@ -65,7 +47,7 @@ def powers(lowest: int, highest: int) -> tuple[float, ...]:
 def fam(layers: str, *start: float, **options: Any) -> Method:
     """FAM with Gauss-Newton curvature from one random vector; on the last layer in closed form."""
     if layers != "last":
-        options = {"curvature": "gauss_newton", "mode": "hutchinson", **options}
+        options = {**GAUSS_NEWTON, **options}
     return Method(powers(-8, 1), start or (1e-3, 3e-3, 1e-2), "fam", layers, options)
 
 
@@ -102,27 +84,34 @@ OTHER_FORMS: dict[str, Method] = {  # of the proximal step
 METHODS = {**COMPARED, **OTHERS, **OTHER_FORMS}
 
 
+# kind -> the optimizer around the base, and which of its options has the method's value
+WRAPPED = {
+    "sam": ("sam", "rho"),
+    "looksam": ("looksam", "rho"),
+    "fam": ("fam", "lam"),
+    "proximal": ("fam", "lam"),
+    "form": ("fam", "lam"),
+}
+
+
 def make_optimizer(
     method: Method, value: float, model: nn.Module, base: str, seed: int, every: int = 10, **settings: float
 ) -> Optimizer:
     """The method's optimizer of the model's parameters; ``settings`` are the base's."""
-    optimizer, fixed = BASES[base]
-    options: dict[str, Any] = {**fixed, **settings}
-    layers = list(LAYERS[method.layers or "hidden"](weight_layers(model)))
-    if method.kind in ("sam", "looksam"):
-        sam: Any = SAM if method.kind == "sam" else LookSAM  # whose types ask for a class
-        wrapped: Optimizer = sam(model.parameters(), optimizer, rho=value, **method.options, **options)
-        return wrapped
-    if method.kind in ("fam", "proximal"):
-        own = {"mode": "proximal", "every": every} if method.kind == "proximal" else method.options
-        generator = torch.Generator().manual_seed(seed)
-        return FAM(model.parameters(), optimizer, layers, lam=value, generator=generator, **own, **options)
-    if method.kind == "form":
-        return make(method.options["form"], model, layers, optimizer, seed, every, **options)
-    plain = optimizer(model.parameters(), **options)
+    chosen: Settings = {"optimizer": base, "base": base, **BASES[base], **settings}
+    if method.kind in WRAPPED:
+        name, takes = WRAPPED[method.kind]
+        chosen |= {"optimizer": name, takes: value, **method.options}
+    if method.kind in ("proximal", "form"):
+        chosen |= {"mode": "proximal", "every": every}
+    form = chosen.pop("form", None)
+    layers = select(model, [method.layers or "hidden"])
+    optimizer = build(chosen, model, layers, torch.Generator().manual_seed(seed))
+    if form:
+        with_form(optimizer, form, layers, every, seed)
     if method.kind == "control":
-        add_control(plain, [nn.Module.get_parameter(layer, "weight") for layer in layers], value, every)
-    return plain
+        add_control(optimizer, [nn.Module.get_parameter(layer, "weight") for layer in layers], value, every)
+    return optimizer
 
 
 def add_control(optimizer: Optimizer, weights: Sequence[Tensor], lam: float, every: int) -> None:
@@ -149,7 +138,7 @@ def add_control(optimizer: Optimizer, weights: Sequence[Tensor], lam: float, eve
 def add_hooks(method: Method, value: float, model: nn.Module) -> None:
     """What the method does inside the network, in train mode."""
     if method.kind == "noise":
-        for layer in LAYERS[method.layers](weight_layers(model)):
+        for layer in select(model, [method.layers]):
             add_noise(layer, (2 * value) ** 0.5)
     if method.kind == "dropout":  # on what each Linear layer but the first takes in
         for layer in weight_layers(model)[1:]:

@@ -13,7 +13,7 @@ from recipes.study import search, tables
 from recipes.study.analysis import Results, values_of, where, with_interval
 from recipes.study.conditions import of
 from recipes.study.defaults import GRID
-from recipes.study.report import Found, without_a_search
+from recipes.study.sections import Found, without_a_search
 
 GAINS = (
     "FAM, proximal",
@@ -122,26 +122,21 @@ def kappa_by_epoch(results: Results, target: Path) -> None:
 def lost_by_setting(found: Found, target: Path) -> None:
     """Points lost to the best setting, mean and worst over conditions, by lam and by every."""
     figure, axes = panels(1, 2, 8.4, 3.4, sharey=True)
-    series = {"step": ("chosen by", "validation"), "confirmation": ("confirmed on", "test_score")}
+    stages = (
+        ("step", "chosen by", "validation", LOOKS["FAM, proximal"]["color"], "o"),
+        ("confirmation", "confirmed on", "test_score", GREY, "s"),
+    )
     for axis, position, label in ((axes[0, 0], 0, "lam, every 10 steps"), (axes[0, 1], 1, "every, lam = 1")):
-        fixed = (10, 1)[position]
-        settings = sorted(key for key in GRID if key[1 - position] == fixed)
-        for (stage, (name, quantity)), marker in zip(series.items(), "os", strict=True):
+        settings = sorted(key for key in GRID if key[1 - position] == (10, 1)[position])
+        places = [key[position] for key in settings]
+        for stage, name, quantity, colour, marker in stages:
             rows = [own for own in tables.lost(found[stage], quantity).values() if set(own) >= set(GRID)]
-            for what, style in (("mean", "-"), ("worst", ":")):
-                best = max if what == "worst" else statistics.fmean
-                lost = [best([own[key] for own in rows]) for key in settings]
-                colour = LOOKS["FAM, proximal"]["color"] if stage == "step" else GREY
-                axis.plot(
-                    [key[position] for key in settings],
-                    lost,
-                    style,
-                    marker=marker,
-                    color=colour,
-                    label=f"{what} of {len(rows)} tasks, {name}",
-                )
+            for what, of_rows, style in (("mean", statistics.fmean, "-"), ("worst", max, ":")):
+                lost = [of_rows([own[key] for own in rows]) for key in settings]
+                said = f"{what} of {len(rows)} tasks, {name}"
+                axis.plot(places, lost, style, marker=marker, color=colour, label=said)
         axis.set(xscale="log", xlabel=label, ylim=(LOST, 0))
-        axis.set_xticks([key[position] for key in settings])
+        axis.set_xticks(places)
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.minorticks_off()
         tidy(axis)

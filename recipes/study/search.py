@@ -6,7 +6,7 @@ not used again. Validation labels are as noisy as the training labels. Test data
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -20,11 +20,12 @@ from recipes.study.conditions import (
     SEEDS,
     TUNING_SEEDS,
     Condition,
+    fits,
     of,
     trial,
+    usual,
 )
 from recipes.study.methods import COMPARED, LEARNING_RATES, METHODS, WEIGHT_DECAYS
-from recipes.study.tasks import TASKS
 from recipes.study.trial import Trial, missing
 
 Setting = tuple[float, float, float]  # learning rate, weight decay, the method's own value
@@ -32,18 +33,7 @@ SETTINGS = ("lr", "weight_decay", "value")
 RATES, DECAYS = (0.0125, 0.05, 0.2), (5e-4, 2e-3, 8e-3)  # of SGD, tried first
 SGD_ALONE = (("fashion", 0.0), ("fashion-resnet", 0.4), ("fashion-resnet", 0.0))  # nothing else is searched
 NEWCOMERS = ("LookSAM, k = 5", "FAM, proximal")  # searched where a network takes seconds
-SHORTLIST = (
-    "SGD",
-    "label smoothing",
-    "noise, hidden layers",
-    "SAM",
-    "ASAM",
-    "LookSAM, k = 5",
-    "FAM, last layer, detached",
-    "FAM, hidden",
-    "FAM, hidden, detached",
-    "FAM, proximal",
-)
+SHORTLIST = [method for method in COMPARED if method not in ("SGD, no weight decay", "dropout")]
 TIMES = (2, 4, 0.5, 0.25)  # lengths of training, relative to that which was tuned
 LONGER = (("mnist1d", 0.2), ("digits", 0.4))
 
@@ -126,34 +116,23 @@ def searched(results: Results, condition: Condition, method: str) -> Iterator[Se
         yield from ((rate, pair[0], pair[1]) for rate in to_try(LEARNING_RATES, beside, by_rate))
 
 
-def scores_of(results: Results, condition: Condition, method: str) -> dict[Setting, float]:
-    """Validation scores of what is tried of a method, as far as measured."""
-    scores = tuned_scores(results, condition, method)
-    return {one: scores[one] for one in searched(results, condition, method) if one in scores}
-
-
 def values(results: Results, condition: Condition, method: str) -> Iterator[Trial]:
     """A method's tuning trials, once SGD is tuned."""
     if METHODS[method].kind != "sgd" and not missing(results, sgd_of(results, condition)):
-        yield from of_settings(condition, method, searched(results, condition, method))
+        settings = dict.fromkeys(searched(results, condition, method))
+        for (lr, decay, value), seed in product(settings, TUNING_SEEDS):
+            yield trial(condition, method, value, seed, lr=lr, weight_decay=decay)
 
 
 def compared_on(condition: Condition) -> list[str]:
-    """The methods that are searched for a condition: labels can be smoothed, numbers cannot."""
+    """The methods that are searched for a condition."""
     if (condition.task, condition.noise) in SGD_ALONE:
         return []
     return [
         method
         for method in COMPARED
-        if (METHODS[method].kind != "smoothing" or TASKS[condition.task].predicts == "classes")
-        and (method not in NEWCOMERS or condition.task in CHEAP)
+        if fits(method, condition.task) and (method not in NEWCOMERS or condition.task in CHEAP)
     ]
-
-
-def of_settings(condition: Condition, method: str, settings: Iterable[Setting]) -> Iterator[Trial]:
-    """A method's tuning trials with these settings."""
-    for (lr, decay, value), seed in product(dict.fromkeys(settings), TUNING_SEEDS):
-        yield trial(condition, method, value, seed, lr=lr, weight_decay=decay)
 
 
 def settled(results: Results, condition: Condition, method: str) -> bool:
@@ -176,35 +155,39 @@ def chosen(results: Results, condition: Condition, method: str, **changes: Any) 
         settings = base(results, condition, **without)
         value = settings["lr"]
     else:
-        lr, decay, value = best(scores_of(results, condition, method))
+        scores, tried = tuned_scores(results, condition, method), searched(results, condition, method)
+        lr, decay, value = best({one: scores[one] for one in tried if one in scores})
         settings = {"lr": lr, "weight_decay": decay}
     return trial(condition, method, value, SEEDS[0], **settings, tested=True, **changes)
 
 
 def comparison(results: Results) -> Iterator[Trial]:
     """Every method with what was chosen for it, and fresh seeds."""
-    yield from compared(results, SEEDS)
+    yield from tested(results, CONDITIONS, COMPARED, SEEDS)
 
 
 def more_seeds(results: Results) -> Iterator[Trial]:
     """Five more of the same."""
-    yield from compared(results, MORE_SEEDS)
-
-
-def compared(results: Results, seeds: tuple[int, ...]) -> Iterator[Trial]:
-    """Tested trials of the methods whose tuning is complete."""
-    for condition in CONDITIONS:
-        for method in compared_on(condition):
-            if (seeds == SEEDS or method in SHORTLIST) and settled(results, condition, method):
-                one = chosen(results, condition, method)
-                yield from (replace(one, seed=seed) for seed in seeds)
+    yield from tested(results, CONDITIONS, SHORTLIST, MORE_SEEDS)
 
 
 def longer(results: Results) -> Iterator[Trial]:
     """The shortlist trained for longer and shorter than it was tuned for."""
     for condition, times in product((of(*key) for key in LONGER), TIMES):
-        epochs = round(times * TASKS[condition.task].epochs)
+        epochs = round(times * usual(condition.task).epochs)
+        yield from tested(results, [condition], SHORTLIST, SEEDS, epochs=epochs)
+
+
+def tested(
+    results: Results,
+    conditions: Iterable[Condition],
+    methods: Collection[str],
+    seeds: Iterable[int],
+    **changes: Any,
+) -> Iterator[Trial]:
+    """Tested trials of those of the methods whose tuning is complete."""
+    for condition in conditions:
         for method in compared_on(condition):
-            if method in SHORTLIST and settled(results, condition, method):
-                one = chosen(results, condition, method, epochs=epochs)
-                yield from (replace(one, seed=seed) for seed in SEEDS)
+            if method in methods and settled(results, condition, method):
+                one = chosen(results, condition, method, **changes)
+                yield from (replace(one, seed=seed) for seed in seeds)

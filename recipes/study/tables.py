@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from rich.table import Table
 
+from recipes.shared.results import grouped
 from recipes.shared.tables import table
 from recipes.shared.timing import with_quartiles
 from recipes.study import search
@@ -22,19 +23,15 @@ from recipes.study.analysis import (
     where,
     with_interval,
 )
-from recipes.study.conditions import CONDITIONS, LANGUAGE, Condition
+from recipes.study.conditions import CONDITIONS, LANGUAGE, Condition, usual
 from recipes.study.conditions import of as condition_of
 from recipes.study.defaults import GRID
 from recipes.study.methods import COMPARED, METHODS
-from recipes.study.tasks import TASKS
+from recipes.tasks.small import DEPTH, WIDTH
 
 LEVEL = 0.05  # of significance
+ALL = (*CONDITIONS, *LANGUAGE)
 Gains = dict[Condition, list[float]]  # points of test score, seed by seed
-GROUPS: dict[str, Callable[[Condition], bool]] = {
-    "all conditions": lambda c: True,
-    "wrong labels": lambda c: c.noise > 0,
-    "clean": lambda c: c.noise == 0,
-}
 
 
 def of(results: Results, condition: Condition) -> Results:
@@ -44,11 +41,8 @@ def of(results: Results, condition: Condition) -> Results:
 
 def gains(own: Results, reference: Results, quantity: str = "test_score") -> Gains:
     """Of every condition that both have with a common seed, the differences by seed."""
-    found = {}
-    for condition in (*CONDITIONS, *LANGUAGE):
-        if values := differences(of(own, condition), of(reference, condition), quantity):
-            found[condition] = values
-    return found
+    found = {c: differences(of(own, c), of(reference, c), quantity) for c in ALL}
+    return {condition: values for condition, values in found.items() if values}
 
 
 def means(found: Gains) -> dict[Condition, float]:
@@ -58,30 +52,24 @@ def means(found: Gains) -> dict[Condition, float]:
 
 def summary(by_method: Mapping[str, Gains]) -> Table:
     """A row per method: what it gains on average, where it is better or worse, and its worst."""
-    heads = (*GROUPS, "better", "worse", "loses more than a point", "smallest gain")
-    result = table("method", *heads)
+    heads = ("all conditions", "wrong labels", "clean", "better", "worse")
+    result = table("method", *heads, "loses more than a point", "smallest gain")
     for method, found in by_method.items():
-        by_condition = means(found)
+        mean = means(found)
+        groups = [list(mean), [c for c in mean if c.noise > 0], [c for c in mean if c.noise == 0]]
         p = holm({condition: p_value(values) for condition, values in found.items()})
-        better = sum(p[c] < LEVEL and mean > 0 for c, mean in by_condition.items())
-        worse = sum(p[c] < LEVEL and mean < 0 for c, mean in by_condition.items())
-        cells = [*over_groups(by_condition), f"{better} of {len(found)}", f"{worse}"]
-        cells.append(f"{sum(mean < -1 for mean in by_condition.values())}")
-        result.add_row(method, *cells, f"{min(by_condition.values()):+.1f}")
+        better, worse = (sum(p[c] < LEVEL and sign * mean[c] > 0 for c in mean) for sign in (1, -1))
+        lost = sum(value < -1 for value in mean.values())
+        cells = [*(signed([mean[c] for c in group]) for group in groups), f"{better} of {len(mean)}"]
+        result.add_row(method, *cells, f"{worse}", f"{lost}", f"{min(mean.values()):+.1f}")
     return result
-
-
-def over_groups(by_condition: Mapping[Condition, float]) -> list[str]:
-    """The mean over all conditions, over those with wrong labels, and over the clean ones."""
-    return [signed([m for c, m in by_condition.items() if belongs(c)]) for belongs in GROUPS.values()]
 
 
 def by_condition(reference: Results, by_method: Mapping[str, Gains], name: str) -> Table:
     """A row per condition: the reference's score, and every method's gain over it; then the mean."""
     result = table("condition", "seeds", name, *by_method)
     for condition in CONDITIONS:
-        own = of(reference, condition)
-        if own:
+        if own := of(reference, condition):
             cells = [signed(found.get(condition, [])) for found in by_method.values()]
             result.add_row(condition.name, str(len(own)), spread(values_of(own, "test_score")), *cells)
     averages = [signed(list(means(found).values())) for found in by_method.values()]
@@ -93,12 +81,11 @@ def scores(results: Results, methods: Iterable[str], quantity: str) -> Table:
     """A row per condition, a column per method: mean and standard deviation over seeds."""
     chosen = list(methods)
     result = table("condition", *chosen)
-    for condition in (*CONDITIONS, *LANGUAGE):
+    for condition in ALL:
         if own := of(results, condition):
-            cells = [
-                [r[quantity] for r in where(own, method=m) if r.get(quantity) is not None] for m in chosen
-            ]
-            result.add_row(condition.name, *map(spread, cells))
+            known = [r for r in own if r.get(quantity) is not None]
+            cells = [spread([r[quantity] for r in where(known, method=m)]) for m in chosen]
+            result.add_row(condition.name, *cells)
     return result
 
 
@@ -106,21 +93,19 @@ def choices(everything: Results) -> Table:
     """A row per condition, a column per method: value, learning rate and weight decay that were chosen."""
     result = table("condition", *COMPARED)
     for condition in CONDITIONS:
-        if not search.compared_on(condition):
-            continue
-        cells = []
-        for method in COMPARED:
-            known = method in search.compared_on(condition) and search.settled(everything, condition, method)
-            if not known:
-                cells.append("")
-                continue
-            one, grid = search.chosen(everything, condition, method), METHODS[method].values
-            own = f"{one.value:g}; " if grid else ""
-            if grid and one.value in (grid[0], grid[-1]):
-                own = f"({one.value:g}); "
-            cells.append(f"{own}{one.lr:g}, {one.weight_decay:g}")
-        result.add_row(condition.name, *cells)
+        if compared := search.compared_on(condition):
+            cells = [choice(everything, condition, m) if m in compared else "" for m in COMPARED]
+            result.add_row(condition.name, *cells)
     return result
+
+
+def choice(everything: Results, condition: Condition, method: str) -> str:
+    """A cell of it; empty where the search is not complete."""
+    if not search.settled(everything, condition, method):
+        return ""
+    one, grid = search.chosen(everything, condition, method), METHODS[method].values
+    own = f"({one.value:g}); " if one.value in (*grid[:1], *grid[-1:]) else f"{one.value:g}; " if grid else ""
+    return f"{own}{one.lr:g}, {one.weight_decay:g}"
 
 
 def by_epochs(results: Results) -> Table:
@@ -129,7 +114,7 @@ def by_epochs(results: Results) -> Table:
     result = table("condition", "method", *(f"{t:g} x" for t in times))
     for condition in (condition_of(task, noise) for task, noise in search.LONGER):
         found = of(results, condition)
-        lengths = [round(t * TASKS[condition.task].epochs) for t in times]
+        lengths = [round(t * usual(condition.task).epochs) for t in times]
         for method in search.SHORTLIST:
             own = [where(found, method=method, epochs=epochs) for epochs in lengths]
             if all(own):
@@ -145,11 +130,8 @@ VARIED = {"width": "width {}", "depth": "{} hidden layers", "batch_size": "batch
 
 def lost(results: Results, quantity: str) -> Losses:
     """What every lam and every lose against the best of the row."""
-    rows: dict[str, Results] = {}
-    for r in where(results, method="FAM, proximal"):
-        rows.setdefault(row_name(r), []).append(r)
     found = {}
-    for name, own in rows.items():
+    for name, own in grouped(where(results, method="FAM, proximal"), row_name).items():
         by_setting = mean_by(own, "value", "every", quantity=quantity)
         found[name] = {key: max(by_setting.values()) - score for key, score in by_setting.items()}
     return found
@@ -158,8 +140,8 @@ def lost(results: Results, quantity: str) -> Losses:
 def row_name(r: Mapping[str, Any]) -> str:
     """The condition, with what is unusual about the network."""
     name = condition_of(r["task"], r["noise"]).name
-    usual = {"width": 128, "depth": 2, "batch_size": TASKS[r["task"]].batch_size}
-    unusual = [text.format(r[field]) for field, text in VARIED.items() if r[field] != usual[field]]
+    ordinary = {"width": WIDTH, "depth": DEPTH, "batch_size": usual(r["task"]).batch_size}
+    unusual = [text.format(r[field]) for field, text in VARIED.items() if r[field] != ordinary[field]]
     unusual += ["AdamW"] if r["base"] == "adamw" else []
     return ", ".join([name, *unusual]).replace("1 hidden layers", "1 hidden layer")
 
@@ -220,13 +202,10 @@ def flattening(results: Results) -> Table:
 def cost(costs: Mapping[str, Any]) -> Table:
     """A row per method, a column per network."""
     found = costs["tasks"]
-    heads = [f"{task} ({own['milliseconds']:.2g} ms)" for task, own in found.items()]
-    result = table("method", *heads)
+    result = table("method", *(f"{task} ({own['milliseconds']:.2g} ms)" for task, own in found.items()))
     for method in dict.fromkeys(chain(*(own["methods"] for own in found.values()))):
-        cells = []
-        for own in found.values():
-            timed = own["methods"].get(method)
-            cells.append(with_quartiles(timed["ratio"], timed["quartiles"]) if timed else "")
+        timed = [own["methods"].get(method) for own in found.values()]
+        cells = [with_quartiles(one["ratio"], one["quartiles"]) if one else "" for one in timed]
         result.add_row(method, *cells)
     return result
 

@@ -3,25 +3,28 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM, LookSAM
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fam_optim import dataset_relative_flatness, weight_layers
-from recipes.engine.batches import of_epoch, ordered
-from recipes.engine.task import Batch, Samples
-from recipes.engine.training import seed_everything
+from recipes.engine.batches import ordered
+from recipes.engine.loop import Conditions, Loop
+from recipes.engine.optimizers import GAUSS_NEWTON
+from recipes.engine.task import Batch, Metrics, Samples, Source, classification, predictions
 from recipes.study.methods import METHODS, add_hooks, make_optimizer
-from recipes.study.tasks import LOSSES, TASKS, samples
+from recipes.tasks import load_task
+from recipes.tasks.small import DEPTH, WIDTH
 
 FLATTENING = "flattening"  # the variant in which kappa is measured along the training
 KAPPA_EVERY = 5  # epochs
+EVALUATED = 500  # samples at a time
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Trial:
     epochs: int
     lr: float
     weight_decay: float
-    width: int = 128  # of the hidden layers
-    depth: int = 2  # hidden layers
+    width: int = WIDTH  # of the hidden layers
+    depth: int = DEPTH  # hidden layers
     batch_size: int = 64
     base: str = "sgd"
     every: int = 10  # steps from one proximal step to the next
@@ -75,119 +78,64 @@ def filled(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS, **result}
 
 
-class Stepper:
-    """A trial's network with its optimizer."""
+def loop_of(trial: Trial) -> Loop:
+    """The network with its optimizer, and the samples: noise hits all labels but the test's."""
+    method, arguments = METHODS[trial.method], {"noise": trial.noise}
+    if trial.task != "reviews":
+        arguments |= {"width": trial.width, "depth": trial.depth}
+    task = load_task(trial.task, **arguments)
+    if method.kind == "smoothing":
+        task = replace(task, loss=partial(cross_entropy, label_smoothing=trial.value))
 
-    def __init__(self, trial: Trial) -> None:
-        method, value = METHODS[trial.method], trial.value
-        self.model = TASKS[trial.task].network(trial.width, trial.depth)
-        add_hooks(method, value, self.model)
+    def make(model: nn.Module) -> Optimizer:
+        add_hooks(method, trial.value, model)
         settings = {"lr": trial.lr, "weight_decay": trial.weight_decay}
-        self.optimizer = make_optimizer(
-            method, value, self.model, trial.base, trial.seed, trial.every, **settings
-        )
-        smoothing = {"label_smoothing": value} if method.kind == "smoothing" else {}
-        self._loss, self._options = LOSSES[TASKS[trial.task].predicts], smoothing
+        return make_optimizer(method, trial.value, model, trial.base, trial.seed, trial.every, **settings)
 
-    def step(self, inputs: Tensor, targets: Tensor) -> None:
-        """One step on a batch."""
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            loss: Tensor = self._loss(self.model(inputs), targets, **self._options)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        if self._wants_gradient_first():
-            closure()
-        self.optimizer.step(closure)  # type: ignore[arg-type]
-
-    def _wants_gradient_first(self) -> bool:
-        """Whether the optimizer's next step begins with the gradient at the weights."""
-        if isinstance(self.optimizer, LookSAM):
-            step: int = self.optimizer.get_step()  # type: ignore[no-untyped-call]
-            return step % self.optimizer.k == 0
-        return isinstance(self.optimizer, SAM)
+    return Loop(task, Conditions(trial.seed, trial.epochs, trial.batch_size, Source(download=True)), make)
 
 
 def run(trial: Trial) -> dict[str, Any]:
     """Train as the trial says: its fields and what was measured; None for what is not a finite number."""
     begin = time.perf_counter()
     result: dict[str, Any] = {**asdict(trial), "validation": math.nan}
-    data = samples(trial.task, trial.noise, trial.seed)
-    seed_everything(trial.seed)
-    stepper = Stepper(trial)
-    steps = trial.epochs * len(batches(trial, data.train, 0))
-    factor = TASKS[trial.task].schedule
-    schedule = LambdaLR(stepper.optimizer, lambda step: factor(step / steps))
-    score = SCORES[TASKS[trial.task].predicts]
-    for epoch in range(1, trial.epochs + 1):
-        seed_everything(trial.seed, epoch)
-        stepper.model.train()
-        try:
-            for inputs, targets in batches(trial, data.train, epoch):
-                stepper.step(inputs, targets)
-                schedule.step()
+    loop = loop_of(trial)
+    try:
+        for epoch, _ in loop.epochs():
             if trial.variant == FLATTENING and (epoch == 1 or epoch % KAPPA_EVERY == 0):
-                result.setdefault("kappas", {})[epoch] = kappas(trial, stepper.model, data.train)
-        except RuntimeError as error:  # FAM refuses a step that is not finite
-            if "not finite" not in str(error):
-                raise
-            break
-    else:
-        result["validation"] = score(*predict(stepper.model, data.evaluation["validation"]))
+                result.setdefault("kappas", {})[epoch] = kappas(loop)
+        result["validation"] = evaluated(loop, loop.data.evaluation["validation"])[0]
+    except RuntimeError as error:  # FAM refuses a step that is not finite
+        if "not finite" not in str(error):
+            raise
     if trial.tested:
-        result |= measure(trial, stepper.model, data.train, data.evaluation["test"])
+        for name, samples in (("train", loop.data.train), ("test", loop.data.evaluation["test"])):
+            score, loss = evaluated(loop, samples)
+            result |= {f"{name}_score": score, f"{name}_loss": loss}
+        if loop.task.evaluate is classification:
+            result |= loop.evaluate(calibration, loop.data.evaluation["test"], EVALUATED)
     return {**result, "seconds": time.perf_counter() - begin}
 
 
-def batches(trial: Trial, train: Samples, epoch: int) -> DataLoader[Batch]:
-    """The training samples in the order of an epoch, the same for every method."""
-    return of_epoch(train, trial.batch_size, trial.seed, epoch)
+def evaluated(loop: Loop, samples: Samples) -> list[Any]:
+    """The network's score, in percent, and its loss."""
+    return [*loop.evaluate(loop.task.evaluate, samples, EVALUATED).values()]
 
 
-@torch.no_grad()
-def predict(model: nn.Module, chosen: Samples) -> tuple[Tensor, Tensor]:
-    """Outputs and targets, in eval mode."""
-    model.eval()
-    pairs = [(model(inputs), targets) for inputs, targets in ordered(chosen, 500)]
-    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+def calibration(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
+    """How far the predicted probabilities are from the frequencies, in percent."""
+    logits, labels = predictions(model, batches)
+    if not logits.isfinite().all():
+        return {}
+    error = multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], n_bins=15)
+    return {"test_ece": 100 * error.item()}
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """In percent."""
-    return 100 * (logits.argmax(1) == labels).float().mean().item()
-
-
-def explained(outputs: Tensor, targets: Tensor) -> float:
-    """Part of the targets' variance that is explained (R^2), in percent."""
-    residual = (outputs - targets).square().mean() / targets.var(correction=0)
-    return 100 * (1 - residual.item())
-
-
-SCORES = {"classes": accuracy, "numbers": explained}
-
-
-def measure(trial: Trial, model: nn.Module, train: Samples, test: Samples) -> dict[str, float]:
-    """Scores, losses, and calibration of a trained network."""
-    task = TASKS[trial.task]
-    score, loss = SCORES[task.predicts], LOSSES[task.predicts]
-    result: dict[str, float] = {}
-    for name, chosen in (("train", train), ("test", test)):
-        outputs, targets = predict(model, chosen)
-        result |= {f"{name}_score": score(outputs, targets), f"{name}_loss": loss(outputs, targets).item()}
-    if task.predicts == "classes" and outputs.isfinite().all():
-        ece = multiclass_calibration_error(outputs.softmax(1), targets, outputs.shape[1], n_bins=15)
-        result["test_ece"] = 100 * ece.item()
-    return result
-
-
-def kappas(trial: Trial, model: nn.Module, train: Samples) -> list[float]:
+def kappas(loop: Loop) -> list[float]:
     """Gauss-Newton kappa of every layer on the training data."""
-    model.eval()
-    loss, probes = LOSSES[TASKS[trial.task].predicts], torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"curvature": "gauss_newton", "mode": "hutchinson", "n_samples": 4}
+    batches, probes = ordered(loop.data.train, EVALUATED), torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {**GAUSS_NEWTON, "n_samples": 4, "generator": probes}
     return [
-        dataset_relative_flatness(model, layer, loss, ordered(train, 500), generator=probes, **options).item()
-        for layer in weight_layers(model)
+        dataset_relative_flatness(loop.model, layer, loop.task.loss, batches, **options).item()
+        for layer in weight_layers(loop.model)
     ]

@@ -16,49 +16,56 @@ class Entry(NamedTuple):
     """A task's sentence, and the function that makes it, imported when it is asked for."""
 
     about: str
-    module: str  # below recipes.tasks
-    function: str
+    function: str  # below recipes.tasks
     arguments: Mapping[str, Any] = {}
 
 
-SMALL = "a small convolutional network on"
+SMALL, DIGITS = "a small convolutional network on", "a convolutional network, pretrained on Fashion-MNIST, on"
 TASKS = {
-    "quickstart": Entry(f"{SMALL} 2,000 shipped images of Fashion-MNIST", "small", "quickstart"),
-    "quickstart-noise40": Entry("the same with 40 % wrong labels", "small", "quickstart", {"noise": 0.4}),
+    "quickstart": Entry(f"{SMALL} 2,000 shipped images of Fashion-MNIST", "small.quickstart"),
+    "quickstart-noise40": Entry("the same with 40 % wrong labels", "small.quickstart", {"noise": 0.4}),
     "fashion-mnist-small": Entry(
-        f"{SMALL} all 60,000 images of Fashion-MNIST (in place of Table 1)", "small", "fashion_mnist_small"
+        f"{SMALL} all 60,000 images of Fashion-MNIST (in place of Table 1)", "small.fashion_mnist_small"
     ),
     "fashion-mnist-small-tuning": Entry(
         "10,000 of them, and 5,000 to validate on: to choose lam and rho with",
-        *("small", "fashion_mnist_small", {"tuning": True}),
+        *("small.fashion_mnist_small", {"tuning": True}),
     ),
-    "cifar10": Entry("ResNet-18 on CIFAR10 (paper, Table 1)", "vision", "cifar10"),
+    "cifar10": Entry("ResNet-18 on CIFAR10 (paper, Table 1)", "vision.cifar10"),
     "cifar100": Entry(
-        "EfficientNet-B7 with ImageNet weights on CIFAR100 (paper, Table 1)", "vision", "cifar100"
+        "EfficientNet-B7 with ImageNet weights on CIFAR100 (paper, Table 1)", "vision.cifar100"
     ),
-    "svhn": Entry("WideResNet-28-10 on SVHN (paper, Table 1)", "vision", "svhn"),
-    "fashion-mnist": Entry("WideResNet-28-10 on Fashion-MNIST (paper, Table 1)", "vision", "fashion_mnist"),
+    "svhn": Entry("WideResNet-28-10 on SVHN (paper, Table 1)", "vision.svhn"),
+    "fashion-mnist": Entry("WideResNet-28-10 on Fashion-MNIST (paper, Table 1)", "vision.fashion_mnist"),
     "skulls": Entry(
-        "a 3D autoencoder completes skulls with a defect (paper, Table 2, Figures 1 and 2)",
-        *("skulls", "skulls"),
+        "a 3D autoencoder completes skulls with a defect (paper, Table 2, Figures 1 and 2)", "skulls.skulls"
     ),
     "skulls-small": Entry(
-        "the same on 20 generated shells of 32 x 32 x 32 voxels", "skulls", "skulls", {"small": True}
+        "the same on 20 generated shells of 32 x 32 x 32 voxels", "skulls.skulls", {"small": True}
     ),
-    "rte": Entry("BERT fine-tuned on GLUE's RTE (paper, Table 3, Figure 3)", "rte", "rte"),
-    "reviews": Entry(
-        "MiniLM, a pretrained BERT, fine-tuned on sentences of film reviews", "reviews", "reviews"
-    ),
+    "rte": Entry("BERT fine-tuned on GLUE's RTE (paper, Table 3, Figure 3)", "text.rte"),
+    "reviews": Entry("MiniLM, a pretrained BERT, fine-tuned on sentences of film reviews", "text.reviews"),
+    "mnist1d": Entry("a perceptron on MNIST-1D, generated curves", "small.mnist1d"),
+    "mnist1d-layernorm": Entry("the same with LayerNorm and GELU", "small.mnist1d", {"normalised": True}),
+    "digits": Entry("a perceptron on scikit-learn's digits", "small.digits"),
+    "diabetes": Entry("a perceptron on scikit-learn's diabetes, a regression", "small.diabetes"),
+    "finetune-200": Entry(f"{DIGITS} 200 digits", "small.finetuning", {"samples": 200}),
+    "finetune-1000": Entry(f"{DIGITS} 1,000 digits", "small.finetuning", {"samples": 1000}),
+    "fashion": Entry("a smaller one on the quick start's images", "small.fashion", {"network": "batchnorm"}),
+    "fashion-nobatchnorm": Entry("... without BatchNorm", "small.fashion", {"network": "no batchnorm"}),
+    "fashion-vit": Entry("a vision transformer on them", "small.fashion", {"network": "transformer"}),
+    "fashion-resnet": Entry("a ResNet on them", "small.fashion", {"network": "resnet"}),
 }
 
 
-def load_task(name: str) -> Task:
-    """Build a task; raises ``recipes.engine.task.Missing`` where a package is not there."""
+def load_task(name: str, **changes: Any) -> Task:
+    """Build a task, with changes to its arguments; raises ``Missing`` where a package is not there."""
     if name not in TASKS:
         raise ValueError(f"expected a task that recipes.train knows ({', '.join(TASKS)}), got {name!r}")
     entry = TASKS[name]
-    make: Callable[..., Task] = getattr(import_module(f"recipes.tasks.{entry.module}"), entry.function)
-    return dataclasses.replace(make(**entry.arguments), name=name, about=entry.about)
+    module, _, function = entry.function.partition(".")
+    make: Callable[..., Task] = getattr(import_module(f"recipes.tasks.{module}"), function)
+    return dataclasses.replace(make(**{**entry.arguments, **changes}), name=name, about=entry.about)
 
 
 class Trained(NamedTuple):

@@ -1,4 +1,4 @@
-"""Skull-like shells with defects, for want of clinical data: NIfTI files, generated, always the same.
+"""Skull-like shells with defects, for want of clinical data: generated, always the same.
 
 A shell is a bumpy ellipsoid of varying thickness without a base, of its own size, place and orientation. A
 defect is what is cut out of it: a round patch in the upper half ("round"), or a larger rectangular window low
@@ -9,9 +9,7 @@ without FAM, as the paper's overfits its skulls: the spreads below were chosen f
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 
@@ -24,15 +22,6 @@ AXES_SPREAD = np.array((0.08, 0.1, 0.08))
 PLACE_SPREAD = 0.06
 TURN = 0.12  # standard deviation of the entries of a random turn
 BUMPS = 0.14  # largest height on the surface, relative to its radius
-
-
-def write(folder: Path, count: int, seed: int, size: int, defects: Mapping[str, str]) -> None:
-    """Write shells as ``complete/*.nii.gz``, and in a folder each what the defects of these names leave."""
-    for kind in ("complete", *defects):
-        (folder / kind).mkdir(parents=True)
-    for number in range(count):
-        for kind, volume in shell(np.random.default_rng((seed, number)), size, defects).items():
-            _save(volume, folder / kind / f"{number:03}.nii.gz")
 
 
 def shell(random: np.random.Generator, size: int, defects: Mapping[str, str]) -> dict[str, Volume]:
@@ -96,8 +85,3 @@ def _rotation(random: np.random.Generator, scale: float) -> Floats:
     left, _, right = np.linalg.svd(np.eye(3) + random.normal(0, scale, (3, 3)))
     rotation: Floats = left @ right
     return rotation
-
-
-def _save(volume: Volume, path: Path) -> None:
-    image = nibabel.Nifti1Image(volume.astype(np.uint8), np.eye(4))  # type: ignore[no-untyped-call]
-    nibabel.save(image, path)

@@ -7,35 +7,35 @@ and evaluated on one set of other skulls, each with two defects: one of this kin
     python -m recipes.train skulls-small --optimizer fam --lam 0.002         # for two cores
 
 The paper's clinical skulls go into ``skulls/`` of the data folder, as NIfTI files of equal names in
-``train/{complete,defective}`` and ``evaluation/{complete,same_defect,other_defect}``; ``--download``
-generates skull-like shells there instead. ``skulls-small`` always generates its own.
+``train/{complete,defective}`` and ``evaluation/{complete,same_defect,other_defect}``, which are the split for
+every seed; with ``--download`` skull-like shells are generated instead. ``skulls-small`` always has these.
 """
 
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from recipes.engine.optimizers import PAPERS
 from recipes.engine.schedules import constant
 from recipes.engine.task import Batch, Data, Metrics, Missing, Source, Task
+from recipes.tasks import shells
 
 try:
+    import nibabel
     from monai.losses import DiceLoss  # type: ignore[attr-defined]
     from monai.metrics import compute_dice, compute_hausdorff_distance  # type: ignore[attr-defined]
     from monai.networks.layers import Norm  # type: ignore[attr-defined]
     from monai.networks.nets import AutoEncoder  # type: ignore[attr-defined]
-    from monai.transforms import AsDiscrete, Compose, EnsureType, LoadImage, Resize  # type: ignore[attr-defined]
-
-    from recipes.tasks import shells
 except ImportError as error:
     raise Missing(f'the task "skulls" needs {error.name}: pip install -e ".[paper]"') from error
 
 LATENT = 8  # numbers of the code, from which a linear layer makes 64
-TRAINED = {"defective": "round"}  # folder -> defect of the generated shells
+TRAINED = {"defective": "round"}  # a sub-folder -> the defect of the generated shells
 EVALUATED = {"same_defect": "round", "other_defect": "window"}
 
 
@@ -89,64 +89,49 @@ class LatentAutoEncoder(AutoEncoder):
         return logits
 
 
-def stored(source: Source, setting: Setting) -> Data:
-    """The skulls in the data folder. Its sub-folders are the split, for every seed."""
-    folder = source.folder / "skulls"
-    if not folder.exists():
-        if not source.download:
-            raise Missing(
-                f"expected skulls as *.nii.gz in train/{{complete,defective}} and "
-                f"evaluation/{{complete,same_defect,other_defect}} of {folder}; --download puts "
-                "skull-like shells there instead (generated ones, nothing is downloaded)"
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:  # appears when it is complete
-            generate(Path(temporary) / "skulls", setting).rename(folder)
-    return load(folder, setting.size)
-
-
 def generated(setting: Setting) -> Data:
     """Shells of this setting, which are always the same."""
-    with tempfile.TemporaryDirectory() as temporary:
-        return load(generate(Path(temporary) / "skulls", setting), setting.size)
-
-
-def generate(folder: Path, setting: Setting) -> Path:
-    """Write shells as the folder's train and evaluation."""
-    shells.write(folder / "train", setting.train, 0, setting.size, TRAINED)
-    shells.write(folder / "evaluation", setting.evaluation, 1, setting.size, EVALUATED)
-    return folder
-
-
-def load(folder: Path, size: int) -> Data:
-    """Read the defective skulls as inputs, the complete ones of the same names as targets."""
-    (train,) = pairs(folder / "train", TRAINED, size)
-    evaluation = pairs(folder / "evaluation", EVALUATED, size)
+    (train,) = shell_pairs(setting.train, 0, setting.size, TRAINED)
+    evaluation = shell_pairs(setting.evaluation, 1, setting.size, EVALUATED)
     return Data(train, dict(zip(EVALUATED, evaluation, strict=True)))
 
 
-def pairs(folder: Path, defects: Iterable[str], size: int) -> list[TensorDataset]:
+def shell_pairs(count: int, seed: int, size: int, defects: Mapping[str, str]) -> list[TensorDataset]:
+    """One set of (input, target) for each kind of defect, ``(1, size, size, size)`` each."""
+    made = [shells.shell(np.random.default_rng((seed, number)), size, defects) for number in range(count)]
+    volumes = {
+        kind: torch.from_numpy(np.stack([found[kind] for found in made])).float().unsqueeze(1)
+        for kind in ("complete", *defects)
+    }
+    return [TensorDataset(volumes[kind], volumes["complete"]) for kind in defects]
+
+
+def stored(folder: Path, size: int) -> Data:
+    """The skulls of a folder: the defective ones as inputs, complete ones of equal names as targets."""
+    (train,) = stored_pairs(folder / "train", TRAINED, size)
+    evaluation = stored_pairs(folder / "evaluation", EVALUATED, size)
+    return Data(train, dict(zip(EVALUATED, evaluation, strict=True)))
+
+
+def stored_pairs(folder: Path, defects: Iterable[str], size: int) -> list[TensorDataset]:
     """One set of (input, target) for each sub-folder of defects: ``(1, size, size, size)`` each."""
-    read = Compose(
-        [
-            LoadImage(reader="NibabelReader", ensure_channel_first=True),
-            Resize((size, size, size), mode="nearest"),
-            AsDiscrete(threshold=0.5),
-            EnsureType(dtype=torch.float32, track_meta=False),  # a plain tensor
-        ]
-    )
     files = {kind: sorted((folder / kind).glob("*.nii.gz")) for kind in ("complete", *defects)}
     names = {kind: [path.name for path in paths] for kind, paths in files.items()}
     if not files["complete"] or any(found != names["complete"] for found in names.values()):
         counts = ", ".join(f"{len(found)} in {kind}" for kind, found in names.items())
         raise Missing(
             f"expected *.nii.gz files of equal names in each sub-folder of {folder}, found {counts}: "
-            f"complete the folder, or move {folder.parent} away and let --download generate skull-like "
-            "shells there"
+            "complete the folder, or let --download generate skull-like shells"
         )
-    volumes = {kind: torch.stack([read(path) for path in paths]) for kind, paths in files.items()}
+    volumes = {kind: torch.stack([read(path, size) for path in paths]) for kind, paths in files.items()}
     complete = volumes.pop("complete")
     return [TensorDataset(defective, complete) for defective in volumes.values()]
+
+
+def read(path: Path, size: int) -> Tensor:
+    """A NIfTI file as zeros and ones."""
+    volume = torch.from_numpy(np.asarray(nibabel.load(path).dataobj, np.float32))[None, None]
+    return (nn.functional.interpolate(volume, (size,) * 3, mode="nearest")[0] > 0.5).float()
 
 
 @torch.no_grad()
@@ -180,10 +165,12 @@ def skulls(small: bool = False) -> Task:
     setting = SMALL if small else PAPER
 
     def data(source: Source, seed: int) -> Data:
-        if source.smoke or small:
-            return generated(SMOKE if source.smoke else SMALL)
-        return stored(source, setting)
+        if source.smoke or small or source.download:
+            return generated(SMOKE if source.smoke else setting)
+        return stored(source.folder / "skulls", setting.size)
 
+    # The exact kappa would take 64 Hessian-vector products through the deconvolutions; a probe, one.
+    kappa = {**PAPERS, "measure": "layerwise", "mode": "hutchinson", "n_samples": 1, "normalize": False}
     return Task(
         data=data,
         model=lambda source: LatentAutoEncoder(SMOKE if source.smoke else setting),
@@ -192,44 +179,11 @@ def skulls(small: bool = False) -> Task:
         batch_size=1,
         base="adam",
         options={"lr": 1e-4},
-        methods={
-            # The exact kappa would take 64 Hessian-vector products through the deconvolutions; a probe, one.
-            "fam": {
-                "lam": 0.002,
-                "measure": "layerwise",
-                "mode": "hutchinson",
-                "n_samples": 1,
-                "curvature": "hessian",
-                "detach_hessian": False,
-            }
-        },
+        methods={"fam": {"lam": 0.002, **kappa}},
         schedule=constant,
         loss=DiceLoss(sigmoid=True, squared_pred=True),  # Milletari et al.; the mean over the skulls
         evaluate=overlap_and_distances,
         evaluated_at=(0.5, 1),
         watch=mean_overlap,
         metric="dsc",
-        facts={
-            "network": f"autoencoder with {len(setting.channels)} stride-2 convolutions, about 1M parameters",
-            "normalisation": "per instance",
-            "samples": f"{setting.train} for training, {setting.evaluation} evaluated, with two defects each",
-            "input": f"{setting.size} x {setting.size} x {setting.size} voxels",
-            "loss": "Dice, squared denominator",
-            "seeds": "any (--seeds)",
-        },
-        paper=(
-            *("optimizer", "lr", "schedule", "loss", "layer", "fam lam", "fam measure", "fam mode"),
-            *("fam curvature", "fam detach_hessian"),
-            *(() if small else ("network", "samples", "input", "epochs")),
-        ),
-        code=("normalisation", "batch size"),
-        differences=(
-            "The released code has lam 0.1 with 80 x Dice summed over two output channels, ||W|| instead of "
-            "||W||^2, and a detached Hessian (--detach-hessian); it draws up to 200 probes a step, until "
-            "the estimate changes by less than 1e-4 of itself, where here one is drawn (--n-samples 20 has "
-            "about a quarter of one probe's spread at twenty times its cost). Its volumes are "
-            "256 x 256 x 128, with six layers and a latent size of 32; sizes and depth here are the "
-            "paper's. With the whole gradient and large lam, kappa falls below zero without bound, and "
-            "nothing is learned."
-        ),
     )

@@ -1,49 +1,159 @@
-"""Tasks that two cores can finish: a small convolutional network on Fashion-MNIST."""
+"""Tasks that two cores can finish: small networks on samples that lie beside the recipes or in packages."""
 
-from recipes.engine.task import Data, Source, Task
-from recipes.tasks.images import shipped_fashion_mnist, split, whole_fashion_mnist
-from recipes.tasks.models import SmallConvNet
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
-VALIDATION = 1000  # of the 4,000 shipped training images, in the quick start
+import torch
+from torch import nn
+from torch.nn.functional import interpolate, mse_loss
+
+from recipes.engine.task import Data, Source, Task, package, regression
+from recipes.tasks.images import MEAN, STD, fashion_mnist, whole_fashion_mnist
+from recipes.tasks.models import (
+    SmallConvNet,
+    perceptron,
+    pretrained,
+    small_resnet,
+    vision_transformer,
+    without_batchnorm,
+)
+from recipes.tasks.splitting import Pair, few, split
+
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, also inside SAM and FAM
+WIDTH, DEPTH = 128, 2  # of the hidden layers of a network that has a choice
+
+
+def small(
+    load: Callable[[Source], tuple[Pair, Pair]],
+    sizes: tuple[int, int],
+    network: Callable[[Source], nn.Module],
+    noise: float = 0.0,
+    **own: Any,
+) -> Task:
+    """Samples for training and validation, of whose labels a part may be wrong, and a network."""
+
+    def data(source: Source, seed: int) -> Data:
+        train, test = load(source)
+        if source.smoke:
+            test, chosen = few(train, test, sizes)
+            return split(train, test, chosen, seed, noise)
+        return split(train, test, sizes, seed, noise)
+
+    usual = {"layers": ("last",), "epochs": 60, "batch_size": 64, "options": BASE}
+    return Task(data, network, **{**usual, **own})
+
+
+# Images of Fashion-MNIST
+
+
+@cache
+def shipped(source: Source) -> tuple[Pair, Pair]:
+    """4,000 and 4,000 images that lie beside the recipes."""
+    return fashion_mnist("train"), fashion_mnist("test")
+
+
+def whole(source: Source) -> tuple[Pair, Pair]:
+    """60,000 and 10,000 images."""
+    return whole_fashion_mnist("train", source), whole_fashion_mnist("test", source)
+
+
+VALIDATION = 1000  # of the 4,000 shipped training images
 
 
 def quickstart(noise: float = 0.0, train_size: int = 2000) -> Task:
     """The quick start's: shipped images, a part of whose labels may be wrong."""
-
-    def data(source: Source, seed: int) -> Data:
-        used = 256 if source.smoke else train_size
-        images, labels = shipped_fashion_mnist("test")
-        tested = 500 if source.smoke else len(labels)
-        test = images[:tested], labels[:tested]
-        return split(shipped_fashion_mnist("train"), test, used, VALIDATION, noise, seed)
-
-    return Task(
+    return small(
+        *(shipped, (train_size, VALIDATION), lambda source: SmallConvNet(), noise),
         name=f"quickstart-noise{100 * noise:g}" if noise else "quickstart",
         about=f"small convolutional network, {train_size} images of Fashion-MNIST, {noise:.0%} wrong labels",
-        data=data,
-        model=lambda source: SmallConvNet(),
         layers=("head",),
         epochs=20,
-        batch_size=64,
-        options=BASE,
         kappa_samples=train_size,
     )
 
 
 def fashion_mnist_small(tuning: bool = False) -> Task:
     """All 60,000 images; for tuning 10,000 of the training images, and 5,000 others to validate on."""
+    sizes = (10_000, 5_000) if tuning else (60_000, 0)
+    return small(whole, sizes, lambda source: SmallConvNet(), layers=("head",), epochs=10)
 
-    def data(source: Source, seed: int) -> Data:
-        train, test = (whole_fashion_mnist(part, source) for part in ("train", "test"))
-        sizes = (len(train[1]) // 6, len(train[1]) // 12) if tuning else (len(train[1]), 0)
-        return split(train, test, *sizes, 0, seed)
 
-    return Task(
-        data=data,
-        model=lambda source: SmallConvNet(),
-        layers=("head",),
-        epochs=10,
-        batch_size=64,
-        options=BASE,
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "batchnorm": lambda width: SmallConvNet(channels=(8, 16), hidden=width),
+    "no batchnorm": without_batchnorm,
+    "transformer": lambda width: vision_transformer(),
+    "resnet": lambda width: small_resnet(),
+}
+
+
+def fashion(network: str, noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
+    """The study's networks on the shipped images."""
+    return small(shipped, (2000, VALIDATION), lambda source: NETWORKS[network](width), noise, epochs=20)
+
+
+# Vectors
+
+
+@cache
+def mnist1d_samples(source: Source) -> tuple[Pair, Pair]:
+    """MNIST-1D (n, 40) (Greydanus and Kobak, 2024), generated with its authors' seed: 4,000 and 1,000."""
+    made = package("mnist1d.data", "study")
+    arrays = made.make_dataset(made.get_dataset_args())
+    train, test = (
+        (torch.from_numpy(arrays[x]).float(), torch.from_numpy(arrays[y]).long())
+        for x, y in (("x", "y"), ("x_test", "y_test"))
+    )
+    return train, test
+
+
+@cache
+def digits_samples(source: Source) -> tuple[Pair, Pair]:
+    """scikit-learn's 8 x 8 digits (n, 64); the last 597 of 1,797 are the test set (other writers)."""
+    images, labels = package("sklearn.datasets", "study").load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()
+    return (x[:1200], y[:1200]), (x[1200:], y[1200:])
+
+
+@cache
+def diabetes_samples(source: Source) -> tuple[Pair, Pair]:
+    """scikit-learn's diabetes (n, 10): progression after a year; the last 142 of 442 are the test set."""
+    inputs, targets = package("sklearn.datasets", "study").load_diabetes(return_X_y=True)
+    x, y = torch.from_numpy(inputs).float(), torch.from_numpy(targets).float().unsqueeze(1)
+    x, y = (x / x[:300].std(0), (y - y[:300].mean()) / y[:300].std())
+    return (x[:300], y[:300]), (x[300:], y[300:])
+
+
+def mnist1d(noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH, normalised: bool = False) -> Task:
+    """MNIST-1D; with LayerNorm and GELU where it is normalised."""
+    make = partial(perceptron, 40, 10, width, depth, normalised)
+    return small(mnist1d_samples, (2000, 1000), lambda source: make(), noise)
+
+
+def digits(noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
+    """Digits as vectors."""
+    return small(digits_samples, (800, 400), lambda source: perceptron(64, 10, width, depth), noise)
+
+
+def diabetes(noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
+    """A regression."""
+    measured: dict[str, Any] = {"loss": mse_loss, "evaluate": regression, "metric": "explained"}
+    return small(diabetes_samples, (200, 100), lambda source: perceptron(10, 1, width, depth), **measured)
+
+
+def finetuning(samples: int, noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
+    """Digits, enlarged to the size of Fashion-MNIST's images and scaled as these, by a pretrained network."""
+
+    def enlarged(source: Source) -> tuple[Pair, Pair]:
+        train, test = (
+            ((interpolate(x.view(-1, 1, 8, 8), (28, 28), mode="bilinear") - MEAN) / STD, y)
+            for x, y in digits_samples(source)
+        )
+        return train, test
+
+    epochs = 30 if samples <= 200 else 10
+    return small(
+        *(enlarged, (samples, 200), lambda source: pretrained(0) if source.smoke else pretrained(), noise),
+        epochs=epochs,
+        batch_size=32,
     )

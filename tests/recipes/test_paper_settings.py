@@ -11,16 +11,15 @@ import torch
 pytest.importorskip("torchvision")
 
 from recipes import train
-from recipes.engine import marks
 from recipes.engine.layers import select
-from recipes.engine.optimizers import settings
-from recipes.engine.schedules import Steps
-from recipes.engine.task import Source, Task
-from recipes.tasks import TASKS, load_task
-from recipes.tasks.augment import Cutout
+from recipes.engine.optimizers import WRAPPERS, settings
+from recipes.engine.schedules import steps
+from recipes.engine.task import Source
+from recipes.tasks import load_task
 from recipes.tasks.models import SmallConvNet, WideResNet
+from recipes.tasks.vision import cutout
 
-# What the paper's section 4 states, by the names of `marks.settings_of`
+# What the paper's section 4 states, by the names of the page of settings
 PAPER = {
     "cifar10": {
         **{"epochs": "250", "batch size": "64", "optimizer": "sgd", "lr": "0.03", "momentum": "0.9"},
@@ -49,32 +48,63 @@ OPEN = {  # what the paper does not say, and must not be called the paper's
     "svhn": ("seeds", "sam rho", "dropout", "fam normalize"),
     "fashion-mnist": ("seeds", "fam lam", "fam normalize"),
     "skulls": ("batch size", "fam n_samples", "seeds", "normalisation"),
-    "skulls-small": ("network", "samples", "input", "epochs"),
     "rte": ("case", "optimizer", "weight decay", "fam measure", "fam normalize"),
+}
+WORDS = {  # settings that are no numbers of a task
+    *("network", "stem", "input", "loss", "seeds", "head", "augmentation", "normalisation", "dropout"),
+    *("samples", "case", "weight decay", "schedule"),
+}
+PAGE = Path(train.__file__).parent / "paper" / "settings.md"
+
+
+def page() -> dict[str, dict[str, tuple[str, str]]]:
+    """Of the page's table, by task and setting: the value and its mark."""
+    lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line[:1] == "|"]
+    (_, *names), _, *rows = lines
+    found: dict[str, dict[str, tuple[str, str]]] = {name: {} for name in names}
+    for setting, *cells in rows:
+        for name, cell in zip(names, cells, strict=True):
+            if cell != "-":
+                found[name][setting] = (cell[:-4], cell[-2])
+    return found
+
+
+def settings_of(name: str) -> dict[str, str]:
+    """Every number of a task by its name on the page."""
+    task = load_task(name)
+    values = {"epochs": task.epochs, "batch size": task.batch_size, "layer": ", ".join(task.layers)}
+    values |= settings(task, task.base, {}) | {"optimizer": task.base}
+    for wrapper in ("fam", "sam"):
+        own = {**WRAPPERS[wrapper], **task.methods.get(wrapper, {})}
+        values |= {f"{wrapper} {key}": value for key, value in own.items()}
+    return {key: str(value) for key, value in values.items() if key not in ("base", "nesterov")}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_page_has_the_tasks_settings_and_their_marks(name: str) -> None:
+    found, own = page()[name], settings_of(name)
+    assert {mark for _, mark in found.values()} <= set("PCO")
+    assert {key: value for key, (value, _) in found.items() if key not in WORDS} == {
+        key: value for key, value in own.items() if (name, key) != ("skulls", "fam normalize")
+    }
+    assert {key: found[key][0] for key in PAPER[name]} == PAPER[name]
+    assert all(found[key][1] == "P" for key in PAPER[name])
+    assert all(found[key][1] != "P" for key in OPEN[name])
+
+
+SCHEDULES = {
+    "cosine": [1, 0.8536, 0.5, 0.1464],
+    "constant": [1, 1, 1, 1],
+    "linear": [1, 0.75, 0.5, 0.25],
+    "x 0.2 after 0.3, 0.6, 0.8": [1, 1, 0.2, 0.04],
 }
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_settings_have_the_papers_values_and_its_mark(name: str) -> None:
-    task = load_task(name)
-    found = marks.settings_of(task)
-    assert {setting: found[setting] for setting in PAPER[name]} == PAPER[name]
-    assert all(marks.mark(task, setting) == marks.PAPER for setting in PAPER[name])
-
-
-@pytest.mark.parametrize("name", OPEN)
-def test_what_the_paper_leaves_open_is_not_called_the_papers(name: str) -> None:
-    task = load_task(name)
-    assert set(OPEN[name]) <= set(marks.settings_of(task))
-    assert all(marks.mark(task, setting) != marks.PAPER for setting in OPEN[name])
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_every_mark_names_a_setting_once(name: str) -> None:
-    task = load_task(name)
-    marked = (*task.paper, *task.code)
-    assert len(set(marked)) == len(marked)
-    assert set(marked) <= set(marks.settings_of(task))
+def test_the_schedule_is_the_pages(name: str) -> None:
+    schedule = load_task(name).schedule
+    wanted = SCHEDULES[page()[name]["schedule"][0]]
+    assert [schedule(progress) for progress in (0, 0.25, 0.5, 0.75)] == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion-mnist", "skulls", "rte"])
@@ -98,7 +128,7 @@ def test_w_of_wide_resnet_is_the_outputs_matrix(name: str) -> None:
 
 
 def test_steps() -> None:
-    schedule = Steps(0.3, 0.6, 0.8, factor=0.2)
+    schedule = steps(0.3, 0.6, 0.8, factor=0.2)
     assert [schedule(progress) for progress in (0, 0.29, 0.3, 0.6, 0.8)] == pytest.approx(
         [1, 1, 0.2, 0.04, 0.008]
     )
@@ -107,7 +137,7 @@ def test_steps() -> None:
 def test_cutout_hangs_over_the_border_and_covers_196_pixels_on_average() -> None:
     torch.manual_seed(0)
     image = torch.ones(3, 32, 32)
-    covered = [Cutout(16)(image) for _ in range(3000)]
+    covered = [cutout(image) for _ in range(3000)]
     assert all(torch.equal(a[0], a[1]) and torch.equal(a[0], a[2]) for a in covered)
     areas = torch.tensor([(a[0] == 0).sum().item() for a in covered])
     assert areas.max() == 256 and areas.min() >= 64
@@ -119,8 +149,8 @@ def test_cutout_hangs_over_the_border_and_covers_196_pixels_on_average() -> None
 def test_cutout_fills_after_the_normalisation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A black image becomes negative everywhere but in the square, which is 0."""
     captured = {}
-    monkeypatch.setattr("recipes.tasks.vision.both", lambda *arguments: captured.update(train=arguments[3]))
-    load_task(name).data(Source(Path("nowhere")), 0)
+    monkeypatch.setattr("recipes.tasks.vision.images", lambda *arguments: captured.update(train=arguments[2]))
+    load_task(name)
     torch.manual_seed(0)
     black = torch.zeros(1 if name == "fashion-mnist" else 3, 32, 32, dtype=torch.uint8)
     steps = captured["train"].transforms
@@ -192,22 +222,8 @@ def test_every_task_takes_layers_and_curvature(task: str, tmp_path: Path) -> Non
     assert json.loads(path.read_text())["kappa"] > 0
 
 
-def test_the_marks_are_printed_and_what_the_user_gave_is_nobodys(
+def test_a_task_of_the_paper_says_where_its_settings_are_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train.main(["fashion-mnist", "--smoke", "--lr", "0.05", "--device", "cpu", "--out", str(tmp_path)])
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "paper: network WideResNet-28-10" in printed
-    assert "released code: dropout 0.3" in printed
-    assert "ours: seeds any" in printed
-    assert "lr 0.01" not in printed and "momentum 0.9" in printed
-
-
-def test_a_table_of_settings_has_the_letter_of_each_mark() -> None:
-    tasks: list[Task] = [load_task(name) for name in ("cifar10", "cifar100")]
-    table = marks.table(tasks)
-    rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    cells = {name: values for name, *values in rows}
-    assert cells["lr"] == ["0.03 (P)", "1e-06 (C)"]
-    assert cells["seeds"] == ["any (--seeds) (O)"] * 2
-    assert cells["head"][0] == "-"
+    train.main(["fashion-mnist", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
+    assert PAGE.relative_to(PAGE.parents[2]).as_posix() in capsys.readouterr().out

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
-import time
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 
 from recipes.shared import timing
 from recipes.shared.problem import Problem
-from recipes.shared.tables import markdown, show, table
+from recipes.shared.tables import markdown, show, table, titled
 
 
 def test_calls_take_turns_and_every_round_begins_with_another() -> None:
@@ -24,19 +22,13 @@ def test_calls_take_turns_and_every_round_begins_with_another() -> None:
     assert {name: len(seconds) for name, seconds in found.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_a_slow_call_sits_out() -> None:
-    found = timing.alternate({"plain": lambda: None, "slow": lambda: time.sleep(0.01)}, 5, every={"slow": 4})
-    assert [math.isnan(seconds) for seconds in found["slow"]] == [False, True, True, True, False]
-    assert not any(map(math.isnan, found["plain"]))
-    assert timing.median(found["slow"])[0] >= 0.01
-
-
 def test_ratio_is_taken_within_rounds() -> None:
     """A machine twice as slow in every second round changes no ratio."""
-    plain = [1.0, 2.0, 1.0, 2.0, 1.0]
-    own = [3.0, 6.0, 3.5, 6.0, math.nan]
-    middle, (low, high) = timing.ratio(own, plain)
-    assert middle == 3 and low == 3 and high == pytest.approx(3.125)
+    seconds = {"plain": [1.0, 2.0, 1.0, 2.0], "own": [3.0, 6.0, 3.5, 6.0]}
+    found = timing.relative(seconds, "plain")
+    assert found["plain"]["ratio"] == 1 and found["own"]["ratio"] == 3
+    assert found["own"]["quartiles"] == [3, pytest.approx(3.125)]
+    assert found["own"]["seconds"] == 4.75
 
 
 def test_a_table_that_is_too_wide_is_turned_and_no_number_is_cut() -> None:
@@ -52,6 +44,8 @@ def test_a_table_that_is_too_wide_is_turned_and_no_number_is_cut() -> None:
 def test_markdown_has_captions() -> None:
     first, second = table("a", rows=[["1"]], title="Numbers"), table("b", rows=[["2"]])
     assert markdown(first, second) == "Numbers:\n\n| a |\n|---|\n| 1 |\n\n| b |\n|---|\n| 2 |\n"
+    known = titled(table("c", rows=[["3"]]), "More", "What they mean.")
+    assert markdown(known) == "## More\n\nWhat they mean.\n\n| c |\n|---|\n| 3 |\n"
 
 
 def test_a_copy_of_a_problem_is_apart_and_of_the_precision_asked_for() -> None:

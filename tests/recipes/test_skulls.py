@@ -98,9 +98,36 @@ def test_it_is_watched_on_the_way_and_evaluated_at_the_half_and_the_end(tmp_path
     assert isinstance(records[-1]["other_defect_dsc"], list)
 
 
+def write(folder: Path, *names: str) -> None:
+    """A defective box for each name as NIfTI files, of twice the size that is read."""
+    import nibabel
+
+    for kind in (
+        "train/complete",
+        "train/defective",
+        *(f"evaluation/{k}" for k in ("complete", *skulls.EVALUATED)),
+    ):
+        (folder / kind).mkdir(parents=True)
+        for number, name in enumerate(names):
+            volume = np.zeros((64, 64, 64), dtype=np.uint8)
+            volume[8 + 2 * number : 32, 8:32, 8 : 32 if kind.endswith("complete") else 24] = 1
+            image = nibabel.Nifti1Image(volume, np.eye(4))
+            nibabel.save(image, folder / kind / f"{name}.nii.gz")
+
+
+def test_stored_skulls_are_read_in_pairs_and_in_the_size_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "skulls", "a", "b")
+    data = skulls.stored(tmp_path / "skulls", 32)
+    assert set(data.evaluation) == {"same_defect", "other_defect"}
+    for samples in (data.train, *data.evaluation.values()):
+        for number in range(2):
+            defective, complete = samples[number]
+            assert defective.shape == complete.shape == (1, 32, 32, 32) and defective.dtype == torch.float32
+            assert complete.sum() == (12 - number) * 12 * 12 and defective.sum() == (12 - number) * 12 * 8
+
+
 def test_folders_that_do_not_match_are_one_sentence(tmp_path: Path) -> None:
-    setting = skulls.Setting(32, (2, 4, 4, 8), train=1, evaluation=2)
-    skulls.generate(tmp_path / "skulls", setting)
+    write(tmp_path / "skulls", "a", "b")
     next((tmp_path / "skulls" / "evaluation" / "other_defect").iterdir()).unlink()
     with pytest.raises(Missing, match="2 in complete, 2 in same_defect, 1 in other_defect"):
         load_task("skulls").data(Source(tmp_path), 0)

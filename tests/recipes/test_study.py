@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fam_optim import FAM, observe, relative_flatness, weight_layers
+from recipes.engine.layers import GROUPS, select
+from recipes.engine.task import Source, regression
 from recipes.study import __main__ as study
 from recipes.study import conditions, defaults, search, tables
 from recipes.study.ablations import FORMS
 from recipes.study.analysis import best, differences, holm, mean_by, to_try, with_interval
 from recipes.study.conditions import CONDITIONS
-from recipes.study.methods import COMPARED, LAYERS, METHODS, Method, add_control, add_noise
+from recipes.study.methods import COMPARED, METHODS, Method, add_control, add_noise
 from recipes.study.stages import STAGES
-from recipes.study.tasks import TASKS, samples
-from recipes.study.trial import Stepper, Trial, batches, explained, filled, measured, missing, run, shortened
+from recipes.study.trial import Trial, filled, loop_of, measured, missing, run, shortened
+from recipes.tasks import load_task
 from recipes.tasks.models import SmallConvNet
 
 DOUBLE = {"dtype": torch.float64}
@@ -81,7 +83,7 @@ def test_no_noise_when_evaluated() -> None:
 def test_sets_of_layers() -> None:
     model = SmallConvNet(channels=(2, 3))
     names = {module: name for name, module in model.named_modules()}
-    found = {key: [names[x] for x in choose(weight_layers(model))] for key, choose in LAYERS.items()}
+    found = {key: [names[layer] for layer in select(model, [key])] for key in GROUPS}
     assert found == {
         "last": ["head"],
         "last but one": ["features.9"],
@@ -137,12 +139,12 @@ def test_holm() -> None:
 
 def test_explained_variance() -> None:
     targets = torch.tensor([[0.0], [2.0]])
-    assert explained(targets, targets) == 100
-    assert explained(torch.ones(2, 1), targets) == 0
+    assert regression(nn.Identity(), [(targets, targets)]) == {"explained": 100, "mse": 0}
+    assert regression(nn.Identity(), [(torch.ones(2, 1), targets)]) == {"explained": 0, "mse": 1}
 
 
 def test_noise_never_hits_the_test_labels() -> None:
-    clean, noisy = (samples("digits", noise, 0) for noise in (0.0, 0.4))
+    clean, noisy = (load_task("digits", noise=noise).data(Source(), 0) for noise in (0.0, 0.4))
     assert torch.equal(clean.evaluation["test"][:][1], noisy.evaluation["test"][:][1])
     wrong = (clean.train[:][1] != noisy.train[:][1]).sum() + (
         clean.evaluation["validation"][:][1] != noisy.evaluation["validation"][:][1]
@@ -151,14 +153,19 @@ def test_noise_never_hits_the_test_labels() -> None:
     assert torch.equal(clean.train[:][0], noisy.train[:][0])
 
 
+SIZES = {"mnist1d": (2000, 1000), "digits": (800, 400), "diabetes": (200, 100), "fashion": (2000, 1000)}
+SIZES |= {"finetune-200": (200, 200), "finetune-1000": (1000, 200)}
+
+
 @pytest.mark.parametrize("task", sorted({condition.task for condition in CONDITIONS}))
-def test_a_network_fits_its_samples(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if task.startswith("finetune"):
-        monkeypatch.setattr("recipes.study.networks.PRETRAINING_EPOCHS", 1)
-    data, own = samples(task, 0.0, 0), TASKS[task]
-    assert (len(data.train), len(data.evaluation["validation"])) == own.sizes
-    outputs = own.network(16, 2)(data.train[:4][0])
-    assert outputs.shape == ((4, 1) if own.predicts == "numbers" else (4, 10))
+def test_a_network_fits_its_samples(task: str) -> None:
+    own = load_task(task, width=16, depth=2)
+    data = own.data(Source(), 0)
+    assert (len(data.train), len(data.evaluation["validation"])) == SIZES.get(
+        task, SIZES.get(task.partition("-")[0])
+    )
+    outputs = own.model(Source(smoke=True))(data.train[:4][0])  # not pretrained
+    assert outputs.shape == ((4, 10) if conditions.classifies(task) else (4, 1))
 
 
 def test_a_trial_repeats_bit_for_bit() -> None:
@@ -197,7 +204,7 @@ class Bowl:
 def test_every_method_takes_a_step(method: str) -> None:
     torch.manual_seed(0)
     value = (METHODS[method].start or (0.05,))[0]
-    stepper = Stepper(conditions.trial(conditions.of("digits", 0.4), method, value, 0, lr=0.05, every=1))
+    stepper = loop_of(conditions.trial(conditions.of("digits", 0.4), method, value, 0, lr=0.05, every=1))
     before = [p.clone() for p in stepper.model.parameters()]
     stepper.step(torch.rand(8, 64), torch.arange(8))
     assert any(not torch.equal(a, b) for a, b in zip(before, stepper.model.parameters(), strict=True))
@@ -224,7 +231,7 @@ def test_the_control_is_the_step_with_t_the_identity() -> None:
 
 
 def test_looksam_takes_sams_second_gradient_every_fifth_step() -> None:
-    stepper = Stepper(conditions.trial(conditions.of("digits", 0.4), "LookSAM, k = 5", 0.1, 0, lr=0.05))
+    stepper = loop_of(conditions.trial(conditions.of("digits", 0.4), "LookSAM, k = 5", 0.1, 0, lr=0.05))
     forwards: list[int] = []
     stepper.model.register_forward_hook(lambda *_: forwards.append(1))
     counts = []
@@ -237,10 +244,9 @@ def test_looksam_takes_sams_second_gradient_every_fifth_step() -> None:
 
 def final_weights(method: str, epochs: int = 2) -> list[Tensor]:
     trial = conditions.trial(conditions.of("digits", 0.4), method, 1.0, 0, lr=0.05)
-    torch.manual_seed(0)
-    stepper = Stepper(trial)
+    stepper = loop_of(trial)
     for epoch in range(epochs):
-        for inputs, targets in batches(trial, samples("digits", 0.4, 0).train, epoch):
+        for inputs, targets in stepper.batches(epoch):
             stepper.step(inputs, targets)
     return [layer.weight.detach() for layer in weight_layers(stepper.model)]
 
@@ -374,8 +380,8 @@ def test_help_names_stages_and_conditions(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         study.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "defaults: Every method at its default" in shown
-    assert "fashion-vit: Fashion-MNIST, transformer, 20 percent wrong" in shown
+    assert "stage defaults Every method at its default" in shown
+    assert "task fashion-vit Fashion-MNIST, transformer, 20 % wrong" in shown
 
 
 @pytest.mark.slow
@@ -389,7 +395,8 @@ def test_the_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(search, "DECAYS", (5e-4,))
     monkeypatch.setattr(search, "LEARNING_RATES", (0.05,))
     monkeypatch.setattr(search, "WEIGHT_DECAYS", (0.0, 5e-4))
-    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], epochs=1))
+    short = replace(conditions.usual("digits"), epochs=1)
+    monkeypatch.setattr(conditions, "usual", lambda task: short)
     stages = ["sgd", "tuning", "comparison"]
     command = ["--workers", "1", "--out", str(tmp_path), "--tasks", "digits", "--stages", *stages]
     study.main(command)

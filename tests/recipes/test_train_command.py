@@ -173,7 +173,7 @@ def test_stopping_by_hand_names_the_remedy(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train_aloud", interrupted)
+    monkeypatch.setattr(train, "train", interrupted)
     with pytest.raises(SystemExit, match="--resume goes on"):
         smoke(tmp_path)
 

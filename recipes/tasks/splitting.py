@@ -1,0 +1,48 @@
+"""A seed's share of the samples, and label noise.
+
+Every random choice draws from a generator of its own, so that two methods given the same seed see the same
+samples with the same labels.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from recipes.engine.task import Data
+
+Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, targets
+SMOKE = 384  # samples for training and validation in a smoke test, at most
+
+
+def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: float = 0.0) -> Data:
+    """Training and validation samples from ``train``; noise hits the labels of both, never the test's."""
+    (inputs, targets), used = train, sum(sizes)
+    if used > len(targets):
+        raise ValueError(
+            f"expected the training and validation samples to be at most {len(targets)}, got {sizes}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(targets), generator=generator)[:used]
+    x, y = inputs[order], targets[order]
+    if noise:
+        y = with_symmetric_noise(y, noise, int(targets.max()) + 1, generator)
+    evaluation = {"validation": TensorDataset(x[sizes[0] :], y[sizes[0] :])} if sizes[1] else {}
+    train_set = TensorDataset(x[: sizes[0]], y[: sizes[0]])
+    return Data(train_set, {**evaluation, "test": TensorDataset(*test)})
+
+
+def few(train: Pair, test: Pair, sizes: tuple[int, int]) -> tuple[Pair, tuple[int, int]]:
+    """A smoke test's test set and sizes: two thirds for training, one for validation where there is any."""
+    count = min(len(train[1]), SMOKE)
+    return (test[0][:count], test[1][:count]), (count * 2 // 3, count // 3 if sizes[1] else 0)
+
+
+def with_symmetric_noise(labels: Tensor, fraction: float, classes: int, generator: torch.Generator) -> Tensor:
+    """Give a random ``fraction`` of the labels another class, each other class equally often."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"label noise is a fraction between 0 and 1, got {fraction}")
+    noisy = labels.clone()
+    flipped = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, classes, (len(flipped),), generator=generator)
+    noisy[flipped] = (labels[flipped] + shift) % classes
+    return noisy
