@@ -332,14 +332,16 @@ def test_a_stage_waits_for_the_learning_rates(stage: str) -> None:
             assert trial.task in defaults.NOT_SEARCHED
 
 
-def test_without_a_search_a_seed_is_complete_before_the_next_begins() -> None:
-    trials = list(defaults.defaults(searched([])))
-    seeds = [trial.seed for trial in trials]
-    assert seeds == sorted(seeds, key=defaults.DEFAULT_SEEDS.index)
-    first = [trial for trial in trials if trial.seed == seeds[0]]
+def test_without_a_search_the_front_pages_methods_come_first_and_seed_by_seed() -> None:
+    trials, front = list(defaults.defaults(searched([]))), {"base", *defaults.KEY}
+    first = [t for t in trials if t.seed in conditions.LATER_SEEDS and t.method in front]
+    assert trials[: len(first)] == first
+    seeds = [trial.seed for trial in first]
+    assert seeds == sorted(seeds) and {*seeds} == {*conditions.LATER_SEEDS}
     assert {(t.task, t.noise) for t in first} == {(c.task, c.noise) for c in CONDITIONS}
-    assert {t.method for t in first} == set(defaults.DEFAULTS)
-    assert {t.lr for t in first if t.task in defaults.NOT_SEARCHED and t.base == "sgd"} == {0.05}
+    assert {t.method for t in first} == front and {t.method for t in trials} == set(defaults.DEFAULTS)
+    assert {t.seed for t in trials} == set(defaults.DEFAULT_SEEDS)
+    assert {t.lr for t in trials if t.task in defaults.NOT_SEARCHED and t.base == "sgd"} == {0.05}
 
 
 def scored(method: str, seed: int, score: float, condition: conditions.Condition) -> dict[str, Any]:
