@@ -130,7 +130,9 @@ def stored_pairs(folder: Path, defects: Iterable[str], size: int) -> list[Tensor
 
 def read(path: Path, size: int) -> Tensor:
     """A NIfTI file as zeros and ones."""
-    volume = torch.from_numpy(np.asarray(nibabel.load(path).dataobj, np.float32))[None, None]
+    volume = torch.from_numpy(np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, np.float32))[
+        None, None
+    ]
     return (nn.functional.interpolate(volume, (size,) * 3, mode="nearest")[0] > 0.5).float()
 
 
