@@ -67,30 +67,25 @@ def by_run(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def ends(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """kappa by layer after the last epoch, of every run."""
-    return {
-        name: {row["layer"]: row["kappa"] for row in rows if row["epoch"] == rows[-1]["epoch"]}
-        for name, rows in by_run(runs).items()
-    }
+    """kappa by layer after the last epoch, of every run: a layer's last row is its last epoch's."""
+    return {name: {row["layer"]: row["kappa"] for row in rows} for name, rows in by_run(runs).items()}
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """A row per layer, a column per run."""
     last = ends(runs)
-    layers = dict.fromkeys(layer for kappas in last.values() for layer in kappas)
-    rows = [
-        [layer, *(f"{kappas[layer]:.4g}" if layer in kappas else "" for kappas in last.values())]
-        for layer in layers
-    ]
-    return make_table("layer", *last, title="kappa after the last epoch", rows=rows)
+    result = make_table("layer", *last, title="kappa after the last epoch")
+    for layer in dict.fromkeys(row["layer"] for row in runs):
+        result.add_row(layer, *(f"{own[layer]:.4g}" if layer in own else "" for own in last.values()))
+    return result
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
     """Bars by layer, a colour per run; beside them kappa by epoch, a line per layer, where it is known."""
-    runs = results["runs"]
-    last = dict(list(ends(runs).items())[:SERIES])
+    runs = by_run(results["runs"])
+    last = dict(list(ends(results["runs"]).items())[:SERIES])
     layers = list(dict.fromkeys(layer for kappas in last.values() for layer in kappas))
-    course = next((rows for rows in by_run(runs).values() if rows[0]["epoch"] < rows[-1]["epoch"]), None)
+    course = next((rows for rows in runs.values() if rows[0]["epoch"] < rows[-1]["epoch"]), None)
     columns = 2 if course else 1
     figure, axes = panels(1, columns, 1.5 + 4 * columns, 1.4 + 0.3 * max(8, len(layers)))
     bars, height = axes[0, 0], 0.8 / len(last)
@@ -110,12 +105,12 @@ def plot(results: Mapping[str, Any]) -> Figure:
 
 def draw_course(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     """kappa by epoch, of at most eight layers, the steepest at the end."""
-    end = {row["layer"]: row["kappa"] for row in rows}
-    shown = sorted(end, key=lambda layer: -end[layer])[:SERIES]
+    by_layer = grouped(rows, lambda row: row["layer"])
+    shown = sorted(by_layer, key=lambda layer: -by_layer[layer][-1]["kappa"])[:SERIES]
     for layer, look in looks(shown).items():
-        own = [row for row in rows if row["layer"] == layer]
-        axis.plot([r["epoch"] for r in own], [r["kappa"] for r in own], **look, markersize=4)
-        axis.annotate(f" {layer}", (own[-1]["epoch"], own[-1]["kappa"]), fontsize=7, color=look["color"])
+        epochs, kappas = zip(*((row["epoch"], row["kappa"]) for row in by_layer[layer]), strict=True)
+        axis.plot(epochs, kappas, **look, markersize=4)
+        axis.annotate(f" {layer}", (epochs[-1], kappas[-1]), fontsize=7, color=look["color"])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="epoch (number)", ylabel="kappa (in the unit of the loss)")
     tidy(axis, f"{rows[0]['label']}, seed {rows[0]['seed']}, by layer", log="y")

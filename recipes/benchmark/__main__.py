@@ -24,11 +24,9 @@ from recipes.benchmark.candidates import CANDIDATES, chosen
 from recipes.benchmark.cases import CASES, HIDDEN
 from recipes.benchmark.check import check
 from recipes.benchmark.measuring import prepared, timings
-from recipes.benchmark.picture import plot
 from recipes.benchmark.tables import tables
 from recipes.shared.command import Distinct, Options, add_device, add_smoke, out, parser, positive
-from recipes.shared.pictures import save as save_picture
-from recipes.shared.results import load, record, save
+from recipes.shared.results import environment, load, save
 from recipes.shared.tables import console, markdown, show
 
 
@@ -64,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     reader.add_argument("--threads", type=positive, default=2)
     add_device(reader)
     reader.add_argument("--out", type=Path, default=Path("runs/benchmark"))
-    reader.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing, draw these results")
+    reader.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing, tabulate these results")
     reader.add_argument(
         "--accelerator", action="store_true", help="what is worth measuring on a GPU, in at most ten minutes"
     )
@@ -89,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if found := tables(results["runs"]):
         show(console(), *found)
         path.with_suffix(".md").write_text(markdown(*found))
-        save_picture(plot(results), path.with_suffix(".png"))
     print(f"{path.with_suffix('')}.* written")
     if options.accelerator and (complaint := accelerator.verdict(results["runs"])):
         sys.exit(f"benchmark: {complaint}")
@@ -111,7 +108,8 @@ def run(options: Options) -> Path:
         seconds = time.perf_counter() - begin
         print(f"{seconds:4.0f} s  {row['task']}: {row.get('left out', 'measured')}")
         ordered = [measured[task] for task in order or measured if task in measured]
-        save(path, record(name, configuration, seconds, ordered, options.device))
+        head = {"recipe": name, "configuration": configuration, "environment": environment(options.device)}
+        save(path, {**head, "seconds": seconds, "runs": ordered})
     return path
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from recipes.shared.pictures import save as save_picture
-from recipes.shared.results import CPU, load, record, save
+from recipes.shared.results import CPU, environment, load, save
 from recipes.shared.tables import console, show
 
 Options = argparse.Namespace
@@ -177,6 +177,7 @@ class Recipe:
         runs = self.measure(options)
         chosen = {name: value for name, value in vars(options).items() if name not in NOT_CONFIGURATION}
         path = out(options) / f"{self.stem}.json"
-        where = getattr(options, "device", CPU)
-        save(path, record(self.stem, chosen, time.perf_counter() - begin, runs, where))
+        where = {"environment": environment(getattr(options, "device", CPU))}
+        seconds = time.perf_counter() - begin
+        save(path, {"recipe": self.stem, "configuration": chosen, **where, "seconds": seconds, "runs": runs})
         return path

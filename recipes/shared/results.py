@@ -31,23 +31,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def record(
-    recipe: str,
-    configuration: dict[str, Any],
-    seconds: float,
-    runs: list[dict[str, Any]],
-    device: torch.device = CPU,
-) -> dict[str, Any]:
-    """What a recipe saves: what was measured, how, where, and how long that took."""
-    return {
-        "recipe": recipe,
-        "configuration": configuration,
-        "environment": environment(device),
-        "seconds": seconds,
-        "runs": runs,
-    }
-
-
 def cpu_name() -> str:
     """Return the processor's name where the system tells it, otherwise the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -76,7 +59,10 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Ro
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write results as JSON, one run per line, small enough to be kept beside the code."""
+    """Write results as JSON, one run per line, small enough to be kept beside the code.
+
+    Every recipe's have the keys "recipe", "environment" and "runs"; most have "configuration" and "seconds".
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {key: value for key, value in results.items() if key != "runs"}
     runs = ",\n".join(json.dumps(compact(run)) for run in results["runs"])

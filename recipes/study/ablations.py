@@ -52,8 +52,9 @@ FORMS = {
 def with_form(optimizer: Optimizer, form: Form, layers: Sequence[nn.Module], every: int, seed: int) -> None:
     """Give a FAM another form of the step."""
     assert isinstance(optimizer, FAM)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer.regularizer = OtherForm(form, layers, every, generator, optimizer.param_groups[0])
+    random = form.n_samples, torch.Generator().manual_seed(seed)
+    optimizer.regularizer = OtherForm(layers, form.lam, every, *random)
+    optimizer.regularizer.give(form, optimizer.param_groups[0])
 
 
 class Gradients(StepRoots):
@@ -66,15 +67,8 @@ class Gradients(StepRoots):
 class OtherForm(Proximal):
     """The library's step with its parts exchanged, in one process."""
 
-    def __init__(
-        self,
-        form: Form,
-        layers: Sequence[nn.Module],
-        every: int,
-        generator: torch.Generator,
-        group: Mapping[str, Any],
-    ) -> None:
-        super().__init__(layers, form.lam, every, form.n_samples, generator)
+    def give(self, form: Form, group: Mapping[str, Any]) -> None:
+        """The form, and the base's settings."""
         self.form, self.group = form, group
         if not form.rows:
             self.roots = Gradients(self.weights, self.n_samples)

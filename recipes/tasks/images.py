@@ -26,17 +26,18 @@ def fashion_mnist(split: str) -> Images:
     return normalised(images), labels
 
 
-def whole_fashion_mnist(split: str, source: Source) -> Images:
-    """The 60,000 images of "train" or the 10,000 of "test", by torchvision; shipped ones for a smoke test."""
+def whole_fashion_mnist(source: Source) -> tuple[Images, Images]:
+    """The 60,000 and the 10,000 images, by torchvision; the shipped ones for a smoke test."""
     if source.smoke:
-        return fashion_mnist(split)
+        return fashion_mnist("train"), fashion_mnist("test")
     read = package("torchvision.datasets").FashionMNIST
     try:
-        samples = read(str(source.folder), train=split == "train", download=source.download)
+        both = [read(str(source.folder), train=part, download=source.download) for part in (True, False)]
     except (RuntimeError, OSError) as error:
         otherwise = ", or gunzip the four files of Debian's package dataset-fashion-mnist there"
         raise missing("Fashion-MNIST", source.folder / "FashionMNIST" / "raw", source, otherwise) from error
-    return normalised(samples.data), samples.targets
+    train, test = ((normalised(samples.data), samples.targets) for samples in both)
+    return train, test
 
 
 def normalised(images: Tensor) -> Tensor:

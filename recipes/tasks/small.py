@@ -53,11 +53,6 @@ def shipped(source: Source) -> tuple[Pair, Pair]:
     return fashion_mnist("train"), fashion_mnist("test")
 
 
-def whole(source: Source) -> tuple[Pair, Pair]:
-    """60,000 and 10,000 images."""
-    return whole_fashion_mnist("train", source), whole_fashion_mnist("test", source)
-
-
 VALIDATION = 1000  # of the 4,000 shipped training images
 
 
@@ -76,7 +71,7 @@ def quickstart(noise: float = 0.0, train_size: int = 2000) -> Task:
 def fashion_mnist_small(tuning: bool = False) -> Task:
     """All 60,000 images; for tuning 10,000 of the training images, and 5,000 others to validate on."""
     sizes = (10_000, 5_000) if tuning else (60_000, 0)
-    return small(whole, sizes, lambda source: SmallConvNet(), layers=("head",), epochs=10)
+    return small(whole_fashion_mnist, sizes, lambda source: SmallConvNet(), layers=("head",), epochs=10)
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
