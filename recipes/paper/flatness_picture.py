@@ -12,8 +12,8 @@ a trace of the Hessian does not know how large the features are.
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,11 @@ STRENGTHS = np.geomspace(1e-3, 1, 13).tolist()  # standard deviation of a coordi
 SAMPLES = 250  # of the training set, on which loss and kappa are taken
 
 
-@contextmanager
-def noisy_input(layer: nn.Module, strength: float, seed: int) -> Iterator[None]:
-    """Within the context the layer sees its input phi (..., m) with noise in proportion to its norm."""
+@torch.no_grad()
+def mean_loss(
+    task: Task, model: nn.Module, layer: nn.Linear, batches: Sequence[Batch], strength: float, seed: int
+) -> float:
+    """The loss over all samples, with noise on the layer's input phi (..., m) in proportion to its norm."""
     generator = torch.Generator().manual_seed(seed)
 
     def perturb(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -49,16 +51,10 @@ def noisy_input(layer: nn.Module, strength: float, seed: int) -> Iterator[None]:
 
     handle = layer.register_forward_pre_hook(perturb)
     try:
-        yield
+        losses = [task.loss(model(inputs), targets).item() * len(targets) for inputs, targets in batches]
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def mean_loss(task: Task, model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The loss over all samples, of a model in eval mode."""
-    losses = [(task.loss(model(inputs), targets).item(), len(targets)) for inputs, targets in batches]
-    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    return sum(losses) / sum(len(targets) for _, targets in batches)
 
 
 def extra_loss(run: Trained, draws: int) -> dict[str, Any]:
@@ -71,18 +67,12 @@ def extra_loss(run: Trained, draws: int) -> dict[str, Any]:
         )
     samples = ordered(first(run.data.train, SAMPLES), SAMPLES)
     batches = [each_tensor(lambda t: t.double() if t.is_floating_point() else t, batch) for batch in samples]
-    plain = mean_loss(task, model, batches)
-    means, errors = [], []
-    for strength in STRENGTHS:
-        extra = []
-        for seed in range(draws):  # each noise with both signs: what is linear in it cancels
-            both = 0.0
-            for sign in (1, -1):
-                with noisy_input(layer, sign * strength, seed):
-                    both += mean_loss(task, model, batches) / 2
-            extra.append(both - plain)
-        means.append(statistics.fmean(extra))
-        errors.append(statistics.stdev(extra) / draws**0.5)
+    loss = partial(mean_loss, task, model, layer, batches)
+    plain, means, errors = loss(0, 0), [], []
+    for strength in STRENGTHS:  # each noise with both signs: what is linear in it cancels
+        both = [(loss(strength, seed) + loss(-strength, seed)) / 2 - plain for seed in range(draws)]
+        means.append(statistics.fmean(both))
+        errors.append(statistics.stdev(both) / draws**0.5)
     return {
         "task": run.config["task"],
         "label": run.label,

@@ -1,5 +1,6 @@
 """Networks of the recipes, where torchvision, MONAI and transformers have none."""
 
+from collections import OrderedDict
 from functools import cache
 from itertools import chain, repeat
 
@@ -65,39 +66,27 @@ class WideBlock(nn.Module):
         return features
 
 
-class WideResNet(nn.Module):
-    """Wide residual network (Zagoruyko and Komodakis, 2016) for 32 x 32 images, as the paper has it.
+def wide_resnet(depth: int = 28, widening: int = 10, dropout: float = 0.3, classes: int = 10) -> nn.Module:
+    """Wide residual network (Zagoruyko and Komodakis, 2016) for 32 x 32 images; a depth is 6 n + 4.
 
     The paper adds a linear layer of 64 neurons, ``penultimate``, before the classifier ``head``, so that the
     matrix which it regularises is the 10 x 64 of the head.
     """
-
-    def __init__(self, depth: int = 28, widening: int = 10, dropout: float = 0.3, classes: int = 10) -> None:
-        super().__init__()
-        if (depth - 4) % 6:
-            raise ValueError(f"depth must be 6 n + 4, such as 16 or 28, got {depth}")
-        widths = [16, 16 * widening, 32 * widening, 64 * widening]
-        blocks = []
-        for group in range(3):
-            for number in range((depth - 4) // 6):
-                inputs = widths[group] if number == 0 else widths[group + 1]
-                stride = 2 if number == 0 and group > 0 else 1
-                blocks.append(WideBlock(inputs, widths[group + 1], stride, dropout))
-        self.features = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
-            *blocks,
-            nn.BatchNorm2d(widths[3]),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-        self.penultimate = nn.Linear(widths[3], 64)
-        self.head = nn.Linear(64, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.head(self.penultimate(self.features(images)))
-        return logits
+    widths = [16, 16 * widening, 32 * widening, 64 * widening]
+    blocks = []
+    for group in range(3):
+        for number in range((depth - 4) // 6):
+            inputs = widths[group] if number == 0 else widths[group + 1]
+            stride = 2 if number == 0 and group > 0 else 1
+            blocks.append(WideBlock(inputs, widths[group + 1], stride, dropout))
+    stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+    top = nn.BatchNorm2d(widths[3]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    parts = {
+        "features": nn.Sequential(stem, *blocks, *top),
+        "penultimate": nn.Linear(widths[3], 64),
+        "head": nn.Linear(64, classes),
+    }
+    return nn.Sequential(OrderedDict(parts))
 
 
 def resnet18_cifar() -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recipes.engine.optimizers import PAPERS
 from recipes.engine.schedules import steps
 from recipes.engine.task import Data, Missing, Source, Task, missing, package
-from recipes.tasks.models import WideResNet, resnet18_cifar
+from recipes.tasks.models import resnet18_cifar, wide_resnet
 
 datasets = package("torchvision.datasets")
 models = package("torchvision.models")
@@ -122,11 +122,11 @@ def cifar100() -> Task:
     )
 
 
-def wide_resnet(data: Callable[[Source, int], Data], batch_size: int, epochs: int, lr: float) -> Task:
+def on_wide_resnet(data: Callable[[Source, int], Data], batch_size: int, epochs: int, lr: float) -> Task:
     """What SVHN and Fashion-MNIST share: WideResNet-28-10, its smallest relative for a smoke test."""
     return Task(
         data=data,
-        model=lambda source: WideResNet(10, 1) if source.smoke else WideResNet(28, 10),
+        model=lambda source: wide_resnet(10, 1) if source.smoke else wide_resnet(28, 10),
         layers=("head",),
         epochs=epochs,
         batch_size=batch_size,
@@ -145,11 +145,11 @@ def svhn() -> Task:
     def svhn(folder: str, train: bool, **options: Any) -> Any:
         return datasets.SVHN(folder, "train" if train else "test", **options)
 
-    return wide_resnet(images("svhn", svhn, train, transform(**CIFAR)), 128, 100, 0.1)
+    return on_wide_resnet(images("svhn", svhn, train, transform(**CIFAR)), 128, 100, 0.1)
 
 
 def fashion_mnist() -> Task:
     """WideResNet-28-10 on Fashion-MNIST, as three-channel images of 32 x 32 pixels."""
     enlarge = (v2.Grayscale(3), v2.Resize(32, antialias=True))
     train, test = transform(*enlarge, **HALF, then=(cutout,)), transform(*enlarge, **HALF)
-    return wide_resnet(images("", datasets.FashionMNIST, train, test), 64, 200, 0.01)
+    return on_wide_resnet(images("", datasets.FashionMNIST, train, test), 64, 200, 0.01)

@@ -16,7 +16,7 @@ from recipes.engine.optimizers import WRAPPERS, settings
 from recipes.engine.schedules import steps
 from recipes.engine.task import Source
 from recipes.tasks import load_task
-from recipes.tasks.models import SmallConvNet, WideResNet
+from recipes.tasks.models import SmallConvNet, wide_resnet
 from recipes.tasks.vision import cutout
 
 # What the paper's section 4 states, by the names of the page of settings
@@ -175,7 +175,7 @@ def test_layers_by_name_and_by_group() -> None:
     assert names_of(model, "last") == ["head"]
     assert names_of(model, "features.9", "head") == every[2:]
     assert names_of(model, "last", "all") == ["head", *every[:-1]]  # each once
-    assert names_of(WideResNet(10, 1), "penultimate") == ["penultimate"]
+    assert names_of(wide_resnet(10, 1), "penultimate") == ["penultimate"]
 
 
 def test_an_unknown_layer_is_one_sentence_with_the_names(tmp_path: Path) -> None:
