@@ -22,10 +22,12 @@ NAMES = {  # of quantities, by the end of their name, with the unit
     "hd": "HD (voxels)",
     "hd95": "HD95 (voxels)",
     "nll": "NLL (nats)",
+    "explained": "R² (%)",
+    "mse": "squared error",
     "kappa": "kappa",
 }
 MARKED = 6  # points of a curve, at most
-LEADING = ("accuracy", "dsc")  # of the metrics, those that have a panel
+LEADING = ("accuracy", "dsc", "explained")  # of the metrics, those that have a panel
 
 
 def title(name: str) -> str:
@@ -85,8 +87,9 @@ def plot_curves(runs: Sequence[Run]) -> Figure:
 
 
 def loss_unit(runs: Sequence[Run]) -> str:
-    """The unit of the loss, which is kappa's too: a cross-entropy's, or one minus a Dice coefficient."""
-    return "nats" if any("accuracy" in name for run in runs for name in run["history"]) else "Dice loss"
+    """The unit of the loss, which is kappa's too: a cross-entropy's, a Dice loss's, or a squared error's."""
+    names = {name.rpartition("_")[2] for run in runs for name in run["history"]}
+    return "nats" if "accuracy" in names else "Dice loss" if "dsc" in names else "squared error"
 
 
 def quantities(runs: Sequence[Run]) -> list[str]:

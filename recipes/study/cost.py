@@ -8,7 +8,7 @@ import torch
 
 from recipes.engine.loop import Loop
 from recipes.shared.timing import alternate, relative
-from recipes.study.conditions import CONDITIONS, fits, trial
+from recipes.study.conditions import CONDITIONS, Condition, fits, trial
 from recipes.study.methods import COMPARED, METHODS, OTHERS
 from recipes.study.trial import loop_of
 
@@ -19,15 +19,18 @@ TIMED = [
 
 
 def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Median and quartiles of the ratio, all methods in alternation on the same batches, one thread."""
+    """Median and quartiles of the ratio, all methods in alternation on the same batches, one thread.
+
+    Not of the language model, whose steps take seconds.
+    """
     torch.set_num_threads(1)
-    return {task: relative_cost(task, rounds) for task in tasks}
+    conditions = {condition.task: condition for condition in reversed(CONDITIONS)}
+    return {task: relative_cost(conditions[task], rounds) for task in tasks if task in conditions}
 
 
-def relative_cost(task: str, rounds: int) -> dict[str, Any]:
+def relative_cost(condition: Condition, rounds: int) -> dict[str, Any]:
     """Of one task's network."""
-    condition = next(c for c in CONDITIONS if c.task == task)
-    starts = {name: (METHODS[name].start or (0.01,))[0] for name in TIMED if fits(name, task)}
+    starts = {name: (METHODS[name].start or (0.01,))[0] for name in TIMED if fits(name, condition.task)}
     loops = {name: loop_of(trial(condition, name, value, 0, lr=0.01)) for name, value in starts.items()}
     train = list(loops["SGD"].batches(1))
 
