@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fam_optim.graph import nodes
 
@@ -41,32 +41,30 @@ def product_of_call(end: Node) -> Node | None:
     return node if node is not None and nodes.kind(node) in ("Addmm", "Mm", "Convolution") else None
 
 
-def transposed_weight(product: Node) -> Node | None:
-    """The transpose that F.linear makes of its weight, anew in every call, if the weight has a derivative."""
-    return None if nodes.kind(product) == "Convolution" else product.next_functions[-1][0]
+def is_derivative_of_convolution(node: Node) -> bool:
+    """Whether `node` is of a derivative, taken in the forward, that multiplies with a convolution's weight.
+
+    One with respect to the weight alone does not contain it; its first result has no shape.
+    """
+    return nodes.kind(node) == "ConvolutionBackward" and len(nodes.shape(node, 0)) > 0
 
 
-def is_derivative_through(node: Any, product: Node, weight: torch.Tensor) -> bool:
-    """Whether `node` belongs to a derivative, taken in the forward, with respect to what `product` multiplies
-    with `weight`: there the weight counts beside the product."""
-    if nodes.kind(product) == "Convolution":
-        # A derivative with respect to the weight alone does not contain it; its first result has no shape.
-        through = node.name().startswith("ConvolutionBackwardBackward") and len(nodes.shape(node, 0)) > 0
-        return through and node.next_functions[1:3] == product.next_functions[:2]
-    if transposed_weight(product) is not None:
-        return node is not product and any(n is transposed_weight(product) for n, _ in node.next_functions)
-    # A frozen weight leaves no trace but the numbers that the derivative was multiplied with.
-    if nodes.kind(node) != "Mm" or node.next_functions[1][0] is not None:
-        return nodes.is_derivative(node)
-    other = nodes.kept(node, "mat2")
-    if other is None or other.data_ptr() != weight.data_ptr():
-        return False
-    return bool(other.shape == weight.shape and other.stride() == weight.stride())
+_SECOND_FACTORS = {
+    "Mm": ("mat2", 1),
+    "Bmm": ("mat2", 1),
+    "Addmm": ("mat2", 2),
+    "Convolution": ("weight", 1),
+    "ConvolutionBackward": ("weight", 2),
+}
+"""What a product keeps its second factor as, and which of its operands that is."""
 
 
-def may_be_derivative(node: Node) -> bool:
-    """Whether `node` is of a derivative, or multiplies with a constant, as one of a frozen layer does."""
-    return nodes.is_derivative(node) or (node.name().startswith("Mm") and node.next_functions[1][0] is None)
+def constant_factor(node: Node) -> torch.Tensor | None:
+    """The second factor of a product, if that is a constant."""
+    name, position = _SECOND_FACTORS.get(nodes.kind(node), ("", 0))
+    if not name or node.next_functions[position][0] is not None:
+        return None
+    return nodes.at_hand(node, name)
 
 
 def computed_alike(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -81,6 +81,14 @@ def kept(node: Node, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
+def at_hand(node: Node, name: str) -> torch.Tensor | None:
+    """A tensor that the node keeps as it is; None where getting it may run a checkpoint again, if torch tells
+    (before 2.7 it does not)."""
+    raw = getattr(node, f"_raw_saved_{name}")
+    found = raw.data if hasattr(raw, "data") else kept(node, name)
+    return found if isinstance(found, torch.Tensor) else None
+
+
 def is_leaf(node: Node) -> bool:
     """Whether the node accumulates the gradient of a leaf."""
     return leaf(node) is not None

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from fam_optim.graph import calls, nodes, operations
+from fam_optim.graph import nodes
 from fam_optim.graph.reach import above, parents_below
 from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
-from fam_optim.layer.use import Conv1DUse, LayerUse, Use, describe
+from fam_optim.layer.use import Use, describe
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -100,7 +100,7 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tai
     parents, found = _walk(loss, layers)
     if not found:
         raise LayerNotUsedError(not_used(layers[0], parents))
-    _check_derivatives(parents, found)
+    _check(parents, found)
     of_layers: list[list[_Found]] = [[] for _ in layers]
     for one in found:
         of_layers[one.number].append(one)
@@ -161,39 +161,16 @@ def check_scalar(loss: Tensor) -> None:
         )
 
 
-def _check_derivatives(parents: Mapping[Node, Sequence[Node]], found: Sequence[_Found]) -> None:
-    """Raises RuntimeError if the loss is made of a derivative that kappa does not come right of.
-
-    One taken behind the layer is a function of z like any other. One taken through the layer multiplies with
-    W, beside ``z = lin(phi; W)``, and only the weight sees both.
-    """
-    derivatives = [node for node in parents if calls.may_be_derivative(node)]
-    path = above([one.edge.node for one in found], parents) if derivatives else frozenset()
-    if any(nodes.is_derivative_of_layer_norm(node) for node in derivatives if node in path):
+def _check(parents: Mapping[Node, Sequence[Node]], found: Sequence[_Found]) -> None:
+    """Raises RuntimeError if a record is out of date, or torch has the derivatives behind it wrong."""
+    derivatives = [node for node in parents if nodes.is_derivative_of_layer_norm(node)]
+    if derivatives and not above([one.edge.node for one in found], parents).isdisjoint(derivatives):
         raise RuntimeError(
             "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
             "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
         )
-    for _, use, edge in found:
+    for _, use, _ in found:
         use.check()
-        product = calls.product_of_call(edge.node)
-        if product is None or not isinstance(use, LayerUse):
-            continue
-        transposed = calls.transposed_weight(product)
-        suspects = derivatives if transposed is None else parents.get(transposed, ())
-        if isinstance(use, Conv1DUse) and transposed is not None:
-            # All calls share the weight as it is stored, and a derivative multiplies with its transpose.
-            through = any(nodes.kind(node) in operations.PERMUTATIONS for node in suspects)
-        else:
-            weight = use.weight.mT if isinstance(use, Conv1DUse) else use.weight
-            through = any(calls.is_derivative_through(node, product, weight) for node in suspects)
-        if through:
-            raise RuntimeError(
-                "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential "
-                f"equation) that was taken through `layer` {describe(use.module())}, whose weight counts "
-                "beside its output. Pass the weight itself, an nn.Parameter that requires gradients, as "
-                "`layer` with mode='hutchinson' or mode='full': these count every use of it."
-            )
 
 
 def not_used(layer: Observation | Tensor, graph: Collection[Node]) -> str:

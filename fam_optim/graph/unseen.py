@@ -1,8 +1,12 @@
-"""Calls of a layer that left no record: a loss that depends on them beside recorded ones is refused."""
+"""Uses of a layer's weight that left no record: a loss that depends on them beside recorded calls is refused.
+
+Such are calls that were not observed, and derivatives through any call of the layer: there the weight counts
+beside ``z = lin(phi; W)``, and only the weight sees both.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.autograd.graph import get_gradient_edge
 
@@ -19,14 +23,14 @@ if TYPE_CHECKING:
     from fam_optim.layer.use import Use
 
 
-_SAME_NUMBERS = operations.VIEWS | {"Expand"}
+_SAME_NUMBERS = operations.VIEWS | {"Expand", "torch::autograd::Identity"}
 
 
 def check_all_seen(
     parents: Mapping[Node, Sequence[Node]], uses_of: Sequence[tuple[Observation | Tensor, Sequence[Use]]]
 ) -> None:
-    """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, or on a parameter
-    whose gradient is sparse.
+    """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
+    through one, or on a parameter whose gradient is sparse.
 
     Args:
         parents: the nodes that use a node's result, for every node of the loss's graph.
@@ -36,14 +40,26 @@ def check_all_seen(
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     for layer, uses in uses_of:
         if isinstance(layer, Observation):
-            unseen = {p for start in _weights(layer, uses) for p in _products(start, parents, layer)}
-            if not unseen <= recorded or any(map(layer.called_within, checkpoints)):
+            if any(through for node, through in _products(layer, uses, parents) if node not in recorded):
+                raise RuntimeError(_derivative(layer))
+            unseen = any(node not in recorded for node, _ in _products(layer, uses, parents))
+            if unseen or any(map(layer.called_within, checkpoints)):
                 raise RuntimeError(_unseen(layer))
         elif uses and any(map(nodes.has_sparse_gradient, parents[get_gradient_edge(layer).node])):
             raise RuntimeError(
                 f"`layer`, a {describe(layer)}, has a sparse gradient, which has no second derivative. Build "
                 "the embedding with sparse=False."
             )
+
+
+def _derivative(layer: Observation) -> str:
+    return (
+        "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential equation) "
+        f"that was taken through `layer` {describe(layer.module)}, whose weight counts beside its output; or "
+        "it multiplies with weight.t(), which looks the same (write z @ weight). Pass the weight itself, an "
+        "nn.Parameter that requires gradients, as `layer` with mode='hutchinson' or mode='full': these count "
+        "every use of it."
+    )
 
 
 def _unseen(layer: Observation) -> str:
@@ -63,56 +79,64 @@ def _recorded_products(parents: Mapping[Node, Sequence[Node]]) -> set[Node | Non
     return {calls.product_of_call(node) for node, record in found if record and not record[0].is_released}
 
 
-def _weights(layer: Observation, uses: Sequence[Use]) -> set[Node]:
-    """Where the weights begin that the layer's calls were made with; its own if there were none."""
+def _products(
+    layer: Observation, uses: Sequence[Use], parents: Mapping[Node, Sequence[Node]]
+) -> Iterator[tuple[Node, bool]]:
+    """The products with the layer's weight, and whether a derivative through the layer takes such.
+
+    Those of its own weight, or of the weights that its calls were made with.
+    """
     own = layer.module._parameters.get("weight")
     weights: list[Tensor | None] = [use.weight for use in uses] or [own]
-    return {
-        get_gradient_edge(weight).node for weight in weights if weight is not None and weight.requires_grad
-    }
+    starts: set[Node] = set()
+    for weight in weights:
+        if weight is not None and weight.requires_grad:
+            starts.add(get_gradient_edge(weight).node)
+        elif weight is not None:
+            yield from _with_constant(weight, parents, layer.stores_transposed)
+    for start in starts:
+        yield from _from(start, parents, layer.stores_transposed)
 
 
-def _products(start: Node, parents: Mapping[Node, Sequence[Node]], layer: Observation) -> Iterator[Node]:
-    """The products ``phi W^T + b`` of the layer, b its own, with the weight that begins at `start`.
+def _from(
+    start: Node, parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
+) -> Iterator[tuple[Node, bool]]:
+    """Products ``phi W^T`` with the weight W that begins at `start`, as the layer takes them, and such as a
+    derivative takes, ``delta W``.
 
-    Not ``z W`` nor ``W W^T``; nor, if the layer has a bias, products without it: these are other uses of the
-    weight, which do not count.
+    W is what F.linear makes by t(), made back by another. Not ``z W`` nor ``W W^T``: these are other uses of
+    the weight, which do not count.
     """
-    stack = [(start, layer.stores_transposed)]
+    stack: list[tuple[Node, tuple[str, ...]]] = [(start, ())]
     while stack:
-        node, transposed = stack.pop()
+        node, way = stack.pop()
         for above in set(parents.get(node, ())):
             kind = nodes.kind(above)
             operands = [below for below, _ in above.next_functions]
             if kind in operations.PERMUTATIONS:
-                stack.append((above, not transposed))
+                stack.append((above, (*way, kind)))
             elif kind in _SAME_NUMBERS:
-                stack.append((above, transposed))
-            else:
-                of_weight = kind == "Convolution" and operands[1] is node
-                if kind in operations.MATRIX_PRODUCTS:
-                    of_weight = transposed and operands[-1] is node and operands[-2] is not start
-                if of_weight and _has_bias(above, parents, layer.module.bias):
-                    yield above
+                stack.append((above, way))
+            elif kind == "Convolution" and operands[1] is node:
+                yield above, False
+            elif calls.is_derivative_of_convolution(above) and operands[2] is node:
+                yield above, True
+            elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node and operands[-2] is not start:
+                as_called = len(way) % 2 != stored_transposed
+                if as_called or stored_transposed or way == ("T", "T"):
+                    yield above, not as_called
 
 
-def _has_bias(product: Node, parents: Mapping[Node, Sequence[Node]], bias: Any) -> bool:
-    """Whether a bias is added to a product; True if that cannot be told, as it has none or is frozen."""
-    if bias is None or not bias.requires_grad:
-        return True
-    begins = get_gradient_edge(bias).node
-    stack = [product]
-    while stack:
-        node = stack.pop()
-        if any(_origin(below) is begins for below, _ in node.next_functions):
-            return True
-        same = (above for above in parents[node] if nodes.kind(above) in _SAME_NUMBERS | {"Add"})
-        stack.extend(same if node is product or nodes.kind(node) != "Add" else ())
-    return False
-
-
-def _origin(node: Node | None) -> Node | None:
-    """What a node has all its numbers from."""
-    while node is not None and nodes.kind(node) in _SAME_NUMBERS:
-        node = node.next_functions[0][0]
-    return node
+def _with_constant(
+    weight: Tensor, parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
+) -> Iterator[tuple[Node, bool]]:
+    """The same of a frozen weight, which leaves no trace but where its numbers lie; or none, if a derivative
+    multiplied it with constants."""
+    for node in parents:
+        if nodes.is_derivative(node):
+            yield node, True
+        factor = calls.constant_factor(node)
+        if factor is not None and factor.data_ptr() == weight.data_ptr():
+            as_stored = factor.shape == weight.shape and factor.stride() == weight.stride()
+            is_convolution = nodes.kind(node) == "Convolution"
+            yield node, not is_convolution and as_stored != stored_transposed
