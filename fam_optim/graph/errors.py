@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fam_optim.graph import nodes
 
@@ -51,6 +52,7 @@ _REMEDIES = (  # by what torch's message contains
 _NO_DERIVATIVE = re.compile(
     r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented"
     r"|does not support 3rd\+ order|once_differentiable|[Dd]ouble backward|not differentiable twice"
+    r"|no autograd formula was registered"
 )
 
 
@@ -120,31 +122,51 @@ def check_differentiable(path: Iterable[Node]) -> None:
 
 
 def check_functions(path: Iterable[Node], gradient: Sequence[Tensor]) -> None:
-    """Raises RuntimeError for an autograd.Function whose backward is marked with once_differentiable.
+    """Raises RuntimeError for an autograd.Function that drops out of a second derivative.
 
-    torch takes its second derivative for zero without a word where the derivative that reaches it is a
-    constant (behind a mean, say), and elsewhere leaves an error on the graph where a derivative in z may not
-    pass.
+    torch takes its second derivative for zero without a word, or leaves an error on the graph where a
+    derivative in z may not pass.
     """
     functions = [node for node in path if nodes.is_function(node)]
     if not functions:
         return
-    once = any(map(nodes.has_no_second_derivative, functions))
-    stack = [] if once else [g.grad_fn for g in gradient]
+    dropped = any(map(_drops_out, functions))
+    stack = [] if dropped else [g.grad_fn for g in gradient]
     seen: set[Node | None] = {None}
-    while stack and not once:
+    while stack and not dropped:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             stack.extend(below for below, _ in node.next_functions)
-            once = nodes.is_error(node) or nodes.has_no_second_derivative(node)
-    if once:
+            dropped = nodes.is_error(node) or (nodes.is_function(node) and _drops_out(node))
+    if dropped:
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
             "kappa needs second derivatives of what follows the layer, and an autograd.Function there "
-            f"({names}) has none: its backward is marked with once_differentiable, or calls one that "
-            "is. Write what it computes out in elementary operations, or regularise a layer behind it."
+            f"({names}) has none: its backward is marked with once_differentiable, or calls one that is, or "
+            "makes constants (under no_grad, in numpy or a kernel, in the forward) of the numbers that it "
+            "keeps. Write what it computes out in elementary operations (a mask may be kept as bool), or "
+            "regularise a layer behind it."
         )
+
+
+def _drops_out(node: Node) -> bool:
+    """Whether a function's backward keeps numbers, and what it computes does not depend on them."""
+    if not nodes.keeps_numbers(node):
+        return False
+    made = [(i, m) for i, m in enumerate(nodes.results(node)) if m.dtype.is_floating_point]
+    gradients = [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for _, m in made]
+    inputs = [GradientEdge(below, i) for below, i in node.next_functions if below is not None]
+    with torch.enable_grad():
+        found = torch.autograd.grad(
+            [GradientEdge(node, i) for i, _ in made],
+            inputs,
+            gradients,
+            create_graph=True,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    return not any(g is not None and g.requires_grad for g in found)
 
 
 def undifferentiable(path: Iterable[Node]) -> str | None:

@@ -221,15 +221,10 @@ def is_derivative_of_layer_norm(node: Node) -> bool:
     return node.name().startswith("NativeLayerNormBackwardBackward")
 
 
-def has_no_second_derivative(node: Node) -> bool:
-    """Whether `node` is of an autograd.Function whose backward is marked with once_differentiable."""
-    function = getattr(type(node), "_forward_cls", None)
-    backward = getattr(function, "backward", None)
-    code = getattr(backward, "__code__", None)
-    return hasattr(backward, "__wrapped__") and code is _ONCE_DIFFERENTIABLE
-
-
-_ONCE_DIFFERENTIABLE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+def keeps_numbers(node: Any) -> bool:
+    """Whether an autograd.Function keeps floating point numbers for its backward."""
+    kept = (*node.saved_tensors, *vars(node).values())
+    return any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in kept)
 
 
 def is_scalar(node: Node) -> bool:

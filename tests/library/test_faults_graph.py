@@ -114,11 +114,60 @@ class Cosine(torch.autograd.Function):
         return -grad * z.sin()
 
 
+def sine(backward_of: str) -> type[torch.autograd.Function]:
+    """sin, whose backward makes constants of what it keeps, in one of several ways."""
+
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        if backward_of == "numpy":
+            return grad * torch.from_numpy(z.detach().numpy()).cos()
+        if backward_of == "made in the forward":
+            return grad * z
+        if backward_of == "attribute":
+            return grad * ctx.z.cos()
+        with torch.set_grad_enabled(backward_of != "no_grad"):
+            slope = z.cos()
+        return grad * slope
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            ctx.z = z.detach() if backward_of == "attribute" else None
+            ctx.save_for_backward(z.cos() if backward_of == "made in the forward" else z)
+            return z.sin()
+
+    if backward_of == "vjp":
+        Sine.vjp = staticmethod(torch.autograd.function.once_differentiable(backward))
+    elif backward_of == "all of it":
+        Sine.backward = staticmethod(torch.no_grad()(backward))
+    else:
+        Sine.backward = staticmethod(backward)
+    return Sine
+
+
+class FusedLoss(torch.autograd.Function):
+    """Cross-entropy whose gradient is made in the forward, as fused kernels do, marked in no way."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward((z.softmax(1) - F.one_hot(y, 3)) / len(y))
+        return CE(z, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+CONSTANTS = ["numpy", "made in the forward", "attribute", "no_grad", "vjp", "all of it"]
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "behind a mean": lambda z: cross_entropy_function(True).apply(z, Y).mean(),
     "behind a sum": lambda z: cross_entropy_function(True).apply(z, Y).sum(),
     "behind a square": lambda z: cross_entropy_function(True).apply(z, Y).square().mean(),
     "in its backward": lambda z: Calls.apply(z).mean(),
+    "the loss itself": lambda z: FusedLoss.apply(z, Y),
+    "a multiple of the loss": lambda z: 0.5 * FusedLoss.apply(z, Y),
+    **{f"{how}, behind a mean": lambda z, how=how: sine(how).apply(z).mean() for how in CONSTANTS},
+    **{f"{how}, before a softmax": lambda z, how=how: CE(sine(how).apply(z), Y) for how in CONSTANTS},
 }
 
 
@@ -131,6 +180,27 @@ def test_functions_that_are_once_differentiable(
     m = perceptron()
     with pytest.raises(RuntimeError, match=r"autograd.Function there .* has none.*elementary operations"):
         kappa(lambda: tail(m(X)), m[number], mode=mode)
+
+
+class Mask(torch.autograd.Function):
+    """relu, which keeps a mask; or the sign reversed, which keeps a number."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, reverse: bool) -> Tensor:
+        ctx.reverse = reverse
+        ctx.save_for_backward(z > 0)
+        return z.clone() if reverse else z.relu()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -0.5 * grad if ctx.reverse else grad * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("number", [0, 2], ids=["below", "last"])
+def test_functions_that_are_linear_where_they_are(number: int, reverse: bool) -> None:
+    m = perceptron()
+    assert_right(m, lambda: CE(Mask.apply(m(X), reverse), Y), m[number])
 
 
 # ----------------------------------------------------------------- differentiating kappa once more

@@ -171,8 +171,29 @@ def test_functions_of_python() -> None:
     assert not nodes.is_function(node.next_functions[0][0])
     (grad,) = torch.autograd.grad(z.square().sum(), ROW, create_graph=True)
     assert any(nodes.is_error(below) for below in everything_below(grad))
-    assert nodes.has_no_second_derivative(node)
-    assert not nodes.has_no_second_derivative(node.next_functions[0][0])
+
+
+class Keeps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: str) -> Tensor:
+        if how == "saved":
+            ctx.save_for_backward(x)
+        elif how == "attribute":
+            ctx.x = x.detach()
+        elif how == "mask":
+            ctx.save_for_backward(x > 0)
+        ctx.how = how
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@pytest.mark.parametrize("how", ["saved", "attribute", "mask", "nothing"])
+def test_what_functions_keep(how: str) -> None:
+    node = Keeps.apply(ROW, how).grad_fn
+    assert nodes.keeps_numbers(node) == (how in ("saved", "attribute"))
 
 
 def everything_below(t: Tensor) -> set[Any]:
