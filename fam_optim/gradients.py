@@ -35,22 +35,28 @@ class Ledger:
     """
 
     def __init__(self, layers: Sequence[Layer], trained: Iterable[Tensor]) -> None:
-        parameters = [p for p in trained if p.requires_grad]
-        ids = {id(p) for p in parameters}
-        weights = [w for layer in layers for w in weights_of(layer) if id(w) in ids]
-        # A frozen layer has no gradient; a sharded weight gets its own from FSDP, not from a backward.
-        self._weights = [w for w in weights or parameters if not is_sharded(w)]
-        self._hooked = False
+        # A sharded weight gets its gradient from FSDP, not from a backward.
+        self._trained = [p for p in trained if not is_sharded(p)]
+        ids = {id(p) for p in self._trained}
+        self._of_layers = [w for layer in layers for w in weights_of(layer) if id(w) in ids]
+        self._hooked: set[int] = set()
         self._sound = False  # whether all gradients there are, are of regularised losses
         self._expected = False  # whether the backward that is running is of one
 
+    @property
+    def _weights(self) -> list[Any]:
+        """What is watched: the layers' weights, or all that is trained if these are frozen now."""
+        weights = [w for w in self._of_layers if w.requires_grad]
+        return weights or [p for p in self._trained if p.requires_grad]
+
     def expect(self, loss: Tensor) -> None:
         """Notes that a backward from `loss` is in order."""
-        if not self._hooked:  # by now lazy layers have weights
-            self._hooked = True
+        # By now lazy layers have weights, and what was frozen may be so no more.
+        new = [w for w in self._weights if id(w) not in self._hooked and w.is_leaf]
+        if new:
+            self._hooked.update(map(id, new))
             note = partial(_note, weakref.ref(self))
-            weights: list[Any] = [w for w in self._weights if w.is_leaf]  # untyped methods
-            handles = [w.register_post_accumulate_grad_hook(note) for w in weights]
+            handles = [w.register_post_accumulate_grad_hook(note) for w in new]
             weakref.finalize(self, _remove, handles)
         loss.register_hook(partial(_begin, weakref.ref(self)))  # type: ignore[no-untyped-call]
 
@@ -65,6 +71,10 @@ class Ledger:
                 "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
                 "backward before the step, or call optimizer.zero_grad() in the closure."
             )
+
+    def is_empty(self) -> bool:
+        """Whether nothing that is trained has a gradient."""
+        return bool(self._trained) and all(p.grad is None for p in self._trained)
 
     def _is_there(self) -> bool:
         gradients = [w.grad for w in self._weights if w.grad is not None]

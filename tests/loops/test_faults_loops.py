@@ -514,6 +514,50 @@ def test_one_of_two_losses_without_its_penalty_is_refused(order: str, frozen: bo
     fam.step()
 
 
+@pytest.mark.parametrize("which", ["another FAM's step", "a plain backward"])
+def test_a_closure_that_zeroes_what_it_backpropagated_is_refused(which: str) -> None:
+    """What it returns is not backpropagated, as it called backward: nothing would be trained, in silence."""
+    model = mlp()
+    fam, other = fam_on(model, model[2]), fam_on(model, model[2])
+
+    def closure() -> Tensor:
+        if which == "a plain backward":
+            CE(model(X), Y).backward()
+        else:
+            other.step(lambda: CE(model(X), Y))
+        fam.zero_grad()
+        return CE(model(X), Y)
+
+    with pytest.raises(RuntimeError, match=r"left no gradients: they were zeroed after.*Expected zero_grad"):
+        fam.step(closure)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_layers_may_be_frozen_and_thawed_while_training(number: int) -> None:
+    """Frozen they still regularise the others; thawed, a loss without its penalty is noticed again."""
+    model = mlp()
+    fam = fam_on(model, model[number])
+    weight = model[number].weight
+    for frozen in (True, False, True, False):
+        weight.requires_grad_(not frozen)
+        before = [p.detach().clone() for p in model.parameters()]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        weight.requires_grad_(True)
+        kappa = true_kappa(lambda: CE(model(X), Y), model[number])
+        wanted = torch.autograd.grad(CE(model(X), Y) + fam.lam * kappa, trained)
+        weight.requires_grad_(not frozen)
+        fam.zero_grad()
+        fam.step(lambda: CE(model(X), Y))
+        moved = [b - p.detach() for p, b in zip(model.parameters(), before, strict=True) if p.requires_grad]
+        assert_close([m / 0.1 for m in moved], list(wanted), f"frozen {frozen}", 1e-9)
+        fam.zero_grad()
+        fam.regularize(CE(model(X), Y)).backward()
+        CE(model(X + 1), Y).backward()
+        with pytest.raises(RuntimeError, match="of a loss that was not regularised"):
+            fam.step()
+        fam.zero_grad()
+
+
 def test_gradients_assigned_by_hand_are_those_of_the_regularised_loss() -> None:
     model = mlp()
     fam = fam_on(model, model[2])
