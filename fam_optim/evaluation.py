@@ -48,7 +48,8 @@ def dataset_relative_flatness(
             layer's device.
         measure, mode, curvature, normalize, n_samples, generator: as in `relative_flatness`.
         weight: ``weight(inputs, targets)`` is how many terms the batch's mean is over; by default its
-            samples, the length of the first tensor in inputs. Give it where the loss leaves some out:
+            samples, the length of the first tensor in inputs. Give it where the loss weighs samples (class
+            weights: the sum of theirs) or leaves some out:
             ``lambda inputs, targets: (targets != -100).sum()`` for the tokens of a cross-entropy that ignores
             -100. Batches of weight 0 are left out.
 
@@ -140,13 +141,18 @@ def _over_batches(
         model.eval()
         for layer in observed:
             layer.start()
-        for inputs, targets in loader:
-            inputs, targets = _to(inputs, device), _to(targets, device)
+        for batch in loader:
+            inputs, targets = (_to(part, device) for part in _pair(batch))
             size = float(weight(inputs, targets))
             if size == 0:
                 continue
             with torch.enable_grad():
                 loss = loss_fn(model(inputs), targets)
+            if isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+                raise ValueError(
+                    f"expected `loss_fn` to be finite, got {loss.detach()}. Where all targets of a batch are "
+                    "left out, a mean is nan: pass `weight`, which is 0 then, and the batch is left out."
+                )
             tails = used_tails(loss, layers)
             for number, kappa in zip(tails, each_flatness(list(tails.values()), settings), strict=True):
                 total = total.to(torch.promote_types(total.dtype, kappa.dtype))
@@ -164,14 +170,26 @@ def _over_batches(
     return total / count
 
 
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets."""
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        length = f" of length {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+        raise TypeError(
+            f"expected `loader` to yield pairs (inputs, targets), got a {type(batch).__name__}{length}. Pass "
+            "a generator that makes them: ((batch['x'], batch['y']) for batch in loader)."
+        )
+    inputs, targets = batch
+    return inputs, targets
+
+
 def _device(layers: Sequence[Layer]) -> torch.device:
     return next(weight.device for layer in layers for weight in weights_of(layer))
 
 
 def _samples(inputs: Any, targets: Any) -> int:
-    """The length of the first tensor of a batch's inputs, in dicts, lists and tuples too."""
+    """The length of the first tensor of a batch's inputs that has one, in dicts, lists and tuples too."""
     first = _first_tensor(inputs)
-    if first is None or first.dim() == 0:
+    if first is None:
         raise TypeError(
             "expected the batch's inputs to have a tensor with a sample axis, by whose length the batch is "
             f"weighed, got {type(inputs).__name__}. Pass weight=lambda inputs, targets: ..."
@@ -181,7 +199,7 @@ def _samples(inputs: Any, targets: Any) -> int:
 
 def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
-        return batch
+        return batch if batch.dim() else None
     items = (
         batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     )

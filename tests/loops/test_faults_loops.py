@@ -785,6 +785,35 @@ def test_a_batch_without_tensors_is_refused_with_the_remedy() -> None:
         dataset_relative_flatness(net, net, lambda o, t: CE(net(X), Y), [(0.5, Y)])
 
 
+BATCHES: dict[str, tuple[type[Exception], str, Any]] = {
+    "dicts": (TypeError, r"pairs \(inputs, targets\), got a dict.*batch\['x'\]", [{"x": X, "y": Y}]),
+    "three tensors": (TypeError, r"pairs .* got a tuple of length 3", [(X, Y, Y)]),
+    "bare tensors": (TypeError, "pairs .* got a Tensor", [X, X[:2]]),
+    "a batch of which all is ignored": (
+        ValueError,
+        "to be finite, got nan.*pass `weight`",
+        [(X[:4], Y[:4]), (X[4:], torch.full((2,), -100))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_that_are_no_pairs_or_have_no_loss(name: str) -> None:
+    error, message, batches = BATCHES[name]
+    model = mlp()
+    with pytest.raises(error, match=message):
+        dataset_relative_flatness(model, model[2], CE, batches)
+
+
+def test_numbers_beside_the_inputs_are_no_samples() -> None:
+    model = mlp()
+    owner = nn.Module()
+    owner.net, owner.forward = model, lambda batch: model(batch["x"])  # type: ignore[method-assign]
+    parts = [({"n": torch.tensor(len(x)), "x": x}, y) for x, y in ((X[:4], Y[:4]), (X[4:], Y[4:]))]
+    kappa = dataset_relative_flatness(owner, model[2], CE, parts)
+    assert_close([kappa], [dataset_relative_flatness(model, model[2], CE, [(X, Y)])], "kappa", 1e-12)
+
+
 # ------------------------------------------------------------------------------------------- hooks
 
 
