@@ -58,7 +58,7 @@ def build_regularizer(
 
 def checked_lam(lam: float) -> float:
     """`lam`, if it is one."""
-    if not (math.isfinite(lam) and lam >= 0):
+    if isinstance(lam, (str, complex)) or not (math.isfinite(lam) and lam >= 0):
         raise ValueError(f"expected `lam` to be finite and at least 0, got {lam!r}.")
     return float(lam)
 

@@ -53,12 +53,15 @@ class Settings:
     curvature: str = "hessian"
 
     def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
+        if self.measure not in list(MEASURES):
             raise ValueError(f"expected `measure` to be one of {sorted(MEASURES)}, got {self.measure!r}.")
         if self.mode not in MODES:
             raise ValueError(f"expected `mode` to be one of {list(MODES)}, got {self.mode!r}.")
         if self.curvature not in CURVATURES:
             raise ValueError(f"expected `curvature` to be one of {list(CURVATURES)}, got {self.curvature!r}.")
+        for name in ("normalize", "detach_hessian"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"expected `{name}` to be True or False, got {getattr(self, name)!r}.")
         if not isinstance(self.n_samples, int) or self.n_samples < 1:
             raise ValueError(f"expected `n_samples` to be a positive integer, got {self.n_samples!r}.")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
@@ -137,7 +140,7 @@ def _observed_layers(layer: Layers) -> tuple[Layer, ...]:
     Raises:
         TypeError: if it is neither an observation nor a parameter, nor a sequence of these.
     """
-    layers = (layer,) if isinstance(layer, (Observation, Tensor, nn.Module)) else tuple(layer)
+    layers = tuple(layer) if isinstance(layer, (list, tuple)) else (layer,)
     for one in layers:
         if isinstance(one, nn.Module):
             raise TypeError(

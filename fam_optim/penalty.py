@@ -17,6 +17,7 @@ from fam_optim.compilation import opaque
 from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import flags, nodes
+from fam_optim.graph.trace import check_scalar
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
@@ -132,6 +133,7 @@ class Penalty(Regularizer):
             LayerNotUsedError: if it depends on none of them.
             RuntimeError: if part of the loss was regularised before, and part was not.
         """
+        check_scalar(loss)
         mark = self._mark_to_extend(loss)
         if self._serial in mark.penalties:
             self.touched = True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fam_optim.graph import nodes, operations
+from fam_optim.graph import errors, nodes, operations
 from fam_optim.graph.losses import SoftmaxOutput, linear_in
 from fam_optim.layer.use import LayerUse, at_least_float32
 
@@ -72,7 +72,8 @@ def find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
         if not _over_the_outputs(node, use, steps):
             return None
         assert terms is not None
-        output = SoftmaxOutput(node, tail.loss, differentiable, terms.constant)
+        with errors.explained("derivatives"):
+            output = SoftmaxOutput(node, tail.loss, differentiable, terms.constant)
         heads.append(Head(output, use, edge, _in_order(use, steps), any(map(_scales, steps))))
     return heads or None
 

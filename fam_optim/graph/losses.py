@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.graph import flags, nodes, operations
+from fam_optim.graph import errors, flags, nodes, operations
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
@@ -104,7 +104,10 @@ def find_outputs(
         RuntimeError: if the loss is not known to be convex in them.
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
-    found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in terms.nodes] if terms else [None]
+    with errors.explained("derivatives"):
+        found = (
+            [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in terms.nodes] if terms else [None]
+        )
     outputs = [output for output in found if output is not None]
     if len(outputs) < len(found):
         raise RuntimeError(

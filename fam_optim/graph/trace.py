@@ -149,6 +149,8 @@ def check_scalar(loss: Tensor) -> None:
     """Raises TypeError, ValueError or LayerNotUsedError unless `loss` is a single number with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"expected `loss` to be a scalar tensor, got {type(loss).__name__}.")
+    if loss.is_complex():
+        raise TypeError(f"expected `loss` to be real, got {loss.dtype}. Take its .abs() or .real.")
     if loss.numel() != 1:
         raise ValueError(
             f"expected `loss` to be a scalar, got shape {tuple(loss.shape)}. Reduce it first, "
@@ -157,7 +159,7 @@ def check_scalar(loss: Tensor) -> None:
     if loss.grad_fn is None:
         raise LayerNotUsedError(
             "expected `loss` to depend on the layer, got one without a graph: it was computed under "
-            "torch.no_grad(), detached, or from nothing that requires gradients."
+            "torch.no_grad() or inference_mode(), detached, or from nothing that requires gradients."
         )
 
 

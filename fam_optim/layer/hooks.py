@@ -67,7 +67,8 @@ def detach(module: nn.Module) -> None:
     """Takes the hook away again."""
     for name in _DICTS:
         hooks = getattr(module, name)
-        hooks.pop(hooks.private, None)
+        if isinstance(hooks, _Uncopied):
+            hooks.pop(hooks.private, None)
 
 
 def attached(module: nn.Module) -> Any:

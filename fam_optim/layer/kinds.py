@@ -14,6 +14,7 @@ from fam_optim.layer.use import (
     Conv1DUse,
     LinearUse,
     Use,
+    complex_weight,
     describe,
     is_sharded,
     tensor_parallel,
@@ -127,6 +128,8 @@ def parameter_use(parameter: Tensor) -> Use:
             "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
             f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
         )
+    if parameter.is_complex():
+        raise TypeError(complex_weight(describe(parameter)))
     if is_sharded(parameter):
         raise TypeError(
             f"expected `layer` to be a whole weight, got a sharded one, a {describe(parameter)}. With FSDP2 "

@@ -43,6 +43,11 @@ class Observation:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"expected `module` to be an nn.Module, got {describe(module)}. A weight is not observed: "
+                "pass the nn.Parameter itself to relative_flatness."
+            )
         module = getattr(module, "_orig_mod", module)  # torch.compile(module) runs the module's own hooks
         use_type(module)
         self._prepare(module)
@@ -211,14 +216,16 @@ class _Recorder:
             # Nothing up to here is trained (a frozen body and layer), but kappa depends on what comes
             # behind, so the graph must begin here. A clone, since a leaf bars in-place activations.
             output = replaced = output.detach().requires_grad_().clone()
-        use = use_type(module)(module, _input(args, kwargs), weight, output.shape)
+        # The shape of a nested tensor cannot be asked for; such a call is refused later.
+        shape = torch.Size() if output.is_nested else output.shape
+        use = use_type(module)(module, _input(args, kwargs), weight, shape)
         if overridden(module) is not None or not hooks.is_first(module):
             use.objection = objection(module, use, output, self._numbers_seen)
             self._numbers_seen = True
         # The edge, not the tensor: ReLU(inplace=True) behind the layer turns the tensor into its own
         # output (pytorch/pytorch#61519). And the edge of the base where z is a view of all of it (Linear
         # on sequences): an in-place operation on a view rewires the view's node, never the base's.
-        base = output._base if output._is_view() else None
+        base = output._base if output._is_view() and not output.is_nested else None
         source = output if base is None or base.numel() != output.numel() else base
         node = source.grad_fn
         if node is not None and _KEY not in nodes.metadata(node):

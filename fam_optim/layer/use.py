@@ -94,7 +94,7 @@ class LayerUse(Use):
             )
         self.module = weakref.ref(module)
         self.holders: weakref.WeakSet[object] = weakref.WeakSet()  # who may still ask for kappa of it
-        self.objection: str | None = None  # why kappa cannot be computed of it
+        self.objection = _objection(module, phi, weight)
         self.phi = phi
         self._versions = phi._version, weight._version
         super().__init__(weight, shape)
@@ -163,6 +163,27 @@ class LayerUse(Use):
                 "the layer had used it, so kappa cannot be computed from it. Use an out-of-place "
                 "operation instead (x = x + layer(x), not x += layer(x))."
             )
+
+
+def _objection(module: nn.Module, phi: Tensor, weight: Tensor) -> str | None:
+    """Why kappa cannot be computed of a call with such numbers."""
+    if weight.is_complex():
+        return complex_weight(f"`layer` {describe(module)}")
+    if phi.is_nested or phi.layout != torch.strided:
+        return (
+            f"the input of `layer` {describe(module)} is a nested or sparse tensor ({phi.layout}), whose "
+            "rows kappa does not know. Give the layer a plain tensor (x.to_dense(), x.to_padded_tensor(0), "
+            "x.values() of all rows), or pass its weight, an nn.Parameter, with mode='hutchinson'."
+        )
+    return None
+
+
+def complex_weight(what: str) -> str:
+    """Why a complex weight is refused."""
+    return (
+        f"expected a real weight, got a complex one ({what}), of which relative flatness is not defined. "
+        "Hold its real and imaginary part as two layers, or leave it out."
+    )
 
 
 class LinearUse(LayerUse):

@@ -923,6 +923,88 @@ def test_sentences_where_torchs_own_came_through() -> None:
         fam_on(model, "head")
 
 
+def nested(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+
+
+C = nn.Linear(4, 3, dtype=torch.complex128)
+ODD: dict[str, tuple[type[Exception], str, Callable[[nn.Sequential], Any]]] = {
+    "a number for a loss": (TypeError, "scalar tensor, got float", lambda m: fam_on(m, m[2]).regularize(1.0)),
+    "a dict": (TypeError, "scalar tensor, got dict", lambda m: fam_on(m, m[2]).regularize({"loss": 1})),
+    "a complex loss": (
+        TypeError,
+        r"to be real, got torch.complex128.*\.abs\(\)",
+        lambda m: fam_on(m, m[2]).regularize(torch.complex(m(X).sum(), m(X).sum())),
+    ),
+    "no layer": (TypeError, "got NoneType", lambda m: relative_flatness(CE(m(X), Y), None)),  # type: ignore[arg-type]
+    "a weight to observe": (
+        TypeError,
+        r"nn.Module, got Parameter of shape \(3, 5\).*itself to relative_flatness",
+        lambda m: observe(m[2].weight),
+    ),
+    "lam as text": (ValueError, "`lam` to be finite.*'0.1'", lambda m: fam_on(m, m[2], "0.1")),  # type: ignore[arg-type]
+    "text for a switch": (TypeError, "True or False, got 'no'", lambda m: fam_on(m, m[2], normalize="no")),
+    "a list for a measure": (ValueError, "`measure` to be one", lambda m: fam_on(m, m[2], measure=["a"])),
+    "a complex layer": (
+        TypeError,
+        "a real weight.*two layers",
+        lambda m: measured(lambda: C(X.to(torch.complex128)).abs().square().mean(), C),
+    ),
+    "a complex weight": (
+        TypeError,
+        "a real weight.*two layers",
+        lambda m: relative_flatness(C(X.to(torch.complex128)).abs().mean(), C.weight, mode="full"),
+    ),
+    "a nested input": (
+        TypeError,
+        r"nested or sparse tensor \(torch.jagged\).*mode='hutchinson'",
+        lambda m: measured(lambda: m(nested(X)).values().square().mean(), m[2]),
+    ),
+    "a sparse input": (
+        TypeError,
+        r"nested or sparse tensor \(torch.sparse_coo\).*to_dense",
+        lambda m: measured(lambda: CE(m(X.to_sparse()), Y), m[0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_arguments_and_inputs_are_refused_in_a_sentence(name: str) -> None:
+    error, message, call = ODD[name]
+    with pytest.raises(error, match=message):
+        call(mlp())
+
+
+@pytest.mark.parametrize("kind", ["nested", "sparse"])
+def test_the_weight_of_a_layer_with_an_odd_input_is_right(kind: str) -> None:
+    """The remedy."""
+    model, dense = mlp(), mlp()
+    if kind == "nested":
+        loss, wanted = model(nested(X)).values().square().mean(), dense(X).square().mean()
+    else:
+        loss, wanted = CE(model(X.to_sparse()), Y), CE(dense(X), Y)
+    right = relative_flatness(wanted, dense[0].weight, mode="full")
+    assert_close([relative_flatness(loss, model[0].weight, mode="full")], [right], kind, 1e-12)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_a_loss_that_was_backpropagated_already(number: int, curvature: str) -> None:
+    model = mlp()
+    with observe(model[number]) as seen:
+        loss = CE(model(X), Y)
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"backpropagated already: compute kappa before backward\(\)"):
+        relative_flatness(loss, seen, curvature=curvature)
+
+
+def test_leaving_a_layer_that_was_parametrised_meanwhile() -> None:
+    layer = nn.Linear(4, 3)
+    with observe(layer):
+        nn.utils.parametrizations.weight_norm(layer)
+    assert not layer._forward_hooks
+
+
 # ---------------------------------------------------------------------------------- probes and logging
 
 
