@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
-    import torch
     from torch.autograd.graph import Node
 
 
@@ -65,6 +66,11 @@ def constant_factor(node: Node) -> torch.Tensor | None:
     if not name or node.next_functions[position][0] is not None:
         return None
     return nodes.at_hand(node, name)
+
+
+def place(t: torch.Tensor) -> int | None:
+    """Where a tensor's numbers begin; None of a tensor that holds them in others (sharded, quantised)."""
+    return t.data_ptr() if type(t.data) is torch.Tensor else None
 
 
 def computed_alike(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fam_optim.layer.use import Use
 
 
+_DERIVATIVE = "derivative"
 _SAME_NUMBERS = operations.VIEWS | {"Expand", "torch::autograd::Identity"}
 
 
@@ -38,11 +39,19 @@ def check_all_seen(
     """
     recorded = _recorded_products(parents)
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
-    for layer, uses in uses_of:
+    weights_of = [_weights(layer, uses) if isinstance(layer, Observation) else [] for layer, uses in uses_of]
+    frozen = any(not weight.requires_grad for weights in weights_of for weight in weights)
+    constants = _constant_factors(parents) if frozen else {}
+    for (layer, uses), weights in zip(uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            if any(through for node, through in _products(layer, uses, parents) if node not in recorded):
+            transposed = layer.stores_transposed
+            found = {
+                **_of_trained(weights, parents, transposed),
+                **_of_frozen(weights, constants, transposed),
+            }
+            unseen = [through for product, through in found.items() if product not in recorded]
+            if any(unseen) or (_DERIVATIVE in constants and uses and not weights[0].requires_grad):
                 raise RuntimeError(_derivative(layer))
-            unseen = any(node not in recorded for node, _ in _products(layer, uses, parents))
             if unseen or any(map(layer.called_within, checkpoints)):
                 raise RuntimeError(_unseen(layer))
         elif uses and any(map(nodes.has_sparse_gradient, parents[get_gradient_edge(layer).node])):
@@ -79,35 +88,24 @@ def _recorded_products(parents: Mapping[Node, Sequence[Node]]) -> set[Node | Non
     return {calls.product_of_call(node) for node, record in found if record and not record[0].is_released}
 
 
-def _products(
-    layer: Observation, uses: Sequence[Use], parents: Mapping[Node, Sequence[Node]]
-) -> Iterator[tuple[Node, bool]]:
-    """The products with the layer's weight, and whether a derivative through the layer takes such.
-
-    Those of its own weight, or of the weights that its calls were made with.
-    """
+def _weights(layer: Observation, uses: Sequence[Use]) -> list[Tensor]:
+    """The weights that the layer's calls were made with; its own if there were none."""
     own = layer.module._parameters.get("weight")
-    weights: list[Tensor | None] = [use.weight for use in uses] or [own]
-    starts: set[Node] = set()
-    for weight in weights:
-        if weight is not None and weight.requires_grad:
-            starts.add(get_gradient_edge(weight).node)
-        elif weight is not None:
-            yield from _with_constant(weight, parents, layer.stores_transposed)
-    for start in starts:
-        yield from _from(start, parents, layer.stores_transposed)
+    return [use.weight for use in uses] or ([] if own is None else [own])
 
 
-def _from(
-    start: Node, parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
-) -> Iterator[tuple[Node, bool]]:
-    """Products ``phi W^T`` with the weight W that begins at `start`, as the layer takes them, and such as a
-    derivative takes, ``delta W``.
+def _of_trained(
+    weights: Sequence[Tensor], parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
+) -> dict[Node, bool]:
+    """Products ``phi W^T`` as the layer takes them, and ``delta W`` as a derivative through it does, with
+    whether they are such.
 
-    W is what F.linear makes by t(), made back by another. Not ``z W`` nor ``W W^T``: these are other uses of
-    the weight, which do not count.
+    There W is what F.linear makes by t(), made back by another. Not ``z W`` nor ``W W^T``: these are other
+    uses of the weight, which do not count.
     """
-    stack: list[tuple[Node, tuple[str, ...]]] = [(start, ())]
+    found = {}
+    starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
+    stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()
         for above in set(parents.get(node, ())):
@@ -118,25 +116,38 @@ def _from(
             elif kind in _SAME_NUMBERS:
                 stack.append((above, way))
             elif kind == "Convolution" and operands[1] is node:
-                yield above, False
+                found[above] = False
             elif calls.is_derivative_of_convolution(above) and operands[2] is node:
-                yield above, True
-            elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node and operands[-2] is not start:
+                found[above] = True
+            elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node and operands[-2] not in starts:
                 as_called = len(way) % 2 != stored_transposed
                 if as_called or stored_transposed or way == ("T", "T"):
-                    yield above, not as_called
+                    found[above] = not as_called
+    return found
 
 
-def _with_constant(
-    weight: Tensor, parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
-) -> Iterator[tuple[Node, bool]]:
-    """The same of a frozen weight, which leaves no trace but where its numbers lie; or none, if a derivative
-    multiplied it with constants."""
+def _of_frozen(
+    weights: Sequence[Tensor], constants: Mapping[object, Sequence[Node]], stored_transposed: bool
+) -> dict[Node, bool]:
+    """The same of frozen weights, which leave no trace but where their numbers lie."""
+    found = {}
+    for weight in weights:
+        for node in () if weight.requires_grad else constants.get(calls.place(weight), ()):
+            factor = calls.constant_factor(node)
+            assert factor is not None
+            as_stored = factor.shape == weight.shape and factor.stride() == weight.stride()
+            found[node] = nodes.kind(node) != "Convolution" and as_stored != stored_transposed
+    return found
+
+
+def _constant_factors(parents: Iterable[Node]) -> dict[object, list[Node]]:
+    """Products with a constant, by where its numbers lie; by _DERIVATIVE those of derivatives, which may have
+    multiplied a frozen weight with constants."""
+    found: dict[object, list[Node]] = {}
     for node in parents:
         if nodes.is_derivative(node):
-            yield node, True
+            found.setdefault(_DERIVATIVE, []).append(node)
         factor = calls.constant_factor(node)
-        if factor is not None and factor.data_ptr() == weight.data_ptr():
-            as_stored = factor.shape == weight.shape and factor.stride() == weight.stride()
-            is_convolution = nodes.kind(node) == "Convolution"
-            yield node, not is_convolution and as_stored != stored_transposed
+        if factor is not None:
+            found.setdefault(calls.place(factor), []).append(node)
+    return found
