@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fam_optim.graph import nodes
@@ -12,27 +13,41 @@ from fam_optim.graph import nodes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """Within this context the buffers of modules that a derivative runs again are as they were, afterwards.
+    """Puts back, afterwards, the buffers, tensors and numbers of modules that a derivative ran again.
 
     Such as the running statistics of BatchNorm, which would follow a step's batch more than once.
     """
-    before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    before: dict[int, _State] = {}
 
     def keep(module: Any, args: Any) -> None:
-        if nodes.in_derivative():
-            for buffer in module._buffers.values():
-                if buffer is not None and id(buffer) not in before:
-                    before[id(buffer)] = (buffer, buffer.detach().clone())
+        if nodes.in_derivative() and id(module) not in before:
+            before[id(module)] = _State(module)
 
     handle = register_module_forward_pre_hook(keep)
     try:
         yield
     finally:
         handle.remove()
-        for buffer, value in before.values():
-            buffer.data.copy_(value)  # past the count of versions, which says whether a graph is out of date
+        for state in before.values():
+            state.restore()
+
+
+class _State:
+    """What a module counts: its buffers, and those of its attributes that are tensors or numbers."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.buffers = dict(module._buffers)
+        self.attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
+        tensors = (*self.buffers.values(), *self.attributes.values())
+        self.values = [(t, t.detach().clone()) for t in tensors if isinstance(t, Tensor)]
+
+    def restore(self) -> None:
+        """Each is the object that it was, with the numbers that it had."""
+        self.module._buffers.update(self.buffers)
+        vars(self.module).update(self.attributes)
+        for tensor, value in self.values:
+            tensor.data.copy_(value)  # past the count of versions, which says whether a graph is out of date

@@ -473,6 +473,46 @@ def test_batch_norm_in_a_checkpoint_counts_as_in_plain_training(mode: str, curva
         torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
 
 
+class Counts(nn.Module):
+    """Counts its calls, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.number, self.tensor = how, 0, torch.zeros(())
+        self.register_buffer("buffer", torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.how == "number":
+            self.number += 1
+        elif self.how == "tensor":
+            self.tensor.add_(1)
+        elif self.how == "another tensor":
+            self.tensor = self.tensor + 1
+        elif self.how == "buffer":
+            self.buffer.add_(1)
+        else:
+            self.buffer = self.buffer + 1
+        return z.tanh()
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("how", ["number", "tensor", "another tensor", "buffer", "another buffer"])
+def test_what_modules_count_in_a_checkpoint(how: str, curvature: str) -> None:
+    counts = []
+    for lam in (0.0, 0.1):
+        layer, counting, head = nn.Linear(4, 5), Counts(how), nn.Linear(5, 3)
+        m = nn.ModuleList([layer, head])
+        fam = FAM(m.parameters(), torch.optim.SGD, layer, lam, "hutchinson", curvature=curvature, lr=0.1)
+        for _ in range(2):
+            fam.zero_grad()
+            z = layer(X)
+            loss = CE(checkpoint(lambda z, c=counting, h=head: h(c(z)), z, use_reentrant=False), Y)
+            fam.regularize(loss).backward()
+            fam.step()
+        counts.append(counting.number + counting.tensor + counting.buffer)
+    assert counts == [4, 4]
+
+
 EMPTY: dict[str, Callable[[Tensor], Tensor]] = {
     "no rows": lambda z: CE(z[:0], Y[:0], reduction="sum"),
     "nothing unmasked": lambda z: CE(z, Y.where(Y < 0, -100), reduction="sum"),
