@@ -144,7 +144,7 @@ class PenalizedClosure(WatchedClosure):
         if not self.penalty.lam:
             return loss
         if not self._backwards:  # the others add to it rightly
-            self.penalty.ledger.check(self.penalty.names)
+            self.penalty.ledger.check()
         regularized = self.penalty.add(loss)
         # While there is a graph to ask. It is walked only if this penalty was somewhere in the loss.
         contained = penalties_in(loss) if regularized is loss or is_regularized(loss) else None

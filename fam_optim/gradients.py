@@ -13,7 +13,7 @@ from torch import Tensor
 from fam_optim.compilation import opaque
 from fam_optim.graph import flags, nodes
 from fam_optim.layer.use import is_sharded
-from fam_optim.layers import weights_of
+from fam_optim.layers import name_of, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,6 +35,7 @@ class Ledger:
     """
 
     def __init__(self, layers: Sequence[Layer], trained: Iterable[Tensor]) -> None:
+        self._layers = layers
         # A sharded weight gets its gradient from FSDP, not from a backward.
         self._trained = [p for p in trained if not is_sharded(p)]
         ids = {id(p) for p in self._trained}
@@ -60,9 +61,10 @@ class Ledger:
             weakref.finalize(self, _remove, handles)
         loss.register_hook(partial(_begin, weakref.ref(self)))  # type: ignore[no-untyped-call]
 
-    def check(self, names: str) -> None:
+    def check(self) -> None:
         """Raises RuntimeError if a gradient is there of a loss that was not regularised."""
         if not self._sound and self._is_there():
+            names = ", ".join(name_of(layer) for layer in self._layers)
             raise RuntimeError(
                 f"gradients that are there already (`layer` {names}) are of a loss that was not regularised, "
                 "so that part of lam * kappa is missing. Backpropagate what optimizer.regularize(loss) "

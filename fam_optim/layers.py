@@ -79,11 +79,11 @@ def named(model: nn.Module, layer: Any) -> Any:
         return [named(model, one) for one in layer]
     if not isinstance(layer, str):
         return layer
-    found = dict(model.named_modules()).get(layer) or dict(model.named_parameters()).get(layer)
-    if found is None:
+    parts: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_modules())}
+    if layer not in parts:
         known = ", ".join(named_weight_layers(model))
         raise ValueError(f"expected `layer` to name a layer of the model, got {layer!r}. It has {known}.")
-    return found
+    return parts[layer]
 
 
 def as_layers(layer: Any) -> tuple[Layer, ...]:

@@ -98,7 +98,7 @@ class Penalty(Regularizer):
 
     @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self, trained: Iterable[Tensor]) -> None:
-        self.ledger.check(self.names)
+        self.ledger.check()
         self._guard.check(self, trained)
 
     def after_step(self) -> None:

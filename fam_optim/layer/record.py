@@ -203,10 +203,11 @@ class _Recorder:
                 f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
                 "observed. Use torch.nn.parallel.DistributedDataParallel."
             )
-        # Within torch.func.grad, vmap, jvp, ... there is no graph that a loss outside could be walked down;
-        # an exported graph has none either. A shallow copy has the module's hooks, and is not observed.
-        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-        if module is not self.module() or transformed or torch.is_inference_mode_enabled():
+        # Within torch.func.grad, vmap, jvp, ... there is no graph that a loss outside could be walked down.
+        # What is exported or traced has none either. A shallow copy has the module's hooks, and is no layer.
+        transformed = torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled()
+        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if module is not self.module() or transformed or exported:
             return None
         if not isinstance(output, Tensor):  # of a forward that is not the class's
             return None

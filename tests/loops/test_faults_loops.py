@@ -136,6 +136,7 @@ def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) 
         assert (quantised(x) - expected).abs().max() < 0.1
     exported = torch.export.export(model, (x,))  # with gradients on
     assert torch.equal(exported.module()(x), expected)
+    assert torch.equal(torch.jit.trace(model, x)(x), expected)
 
 
 def test_quantised_in_place_with_its_optimizer_alive() -> None:
@@ -194,6 +195,32 @@ class Twin(nn.Linear):
 
     def __hash__(self) -> int:
         return 1
+
+
+class Empty(nn.Linear):
+    """Has no truth, and counts how often its name is told."""
+
+    told = 0
+
+    def __bool__(self) -> bool:
+        raise ValueError("neither true nor false")
+
+    def __repr__(self) -> str:
+        self.told += 1
+        return super().__repr__()
+
+
+def test_layers_are_not_asked_whether_they_are_true_nor_for_their_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Empty(5, 3))
+    kappa = dataset_relative_flatness(model, "2", CE, [(X, Y)])
+    assert_close([kappa], [true_kappa(lambda: CE(model(X), Y), model[2])], "kappa", 1e-12)
+    fam = FAM(model.parameters(), torch.optim.SGD, [model[0], model[2]], 1e-3, lr=0.1)
+    model[2].told = 0
+    fam.step(lambda: CE(model(X), Y))
+    fam.zero_grad()
+    fam.regularize(CE(model(X), Y)).backward()
+    fam.step()
+    assert model[2].told == 0, "only in messages"
 
 
 def test_modules_are_told_apart_by_identity() -> None:
