@@ -15,7 +15,7 @@ from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence, Set
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -40,13 +40,14 @@ def check_all_seen(
     recorded = _recorded_products(parents)
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     weights_of = [_weights(layer, uses) if isinstance(layer, Observation) else [] for layer, uses in uses_of]
-    frozen = any(not weight.requires_grad for weights in weights_of for weight in weights)
-    constants = _constant_factors(parents) if frozen else {}
+    every = [weight for weights in weights_of for weight in weights]
+    constants = {} if all(weight.requires_grad for weight in every) else _constant_factors(parents)
+    by_name = {} if all(weight.grad_fn is None for weight in every) else _by_name(parents)
     for (layer, uses), weights in zip(uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
             transposed = layer.stores_transposed
             found = {
-                **_of_trained(weights, parents, transposed),
+                **_of_trained(_starts(weights, by_name), parents, transposed),
                 **_of_frozen(weights, constants, transposed),
             }
             unseen = [through for product, through in found.items() if product not in recorded]
@@ -94,17 +95,31 @@ def _weights(layer: Observation, uses: Sequence[Use]) -> list[Tensor]:
     return [use.weight for use in uses] or ([] if own is None else [own])
 
 
+def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
+    """Where trained weights begin; of those that are computed at every call, wherever this was done alike."""
+    starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
+    alike = {n for start in starts for n in by_name.get(start.name(), ()) if calls.same_graph(n, start)}
+    return starts | alike
+
+
+def _by_name(graph: Iterable[Node]) -> dict[str, list[Node]]:
+    found: dict[str, list[Node]] = {}
+    for node in graph:
+        if not nodes.is_leaf(node):
+            found.setdefault(node.name(), []).append(node)
+    return found
+
+
 def _of_trained(
-    weights: Sequence[Tensor], parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
+    starts: Set[Node], parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
 ) -> dict[Node, bool]:
-    """Products ``phi W^T`` as the layer takes them, and ``delta W`` as a derivative through it does, with
-    whether they are such.
+    """Products ``phi W^T`` of weights that begin at `starts`, as the layer takes them, and ``delta W`` as a
+    derivative through it does, with whether they are such.
 
     There W is what F.linear makes by t(), made back by another. Not ``z W`` nor ``W W^T``: these are other
     uses of the weight, which do not count.
     """
     found = {}
-    starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
     stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()

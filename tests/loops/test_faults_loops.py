@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import (
@@ -320,6 +321,36 @@ def test_a_derivative_through_another_call_is_not_passed_over(how: str, kind: st
     if not frozen and how in ("gradient", "jacobian"):  # the remedy, as far as the reference sees the calls
         kappa = relative_flatness(loss_of(), model[2].weight, mode="full")
         assert_close([kappa], [true_kappa(loss_of, model[2])], how, 1e-10)
+
+
+@pytest.mark.parametrize("how", ["vmap", "forward", "gradient"])
+@pytest.mark.parametrize("computed", ["weight_norm", "old weight_norm", "pruned", "spectral_norm"])
+def test_a_use_of_a_computed_weight_is_not_passed_over(computed: str, how: str) -> None:
+    """Every call computes a weight of its own; those that are computed alike are one."""
+    model = mlp()
+    make = {
+        "weight_norm": nn.utils.parametrizations.weight_norm,
+        "old weight_norm": nn.utils.weight_norm,
+        "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+        "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    }[computed]
+    with warnings.catch_warnings(action="ignore"):
+        model[2] = make(model[2])
+    model.eval()
+
+    def loss_of() -> Tensor:
+        u = {
+            "vmap": lambda: torch.func.vmap(model)(X + 1),
+            "forward": lambda: model[2].forward(model[:2](X + 1)),
+            "gradient": lambda: derivative_through_another_call(model, X + 1, "gradient"),
+        }[how]()
+        return CE(model(X), Y) + u.square().mean()
+
+    with pytest.raises(RuntimeError, match=r"(derivative|not observed).*mode='hutchinson'"):
+        measured(loss_of, model[2], mode="hutchinson")
+    twice = measured(lambda: CE(model(X), Y) + model(X + 1).square().mean(), model[2])
+    once = [measured(f, model[2]) for f in (lambda: CE(model(X), Y), lambda: model(X + 1).square().mean())]
+    assert_close([twice], [once[0] + once[1]], "observed calls are added", 1e-12)
 
 
 @pytest.mark.parametrize("how", ["vmap", "forward", "class"])
