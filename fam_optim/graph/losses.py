@@ -6,8 +6,8 @@
     binary cross-entropy with logits      S   = diag sqrt(a p (1 - p))
     squared error                         S   = sqrt(2 a)
 
-Which losses a loss is a sum of is read off the graph: between it and log_softmax, the binary cross-entropy or
-the square there are only operations linear in these. Whatever else it is ends in an error.
+Which losses a loss is a sum of is read off the graph: between it and these there are only operations linear
+in them. Whatever else it is ends in an error.
 
 Source: DESIGN, 7.
 """
@@ -105,11 +105,10 @@ def find_outputs(
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
     with errors.explained("derivatives"):
-        found = (
-            [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in terms.nodes] if terms else [None]
-        )
+        known = terms.nodes if terms else []
+        found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
-    if len(outputs) < len(found):
+    if terms is None or len(outputs) < len(found):
         raise RuntimeError(
             "curvature='gauss_newton' needs a loss that is known to be convex in the network's outputs: "
             "softmax cross-entropy, binary cross-entropy with logits, squared error, or a weighted sum of "
@@ -228,10 +227,6 @@ def _operand(node: Node, position: int) -> GradientEdge:
     return GradientEdge(below, output)
 
 
-def _softmax(node: Node, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    return SoftmaxOutput(node, loss, differentiable)
-
-
 def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
     """``w ((1 - y) o + (1 + (v - 1) y) log(1 + exp(-o)))`` with class weights v on the positives."""
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
@@ -273,7 +268,7 @@ def _twice(node: Node, position: int) -> Tensor:
 
 def _measures_distance(edge: tuple[Node | None, int], path: frozenset[Node]) -> bool:
     """Whether a loss, a norm or a distance was only added to, scaled, moved, or clipped on its way to `edge`:
-    whose square is then no squared error of the network's outputs."""
+    whose square is then no squared error of the network's outputs. (A product with a trained matrix is.)"""
     stack, seen = [edge[0]], {None, edge[0]}
     while stack:
         node = stack.pop()
@@ -282,10 +277,11 @@ def _measures_distance(edge: tuple[Node | None, int], path: frozenset[Node]) -> 
         if kind in operations.DISTANCES:
             return True
         on_path = [i for i, (below, _) in enumerate(node.next_functions) if below in path]
-        if operations.is_linear(kind, on_path) or kind in operations.CLIPS:
-            new = {below for below, _ in node.next_functions if below in path} - seen
-            seen |= new
-            stack += new
+        operands = {below for below, _ in node.next_functions} - {None}
+        by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
+        if kind in operations.CLIPS or (operations.is_linear(kind, on_path) and not by_weight):
+            stack += (operands & path) - seen
+            seen |= operands
     return False
 
 
@@ -296,7 +292,7 @@ def _per_entry(node: Any, loss: Tensor, like: Tensor, differentiable: bool) -> T
 
 
 _KINDS = {
-    "LogSoftmax": _softmax,
+    "LogSoftmax": lambda node, loss, path, differentiable: SoftmaxOutput(node, loss, differentiable),
     "BinaryCrossEntropyWithLogits": _binary,
     "MseLoss": _squared_error,
     "Pow": _square,

@@ -414,6 +414,33 @@ def test_squares_of_outputs(tail: Callable[[Tensor], Tensor]) -> None:
         torch.testing.assert_close(value, right, rtol=1e-9, atol=0)
 
 
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "absolute values": torch.abs,
+    "squares": torch.square,
+    "log-probabilities": lambda h: h.log_softmax(1),
+    "distances": lambda h: torch.cdist(h, torch.ones(5, 5).to(h)),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_a_head_on_distances_puts_out_no_distance(features: Callable[[Tensor], Tensor], bias: bool) -> None:
+    torch.manual_seed(1)
+    body, head = nn.Linear(4, 5), nn.Linear(5, 3, bias)
+
+    def loss() -> Tensor:
+        return F.mse_loss(head(features(body(X))), T.to(X))
+
+    right = definition(loss(), head.weight)
+    values = [
+        kappa(loss, layer, curvature="gauss_newton", mode=mode)
+        for layer in (head, body)
+        for mode in ("exact", "full")
+    ]
+    torch.testing.assert_close(values[0], right, rtol=1e-9, atol=0)
+    torch.testing.assert_close(values[2], values[3], rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("negative", [-1.0, -1e-3, -1e-6])
 @pytest.mark.parametrize("what", ["sample", "class", "binary", "square"])
 def test_negative_weights(what: str, negative: float, monkeypatch: pytest.MonkeyPatch) -> None:
