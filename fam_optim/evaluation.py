@@ -48,8 +48,8 @@ def dataset_relative_flatness(
             layer's device.
         measure, mode, curvature, normalize, n_samples, generator: as in `relative_flatness`.
         weight: ``weight(inputs, targets)`` is how many terms the batch's mean is over; by default its
-            samples, the length of the first tensor in inputs. Give it where the loss weighs samples (class
-            weights: the sum of theirs) or leaves some out:
+            samples, the length of the first tensor in inputs. Give it where the loss weighs samples, by
+            class say, or leaves some out:
             ``lambda inputs, targets: (targets != -100).sum()`` for the tokens of a cross-entropy that ignores
             -100. Batches of weight 0 are left out.
 

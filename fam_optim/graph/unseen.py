@@ -6,7 +6,7 @@ beside ``z = lin(phi; W)``, and only the weight sees both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.autograd.graph import get_gradient_edge
 
@@ -47,7 +47,7 @@ def check_all_seen(
         if isinstance(layer, Observation):
             transposed = layer.stores_transposed
             found = {
-                **_of_trained(_starts(weights, by_name), parents, transposed),
+                **_of_trained(_starts(weights, by_name), parents, layer),
                 **_of_frozen(weights, constants, transposed),
             }
             unseen = [through for product, through in found.items() if product not in recorded]
@@ -111,15 +111,16 @@ def _by_name(graph: Iterable[Node]) -> dict[str, list[Node]]:
 
 
 def _of_trained(
-    starts: Set[Node], parents: Mapping[Node, Sequence[Node]], stored_transposed: bool
+    starts: Set[Node], parents: Mapping[Node, Sequence[Node]], layer: Observation
 ) -> dict[Node, bool]:
     """Products ``phi W^T`` of weights that begin at `starts`, as the layer takes them, and ``delta W`` as a
     derivative through it does, with whether they are such.
 
-    There W is what F.linear makes by t(), made back by another. Not ``z W`` nor ``W W^T``: these are other
-    uses of the weight, which do not count.
+    A call's W^T is made by t(), and what a derivative takes from that by more. Written by hand, W.T, a
+    product is a call if the layer's bias is added. Not ``z W`` nor ``W W^T``: other uses, which do not count.
     """
     found = {}
+    of_call = 0 if layer.stores_transposed else 1  # how many t() it takes
     stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()
@@ -135,10 +136,33 @@ def _of_trained(
             elif calls.is_derivative_of_convolution(above) and operands[2] is node:
                 found[above] = True
             elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node and operands[-2] not in starts:
-                as_called = len(way) % 2 != stored_transposed
-                if as_called or stored_transposed or way == ("T", "T"):
-                    found[above] = not as_called
+                by_torch = len(way) >= of_call and set(way) <= {"T"}
+                as_called = len(way) % 2 == of_call
+                if by_torch or (as_called and _has_bias(above, parents, layer.module.bias)):
+                    found[above] = len(way) > of_call
     return found
+
+
+def _has_bias(product: Node, parents: Mapping[Node, Sequence[Node]], bias: Any) -> bool:
+    """Whether a bias is added to a product; True if that cannot be told, as it has none or is frozen."""
+    if bias is None or not bias.requires_grad:
+        return True
+    begins = get_gradient_edge(bias).node
+    stack = [product]
+    while stack:
+        node = stack.pop()
+        if any(_origin(below) is begins for below, _ in node.next_functions):
+            return True
+        same = (above for above in parents[node] if nodes.kind(above) in _SAME_NUMBERS | {"Add"})
+        stack.extend(same if node is product or nodes.kind(node) != "Add" else ())
+    return False
+
+
+def _origin(node: Node | None) -> Node | None:
+    """What a node has all its numbers from."""
+    while node is not None and nodes.kind(node) in _SAME_NUMBERS:
+        node = node.next_functions[0][0]
+    return node
 
 
 def _of_frozen(

@@ -284,6 +284,11 @@ def derivative_through_another_call(model: nn.Module, x: Tensor, how: str) -> Te
     x = x.clone().requires_grad_()
     if how == "gradient":
         return torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+    if how == "two derivatives":  # of which the second is in the direction of the first: a jvp
+        value = model(x)
+        along = torch.ones_like(value, requires_grad=True)
+        (back,) = torch.autograd.grad(value, x, along, create_graph=True)
+        return torch.autograd.grad(back, along, torch.ones_like(x), create_graph=True)[0]
     if how == "jacobian":
         jacobian = torch.autograd.functional.jacobian
         return jacobian(lambda a: model(a).flatten(1).sum(0), x, create_graph=True)
@@ -295,7 +300,7 @@ def derivative_through_another_call(model: nn.Module, x: Tensor, how: str) -> Te
     return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
 
 
-THROUGH = ["gradient", "jacobian", "func.grad", "vmap of grad", "jvp"]
+THROUGH = ["gradient", "two derivatives", "jacobian", "func.grad", "vmap of grad", "jvp"]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
