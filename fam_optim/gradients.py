@@ -36,8 +36,7 @@ class Ledger:
 
     def __init__(self, layers: Sequence[Layer], trained: Iterable[Tensor]) -> None:
         self._layers = layers
-        # A sharded weight gets its gradient from FSDP, not from a backward.
-        self._trained = [p for p in trained if not is_sharded(p)]
+        self._trained = list(trained)
         ids = {id(p) for p in self._trained}
         self._of_layers = [w for layer in layers for w in weights_of(layer) if id(w) in ids]
         self._hooked: set[int] = set()
@@ -48,7 +47,9 @@ class Ledger:
     def _weights(self) -> list[Any]:
         """What is watched: the layers' weights, or all that is trained if these are frozen now."""
         weights = [w for w in self._of_layers if w.requires_grad]
-        return weights or [p for p in self._trained if p.requires_grad]
+        watched = weights or [p for p in self._trained if p.requires_grad]
+        # A sharded weight gets its gradient from FSDP, not from a backward.
+        return [w for w in watched if not is_sharded(w)]
 
     def expect(self, loss: Tensor) -> None:
         """Notes that a backward from `loss` is in order."""
@@ -76,7 +77,7 @@ class Ledger:
 
     def is_empty(self) -> bool:
         """Whether nothing that is trained has a gradient."""
-        return bool(self._trained) and all(p.grad is None for p in self._trained)
+        return all(p.grad is None for p in self._trained)
 
     def _is_there(self) -> bool:
         gradients = [w.grad for w in self._weights if w.grad is not None]

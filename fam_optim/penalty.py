@@ -98,6 +98,12 @@ class Penalty(Regularizer):
 
     @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self, trained: Iterable[Tensor]) -> None:
+        if self.given and self.ledger.is_empty():
+            raise RuntimeError(
+                f"regularize() was called for `layer` {self.names}, and nothing that is trained has a "
+                "gradient. Expected optimizer.regularize(loss).backward() after zero_grad() and before "
+                "step()."
+            )
         self.ledger.check()
         self._guard.check(self, trained)
 

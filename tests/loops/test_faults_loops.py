@@ -577,6 +577,22 @@ def test_one_of_two_losses_without_its_penalty_is_refused(order: str, frozen: bo
     fam.step()
 
 
+@pytest.mark.parametrize("how", ["no backward", "of a copy", "zeroed"])
+def test_a_regularised_loss_that_leaves_no_gradient_is_refused(how: str) -> None:
+    model = mlp()
+    fam = fam_on(model, model[2])
+    loss = fam.regularize(CE(model(X), Y))
+    if how == "of a copy":
+        loss.detach().requires_grad_().backward()
+    elif how == "zeroed":
+        loss.backward()
+        fam.zero_grad()
+    with pytest.raises(RuntimeError, match=r"nothing that is trained has a gradient.*before step\(\)"):
+        fam.step()
+    fam.regularize(CE(model(X), Y)).backward()
+    fam.step()
+
+
 @pytest.mark.parametrize("which", ["another FAM's step", "a plain backward"])
 def test_a_closure_that_zeroes_what_it_backpropagated_is_refused(which: str) -> None:
     """What it returns is not backpropagated, as it called backward: nothing would be trained, in silence."""
