@@ -120,9 +120,9 @@ class PenalizedClosure(WatchedClosure):
             ) from self._missed
         if self.penalty.lam and self.penalty.ledger.is_empty():
             raise RuntimeError(
-                "the closure called backward and left no gradients: they were zeroed after it, so that the loss "
-                "that it returned would not be trained on. Expected zero_grad() before the backward, and every "
-                "loss backpropagated in the closure, or none."
+                "the closure called backward and left no gradients: they were zeroed after it, so that the "
+                "loss that it returned would not be trained on. Expected zero_grad() before the backward, "
+                "and every loss backpropagated in the closure, or none."
             )
 
     def _value(self, result: Any) -> Any:
