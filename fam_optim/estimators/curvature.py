@@ -49,7 +49,7 @@ class Curvature:
         if self.half:
             self._fit_into_float16()
         self.gradient = self._scaled_gradient()
-        errors.check_functions(tail.path, self.gradient)
+        errors.check_functions(tail.path, tail.ends, self.gradient)
         if not differentiable and not tail.nested:
             self.uses = tuple(use.detached() for use in self.uses)
 

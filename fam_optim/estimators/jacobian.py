@@ -77,7 +77,7 @@ class Jacobian:
                 allow_unused=True,
             )
         if self.differentiable:
-            errors.check_functions(self.path, [g for g in found if g is not None])
+            errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
         if isinstance(scale, float):
             return found
         return [None if g is None else at_least_float32(g) / scale for g in found]

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence, Set
 
     from torch.autograd.graph import Node
 
@@ -121,24 +121,27 @@ def check_differentiable(path: Iterable[Node]) -> None:
             )
 
 
-def check_functions(path: Iterable[Node], gradient: Sequence[Tensor]) -> None:
+def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]) -> None:
     """Raises RuntimeError for an autograd.Function that drops out of a second derivative.
 
     torch takes its second derivative for zero without a word, or leaves an error on the graph where a
     derivative in z may not pass.
+
+    Args:
+        path, ends: the nodes between loss and z, and those that make z.
+        gradient: the first derivative in z.
     """
     functions = [node for node in path if nodes.is_function(node)]
     if not functions:
         return
-    dropped = any(map(_drops_out, functions))
-    stack = [] if dropped else [g.grad_fn for g in gradient]
-    seen: set[Node | None] = {None}
-    while stack and not dropped:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(below for below, _ in node.next_functions)
-            dropped = nodes.is_error(node) or (nodes.is_function(node) and _drops_out(node))
+    roots = [(g.grad_fn, g.output_nr) for g in gradient]
+    made = _derivative_nodes([node for node, _ in roots], path | ends)
+    edges = [*roots, *(edge for node in (*path, *made) for edge in node.next_functions)]
+    outputs: dict[Node, set[int]] = {node: set() for node in (*functions, *filter(nodes.is_function, made))}
+    for node, output in edges:
+        if node in outputs:
+            outputs[node].add(output)
+    dropped = any(map(nodes.is_error, made)) or any(_drops_out(n, of or {0}) for n, of in outputs.items())
     if dropped:
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
@@ -150,11 +153,27 @@ def check_functions(path: Iterable[Node], gradient: Sequence[Tensor]) -> None:
         )
 
 
-def _drops_out(node: Node) -> bool:
-    """Whether a function's backward keeps numbers, and what it computes does not depend on them."""
+def _derivative_nodes(roots: Iterable[Node | None], forward: Set[Node]) -> set[Node]:
+    """The graph of a derivative, down to the nodes of the forward."""
+    seen: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen and node not in forward:
+            seen.add(node)
+            stack.extend(below for below, _ in node.next_functions)
+    return seen
+
+
+def _drops_out(node: Node, outputs: Set[int]) -> bool:
+    """Whether a function's backward keeps numbers, and what it computes does not depend on them.
+
+    Args:
+        outputs: the numbers of its results that are used; others may be no numbers at all.
+    """
     if not nodes.keeps_numbers(node):
         return False
-    made = [(i, m) for i, m in enumerate(nodes.results(node)) if m.dtype.is_floating_point]
+    made = [(i, nodes.results(node)[i]) for i in outputs]
     gradients = [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for _, m in made]
     inputs = [GradientEdge(below, i) for below, i in node.next_functions if below is not None]
     with torch.enable_grad():

@@ -196,6 +196,47 @@ class Mask(torch.autograd.Function):
         return -0.5 * grad if ctx.reverse else grad * ctx.saved_tensors[0], None
 
 
+class Several(torch.autograd.Function):
+    """A product, where the largest is, and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(a, b)
+        largest = a.argmax(1)
+        ctx.mark_non_differentiable(largest)
+        return a * b, largest, a + b
+
+    @staticmethod
+    def backward(ctx: Any, by_product: Tensor, _: Any, by_sum: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return by_product * b + by_sum, by_product * a + by_sum
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["below", "last"])
+def test_functions_with_several_results(number: int) -> None:
+    m = perceptron()
+
+    def loss() -> Tensor:
+        product, largest, total = Several.apply(m(X), m(X).exp())
+        return CE(product, largest) + total.square().mean()
+
+    assert_right(m, loss, m[number])
+
+
+@pytest.mark.parametrize("mode", ["exact", "full"])
+def test_a_function_below_the_layer_may_be_differentiable_once(mode: str) -> None:
+    """It is passed by the first derivative only."""
+    m = perceptron()
+    body = nn.Linear(4, 4)
+
+    def loss() -> Tensor:
+        return CE(Mask.apply(m(sine("no_grad").apply(body(X))), False), Y)
+
+    value = kappa(loss, m[0], mode=mode)
+    right = kappa(lambda: CE(m(body(X).sin()).relu(), Y), m[0], mode=mode)
+    torch.testing.assert_close(value, right, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("number", [0, 2], ids=["below", "last"])
 def test_functions_that_are_linear_where_they_are(number: int, reverse: bool) -> None:
