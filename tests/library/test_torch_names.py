@@ -192,7 +192,8 @@ class Keeps(torch.autograd.Function):
 
 @pytest.mark.parametrize("how", ["saved", "attribute", "mask", "nothing"])
 def test_what_functions_keep(how: str) -> None:
-    node = Keeps.apply(ROW, how).grad_fn
+    z = Keeps.apply(ROW, how)
+    node = z.grad_fn
     assert nodes.keeps_numbers(node) == (how in ("saved", "attribute"))
 
 
