@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """Within this context the buffers of modules that a derivative runs again are as they were, afterwards.
+    """Within this context the buffers of modules that run again are as they were, afterwards.
 
-    Such as the running statistics of BatchNorm, which would follow a step's batch more than once.
+    Such as the running statistics of BatchNorm, which would follow a step's batch more than once. Modules run
+    again in a derivative, or where this thread reads what a checkpoint has not kept.
     """
+    thread = threading.get_ident()
     before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(module: Any, args: Any) -> None:
-        if nodes.in_derivative():
+        if nodes.in_derivative() or threading.get_ident() == thread:
             for buffer in module._buffers.values():
                 if buffer is not None and id(buffer) not in before:
                     before[id(buffer)] = (buffer, buffer.detach().clone())
