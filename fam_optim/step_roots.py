@@ -10,8 +10,8 @@ import torch
 
 from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots, scaled
 from fam_optim.graph import errors, nodes
-from fam_optim.graph.losses import find_outputs, is_of_weights
-from fam_optim.graph.reach import reach
+from fam_optim.graph.losses import find_outputs
+from fam_optim.graph.reach import is_of_weights, reach
 from fam_optim.graph.recomputation import counted_once
 from fam_optim.graph.trace import check_scalar
 from fam_optim.layer.use import at_least_float32

@@ -127,8 +127,9 @@ def scaled(roots: Roots, factor: Tensor) -> Roots:
 
 
 def _scaled(root: Root, factor: Tensor) -> Root:
-    of_rows = isinstance(root, Rows)
-    return Rows(_scaled(root.delta, factor), root.phi) if of_rows else root * factor.to(root)
+    if isinstance(root, Rows):
+        return Rows(root.delta * factor.to(root.delta), root.phi)
+    return root * factor.to(root)
 
 
 def _added(left: Root, right: Root, fewest: int) -> Root:

@@ -108,31 +108,14 @@ def find_outputs(
     outputs = [output for output in found if output is not None]
     if len(outputs) < len(found):
         raise RuntimeError(
-            "mode='proximal' and curvature='gauss_newton' need a loss that is known to be convex in the "
-            "network's outputs: softmax cross-entropy, binary cross-entropy with logits, squared error, or a "
-            "weighted sum of these (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss). This "
-            f"one ends in {loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() the terms that "
-            "are and add the others to what it returns, or use mode='hutchinson' with curvature='hessian'."
+            "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: softmax "
+            "cross-entropy, binary cross-entropy with logits, squared error, or a weighted sum of these "
+            "(F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss). This one ends in "
+            f"{loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() the terms that are and add "
+            "the others to what it returns, or use mode='hutchinson', curvature='hessian'."
         )
     _check_weights(outputs)
     return outputs
-
-
-def is_of_weights(node: Node) -> bool:
-    """Whether what a node makes is a weight itself, moved or scaled: its square is weight decay, and no
-    output of the network."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if not nodes.is_leaf(node):
-            if nodes.kind(node) not in _OF_WEIGHTS:
-                return False
-            stack += [below for below, _ in node.next_functions if below is not None]
-    return True
-
-
-_OF_WEIGHTS = operations.VIEWS | operations.PERMUTATIONS | operations.ADDITIONS
-_OF_WEIGHTS |= {"Mul", "Div", "Cat", "Stack"}
 
 
 def _check_weights(outputs: list[Output]) -> None:
@@ -144,9 +127,8 @@ def _check_weights(outputs: list[Output]) -> None:
         weights = output.weights().detach()
         if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
             raise RuntimeError(
-                "mode='proximal' and curvature='gauss_newton' need a loss that is convex in the network's "
-                "outputs, and some sample or class counts with a negative weight. Use mode='hutchinson' with "
-                "curvature='hessian' for it."
+                "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some sample "
+                "or class counts with a negative weight. Use mode='hutchinson', curvature='hessian' for it."
             )
 
 

@@ -136,7 +136,8 @@ def padded_axes(node: Any) -> int:
 
 def picked_axes(node: Any) -> range:
     """The axes that ``x[:, index]`` picks from; all in front of the last if they are not side by side."""
-    axis, picked = 0, []
+    axis = 0
+    picked: list[int] = []
     for index in node._saved_indices:
         is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
         width = index.dim() if is_mask else 1  # a mask picks from as many axes as it has

@@ -170,9 +170,7 @@ def test_terms_that_are_not_convex_may_be_added_in_a_closure() -> None:
 
 def test_a_loss_with_other_terms_says_what_to_do() -> None:
     optimizer = fam(model := net())
-    with pytest.raises(
-        RuntimeError, match=r"mode='proximal'.*Give regularize\(\) the terms that are and add"
-    ):
+    with pytest.raises(RuntimeError, match=r"convex in the.*Give regularize\(\) the terms that are and add"):
         optimizer.regularize(loss_of(model, 0) + model[0].weight.abs().sum())
 
 
