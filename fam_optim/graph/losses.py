@@ -108,8 +108,8 @@ def find_outputs(
     outputs = [output for output in found if output is not None]
     if len(outputs) < len(found):
         raise RuntimeError(
-            "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: softmax "
-            "cross-entropy, binary cross-entropy with logits, squared error, or a weighted sum of these "
+            "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: a "
+            "weighted sum of softmax cross-entropies, binary ones with logits, and squared errors "
             "(F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss). This one ends in "
             f"{loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() the terms that are and add "
             "the others to what it returns, or use mode='hutchinson', curvature='hessian'."
@@ -127,8 +127,8 @@ def _check_weights(outputs: list[Output]) -> None:
         weights = output.weights().detach()
         if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
             raise RuntimeError(
-                "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some sample "
-                "or class counts with a negative weight. Use mode='hutchinson', curvature='hessian' for it."
+                "Gauss-Newton curvature needs a convex loss, and some sample or class counts with a negative "
+                "weight. Use mode='hutchinson', curvature='hessian' for it."
             )
 
 
