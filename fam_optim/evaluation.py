@@ -136,13 +136,18 @@ def _over_batches(
     modes = [(module, module.training) for module in model.modules()]
     total, count = torch.zeros(len(layers), device=device), 0.0
     observed = [layer for layer in layers if isinstance(layer, Observation)]
+    frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
     try:
         model.eval()
+        for parameter in frozen:  # or the graph would not show it
+            parameter.requires_grad_()
         for layer in observed:
             layer.start()
-        for inputs, targets in loader:
-            inputs, targets = _to(inputs, device), _to(targets, device)
+        for batch in loader:
+            inputs, targets = _to(_pair(batch), device)
             size = float(weight(inputs, targets))
+            if not size >= 0:
+                raise ValueError(f"expected `weight` to give a number that is at least 0, got {size}.")
             if size == 0:
                 continue
             with torch.enable_grad():
@@ -157,6 +162,8 @@ def _over_batches(
     finally:
         for layer in observed:
             layer.stop()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for module, training in modes:
             module.training = training
     if count == 0:
@@ -166,6 +173,15 @@ def _over_batches(
 
 def _device(layers: Sequence[Layer]) -> torch.device:
     return next(weight.device for layer in layers for weight in weights_of(layer))
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        raise TypeError(
+            f"expected `loader` to yield pairs (inputs, targets), got a {type(batch).__name__}. Make pairs "
+            "of its batches: ((batch, batch['labels']) for batch in loader)."
+        )
+    return batch[0], batch[1]
 
 
 def _samples(inputs: Any, targets: Any) -> int:
