@@ -197,7 +197,7 @@ class Proximal(Regularizer):
         Raises:
             ValueError: if it is of other layers.
         """
-        if "means" not in state:  # of a penalty
+        if "means" not in state:  # of a penalty, whose lam is another number
             return
         means: dict[int, Tensor] = state["means"]
         shapes = {i: shape_of_mean(w.d, w.m * self.n_samples) for i, w in enumerate(self.weights)}
@@ -207,7 +207,7 @@ class Proximal(Regularizer):
                 f"expected a checkpoint of the same layers and n_samples, with means of {shapes}; it has "
                 f"{saved}. Build FAM with the layers and n_samples that it was saved with."
             )
-        self.seed, self.steps = state["seed"], state["steps"]
+        self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
         devices = {i: self.weights[i].parameter.device for i in means}
         self.means.kept = {i: mean.to(devices[i], copy=True) for i, mean in means.items()}
         self.forget()

@@ -322,6 +322,21 @@ def test_weights_may_change_their_precision() -> None:
         assert torch.allclose(layer.weight.detach().double(), right, atol=1e-5)
 
 
+@pytest.mark.parametrize("saved", ["proximal", "hutchinson"])
+def test_lam_of_another_kind_is_not_loaded(saved: str) -> None:
+    """0.008 is a penalty's usual value, and next to nothing for a proximal step."""
+    made = {}
+    for mode in ("proximal", "hutchinson"):
+        model = net()
+        made[mode] = FAM(model.parameters(), torch.optim.SGD, model[0], mode=mode, lr=0.1, momentum=0.9)
+        made[mode].step(lambda model=model: loss_of(model, 0))
+    (other,) = made.keys() - {saved}
+    lam, momentum = made[other].lam, made[saved].state_dict()["state"][0]["momentum_buffer"].clone()
+    made[other].load_state_dict(made[saved].state_dict())
+    assert made[other].lam == lam
+    assert torch.equal(made[other].state_dict()["state"][0]["momentum_buffer"], momentum)
+
+
 # ------------------------------------------------------------------------------------- what is refused
 
 
