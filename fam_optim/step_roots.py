@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fam_optim.layer.weights import WeightMatrix
 
 _SEEN = "fam_optim.seen"
+APART = 0x9E3779B97F4A7C15
+"""Between the seeds of processes: no difference that their users' own seeds have makes up for it."""
 
 
 class Taken:
@@ -118,6 +120,7 @@ class StepRoots:
             with errors.explained("the graph"):
                 outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
             outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]
+            self._replicas.check_together()
             alone = self._replicas.group is None
             self.recognised = True
             if seed is None:
@@ -149,7 +152,7 @@ class StepRoots:
     def _generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Of the step's signs, which differ from process to process."""
         if device not in self._generators:
-            seed = (seed + self._replicas.rank) % 2**63
+            seed = (seed + self._replicas.rank * APART) % 2**63
             self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
 
