@@ -109,9 +109,10 @@ def find_outputs(
     if len(outputs) < len(found):
         raise RuntimeError(
             "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: a sum "
-            "of F.cross_entropy, F.binary_cross_entropy_with_logits and F.mse_loss, none of them compiled. "
-            f"This one ends in {loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() the terms "
-            "that are and add the others to what it returns, or use mode='hutchinson', curvature='hessian'."
+            "of softmax cross-entropy, binary cross-entropy with logits, squared error (F.cross_entropy, "
+            "F.binary_cross_entropy_with_logits, F.mse_loss), none of them compiled. This one ends in "
+            f"{loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() the terms that are and add "
+            "the others to what it returns, or use mode='hutchinson', curvature='hessian'."
         )
     _check_weights(outputs)
     return outputs
