@@ -137,13 +137,18 @@ def _over_batches(
     modes = [(module, module.training) for module in model.modules()]
     total, count = torch.zeros(len(layers), device=device), 0.0
     observed = [layer for layer in layers if isinstance(layer, Observation)]
+    frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
     try:
         model.eval()
+        for parameter in frozen:  # or the graph would not show it
+            parameter.requires_grad_()
         for layer in observed:
             layer.start()
         for batch in loader:
             inputs, targets = (_to(part, device) for part in _pair(batch))
             size = float(weight(inputs, targets))
+            if not size >= 0:
+                raise ValueError(f"expected `weight` to give a number that is at least 0, got {size}.")
             if size == 0:
                 continue
             with torch.enable_grad():
@@ -163,6 +168,8 @@ def _over_batches(
     finally:
         for layer in observed:
             layer.stop()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for module, training in modes:
             module.training = training
     if count == 0:

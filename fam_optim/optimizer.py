@@ -287,7 +287,6 @@ class FAM(OptimizerWrapper):
     def _load_own_state(self, own: dict[str, Any]) -> None:
         saved = own.get(_CHECKPOINT_KEY)
         if saved is not None:  # a plain base optimizer has none, and lam stays as it is
-            self.lam = saved["lam"]
             self.regularizer.load(saved)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,7 @@ class Replicas:
             if not issubclass(type(wrapped), DistributedDataParallel):
                 continue
             if ours <= {id(p) for p in wrapped.module.parameters()}:
+                self._wrapped = weakref.ref(wrapped)
                 group: dist.ProcessGroup = wrapped.process_group
                 return group if dist.get_world_size(group) > 1 else None
         raise RuntimeError(
@@ -179,6 +181,15 @@ class Replicas:
             "has all weights of mode='proximal', which must move alike in all copies of the model. Wrap the "
             "model that is trained in DistributedDataParallel, or use mode='hutchinson'."
         )
+
+    def check_together(self) -> None:
+        """Raises RuntimeError where some of them may have come to the end of their batches."""
+        wrapped = None if self.group is None else self._wrapped()
+        if wrapped is not None and known(wrapped, "_join_config").enable:
+            raise RuntimeError(
+                "mode='proximal' adds up over processes, and within DistributedDataParallel.join() some have "
+                "no batches left. Give all as many batches: DistributedSampler(..., drop_last=True)."
+            )
 
     @property
     def rank(self) -> int:

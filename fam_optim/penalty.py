@@ -115,6 +115,9 @@ class Penalty(Regularizer):
         return {"generator": None if generator is None else generator.get_state()}
 
     def load(self, state: dict[str, Any]) -> None:
+        if "means" in state:  # of the proximal step, whose lam is another number
+            return
+        self.lam = state["lam"]
         generator = self.settings.generator
         if generator is not None and state.get("generator") is not None:
             generator.set_state(state["generator"].cpu())

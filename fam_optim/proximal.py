@@ -17,6 +17,7 @@ sampled outputs every 10 steps, Liu et al. 2024.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fam_optim.compilation import opaque
 from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
-from fam_optim.estimators.running_mean import RunningMean, stack
+from fam_optim.estimators.running_mean import RunningMean, shape_of_mean, stack
 from fam_optim.layer.weights import weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
@@ -64,6 +65,11 @@ class Proximal(Regularizer):
         for name, value in (("every", every), ("n_samples", n_samples)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"expected `{name}` to be a positive integer, got {value!r}.")
+        if not layers:
+            raise ValueError(
+                "expected `layer` to name at least one layer, got an empty sequence: of a model with one "
+                "weight layer weight_layers(model)[:-1] is empty. Name the layer."
+            )
         self.weights = list({id(w.parameter): w for w in map(weight_matrix, layers)}.values())
         self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
         # torch's own generator is asked for its seed and not advanced.
@@ -108,7 +114,11 @@ class Proximal(Regularizer):
     # Around the base's step: the proximal one
 
     def check(self, trained: Iterable[Tensor]) -> None:
-        """Raises RuntimeError before a due step whose losses were not, or were others than, those seen."""
+        """Raises RuntimeError before a due step whose losses were seen, and not backpropagated.
+
+        Warns:
+            UserWarning: if no parameter has a gradient.
+        """
         if not self.due:
             return
         if self.roots.only_pending:
@@ -120,6 +130,12 @@ class Proximal(Regularizer):
             raise RuntimeError(
                 f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "
                 "keep flat. Expected layers of the model that is trained, whose weights require gradients."
+            )
+        if self.roots.is_empty and all(p.grad is None for p in trained):
+            warnings.warn(
+                "no parameter of this optimizer has a gradient. If the parameters of the model were replaced "
+                "(load_state_dict(assign=True), to_empty), this optimizer trains nothing: build it anew.",
+                stacklevel=2,
             )
 
     def before_step(self) -> None:
@@ -138,9 +154,8 @@ class Proximal(Regularizer):
         """The proximal step of all weights that have an A."""
         stacks: dict[Any, list[int]] = {}
         for i, a in roots.items():  # small weights of one shape make the step at once
-            mean = self.means.kept[i].shape if i in self.means.kept else None
             alone = i if a.numel() > STACKED else None
-            alike = (a.shape, self.weights[i].m, mean, i in of_rows, a.dtype, a.device, alone)
+            alike = (a.shape, self.weights[i].m, i in of_rows, a.dtype, a.device, alone)
             stacks.setdefault(alike, []).append(i)
         kappas = [
             self._pull_alike(numbers, [roots[i] for i in numbers], before, numbers[0] in of_rows)
@@ -164,7 +179,7 @@ class Proximal(Regularizer):
             t = of_batch = LowRank(a, w)
             kappa = of_batch.at_w.square().sum()
         else:
-            t, kappa = self.means.add(numbers, a, w)
+            t, kappa = self.means.add(numbers, a, w, live)
         twice_c = self.lam * self.every * frobenius(old.sub_(w)) / t.pull
         moved = t.solve(torch.where(live & twice_c.isfinite(), twice_c, 0))
         for x, new in zip(weights, moved, strict=True):
@@ -182,17 +197,17 @@ class Proximal(Regularizer):
         Raises:
             ValueError: if it is of other layers.
         """
-        if "means" not in state:  # of a penalty
+        if "means" not in state:  # of a penalty, whose lam is another number
             return
         means: dict[int, Tensor] = state["means"]
-        outputs = dict(enumerate(w.d for w in self.weights))
-        saved = {i: len(mean) for i, mean in means.items()}
-        if not saved.items() <= outputs.items():
+        shapes = {i: shape_of_mean(w.d, w.m * self.n_samples) for i, w in enumerate(self.weights)}
+        saved = {i: tuple(mean.shape) for i, mean in means.items()}
+        if not saved.items() <= shapes.items():
             raise ValueError(
-                f"expected a checkpoint of the same layers, of {list(outputs.values())} outputs; it has "
-                f"means for {list(saved.values())}. Build FAM with the layers that it was saved with."
+                f"expected a checkpoint of the same layers and n_samples, with means of {shapes}; it has "
+                f"{saved}. Build FAM with the layers and n_samples that it was saved with."
             )
-        self.seed, self.steps = state["seed"], state["steps"]
+        self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
         devices = {i: self.weights[i].parameter.device for i in means}
         self.means.kept = {i: mean.to(devices[i], copy=True) for i, mean in means.items()}
         self.forget()

@@ -77,7 +77,7 @@ class Regularizer:
         raise NotImplementedError
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Goes on from a checkpoint, if it is of this kind of regulariser."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots
-from fam_optim.graph import nodes
+from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots, scaled
+from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import reach
+from fam_optim.graph.reach import is_of_weights, reach
+from fam_optim.graph.recomputation import counted_once
 from fam_optim.graph.trace import check_scalar
+from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
 
 if TYPE_CHECKING:
@@ -26,22 +28,25 @@ if TYPE_CHECKING:
     from fam_optim.layer.weights import WeightMatrix
 
 _SEEN = "fam_optim.seen"
+APART = 0x9E3779B97F4A7C15
+"""Between the seeds of processes: no difference that their users' own seeds have makes up for it."""
 
 
 class Taken:
-    """A of one loss, or of several that were backpropagated.
+    """A of one loss.
 
     Attributes:
         roots: A by weight.
-        backpropagated: whether the loss's backward has begun.
+        share: how much of the loss was backpropagated, its own gradient; None before its backward begins.
     """
 
     def __init__(self, roots: Roots) -> None:
-        self.roots, self.backpropagated = roots, False
+        self.roots = roots
+        self.share: Tensor | None = None
 
     def note(self, gradient: Tensor) -> None:
         """Hook on the loss: its backward has begun."""
-        self.backpropagated = True
+        self.share = at_least_float32(gradient).reshape(())
 
 
 class StepRoots:
@@ -58,27 +63,45 @@ class StepRoots:
     def __init__(self, weights: Sequence[WeightMatrix], n_samples: int) -> None:
         self.weights, self.n_samples, self.recognised = weights, n_samples, False
         self._replicas = Replicas([w.parameter for w in weights])
+        self._pending: list[Taken] = []
         self.forget()
 
     def forget(self) -> None:
         """Drops what was taken, as after a step."""
-        self._taken: list[Taken] = []
-        self._generators: dict[torch.device, torch.Generator] = {}
+        for taken in self._pending:
+            taken.roots = {}  # whoever keeps the loss does not keep A
+        self._pending = []
+        self._empty()
 
     def gradients_zeroed(self) -> None:
         """Drops whatever was taken with the gradients: it is of a step that was not made."""
-        self._taken = self._pending()
-        if not self._taken:
-            self._generators.clear()
+        self._pending = [taken for taken in self._pending if taken.share is None]
+        self._empty()
 
-    def _pending(self) -> list[Taken]:
-        """What was taken of losses whose backward is still to come."""
-        return [taken for taken in self._taken if not taken.backpropagated]
+    def _empty(self) -> None:
+        self._roots: Roots = {}  # of what was backpropagated
+        self._shares: list[Tensor] = []
+        if not self._pending:
+            self._generators: dict[torch.device, torch.Generator] = {}
+
+    def _gather(self) -> None:
+        """Adds up A of the losses whose backward has begun, each as much as it was backpropagated."""
+        for taken in self._pending:
+            if taken.share is not None:
+                self._roots = added(self._roots, scaled(taken.roots, taken.share.sqrt()), self.weights)
+                self._shares.append(taken.share)
+                taken.roots = {}
+        self._pending = [taken for taken in self._pending if taken.share is None]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether A was taken of no loss."""
+        return not (self._pending or self._shares)
 
     @property
     def only_pending(self) -> bool:
         """Whether none of the losses that A was taken of has been backpropagated."""
-        return bool(self._taken) and len(self._pending()) == len(self._taken)
+        return not self.is_empty and not self._shares and all(t.share is None for t in self._pending)
 
     def see(self, loss: Tensor, seed: int | None) -> None:
         """Takes A of a loss that is about to be backpropagated, with the signs of a seed; without one it is
@@ -89,26 +112,38 @@ class StepRoots:
         """
         check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])
-        if not reached.leaves:
+        self._check_hidden(reached)
+        if not reached.leaves or (seed is not None and self._is_seen(loss)):
             return
         ends = frozenset(reached.leaves.values())
-        with torch.autocast(loss.device.type, enabled=False), unsunk(reached.path):
-            outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
-            # The square of a weight itself is weight decay, and no output of the network.
-            outputs = [o for o in outputs if not all(nodes.is_leaf(edge.node) for edge in o.edges)]
+        with torch.autocast(loss.device.type, enabled=False), unsunk(reached.path), counted_once():
+            with errors.explained("the graph"):
+                outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
+            outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]
+            self._replicas.check_together()
             alone = self._replicas.group is None
             self.recognised = True
-            if seed is None or self._is_seen(loss):
+            if seed is None:
                 return
+            self._gather()
+            if self._roots and all(self.weights[i].parameter.grad is None for i in self._roots):
+                self._empty()  # by model.zero_grad(), after a step that was not made
             # g has the same size on all processes, however many rows they have.
             rows = self.rows(reached) if alone else {}
             generator = partial(self._generator, seed)
             taken = Taken(sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples))
         loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
-        for earlier in self._taken:
-            if earlier.backpropagated:  # a micro-batch
-                taken.roots = added(earlier.roots, taken.roots, self.weights)
-        self._taken = [*self._pending(), taken]
+        self._pending.append(taken)
+
+    def _check_hidden(self, reached: Reach) -> None:
+        """Raises RuntimeError if weights may be used where the graph does not show it."""
+        hidden = [w.name for w in self.weights if w.parameter not in reached.leaves]
+        if hidden and any(map(nodes.is_reentrant_checkpoint, reached.parents)):
+            raise RuntimeError(
+                f"the loss does not depend on the weight of `layer` {hidden[0]} outside reentrant activation "
+                "checkpoints, and what happens in one is not in the graph. Checkpoint with "
+                "use_reentrant=False, or leave the layers in the checkpoint out of `layer`."
+            )
 
     def rows(self, reached: Reach) -> dict[int, Node]:
         """The products whose rows A is made of, by weight."""
@@ -117,7 +152,7 @@ class StepRoots:
     def _generator(self, seed: int, device: torch.device) -> torch.Generator:
         """Of the step's signs, which differ from process to process."""
         if device not in self._generators:
-            seed = (seed + self._replicas.rank) % 2**63
+            seed = (seed + self._replicas.rank * APART) % 2**63
             self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
 
@@ -137,10 +172,10 @@ class StepRoots:
 
     def total(self) -> tuple[dict[int, Tensor], set[int]]:
         """A ``(d, q)`` of what was backpropagated, by weight, and the weights whose A is made of rows."""
-        roots: Roots = {}
-        for taken in self._taken:
-            if taken.backpropagated:
-                roots = added(roots, taken.roots, self.weights)
+        self._gather()
+        roots = self._roots
+        if roots:  # in the unit of the largest share, as a loss scale is no weight
+            roots = scaled(roots, torch.stack(self._shares).amax().rsqrt())
         of_rows = {i for i, samples in roots.items() if isinstance(samples[0], Rows)}
         return self._of_all_processes({i: joined(samples) for i, samples in roots.items()}), of_rows
 

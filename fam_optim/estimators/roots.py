@@ -23,7 +23,6 @@ from fam_optim.graph import calls, errors, nodes
 from fam_optim.graph.independence import independent
 from fam_optim.graph.losses import cotangents
 from fam_optim.graph.reach import above, product_on_vectors
-from fam_optim.graph.recomputation import counted_once
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def sample_roots(
         edges, vectors, scale = cotangents(outputs, signs)
         if not edges:
             return {}
-        with errors.explained("first derivatives"), counted_once():
+        with errors.explained("first derivatives"):
             found: Any = torch.autograd.grad(
                 edges, [GradientEdge(end, 0) for end in ends], vectors, retain_graph=True, allow_unused=True
             )
@@ -86,7 +85,8 @@ def sample_roots(
             unscaled = at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
             root: Root
             if i in products:
-                root = Rows(unscaled, at_least_float32(calls.first_factor(products[i])))
+                # A copy: what is fed from a buffer may be overwritten before the step.
+                root = Rows(unscaled, at_least_float32(calls.first_factor(products[i])).clone())
             else:
                 root = weights[i].of(unscaled.to_dense() if g.is_sparse else unscaled)
             roots.setdefault(i, []).append(root)
@@ -119,6 +119,17 @@ def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:
         fewest = min(weights[i].d, weights[i].m)
         both[i] = [_added(a, b, fewest) for a, b in zip(left[i], right[i], strict=True)]
     return both
+
+
+def scaled(roots: Roots, factor: Tensor) -> Roots:
+    """A times a number."""
+    return {i: [_scaled(root, factor) for root in samples] for i, samples in roots.items()}
+
+
+def _scaled(root: Root, factor: Tensor) -> Root:
+    if isinstance(root, Rows):
+        return Rows(root.delta * factor.to(root.delta), root.phi)
+    return root * factor.to(root)
 
 
 def _added(left: Root, right: Root, fewest: int) -> Root:

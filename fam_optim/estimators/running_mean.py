@@ -22,33 +22,40 @@ class RunningMean:
     """The means of some weights.
 
     Attributes:
-        kept: by weight, T ``(d, d)``, or the last A side by side ``(d, 4 q)``.
+        kept: by weight, T ``(d, d)``, or the last A side by side ``(d, 4 q)``, zero at the start.
     """
 
     def __init__(self) -> None:
         self.kept: dict[int, Tensor] = {}
 
-    def add(self, numbers: list[int], a: Tensor, w: Tensor) -> tuple[Dense | LowRank, Tensor]:
+    def add(self, numbers: list[int], a: Tensor, w: Tensor, live: Tensor) -> tuple[Dense | LowRank, Tensor]:
         """The means of weights of one shape with ``A A^T`` in them, A ``(weights, d, q)``, beside their W;
         and ``||A^T W||_F^2``, the sum over the weights.
 
-        An A that is zero, for want of a finite one, only scales the mean.
+        Args:
+            live: by weight, whether A counts; where it does not, for want of a finite one, the mean stays.
         """
-        old = [self.kept[i] for i in numbers if i in self.kept]
-        before = stack(old) if old else None
         d, q = a.shape[-2:]
+        shape = shape_of_mean(d, q)
+        old = [self.kept[i].to(a) if i in self.kept else a.new_zeros(shape) for i in numbers]
+        before, live = stack(old), live[:, None, None]
         t: Dense | LowRank
-        if FACTORS * q < d:
-            new = a if before is None else torch.cat([before, a], -1)[..., -FACTORS * q :]
+        if shape[1] < d:
+            new = torch.where(live, torch.cat([before[..., q:], a], -1), before)
             t = narrow = LowRank(new, w)
-            kappa = narrow.at_w[..., -q:, :].square().sum()
+            kappa = torch.where(live, narrow.at_w[..., -q:, :], 0).square().sum()
         else:
             squared = a @ a.mT
-            new = (1 - KEPT) * squared if before is None else torch.lerp(before, squared, 1 - KEPT)
+            new = torch.lerp(before, squared, (1 - KEPT) * live.to(a))
             t = Dense(new, w)
             kappa = (squared @ w * w).sum() if q > d else (a.mT @ w).square().sum()
         self.kept.update(zip(numbers, new, strict=True))
         return t, kappa
+
+
+def shape_of_mean(d: int, q: int) -> tuple[int, int]:
+    """Of T, or of the last A side by side, whichever is smaller."""
+    return (d, FACTORS * q if FACTORS * q < d else d)
 
 
 def stack(tensors: list[Tensor]) -> Tensor:

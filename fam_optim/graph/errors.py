@@ -45,8 +45,8 @@ _REMEDIES = (  # by what torch's message contains
     ),
     (
         r"second time",
-        "The loss has been backpropagated already: compute kappa before backward(), or call "
-        "backward(retain_graph=True).",
+        "The loss has been backpropagated already: call regularize(loss), or compute kappa, before its "
+        "backward().",
     ),
 )
 _NO_DERIVATIVE = re.compile(

@@ -110,10 +110,11 @@ def find_outputs(
     outputs = [output for output in found if output is not None]
     if terms is None or len(outputs) < len(found):
         raise RuntimeError(
-            "curvature='gauss_newton' needs a loss that is known to be convex in the network's outputs: "
-            "softmax cross-entropy, binary cross-entropy with logits, squared error, or a weighted sum of "
-            "these (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss). This one ends in "
-            f"{loss.grad_fn.name() if loss.grad_fn else loss}. Use curvature='hessian' for it."
+            "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: a sum "
+            "of softmax cross-entropy, binary cross-entropy with logits, squared error (F.cross_entropy, "
+            "F.binary_cross_entropy_with_logits, F.mse_loss), none of them compiled. This one ends in "
+            f"{loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() the terms that are and add "
+            "the others to what it returns, or use mode='hutchinson', curvature='hessian'."
         )
     _check_weights(outputs)
     return outputs
@@ -124,12 +125,11 @@ def _check_weights(outputs: list[Output]) -> None:
 
     On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
     """
-    for output in outputs:
-        weights = output.weights().detach()
+    for weights in (output.weights().detach() for output in outputs):
         if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
             raise RuntimeError(
-                "curvature='gauss_newton' needs a loss that is convex in the network's outputs, and some "
-                "sample or class counts with a negative weight. Use curvature='hessian' for it."
+                "Gauss-Newton curvature needs a loss that is convex, and some sample or class counts with a "
+                "negative weight. Use mode='hutchinson', curvature='hessian' for it."
             )
 
 

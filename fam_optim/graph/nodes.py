@@ -144,7 +144,13 @@ def padded_axes(node: Any) -> int:
 
 def picked_axes(node: Any) -> range:
     """The axes that ``x[:, index]`` picks from; all in front of the last if they are not side by side."""
-    picked = [i for i, index in enumerate(node._saved_indices) if index is not None]
+    axis = 0
+    picked: list[int] = []
+    for index in node._saved_indices:
+        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+        width = index.dim() if is_mask else 1  # a mask picks from as many axes as it has
+        picked += range(axis, axis + width) if index is not None else ()
+        axis += width
     side_by_side = len(picked) == picked[-1] - picked[0] + 1
     return range(picked[0] if side_by_side else 0, picked[-1] + 1)
 

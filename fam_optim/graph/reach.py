@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from fam_optim.graph import calls, nodes
+from fam_optim.graph import calls, nodes, operations
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -67,6 +67,23 @@ def above(ends: Collection[Node], parents: Mapping[Node, Sequence[Node]]) -> fro
                 seen.add(node)
                 stack.append(node)
     return frozenset(seen)
+
+
+def is_of_weights(node: Node) -> bool:
+    """Whether what a node makes is a weight itself, moved or scaled: its square is weight decay, and no
+    output of the network."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if not nodes.is_leaf(node):
+            if nodes.kind(node) not in _OF_WEIGHTS:
+                return False
+            stack += [below for below, _ in node.next_functions if below is not None]
+    return True
+
+
+_OF_WEIGHTS = operations.VIEWS | operations.PERMUTATIONS | operations.ADDITIONS
+_OF_WEIGHTS |= {"Mul", "Div", "Cat", "Stack"}
 
 
 def product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node | None:

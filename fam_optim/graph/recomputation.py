@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """Puts back, afterwards, the buffers, tensors and numbers of modules that a derivative ran again.
+    """Puts back, afterwards, the buffers, tensors and numbers of modules that run again in this context.
 
-    Such as the running statistics of BatchNorm, which would follow a step's batch more than once.
+    Such as the running statistics of BatchNorm, which would follow a step's batch more than once. Modules run
+    again in a derivative, or where this thread reads what a checkpoint has not kept.
     """
+    thread = threading.get_ident()
     before: dict[int, _State] = {}
 
     def keep(module: Any, args: Any) -> None:
-        if nodes.in_derivative() and id(module) not in before:
+        if (nodes.in_derivative() or threading.get_ident() == thread) and id(module) not in before:
             before[id(module)] = _State(module)
 
     handle = register_module_forward_pre_hook(keep)

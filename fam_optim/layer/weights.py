@@ -121,6 +121,10 @@ def _checked(found: WeightMatrix | None, weight: Tensor, name: str) -> WeightMat
             "expected `layer` to have a weight matrix (at least two dimensions, not empty), got a parameter "
             f"of shape {tuple(weight.shape)}. Pass the layer's weight, not its bias or a norm's scale."
         )
+    if weight.is_complex():
+        raise TypeError(
+            f"expected `layer` to have a real weight, got {name} with a {weight.dtype} one. Leave it out."
+        )
     if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):
         raise TypeError(
             f"mode='proximal' needs the whole weight of `layer` {name} on every process, and this one is "

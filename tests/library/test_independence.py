@@ -213,6 +213,7 @@ SEQUENCES: dict[str, tuple[list[int], Callable[[Tensor], Tensor]]] = {
     "words as a batch": ([0, 1], lambda z: (z.reshape(-1, 4) @ torch.randn(4, 4)).view(6, 5, 4).tanh()),
     "heads as a batch": ([0], lambda z: z.view(6, 5, 2, 2).transpose(1, 2).reshape(12, 5, 2).softmax(1)),
     "over the samples": ([1], lambda z: z.softmax(0)),
+    "as many as there are words, by a mask": ([], lambda z: z[torch.eye(6, 5).flip(1).bool()] * z[0].tanh()),
     "batch norm in train mode": ([], lambda z: F.batch_norm(z.mT, None, None, training=True)),
 }
 

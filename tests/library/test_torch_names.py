@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, _JoinConfig
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import parallel, wrapper
@@ -286,6 +287,8 @@ def test_marks_of_wrappers() -> None:
     source = ddp.__init__.__code__.co_names + ddp._post_forward.__code__.co_names
     assert "static_graph" in source
     assert "_static_graph_delay_allreduce_enqueued" in source
+    assert "_join_config" in Joinable.__init__.__code__.co_names
+    assert not _JoinConfig.construct_disabled_join_config().enable
 
 
 @pytest.mark.parametrize(

@@ -1211,6 +1211,33 @@ def test_layer_flatness_against_brute_force() -> None:
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
 
 
+def test_frozen_parameters_are_measured_and_stay_frozen() -> None:
+    """Of a model that is only evaluated, attention's in-projection too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), nn.Flatten(), nn.Linear(8, 3))
+    batches = [(X.view(3, 2, 4), Y[:3])]
+    free = layer_flatness(net, CE, batches)
+    assert "0.self_attn.in_proj_weight" in free
+    net.requires_grad_(False)
+    assert layer_flatness(net, CE, batches) == free
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("batch", [X[:2], {"x": X, "labels": Y}, (X, Y, Y)])
+def test_loaders_of_other_things_than_pairs_are_refused(batch: Any) -> None:
+    """Two rows, or the names of two tensors, would pass for a pair."""
+    with pytest.raises(
+        TypeError, match=rf"pairs \(inputs, targets\), got a {type(batch).__name__}.*Make pairs"
+    ):
+        layer_flatness(mlp(), lambda z, y: z.square().mean(), [batch])
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+def test_weights_of_batches_that_are_none_are_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="`weight` to give a number that is at least 0"):
+        layer_flatness(mlp(), CE, [(X, Y)], weight=lambda x, y: weight)
+
+
 def test_several_layers_by_name() -> None:
     net = mlp()
     batches = [(X[:4], Y[:4]), (X[4:], Y[4:])]

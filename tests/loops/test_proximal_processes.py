@@ -124,6 +124,70 @@ def test_weights_that_some_processes_do_not_use() -> None:
         assert torch.equal(branch.weight, first)
 
 
+class InTurns(nn.Module):
+    """All processes use the same of two branches, of which one has a wide output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.branches = nn.ModuleList([nn.Linear(5, 31), nn.Linear(5, 31)])
+        self.middle, self.head = nn.Linear(31, 4), nn.Linear(4, 3)
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.branches[self.turn // 2 % 2](x).tanh()).tanh())
+
+
+@processes(2)
+def test_weights_used_in_turns_have_the_means_of_one_process() -> None:
+    """A weight that no process uses keeps its mean."""
+    model, twin = InTurns(), InTurns()
+    run = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer, alone = (FAM.for_model(m, torch.optim.SGD, every=1, lr=0.1) for m in (model, twin))
+    alone.regularizer.roots._replicas.__dict__["group"] = None
+    signs = Signs()
+    try:
+        for number in range(8):
+            model.turn = twin.turn = number
+            x, y = batch(number, 64)
+            mine = slice(32 * dist.get_rank(), 32 * dist.get_rank() + 32)
+            roots.rademacher = signs.draw
+            step(run, optimizer, x[mine], y[mine])
+            roots.rademacher = signs.repeat
+            step(twin, alone, x, y)
+            assert_weights(model, twin, f"weights after step {number}")
+    finally:
+        roots.rademacher = signs.original
+
+
+@processes(2)
+def test_signs_differ_whatever_the_seeds_of_the_processes() -> None:
+    """A seed that falls as the rank grows must not make up for the rank."""
+    torch.manual_seed(100 - dist.get_rank())
+    model = Net()
+    run = DistributedDataParallel(model)
+    torch.manual_seed(100 - dist.get_rank())
+    optimizer = FAM.for_model(model, torch.optim.SGD, every=1, lr=0.1)
+    signs = Signs()
+    roots.rademacher = signs.draw
+    try:
+        step(run, optimizer, *share(0))
+    finally:
+        roots.rademacher = signs.original
+    first, second = signs.whole[0].chunk(2)
+    assert not torch.equal(first, second)
+
+
+@processes(2)
+def test_batches_that_end_on_some_processes_are_refused() -> None:
+    model = Net()
+    run = DistributedDataParallel(model)
+    optimizer = FAM.for_model(model, torch.optim.SGD, every=2, lr=0.1)
+    step(run, optimizer, *share(0))
+    with run.join(), pytest.raises(RuntimeError, match=r"join\(\) some have no batches left.*drop_last=True"):
+        optimizer.regularize(F.cross_entropy(run(share(1)[0]), share(1)[1]))
+
+
 @processes(2)
 def test_processes_without_ddp_are_refused() -> None:
     model = Net()

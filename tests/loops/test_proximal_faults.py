@@ -1,0 +1,361 @@
+"""Proximal steps that once were wrong without a word: losses not trained on, other means, dead weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fam_optim import FAM, weight_layers
+from fam_optim.estimators import roots
+from tests import reference
+from tests.loops.test_proximal_loops import by_regularize, fam, net, parameters, trained
+from tests.support import assert_close, assert_same, samples, seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.fixture
+def same_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was drawn before: by the number of the outputs alone."""
+
+    def draw(shape: Any, like: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        return (drawn < 0.5).to(like) * 2 - 1
+
+    monkeypatch.setattr(roots, "rademacher", draw)
+
+
+def loss_of(model: nn.Module, step: int, n: int = 16) -> Tensor:
+    x, y = samples(step, n)
+    return F.cross_entropy(model(x), y)
+
+
+# ---------------------------------------------------------------------------- A of what was trained on
+
+
+ZEROS: dict[str, Callable[[nn.Module, FAM], None]] = {
+    "optimizer": lambda model, optimizer: optimizer.zero_grad(),
+    "model": lambda model, optimizer: model.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("first", ["zero_grad", "loss"])
+@pytest.mark.usefixtures("same_signs")
+def test_a_skipped_step_leaves_nothing_to_the_next(first: str, zero: str) -> None:
+    """Whether gradients are zeroed before the loss is computed or after, and by whom."""
+    results = []
+    for skipped in (False, True):
+        model = net()
+        optimizer = fam(model, every=1)
+        for step in [0, 1, 2] if skipped else [0, 2]:
+            if first == "zero_grad":
+                ZEROS[zero](model, optimizer)
+            loss = optimizer.regularize(loss_of(model, step))
+            if first == "loss":
+                ZEROS["optimizer"](model, optimizer)
+            loss.backward()
+            if step != 1:
+                optimizer.step()
+        results.append(model)
+    assert_same(*results)
+
+
+def test_a_micro_batch_that_is_not_backpropagated_does_not_count() -> None:
+    results = []
+    for dropped in (False, True):
+        model = net()
+        optimizer = fam(model, every=1)
+        for step in (0, 1):
+            optimizer.regularize(loss_of(model, step)).backward()
+        if dropped:
+            optimizer.regularize(loss_of(model, 2))
+        optimizer.step()
+        results.append(model)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_weights_of_micro_batches_after_regularize(n: int) -> None:
+    """In rows and in the weights' gradient; a factor that all have in common is no weight."""
+    one, other = net(), net()
+    first, second = fam(one, every=1), fam(other, every=1)
+    for step, weight in enumerate((0.9, 0.0, 0.1)):
+        first.regularize(weight * loss_of(one, step, n)).backward()
+        (8 * weight * second.regularize(loss_of(other, step, n))).backward()
+    for p in other.parameters():
+        p.grad /= 8
+    first.step()
+    second.step()
+    assert_close(one, other)
+
+
+def test_a_scaled_loss_has_the_kappa_of_the_loss() -> None:
+    kappas = []
+    for scale in (1.0, 1024.0):
+        optimizer = fam(model := net(), every=1, lr=0.0)
+        (scale * optimizer.regularize(loss_of(model, 0))).backward()
+        optimizer.step()
+        kappas.append(optimizer.last_kappa)
+    assert torch.equal(*kappas)
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_inputs_may_be_overwritten_before_the_step(n: int) -> None:
+    results = []
+    for overwritten in (False, True):
+        model = net()
+        optimizer = fam(model, every=1)
+        x, y = samples(0, n)
+        optimizer.regularize(F.cross_entropy(model(x), y)).backward()
+        if overwritten:
+            x.zero_()
+        optimizer.step()
+        results.append(model)
+    assert_same(*results)
+
+
+def matrices() -> int:
+    gc.collect()
+    return sum(type(t) is Tensor and t.dim() == 2 for t in gc.get_objects())
+
+
+def test_losses_that_are_kept_do_not_keep_the_roots() -> None:
+    model = net()
+    optimizer = fam(model, every=1, momentum=0.0)
+    losses, counts = [], []
+    for step in range(4):
+        optimizer.zero_grad()
+        losses.append(optimizer.regularize(loss_of(model, step)))
+        losses[-1].backward()
+        optimizer.step()
+        counts.append(matrices())
+    assert counts[1] == counts[3]
+
+
+def test_terms_that_are_not_convex_may_be_added_in_a_closure() -> None:
+    """The remedy that the refusal names: their curvature is left out."""
+    results = []
+    for how in ("regularize", "returned", "backward"):
+        model = net()
+        optimizer = fam(model, every=1)
+
+        def total(model: nn.Module = model, optimizer: FAM = optimizer) -> Tensor:
+            entropies = optimizer.regularize(loss_of(model, 0))
+            return entropies + 1e-3 * sum(p.abs().sum() for p in model.parameters())
+
+        def backpropagated(total: Callable[[], Tensor] = total) -> Tensor:
+            total().backward()
+            return torch.zeros(())
+
+        if how == "regularize":
+            total().backward()
+            optimizer.step()
+        else:
+            optimizer.step(total if how == "returned" else backpropagated)
+        results.append(model)
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+def test_a_loss_with_other_terms_says_what_to_do() -> None:
+    optimizer = fam(model := net())
+    with pytest.raises(RuntimeError, match=r"convex in the.*Give regularize\(\) the terms that are and add"):
+        optimizer.regularize(loss_of(model, 0) + model[0].weight.abs().sum())
+
+
+DECAYS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "scaled": lambda model: sum((0.5 * p).square().sum() for p in model.parameters()),
+    "in one vector": lambda model: torch.cat([p.flatten() for p in model.parameters()]).square().sum(),
+    "towards another point": lambda model: sum((p - 0.3).square().sum() for p in model.parameters()),
+    "with importances": lambda model: sum(
+        (p.detach().abs() * (p - 0.3) ** 2).sum() for p in model.parameters()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_weight_decay_in_the_loss_is_no_curvature_however_written(name: str) -> None:
+    kappas = []
+    for decay in (0.0, 0.1):
+        optimizer = fam(model := net(), every=1, lr=0.0)
+        optimizer.regularize(loss_of(model, 0) + decay * DECAYS[name](model)).backward()
+        optimizer.step()
+        kappas.append(float(optimizer.last_kappa))
+    assert kappas[0] == pytest.approx(kappas[1], rel=1e-12)
+
+
+def test_squared_errors_of_embeddings_are_outputs() -> None:
+    """Looked up, a parameter is what the network makes of its input."""
+    table = seeded(lambda: nn.Parameter(torch.randn(6, 3)))
+    optimizer = FAM([table], torch.optim.SGD, table, mode="proximal", every=1, lr=0.1)
+    optimizer.regularize(
+        (table[torch.tensor([0, 2])] - table[torch.tensor([1, 3])]).square().sum()
+    ).backward()
+    optimizer.step()
+    assert float(optimizer.last_kappa) > 0
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+class Checkpointed(nn.Module):
+    """What lies between the first layer and the loss runs again in every derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.middle, self.head = (
+            nn.Linear(5, 6),
+            nn.BatchNorm1d(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+        )
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        def behind(z: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(self.middle(self.norm(z)).tanh()), y)
+
+        return checkpoint(behind, self.first(x), use_reentrant=False)
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_batch_norm_counts_once_in_a_checkpoint_with_the_loss(n: int) -> None:
+    model, plain = seeded(Checkpointed), seeded(Checkpointed)
+    optimizer = fam(model, every=1)
+    optimizer.regularize(model.loss(*samples(0, n))).backward()
+    plain.loss(*samples(0, n)).backward()
+    assert torch.equal(model.norm.num_batches_tracked, plain.norm.num_batches_tracked)
+    assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
+
+
+def test_weights_hidden_in_a_reentrant_checkpoint_are_refused() -> None:
+    """Some of the weights are in sight, so that nothing else would tell."""
+    model = net()
+    x, y = samples(0, 16)
+    z = checkpoint(model[:2], x.requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"Linear\(in_features=5, out_features=6.*use_reentrant=False"):
+        fam(model, every=1).regularize(F.cross_entropy(model[2:](z), y))
+
+
+def test_a_loss_that_was_backpropagated_already_is_refused() -> None:
+    model = net()
+    loss = loss_of(model, 0)
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"backpropagated already: call regularize\(loss\)"):
+        fam(model).regularize(loss)
+
+
+# ------------------------------------------------------------------------------------------------ means
+
+
+def wide() -> nn.Sequential:
+    """Of its first weight the last four A are smaller than T, with one sample."""
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(5, 31), nn.Tanh(), nn.Linear(31, 7), nn.Tanh(), nn.Linear(7, 3))
+    )
+
+
+def test_a_root_that_does_not_count_leaves_the_mean() -> None:
+    """Of a weight that is used by no sample, in either form of the mean, over five due steps."""
+    model = wide()
+    optimizer = fam(model, every=1)
+    trained(model, optimizer, 5, n=64)
+    means = copy.deepcopy(optimizer.regularizer.means.kept)
+    assert means[0].shape == (31, 20) and means[1].shape == (7, 7)
+    before = parameters(model)
+    optimizer.zero_grad()
+    optimizer.regularize(0.0 * loss_of(model, 5)).backward()
+    optimizer.param_groups[0]["momentum"] = 0.0
+    optimizer.step()
+    assert all(torch.equal(mean, means[i]) for i, mean in optimizer.regularizer.means.kept.items())
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
+
+
+@pytest.mark.parametrize("made, loaded", [(1, 2), (2, 1)])
+def test_checkpoint_of_another_number_of_samples_is_refused(made: int, loaded: int) -> None:
+    """Its means may be of the other form, T for the last A side by side."""
+    model = wide()
+    one, other = (
+        FAM(
+            model.parameters(),
+            torch.optim.SGD,
+            weight_layers(model)[:-1],
+            mode="proximal",
+            every=1,
+            n_samples=n,
+            lr=0.1,
+        )
+        for n in (made, loaded)
+    )
+    trained(model, one, 2, n=64)
+    with pytest.raises(
+        ValueError, match=r"same layers and n_samples.*layers and n_samples that it was saved"
+    ):
+        other.load_state_dict(one.state_dict())
+
+
+def test_weights_may_change_their_precision() -> None:
+    """The means follow: from here on it is the formula in the new precision."""
+    model = net()
+    optimizer = fam(model, every=1, momentum=0.0)
+    trained(model, optimizer, 3)
+    means = [optimizer.regularizer.means.kept[i] for i in range(2)]
+    model.float()
+    before = [layer.weight.detach().double() for layer in (model[0], model[2])]
+    x, y = samples(3, 8, dtype=torch.float32)
+    by_regularize(model, optimizer, x, y)
+    for i, layer in enumerate((model[0], model[2])):
+        mean = optimizer.regularizer.means.kept[i]
+        assert mean.dtype == torch.float32 and not torch.equal(mean.double(), means[i])
+        moved = before[i] - 0.1 * layer.weight.grad.double()
+        right = reference.proximal(moved, before[i], mean.double(), 1.0, 1)
+        assert torch.allclose(layer.weight.detach().double(), right, atol=1e-5)
+
+
+@pytest.mark.parametrize("saved", ["proximal", "hutchinson"])
+def test_lam_of_another_kind_is_not_loaded(saved: str) -> None:
+    """0.008 is a penalty's usual value, and next to nothing for a proximal step."""
+    made = {}
+    for mode in ("proximal", "hutchinson"):
+        model = net()
+        made[mode] = FAM(model.parameters(), torch.optim.SGD, model[0], mode=mode, lr=0.1, momentum=0.9)
+        made[mode].step(lambda model=model: loss_of(model, 0))
+    (other,) = made.keys() - {saved}
+    lam, momentum = made[other].lam, made[saved].state_dict()["state"][0]["momentum_buffer"].clone()
+    made[other].load_state_dict(made[saved].state_dict())
+    assert made[other].lam == lam
+    assert torch.equal(made[other].state_dict()["state"][0]["momentum_buffer"], momentum)
+
+
+# ------------------------------------------------------------------------------------- what is refused
+
+
+def test_parameters_that_were_replaced_are_told() -> None:
+    model = net()
+    optimizer = fam(model, every=1)
+    trained(model, optimizer, 2)
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    with pytest.warns(UserWarning, match=r"no parameter of this optimizer has a gradient.*assign=True"):
+        trained(model, optimizer, 1)
+
+
+def test_no_layers_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"at least one layer.*Name the layer"):
+        FAM(model.parameters(), torch.optim.SGD, weight_layers(model)[:-1], mode="proximal", lr=0.1)
+
+
+def test_complex_weights_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(3, 5, dtype=torch.complex128))
+    with pytest.raises(TypeError, match=r"a real weight.*torch\.complex128"):
+        FAM([weight], torch.optim.SGD, weight, mode="proximal", lr=0.1)
