@@ -113,9 +113,9 @@ def random_tail(seed: int) -> tuple[Tensor, nn.Linear, Callable[[Tensor], Tensor
 
 
 def test_random_tails() -> None:
-    """Whatever is proven of 2,000 compositions of operations holds."""
+    """Whatever is proven of 1,000 compositions of operations holds."""
     proven = 0
-    for seed in range(2000):
+    for seed in range(1000):
         x, linear, tail_of = random_tail(seed)
         with observe(linear) as layer:
             z = linear(x)
@@ -130,7 +130,7 @@ def test_random_tails() -> None:
             assert mixed(loss, z, axis) == 0, f"seed {seed}, axis {axis}: {path}"
         if independence.independent(tail.path, tail.ends, len(x)):
             assert mixed(loss, z, 0) == 0, f"seed {seed}, as runs: {path}"
-    assert proven > 1000
+    assert proven > 500
 
 
 def test_cases() -> None:
