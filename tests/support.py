@@ -22,6 +22,9 @@ LAM, LR = 0.05, 0.1
 ROUNDING = 1e-12
 """Of a single step. Several steps may be off by a little more."""
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+"""The version that is tested, as (2, 14): what an older one lacks is skipped."""
+
 Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Tensor]
 Made = TypeVar("Made")
