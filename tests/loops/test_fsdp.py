@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from fam_optim import FAM, dataset_relative_flatness
 from tests.distributed import (
     FSDP,
+    FSDP_RUNS,
     LAM,
     LR,
     Net,
@@ -37,6 +38,8 @@ from tests.distributed import (
     shares,
 )
 from tests.support import assert_close
+
+pytestmark = pytest.mark.skipif(not FSDP_RUNS, reason="torch 2.6's FSDP2 does not run on the CPU")
 
 
 def replicas() -> Any:
