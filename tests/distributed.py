@@ -28,11 +28,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fam_optim import FAM
 from tests import reference
-from tests.support import Style, assert_close
+from tests.support import TORCH, Style, assert_close
 
 LAM, LR = 0.05, 0.1
 
@@ -131,10 +134,10 @@ IDLE: dict[int, Processes] = {}
 
 
 def processes(*worlds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes the test run in so many processes, one item for each number. Its arguments are pickled."""
+    """Makes the test run in so many processes, one item for each number; where none is given, `world` is an
+    argument that the test is parametrised by. The others are pickled."""
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
-        @pytest.mark.parametrize("world", worlds, ids=[f"{world} processes" for world in worlds])
         @wraps(check)
         def test(world: int, **arguments: Any) -> None:
             chosen = IDLE.pop(world, None) or Processes(world)
@@ -148,7 +151,9 @@ def processes(*worlds: int) -> Callable[[Callable[..., None]], Callable[..., Non
         first = inspect.Parameter("world", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = [first, *signature.parameters.values()]
         test.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return test
+        if not worlds:
+            return test
+        return pytest.mark.parametrize("world", worlds, ids=[f"{world} processes" for world in worlds])(test)
 
     return decorate
 
@@ -171,6 +176,61 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.after(self.middle(self.body(x))))
+
+
+# Ways to spread it over processes
+
+Wrap = Callable[[Net], Any]
+
+DDP: dict[str, Wrap] = {
+    "plain": DistributedDataParallel,
+    "bucket view": partial(DistributedDataParallel, gradient_as_bucket_view=True),
+    "find_unused_parameters": partial(DistributedDataParallel, find_unused_parameters=True),
+    "static_graph": partial(DistributedDataParallel, static_graph=True),
+}
+
+
+def everyone() -> Any:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def each(model: Net, mesh_of: Callable[[], Any] = everyone, **options: Any) -> Net:
+    """Every module in a group of its own, gathered for its own forward and backward only."""
+    mesh = mesh_of()
+    for module in (model.body, model.middle, model.after, model.head):
+        fully_shard(module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def body(model: Net) -> Net:
+    """The usual way: blocks in groups of their own, the rest in the root's."""
+    mesh = everyone()
+    fully_shard(model.body, mesh=mesh)
+    fully_shard(model.after, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def root(model: Net, mesh_of: Callable[[], Any] = everyone, **options: Any) -> Net:
+    return fully_shard(model, mesh=mesh_of(), **options)
+
+
+FSDP_RUNS = TORCH >= (2, 7)
+"""torch 2.6's FSDP2 does not run on the CPU: its streams there record no events."""
+
+FSDP: dict[str, Wrap] = {
+    "each": each,
+    "each, kept": partial(each, reshard_after_forward=False),
+    "body": body,
+    "root": root,
+    "root, freed": partial(root, reshard_after_forward=True),
+}
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="aot_eager")
+
+
+# Its batches, and the answer of one process
 
 
 def batch(step: int, n: int = 8) -> tuple[Tensor, Tensor]:
@@ -281,9 +341,9 @@ def assert_weights(model: nn.Module, twin: nn.Module, what: str) -> None:
 
 
 def check_training(
-    wrap: Callable[[Net], Any],
+    wrap: Wrap,
     layers: Sequence[str],
-    style: Style | None = None,
+    style: Style = regularizes,
     loss_fn: Callable[..., Tensor] = F.cross_entropy,
     unused: bool = False,
     **settings: Any,
@@ -292,14 +352,13 @@ def check_training(
     model = Net(unused)
     run = wrap(model)
     optimizer = build(model, layers, **settings)
-    style = style or partial(regularizes, loss_fn=loss_fn)
     for step in range(3):
-        style(run, optimizer, *share(step))
+        style(run, optimizer, *share(step), loss_fn)
         twin = descended(step + 1, tuple(layers), loss_fn, settings.get("detach_hessian", False))
         assert_weights(model, twin, f"weights after step {step}")
 
 
-def check_gauss_newton(wrap: Callable[[Net], Any], **settings: Any) -> None:
+def check_gauss_newton(wrap: Wrap, **settings: Any) -> None:
     """Three steps with Gauss-Newton curvature at two layers, against one process on the whole batches."""
     model, twin = Net(), Net()
     run, layers = wrap(model), ("middle", "head")

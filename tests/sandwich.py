@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fam_optim import FAM
 from tests import reference
 from tests.cases import LowRankUpdate
-from tests.support import LAM, LR, samples, seeded
+from tests.support import LAM, LR, samples, seeded, warnings_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,7 +138,7 @@ def check(
 
 
 def old_weight_norm(m: int, d: int) -> nn.Module:
-    with warnings.catch_warnings(action="ignore"):  # deprecated, and still everywhere
+    with warnings_as("ignore"):  # deprecated, and still everywhere
         return nn.utils.weight_norm(nn.Linear(m, d))
 
 

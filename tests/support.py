@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import combinations, product
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ LAM, LR = 0.05, 0.1
 ROUNDING = 1e-12
 """Of a single step. Several steps may be off by a little more."""
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+"""The version that is tested, as (2, 14): what an older one lacks is skipped."""
+
 Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Tensor]
 Made = TypeVar("Made")
@@ -32,6 +37,14 @@ def recorded_calls(module: nn.Module) -> list[LayerUse]:
     """The calls of a module of which anything is kept, by whomever."""
     alive = [o for o in gc.get_objects() if issubclass(type(o), LayerUse)]  # isinstance asks weak proxies
     return [use for use in alive if use.module() is module and not use.is_released]
+
+
+@contextmanager
+def warnings_as(action: Literal["error", "ignore"]) -> Iterator[None]:
+    """What is warned of meanwhile is an error, or nothing. (catch_warnings takes it from Python 3.11 on.)"""
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        yield
 
 
 # ---------------------------------------------------------------------------------- networks and data

@@ -80,7 +80,8 @@ def moved(
     if kind in VIEWS:
         return stride if math.prod(operand) == math.prod(result) else None
     elementwise = kind in ELEMENTWISE or kind in ENTRYWISE_LOSSES
-    if elementwise and tuple(operand) == tuple(result):
+    # A slice may take all there is: torch 2.6 makes one of the colon in x[:, 0].
+    if (elementwise or kind == "Slice") and tuple(operand) == tuple(result):
         return stride
     place = axis_of_digit(operand, stride, length)
     rule = _aligned if elementwise else _RULES.get(kind)

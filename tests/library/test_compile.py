@@ -24,6 +24,7 @@ from tests import reference
 from tests.support import (
     LAM,
     LR,
+    TORCH,
     Style,
     assert_close,
     batch,
@@ -49,13 +50,24 @@ def fresh(float64: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     torch.compiler.reset()
 
 
+COMPILES_LAYERS = TORCH >= (2, 7)
+"""torch 2.6 compiles no module of torch.nn by itself: where a graph breaks at one, it stays uncompiled."""
+
+
+class Body(nn.Sequential):
+    """One that torch 2.6 compiles too, since its forward is written here."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)
+
+
 class MiddleAndHead(nn.Module):
     """A layer to regularise in the middle and one at the end."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(5, 6), nn.Tanh())
+        self.body = Body(nn.Linear(5, 6), nn.Tanh())
         self.middle = nn.Linear(6, 4)
         self.after = nn.Tanh()
         self.head = nn.Linear(4, 3)
@@ -161,7 +173,8 @@ def test_whole_model_with_the_loss_outside(backend: str, style: Style) -> None:
     optimizer = build(model, model.head)
     compiled = torch.compile(model, backend=backend)
     check_training(compiled, model, optimizer, MiddleAndHead(), ["head"], style=style)
-    assert counters["stats"]["unique_graphs"] == 2  # the graph breaks at the layer and nowhere else
+    before_and_at_the_layer = 1 + COMPILES_LAYERS  # the graph breaks there and nowhere else
+    assert counters["stats"]["unique_graphs"] == before_and_at_the_layer
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -188,6 +201,7 @@ def test_model_compiled_in_place(backend: str) -> None:
     check_training(model, model, build(model, model.head), MiddleAndHead(), ["head"])
 
 
+@pytest.mark.skipif(not COMPILES_LAYERS, reason="torch 2.6 compiles no module of torch.nn by itself")
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 @pytest.mark.parametrize("backend", COMPILING)
 def test_layer_compiled_by_itself(backend: str, how: str) -> None:
@@ -329,7 +343,8 @@ def operation_behind_the_layer(model: MiddleAndHead, backend: str) -> None:
 
 def compiled_loss(model: MiddleAndHead, backend: str) -> None:
     optimizer = build(model, model.head)
-    regularizes(model, optimizer, *batch(0), loss_fn=torch.compile(F.cross_entropy, backend=backend))
+    loss_fn = torch.compile(lambda z, y: F.cross_entropy(z, y), backend=backend)  # torch 2.6: not itself
+    regularizes(model, optimizer, *batch(0), loss_fn=loss_fn)
 
 
 def loss_in_the_model(model: MiddleAndHead, backend: str) -> None:
@@ -371,6 +386,7 @@ def test_compiled_tail_names_the_remedy(attempt: Callable[[MiddleAndHead, str], 
     assert all(map(torch.equal, model.parameters(), before))
 
 
+@pytest.mark.skipif(TORCH < (2, 8), reason="torch before 2.8 cannot be told why a graph breaks")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_model_with_fullgraph_names_the_remedy(backend: str) -> None:
     model = MiddleAndHead()

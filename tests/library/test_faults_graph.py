@@ -18,6 +18,7 @@ from fam_optim import FAM, observe, relative_flatness, weight_layers
 from fam_optim.estimators import variance
 from fam_optim.graph import flags
 from fam_optim.graph.trace import find_tails
+from tests.support import TORCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -508,6 +509,7 @@ def test_negative_weights(what: str, negative: float, monkeypatch: pytest.Monkey
 # ---------------------------------------------------------------------------- derivatives on trust
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 has no second derivative of cdist")
 def test_distances_to_prototypes() -> None:
     """torch's batched second derivative of cdist is wrong."""
     m = perceptron()

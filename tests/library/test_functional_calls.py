@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from torch.nn.utils import stateless
 from fam_optim import observe, relative_flatness
 from tests import reference
 from tests.sandwich import COMPUTED, MODES, WHERE, Sandwich, check, data, fam_on, loss_of, two_calls
-from tests.support import recorded_calls, seeded
+from tests.support import recorded_calls, seeded, warnings_as
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -41,7 +40,7 @@ FUNCTIONAL = {"torch.func": torch.func.functional_call, "stateless": stateless.f
 def test_functional_call_counts_the_weight_that_it_substitutes(
     call: Callable[..., Tensor], head: bool, mode: str
 ) -> None:
-    with warnings.catch_warnings(action="ignore"):  # stateless is deprecated
+    with warnings_as("ignore"):  # stateless is deprecated
         check(partial(Sandwich, head), substituted(call), mode=mode)
 
 

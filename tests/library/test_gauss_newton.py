@@ -267,8 +267,8 @@ def test_positive_where_the_hessians_is_negative() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_never_negative_in_any_precision(dtype: torch.dtype) -> None:
-    """A hundred random networks; where all class vectors are one, kappa is 0 and rounding all there is."""
-    for seed in range(100):
+    """Forty random networks; where all class vectors are one, kappa is 0 and rounding all there is."""
+    for seed in range(40):
         torch.manual_seed(seed)
         head = [nn.Flatten(), nn.Linear(4, 3)] if seed % 2 else [nn.GELU(), nn.Conv1d(2, 3, 2, padding=1)]
         body = nn.Linear(4, 3), nn.GELU(), nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2)

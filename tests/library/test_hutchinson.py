@@ -33,6 +33,7 @@ from tests.cases import (
     up1d,
 )
 from tests.special_cases import CALLS, NESTED, bare, calls, head
+from tests.support import crossed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -252,8 +253,9 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("measure", reference.MEASURES)
-@pytest.mark.parametrize("case", SAMPLED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "measure"), crossed(SAMPLED, reference.MEASURES, by=1), ids=lambda one: getattr(one, "name", one)
+)
 def test_z_score_of_the_mean_of_1000_probes(case: Case, measure: str) -> None:
     """The value, and the gradient along one random direction. The budget is fixed; z stays below 4."""
     probes = 1000

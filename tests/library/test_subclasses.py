@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fam_optim import FAM, observe, relative_flatness
 from tests import reference
+from tests.support import warnings_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ class Standardised(nn.Conv2d):
 
 
 def quantisation_aware(m: int = 4, d: int = 3) -> nn.Module:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings_as("ignore"):
         from torch.ao.nn.qat import Linear
         from torch.ao.quantization import get_default_qat_qconfig
 
@@ -70,7 +70,7 @@ def quantisation_aware(m: int = 4, d: int = 3) -> nn.Module:
 
 
 def quantisation_aware_convolution() -> nn.Module:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings_as("ignore"):
         from torch.ao.nn.intrinsic.qat import ConvReLU2d
         from torch.ao.quantization import get_default_qat_qconfig
 

@@ -19,15 +19,7 @@ from torch import Tensor, nn
 from fam_optim import FAM, observe, relative_flatness
 from tests.support import LAM, SGD, Batch, Net, assert_close, assert_same, by_hand, loader
 
-pytestmark = pytest.mark.usefixtures("float64")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Any:
-    """Accelerate keeps the settings of its first Accelerator for the whole process."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("float64", "fresh_accelerate")
 
 
 def accelerated(

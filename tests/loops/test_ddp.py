@@ -21,13 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from fam_optim import FAM, observe, relative_flatness
 from fam_optim.estimators import exact as exact_module
 from tests.distributed import (
+    DDP,
     LAM,
     Net,
     assert_weights,
     batch,
     build,
-    check_gauss_newton,
-    check_training,
     descend,
     descended,
     evenly,
@@ -37,58 +36,11 @@ from tests.distributed import (
     regularizes,
     share,
     shares,
-    squares,
 )
-from tests.support import STYLES, Style, assert_close
+from tests.support import assert_close, crossed
 
-WRAPPERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bucket view": {"gradient_as_bucket_view": True},
-    "find_unused_parameters": {"find_unused_parameters": True},
-    "static_graph": {"static_graph": True},
-}
-every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+every_wrapper = pytest.mark.parametrize("wrapper", DDP)
 every_layer = pytest.mark.parametrize("layer", ["head", "middle"])
-
-
-def ddp(wrapper: str) -> Callable[[Net], Any]:
-    return lambda model: DistributedDataParallel(model, **WRAPPERS[wrapper])
-
-
-@processes(2, 4)
-@every_layer
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
-@every_wrapper
-def test_styles(wrapper: str, style: Style, layer: str) -> None:
-    unused = wrapper in ("find_unused_parameters", "static_graph")
-    check_training(ddp(wrapper), [layer], style, unused=unused)
-
-
-@processes(2)
-@pytest.mark.parametrize(
-    ("layers", "loss_fn", "settings"),
-    [
-        (["head"], F.cross_entropy, {"mode": "full"}),
-        (["head"], F.cross_entropy, {"detach_hessian": True}),
-        (["middle"], F.cross_entropy, {"detach_hessian": True}),
-        (["head"], squares, {}),
-        (["head"], squares, {"detach_hessian": True}),
-        (["middle", "head"], F.cross_entropy, {}),
-    ],
-    ids=["full", "detached", "middle detached", "squares", "squares detached", "two layers"],
-)
-@pytest.mark.parametrize("wrapper", ["plain", "static_graph"])
-def test_settings(
-    wrapper: str, layers: list[str], loss_fn: Callable[..., Tensor], settings: dict[str, Any]
-) -> None:
-    check_training(ddp(wrapper), layers, None, loss_fn, **settings)
-
-
-@processes(2)
-@pytest.mark.parametrize("detach", [False, True])
-@every_wrapper
-def test_gauss_newton(wrapper: str, detach: bool) -> None:
-    check_gauss_newton(ddp(wrapper), detach_hessian=detach)
 
 
 @processes(2)
@@ -100,7 +52,7 @@ def test_hutchinson(wrapper: str, layer: str) -> None:
     model, twin = Net(), Net()
     generators = [torch.Generator().manual_seed(r) for r in range(world)]
     mine = torch.Generator().manual_seed(rank)
-    run = ddp(wrapper)(model)
+    run = DDP[wrapper](model)
     optimizer = build(model, [layer], mode="hutchinson", n_samples=2, generator=mine)
     for step in range(3):
         regularizes(run, optimizer, *share(step))
@@ -147,7 +99,7 @@ def test_closed_form_is_seen_through_what_ddp_puts_behind_the_model(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact_module, "MAX_PRODUCTS", 0)  # nothing but the closed form is allowed
         model = make()
-        run = ddp(wrapper)(model)
+        run = DDP[wrapper](model)
         optimizer = build(model, ["head"])
         for step in range(3):
             optimizer.zero_grad()
@@ -183,17 +135,24 @@ def in_closure(run: Any, optimizer: FAM, parts: Batches) -> None:
     optimizer.step(closure)
 
 
-@processes(2, 4)
-@every_layer
-@pytest.mark.parametrize("accumulate", [in_loop, in_closure])
-@pytest.mark.parametrize("wrapper", ["plain", "bucket view", "find_unused_parameters"])
+@processes()
+@pytest.mark.parametrize(
+    ("world", "wrapper", "accumulate", "layer"),
+    crossed(
+        [2, 4],
+        ["plain", "bucket view", "find_unused_parameters"],
+        [in_loop, in_closure],
+        ["head", "middle"],
+        by=2,
+    ),
+)
 def test_accumulation_without_synchronisation(
     wrapper: str, accumulate: Callable[[Any, FAM, Batches], None], layer: str
 ) -> None:
     """Several micro-batches a step, of which the last is synchronised."""
     world, rank = dist.get_world_size(), dist.get_rank()
     model = Net()
-    run = ddp(wrapper)(model)
+    run = DDP[wrapper](model)
     optimizer = build(model, [layer])
     for step in range(2):
         dealt = shares(step, [2] * (MICRO * world))
@@ -249,23 +208,6 @@ def test_mean_of_last_kappa_is_that_of_the_whole_batch() -> None:
     kappa = optimizer.last_kappa.clone()
     dist.all_reduce(kappa)
     assert_close([kappa / dist.get_world_size()], [kappa_by_definition(Net(), "head", *batch(0))], "kappa")
-
-
-def compiled(model: Any) -> Any:
-    return torch.compile(model, backend="aot_eager")
-
-
-@processes(2)
-@pytest.mark.parametrize("style", ["calls backward", "regularize"])
-def test_compiled_model(style: str) -> None:
-    check_training(lambda model: DistributedDataParallel(compiled(model)), ["head"], STYLES[style])
-
-
-@processes(2)
-@pytest.mark.parametrize("style", ["calls backward", "regularize"])
-@every_wrapper
-def test_compiled_wrapper(wrapper: str, style: str) -> None:
-    check_training(lambda model: compiled(ddp(wrapper)(model)), ["head"], STYLES[style])
 
 
 def gathered(z: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import functools
 import gc
 import io
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ from fam_optim import (
     weight_layers,
 )
 from tests import reference
-from tests.support import assert_close, set_gradients, true_kappa
+from tests.support import assert_close, set_gradients, true_kappa, warnings_as
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -132,7 +131,7 @@ def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) 
             assert torch.equal(torch.jit.script(net)(x), expected)
             assert torch.equal(torch.jit.trace(net, x)(x), expected)
             assert torch.equal(torch.export.export(net, (x,)).module()(x), expected)
-        with warnings.catch_warnings(action="ignore"):
+        with warnings_as("ignore"):
             quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
         assert (quantised(x) - expected).abs().max() < 0.1
     exported = torch.export.export(model, (x,))  # with gradients on
@@ -143,7 +142,7 @@ def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) 
 def test_quantised_in_place_with_its_optimizer_alive() -> None:
     model = mlp().float()
     fam = fam_on(model, model[2])
-    with warnings.catch_warnings(action="ignore"):
+    with warnings_as("ignore"):
         torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
     assert model(X.float()).shape == (6, 3)
     assert fam.lam == 0.5
@@ -514,7 +513,7 @@ def test_a_step_leaves_what_another_optimizer_needs() -> None:
     """Two FAMs on one layer, each with its loss of the same forward; neither trains the layer's weight."""
     model = mlp()
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings_as("ignore"):
         a, b = (FAM(m.parameters(), torch.optim.SGD, model[2], 0.1, lr=0.1) for m in (first, second))
 
     def loss(z: Tensor) -> Tensor:
@@ -566,7 +565,7 @@ def test_backpropagating_another_loss_than_regularize_returned_is_refused() -> N
 def test_one_of_two_losses_without_its_penalty_is_refused(order: str, frozen: bool) -> None:
     model = mlp()
     model[2].requires_grad_(not frozen)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings_as("ignore"):
         fam = fam_on(model, model[2])
     plain, regularized = CE(model(X + 1), Y), fam.regularize(CE(model(X), Y))
     for value in (regularized, plain) if order == "plain last" else (plain, regularized):
@@ -1114,7 +1113,7 @@ def test_last_penalty_and_one_warning_where_it_is_larger_than_the_loss() -> None
     model = mlp()
     fam = fam_on(model, model[2], 0.1)
     assert fam.last_penalty is None
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         fam.regularize(CE(model(X), Y))
     kappa = true_kappa(lambda: CE(model(X), Y), model[2]).detach()
     assert_close([fam.last_penalty], [0.1 * kappa], "penalty", 1e-12)
@@ -1122,7 +1121,7 @@ def test_last_penalty_and_one_warning_where_it_is_larger_than_the_loss() -> None
     assert_close([fam.last_penalty], [0.1 * kappa], "penalty", 1e-12)
     with pytest.warns(UserWarning, match="larger than the loss itself.*smaller lam"):
         fam.regularize(CE(model(X), Y))
-    with warnings.catch_warnings(action="error"):
+    with warnings_as("error"):
         fam.regularize(CE(model(X), Y))
 
 

@@ -13,112 +13,42 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fam_optim import FAM, dataset_relative_flatness
 from tests.distributed import (
+    FSDP,
+    FSDP_RUNS,
     LAM,
     LR,
     Net,
     assert_weights,
     batch,
     build,
-    check_gauss_newton,
     check_training,
     descend,
     descended,
+    each,
     kappa_by_definition,
     objective,
     processes,
     regularizes,
+    root,
     share,
     shares,
-    squares,
 )
-from tests.support import STYLES, Style, assert_close
+from tests.support import assert_close
 
-
-def everyone() -> Any:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+pytestmark = pytest.mark.skipif(not FSDP_RUNS, reason="torch 2.6's FSDP2 does not run on the CPU")
 
 
 def replicas() -> Any:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 
 
-def each(model: Net, mesh_of: Callable[[], Any] = everyone, **options: Any) -> Net:
-    """Every module in a group of its own, gathered for its own forward and backward only."""
-    mesh = mesh_of()
-    for module in (model.body, model.middle, model.after, model.head):
-        fully_shard(module, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
-def body(model: Net) -> Net:
-    """The usual way: blocks in groups of their own, the rest in the root's."""
-    mesh = everyone()
-    fully_shard(model.body, mesh=mesh)
-    fully_shard(model.after, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def root(model: Net, mesh_of: Callable[[], Any] = everyone, **options: Any) -> Net:
-    return fully_shard(model, mesh=mesh_of(), **options)
-
-
 Shard = Callable[..., Net]
-PLANS: dict[str, Shard] = {
-    "each": each,
-    "each, kept": partial(each, reshard_after_forward=False),
-    "body": body,
-    "root": root,
-    "root, freed": partial(root, reshard_after_forward=True),
-}
-every_plan = pytest.mark.parametrize("shard", PLANS.values(), ids=PLANS)
+every_plan = pytest.mark.parametrize("shard", FSDP.values(), ids=FSDP)
 every_layer = pytest.mark.parametrize("layer", ["head", "middle"])
-every_choice = pytest.mark.parametrize("layers", [["head"], ["middle"], ["middle", "head"]], ids="+".join)
-every_loss = pytest.mark.parametrize("loss_fn", [F.cross_entropy, squares])
-
-
-@processes(2)
-@every_loss
-@every_choice
-@every_plan
-def test_training(shard: Shard, layers: list[str], loss_fn: Callable[..., Tensor]) -> None:
-    check_training(shard, layers, None, loss_fn)
-
-
-@processes(2)
-@pytest.mark.parametrize("detach", [False, True])
-@every_plan
-def test_gauss_newton(shard: Shard, detach: bool) -> None:
-    check_gauss_newton(shard, detach_hessian=detach)
-
-
-@processes(4)
-@every_loss
-@every_choice
-@pytest.mark.parametrize("shard", [each, root])
-def test_three_rows_over_four_processes(
-    shard: Shard, layers: list[str], loss_fn: Callable[..., Tensor]
-) -> None:
-    check_training(shard, layers, None, loss_fn)
-
-
-@processes(2)
-@every_layer
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
-@every_plan
-def test_styles(shard: Shard, style: Style, layer: str) -> None:
-    check_training(shard, [layer], style)
-
-
-@processes(2)
-@pytest.mark.parametrize("settings", [{"mode": "full"}, {"detach_hessian": True}], ids=["full", "detached"])
-@every_layer
-@every_plan
-def test_settings(shard: Shard, layer: str, settings: dict[str, Any]) -> None:
-    check_training(shard, [layer], **settings)
 
 
 @processes(4)
@@ -192,10 +122,10 @@ def test_measuring_without_a_backward_leaves_the_model_as_it_was(shard: Shard, l
 @processes(2)
 @every_plan
 def test_gradients_zeroed_in_place(shard: Shard) -> None:
-    def style(run: Any, optimizer: FAM, x: Tensor, y: Tensor) -> None:
+    def style(run: Any, optimizer: FAM, x: Tensor, y: Tensor, loss_fn: Callable[..., Tensor]) -> None:
         def closure() -> Tensor:
             optimizer.zero_grad(set_to_none=False)
-            return F.cross_entropy(run(x), y)
+            return loss_fn(run(x), y)
 
         optimizer.step(closure)
 
@@ -213,22 +143,6 @@ def test_frozen_body(shard: Shard) -> None:
     regularizes(model, optimizer, *share(0))
     descend(twin, objective(twin, ["middle"], F.cross_entropy, *batch(0)))
     assert_weights(model, twin, "weights")
-
-
-@processes(2)
-@pytest.mark.parametrize("style", ["calls backward", "regularize"])
-def test_compiled_body(style: str) -> None:
-    def compiled_body(model: Net) -> Any:
-        model.body.compile(backend="aot_eager")
-        return each(model)
-
-    check_training(compiled_body, ["middle"], STYLES[style])
-
-
-@processes(2)
-@pytest.mark.parametrize("style", ["calls backward", "regularize"])
-def test_compiled_model(style: str) -> None:
-    check_training(lambda model: torch.compile(each(model), backend="aot_eager"), ["head"], STYLES[style])
 
 
 @processes(2)

@@ -6,7 +6,6 @@ Loops written for SAM leave them there, and so does accumulation.
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_optim import FAM
-from tests.support import LAM, SGD, Net, assert_close, by_hand, loader, micro_batches
+from tests.support import LAM, SGD, Net, assert_close, by_hand, loader, micro_batches, warnings_as
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -142,7 +141,7 @@ def test_other_losses_in_the_closure_are_no_false_alarm() -> None:
 def test_gradients_of_another_optimizer_are_no_false_alarm() -> None:
     """Two FAMs, one on the body and one on the head, both flattening the head."""
     model = Net("batch norm")
-    with warnings.catch_warnings(action="ignore"):  # the head is not among its parameters
+    with warnings_as("ignore"):  # the head is not among its parameters
         body = FAM(model.body.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
     head = FAM(model.head.parameters(), torch.optim.SGD, model.head, LAM, lr=0.1)
     before = model.head.weight.detach().clone()

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,14 +36,10 @@ from tests.support import (
 
 
 @pytest.fixture(autouse=True)
-def _quiet(float64: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No messages; whatever is written goes to tmp_path."""
-    monkeypatch.chdir(tmp_path)
+def _quiet(in_float64_and_tmp_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No messages."""
     for name in ("lightning", "lightning.pytorch"):
         monkeypatch.setattr(logging.getLogger(name), "level", logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        yield
 
 
 class Lit(lightning.LightningModule):
@@ -174,8 +168,7 @@ def test_lightning_accumulation_without_regularize_is_refused(freeze: bool) -> N
         RuntimeError, match=r"gradients that are there already.*return self.optimizers\(\).regularize\(loss\)"
     ):
         fit(model, accumulate_grad_batches=2)
-    for p, b in zip(model.net.parameters(), before, strict=True):
-        assert torch.equal(p, b)
+    assert_same(model.net.parameters(), before)
 
 
 def test_lightning_accumulation_without_penalty_is_not() -> None:

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_optim import FAM
-from tests.loops.test_accelerate import _fresh_accelerate as _fresh_accelerate
 from tests.loops.test_trainer import Classifier, Examples, FlatTrainer, arguments
 from tests.support import SGD, Net, assert_close, loader
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("in_float64_and_tmp_path", "fresh_accelerate")
 
 
 def proximal(model: nn.Module) -> FAM:
@@ -89,8 +88,7 @@ def test_accelerate(accumulate: int) -> None:
     assert_close(accelerator.unwrap_model(prepared), plain_loop(loader(8), accumulate))
 
 
-def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_trainer(tmp_path: Path) -> None:
     model = Classifier()
     trainer = FlatTrainer(model, proximal(model.net), args=arguments(tmp_path), train_dataset=Examples(8))
     result = trainer.train()

@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fam_optim import FAM
 from fam_optim.estimators import roots
-from tests.distributed import Net, assert_weights, batch, processes, share
-from tests.loops.test_ddp import WRAPPERS, every_wrapper
+from tests.distributed import DDP, Net, assert_weights, batch, processes, share
 
 SETTINGS: dict[str, Any] = {"mode": "proximal", "every": 2, "lr": 0.1, "momentum": 0.9}
 
@@ -47,10 +46,10 @@ def step(run: Any, optimizer: FAM, x: Tensor, y: Tensor) -> None:
 
 @processes(2, 4)
 @pytest.mark.parametrize("n_samples", [1, 2])
-@every_wrapper
+@pytest.mark.parametrize("wrapper", DDP)
 def test_is_one_process_with_the_same_signs(wrapper: str, n_samples: int) -> None:
     model, twin = Net(), Net()
-    run = DistributedDataParallel(model, **WRAPPERS[wrapper])
+    run = DDP[wrapper](model)
     optimizer, alone = (
         FAM(
             m.parameters(),

@@ -6,13 +6,10 @@ The real package against the plain mathematical answer (`tests.support.by_hand`)
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,17 +32,8 @@ from tests.support import (
     penalised,
 )
 
-
-@pytest.fixture(autouse=True)
-def _quiet(float64: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No messages; whatever is written goes to tmp_path; of Accelerate, which Trainer uses, nothing stays."""
-    monkeypatch.chdir(tmp_path)
-    transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch\.utils\.data.*")
-        yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+transformers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.usefixtures("in_float64_and_tmp_path", "fresh_accelerate")  # Trainer uses Accelerate
 
 
 class Examples(Dataset[dict[str, Tensor]]):
@@ -166,8 +154,7 @@ def test_trainer_without_regularize_is_refused(tmp_path: Path) -> None:
     before = copy.deepcopy(list(model.parameters()))
     with pytest.raises(RuntimeError, match=r"let it have optimizer.regularize\(loss\)"):
         trainer.train()
-    for p, b in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, b)
+    assert_same(model.parameters(), before)
 
 
 class Tagger(nn.Module):
