@@ -339,8 +339,7 @@ def test_a_use_of_a_computed_weight_is_not_passed_over(computed: str, how: str) 
         "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
         "spectral_norm": nn.utils.parametrizations.spectral_norm,
     }[computed]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings_as("ignore"):
         model[2] = make(model[2])
     model.eval()
 
