@@ -11,7 +11,6 @@ import functools
 import gc
 import io
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
