@@ -256,7 +256,7 @@ def test_backpropagated_already() -> None:
     with observe(model[0]) as layer:
         loss = F.cross_entropy(model(x), y)
     loss.backward()
-    with pytest.raises(RuntimeError, match=r"backpropagated already.*before backward\(\)"):
+    with pytest.raises(RuntimeError, match=r"backpropagated already.*before its backward\(\)"):
         relative_flatness(loss, layer)
 
 
