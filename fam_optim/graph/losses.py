@@ -128,8 +128,9 @@ def _check_weights(outputs: list[Output]) -> None:
     for weights in (output.weights().detach() for output in outputs):
         if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
             raise RuntimeError(
-                "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some sample "
-                "or class counts with a negative weight. Use mode='hutchinson', curvature='hessian' for it."
+                "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some "
+                "sample or class counts with a negative weight. Use mode='hutchinson' with "
+                "curvature='hessian' for it."
             )
 
 
