@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from fam_optim.layer.record import Observation
 from fam_optim.layers import as_layers, named, named_weight_layers, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from fam_optim.flatness import Layer
 
@@ -134,16 +135,8 @@ def _over_batches(
     for layer in layers:
         check_mode(layer, settings)
     device = _device(layers)
-    modes = [(module, module.training) for module in model.modules()]
     total, count = torch.zeros(len(layers), device=device), 0.0
-    observed = [layer for layer in layers if isinstance(layer, Observation)]
-    frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
-    try:
-        model.eval()
-        for parameter in frozen:  # or the graph would not show it
-            parameter.requires_grad_()
-        for layer in observed:
-            layer.start()
+    with _observed_in_eval_mode(model, layers):
         for batch in loader:
             inputs, targets = (_to(part, device) for part in _pair(batch))
             size = float(weight(inputs, targets))
@@ -165,6 +158,24 @@ def _over_batches(
             if used is not None:
                 used.update(tails)
             count += size
+    if count == 0:
+        raise ValueError("expected `loader` to yield at least one batch of samples, got none.")
+    return total / count
+
+
+@contextmanager
+def _observed_in_eval_mode(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Puts the model in eval mode and records its layers' calls; afterwards all is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    observed = [layer for layer in layers if isinstance(layer, Observation)]
+    frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
+    try:
+        model.eval()
+        for parameter in frozen:  # or the graph would not show it
+            parameter.requires_grad_()
+        for layer in observed:
+            layer.start()
+        yield
     finally:
         for layer in observed:
             layer.stop()
@@ -172,9 +183,6 @@ def _over_batches(
             parameter.requires_grad_(False)
         for module, training in modes:
             module.training = training
-    if count == 0:
-        raise ValueError("expected `loader` to yield at least one batch of samples, got none.")
-    return total / count
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
