@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from fam_optim.compilation import opaque
-from fam_optim.graph import nodes
 from fam_optim.graph.trace import LayerNotUsedError
 from fam_optim.interception import BackwardInterception
-from fam_optim.penalty import Penalty, is_regularized, made_of, penalties_in, without_penalties
+from fam_optim.penalty import Penalty, without_penalties
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,10 +124,10 @@ class PenalizedClosure(WatchedClosure):
             )
 
     def _value(self, result: Any) -> Any:
-        contained = self._contained(result)
+        plain = self._plain(result)
         if self.evaluations == 1:
-            self.returned = result if contained is None else without_penalties(result, contained)
-        return self._objective(result, contained)
+            self.returned = plain
+        return self._objective(result, plain)
 
     def _seen(self, loss: Tensor) -> Tensor:
         """Another network's loss passes."""
@@ -146,93 +144,45 @@ class PenalizedClosure(WatchedClosure):
         if not self._backwards:  # the others add to it rightly
             self.penalty.ledger.check()
         regularized = self.penalty.add(loss)
-        # While there is a graph to ask. It is walked only if this penalty was somewhere in the loss.
-        contained = penalties_in(loss) if regularized is loss or is_regularized(loss) else None
-        self._backwards.append(_Backward(_factors(loss), regularized.detach(), loss.detach(), contained))
+        plain = without_penalties(regularized)  # while there is a graph to ask
+        self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
 
-    def _contained(self, result: Any) -> Tensor | None:
-        """The penalties in what the closure returned, if it returned a regularised loss."""
+    def _plain(self, result: Any) -> Any:
+        """What the closure returned, without penalties."""
         if not isinstance(result, Tensor):
-            return None
+            return result
         for backward in self._backwards:  # whose graph is gone
-            if backward.factors.get(result.grad_fn) == 1:
-                return backward.contained
-        return penalties_in(result)
+            if backward.node is result.grad_fn:
+                return backward.plain
+        return without_penalties(result)
 
-    def _objective(self, result: Any, contained: Tensor | None) -> Any:
-        """The value, in the unit of `result`, of what was backpropagated.
+    def _objective(self, result: Any, plain: Any) -> Any:
+        """The value of what was backpropagated, in the unit of what the closure returned.
 
-        kappa is linear in the loss: where the closure backpropagated a multiple of what it returned (a
-        GradScaler's), the penalty is that multiple too, and so is `last_kappa`.
+        kappa is linear in the loss: where the closure backpropagated multiples of what it returned (a
+        GradScaler's), the penalties are multiples too, and so is `last_kappa`.
         """
         if not self._backwards or not isinstance(result, (Tensor, float)):
             return result.detach() if isinstance(result, Tensor) else result
-        shares = [b.share_in(result) for b in self._backwards]
-        if shares[-1] is not None:
-            self.penalty.rescale(shares[-1])
-        if len(shares) == 1 and self._backwards[0].factors.get(getattr(result, "grad_fn", None)) == 1:
+        if len(self._backwards) == 1 and self._backwards[0].node is getattr(result, "grad_fn", None):
             return self._backwards[0].objective  # the loss itself, as almost always
-        if all(share is None for share in shares):  # a number, or detached: in the unit of the losses
-            shares = [1.0] * len(shares)
-        objective = result.detach() if isinstance(result, Tensor) else result
-        for backward, share in zip(self._backwards, shares, strict=True):
-            if share is not None:
-                objective = objective + share * backward.penalties
-        objective = objective if contained is None else objective - contained
-        return float(objective) if isinstance(result, float) else objective
+        backpropagated = torch.stack([b.plain.detach().reshape(()) for b in self._backwards]).sum()
+        objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
+        value = plain.detach() if isinstance(plain, Tensor) else plain
+        unit = torch.where(backpropagated == 0, 1, value / backpropagated)
+        self.penalty.rescale(unit)
+        value = value + unit * (objective - backpropagated)
+        return float(value) if isinstance(result, float) else value
 
 
 class _Backward(NamedTuple):
-    """One backward of a closure's.
+    """One backward of a closure's: the node of its loss, the loss's value without penalties, and that of what
+    was backpropagated in its place."""
 
-    Attributes:
-        factors: the node of the loss that the closure backpropagated, and those of the scalars that it is a
-            multiple of, with the factors.
-        objective: the value of what was backpropagated in its place.
-        loss: its own value.
-        contained: the penalties that were in it already; None if there were none.
-    """
-
-    factors: dict[Node | None, Any]
+    node: Node | None
+    plain: Tensor
     objective: Tensor
-    loss: Tensor
-    contained: Tensor | None
-
-    @property
-    def penalties(self) -> Tensor:
-        """All penalties in what was backpropagated."""
-        added = self.objective - self.loss
-        return added if self.contained is None else added + self.contained
-
-    def share_in(self, result: Any) -> Any:
-        """How often `result` contains the loss; None if it was not made of it."""
-        if not isinstance(result, Tensor):
-            return None
-        if result.grad_fn in self.factors:
-            return 1 / self.factors[result.grad_fn]
-        inside = next((node for node in made_of(result) if node in self.factors), None)
-        return None if inside is None else _derivative(result, inside) / self.factors[inside]
-
-
-def _factors(loss: Tensor) -> dict[Node | None, Any]:
-    """The scalars that `loss` is a multiple of, by their nodes, and the factors."""
-    factors: dict[Node | None, Any] = {loss.grad_fn: 1}
-    node = loss.grad_fn
-    while node is not None and nodes.kind(node) in ("Mul", "Div") and len(_operands(node)) == 1:
-        (node,) = _operands(node)
-        factors[node] = _derivative(loss, node)
-    return factors
-
-
-def _operands(node: Node) -> list[Node]:
-    return [below for below, _ in node.next_functions if below is not None]
-
-
-def _derivative(value: Tensor, scalar: Node) -> Tensor:
-    edge = GradientEdge(scalar, 0)
-    (derivative,) = torch.autograd.grad(value, edge, torch.ones_like(value), retain_graph=True)
-    return derivative.reshape(())
 
 
 def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: Any) -> WatchedClosure:

@@ -196,7 +196,9 @@ class Penalty(Regularizer):
         """Whether the loss depends on a layer other than through losses that were regularised."""
         observed = [layer for layer in self.layers if isinstance(layer, Observation)]
         parameters = {id(layer) for layer in self.layers if isinstance(layer, Tensor)}
-        for node in _unmarked(loss):
+        for node in _made_of(loss):
+            if _MARK in nodes.metadata(node):
+                continue
             record = recorded_use(node)
             if record is not None and any(layer.owns(record[0]) for layer in observed):
                 return True
@@ -220,23 +222,18 @@ class Penalty(Regularizer):
             )
 
 
-def is_regularized(loss: Tensor) -> bool:
-    """Whether `loss` is what some FAM made of a loss."""
-    return loss.grad_fn is not None and _MARK in nodes.metadata(loss.grad_fn)
-
-
-def penalties_in(loss: Tensor) -> Tensor | None:
-    """The penalties in a loss, whatever was done to regularised losses since; None if there are none.
+def without_penalties(loss: Tensor) -> Tensor:
+    """A loss without the penalties that are in it, whatever was done to regularised losses since.
 
     Raises:
         RuntimeError: if that cannot be told, since the graph has been freed by a backward.
     """
-    marked = list(_marked(loss))
+    if loss.grad_fn is not None and _MARK in nodes.metadata(loss.grad_fn):
+        plain: Tensor = nodes.metadata(loss.grad_fn)[_MARK].plain
+        return plain
+    marked = _marked(loss)
     if not marked:
-        return None
-    sums = [torch.stack(list(mark.penalties.values())).sum() for _, mark in marked]
-    if marked[0][0] is loss.grad_fn:
-        return sums[0]
+        return loss
     edges = [GradientEdge(node, 0) for node, _ in marked]
     try:
         shares = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
@@ -245,26 +242,17 @@ def penalties_in(loss: Tensor) -> Tensor | None:
             "the closure returned a loss that contains lam * kappa and was backpropagated already, so the "
             "two cannot be told apart. Expected it to return the plain loss."
         ) from error
-    return torch.stack([share.reshape(()) * s for share, s in zip(shares, sums, strict=True)]).sum()
-
-
-def without_penalties(loss: Tensor, penalties: Tensor) -> Tensor:
-    """A regularised loss as it was before, `penalties` being those in it."""
-    mark = None if loss.grad_fn is None else nodes.metadata(loss.grad_fn).get(_MARK)
-    return loss.detach() - penalties if mark is None else mark.plain
+    sums = [torch.stack(list(mark.penalties.values())).sum() for _, mark in marked]
+    inside = [share.reshape(()) * s for share, s in zip(shares, sums, strict=True)]
+    return loss.detach() - torch.stack(inside).sum()
 
 
 def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:
     """The regularised losses that `loss` was made of, with their marks."""
-    return [(node, nodes.metadata(node)[_MARK]) for node in made_of(loss) if _MARK in nodes.metadata(node)]
+    return [(node, nodes.metadata(node)[_MARK]) for node in _made_of(loss) if _MARK in nodes.metadata(node)]
 
 
-def _unmarked(loss: Tensor) -> list[Node]:
-    """What `loss` was made of beside regularised losses."""
-    return [node for node in made_of(loss) if _MARK not in nodes.metadata(node)]
-
-
-def made_of(loss: Tensor) -> list[Node]:
+def _made_of(loss: Tensor) -> list[Node]:
     """The graph of `loss`, its own node first, without what lies below regularised losses."""
     walked = [] if loss.grad_fn is None else [loss.grad_fn]
     seen = set(walked)
