@@ -58,7 +58,6 @@ class WatchedClosure:
 
     def _evaluate(self) -> Any:
         self.evaluations += 1
-        self._begin()
         with torch.enable_grad(), BackwardInterception(self._seen) as backward:
             result = self.closure()
         if backward.seen:
@@ -73,11 +72,6 @@ class WatchedClosure:
 
     def _may_only_step(self) -> bool:
         return self.regularizer.given or not self.regularizer.lam  # Lightning's manual optimisation
-
-    def _begin(self) -> None:
-        """Before an evaluation."""
-        if self.evaluations > 1:  # from other weights
-            self.regularizer.gradients_zeroed()
 
     def _regularized(self, loss: Tensor) -> Tensor:
         """What is backpropagated in place of a loss."""
@@ -105,9 +99,10 @@ class PenalizedClosure(WatchedClosure):
         self.penalty = penalty
         self._missed: LayerNotUsedError | None = None
 
-    def _begin(self) -> None:
+    def _evaluate(self) -> Any:
         self._backwards: list[_Backward] = []
         self.penalty.touched = False
+        return super()._evaluate()
 
     def _check_seen(self) -> None:
         if self.penalty.lam and not self.penalty.touched:
@@ -141,8 +136,6 @@ class PenalizedClosure(WatchedClosure):
     def _regularized(self, loss: Tensor) -> Tensor:
         if not self.penalty.lam:
             return loss
-        if not self._backwards:  # the others add to it rightly
-            self.penalty.ledger.check()
         regularized = self.penalty.add(loss)
         plain = without_penalties(regularized)  # while there is a graph to ask
         self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
