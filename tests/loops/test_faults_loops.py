@@ -912,6 +912,27 @@ def test_hooks_on_a_weight_do_not_change_kappa() -> None:
     assert len(seen) == 1 and weight.grad is not None and not weight.grad[0].any()
 
 
+@pytest.mark.parametrize("mode", ["exact", "full", "hutchinson"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_hooks_on_the_weight_of_a_convolution_do_not_change_kappa(mode: str, curvature: str) -> None:
+    torch.manual_seed(1)
+    conv, head = nn.Conv1d(1, 3, 2), nn.Linear(9, 3)
+    kappas = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        kappas.append(
+            measured(
+                lambda: CE(head(conv(X[:, None]).tanh().flatten(1)), Y),
+                conv,
+                mode=mode,
+                curvature=curvature,
+                generator=generator,
+            )
+        )
+        conv.weight.register_hook(torch.zeros_like)
+    assert_close([kappas[1]], [kappas[0]], "kappa", 1e-12)
+
+
 def test_hooks_behind_the_layer_that_were_set_after_regularize_see_the_steps_gradient_alone() -> None:
     """torch calls them at every derivative that passes; kappa's are taken within regularize."""
     norms = []
