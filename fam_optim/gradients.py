@@ -42,6 +42,7 @@ class Ledger:
         self._hooked: set[int] = set()
         self._sound = False  # whether all gradients there are, are of regularised losses
         self._expected = False  # whether the backward that is running is of one
+        self._reached: list[Tensor] = []  # by it, before that was known
 
     @property
     def _weights(self) -> list[Any]:
@@ -79,20 +80,24 @@ class Ledger:
         """Whether nothing that is trained has a gradient."""
         return all(p.grad is None for p in self._trained)
 
-    def _is_there(self) -> bool:
-        gradients = [w.grad for w in self._weights if w.grad is not None]
+    def _is_there(self, beside: Sequence[Tensor] = ()) -> bool:
+        weights = (w for w in self._weights if not any(w is b for b in beside))
+        gradients = [w.grad for w in weights if w.grad is not None]
         return any(bool(g.any()) for g in gradients)  # only zero_grad(set_to_none=False) makes this wait
 
     def _begin(self) -> None:
-        self._sound = self._sound or not self._is_there()
+        self._sound = self._sound or not self._is_there(beside=self._reached)
         self._expected = True
         nodes.after_backward(self._end)
 
-    def _end(self) -> None:
-        self._expected = False
+    def _note(self, weight: Tensor) -> None:
+        if not self._expected:  # yet: it may also be of what was added to a regularised loss
+            self._reached.append(weight)
+            nodes.after_backward(self._end)
 
-    def _note(self) -> None:
-        self._sound = self._sound and self._expected
+    def _end(self) -> None:
+        self._sound = self._sound and (self._expected or not self._reached)
+        self._expected, self._reached = False, []
 
 
 def _begin(ledger: weakref.ref[Ledger], gradient: Tensor) -> None:
@@ -106,7 +111,7 @@ def _note(ledger: weakref.ref[Ledger], weight: Tensor) -> None:
     """Hook on a weight: a backward has added to its gradient."""
     alive = ledger()
     if alive is not None:
-        alive._note()
+        alive._note(weight)
 
 
 def _remove(handles: Iterable[Any]) -> None:

@@ -576,6 +576,21 @@ def test_one_of_two_losses_without_its_penalty_is_refused(order: str, frozen: bo
     fam.step()
 
 
+@pytest.mark.parametrize("first", ["regularised", "other"])
+def test_a_loss_may_be_added_that_alone_uses_another_layer(first: str) -> None:
+    """As the remedy for losses that Gauss-Newton does not know says; its gradients may be there first."""
+    trunk, head, other = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+    parameters = [p for m in (trunk, head, other) for p in m.parameters()]
+    fam = FAM(parameters, torch.optim.SGD, [trunk, other], mode="hutchinson", lr=0.1)
+    for _ in range(2):
+        fam.zero_grad()
+        h = trunk(X).tanh()
+        beside = other(h).abs().mean() if first == "other" else None
+        regularized = fam.regularize(CE(head(h), Y))
+        (regularized + (other(h).abs().mean() if beside is None else beside)).backward()
+        fam.step()
+
+
 @pytest.mark.parametrize("how", ["no backward", "of a copy", "zeroed"])
 def test_a_regularised_loss_that_leaves_no_gradient_is_refused(how: str) -> None:
     model = mlp()
