@@ -125,6 +125,33 @@ def test_inputs_may_be_overwritten_before_the_step(n: int) -> None:
     assert_same(*results)
 
 
+@pytest.mark.parametrize("order", ["other first", "other last"])
+def test_a_loss_without_its_curvature_is_refused_on_a_due_step(order: str) -> None:
+    optimizer = fam(model := net(), every=2)
+    for step in range(2):
+        seen, other = optimizer.regularize(loss_of(model, step)), loss_of(model, step + 2)
+        for loss in (other, seen) if order == "other first" else (seen, other):
+            loss.backward()
+        if step:
+            with pytest.raises(RuntimeError, match="for every loss and micro-batch of a step"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+def test_a_backward_whose_gradients_are_zeroed_is_nobodys_business(zero: str) -> None:
+    """A generator's loss passes the discriminator; gradients that never are zeroed add up."""
+    optimizer = fam(model := net(), every=1)
+    for step in range(3):
+        loss_of(model, step).backward()
+        ZEROS[zero](model, optimizer)
+        optimizer.regularize(loss_of(model, step)).backward()
+        optimizer.step()
+    optimizer.regularize(loss_of(model, 3)).backward()
+    optimizer.step()
+
+
 def matrices() -> int:
     gc.collect()
     return sum(type(t) is Tensor and t.dim() == 2 for t in gc.get_objects())
