@@ -100,6 +100,31 @@ def test_weights_of_micro_batches_after_regularize(n: int) -> None:
     assert_close(one, other)
 
 
+@pytest.mark.usefixtures("same_signs")
+def test_a_loss_that_is_backpropagated_twice_counts_twice() -> None:
+    results = []
+    for twice in (False, True):
+        optimizer = fam(model := net(), every=1)
+        first, second = (optimizer.regularize(loss_of(model, step)) for step in (0, 1))
+        if twice:
+            first.backward(retain_graph=True)
+            first.backward()
+        else:
+            (2 * first).backward()
+        second.backward()
+        optimizer.step()
+        results.append(model)
+    assert_close(*results)
+
+
+def test_a_loss_that_was_refused_is_refused_again() -> None:
+    optimizer = fam(model := net(), every=1)
+    loss = loss_of(model, 0).exp()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="known to be convex"):
+            optimizer.regularize(loss)
+
+
 def test_a_scaled_loss_has_the_kappa_of_the_loss() -> None:
     kappas = []
     for scale in (1.0, 1024.0):
