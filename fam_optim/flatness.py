@@ -178,8 +178,8 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
 
 @contextmanager
 def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
-    """Derivatives in a parameter do not pass the user's hooks on its gradient (which freeze rows, say)."""
-    hooks = [h for tail in tails if isinstance(tail.layer, Tensor) and (h := tail.layer._backward_hooks)]
+    """Derivatives in a weight do not pass the user's hooks on its gradient (which freeze rows, say)."""
+    hooks = [h for tail in tails if (h := tail.uses[0].weight._backward_hooks)]
     kept = [dict(h) for h in hooks]
     try:
         for h in hooks:

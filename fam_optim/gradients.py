@@ -13,12 +13,10 @@ from torch import Tensor
 from fam_optim.compilation import opaque
 from fam_optim.graph import flags, nodes
 from fam_optim.layer.use import is_sharded
-from fam_optim.layers import name_of, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from fam_optim.flatness import Layer
     from fam_optim.penalty import Penalty
 
 
@@ -30,18 +28,22 @@ class Ledger:
     averaging, zeroing) is nobody's business.
 
     Args:
-        layers: those that are regularised.
+        named_weights: the names of the layers that are regularised, with their weights.
         trained: the base optimizer's parameters.
+        sound: whether what gradients there are already may stay.
     """
 
-    def __init__(self, layers: Sequence[Layer], trained: Iterable[Tensor]) -> None:
-        self._layers = layers
+    def __init__(
+        self, named_weights: Sequence[tuple[str, list[Tensor]]], trained: Iterable[Tensor], sound: bool = False
+    ) -> None:
+        self._names = ", ".join(name for name, _ in named_weights)
         self._trained = list(trained)
         ids = {id(p) for p in self._trained}
-        self._of_layers = [w for layer in layers for w in weights_of(layer) if id(w) in ids]
+        self._of_layers = [w for _, weights in named_weights for w in weights if id(w) in ids]
         self._hooked: set[int] = set()
-        self._sound = False  # whether all gradients there are, are of regularised losses
+        self._sound = sound  # whether all gradients there are, are of regularised losses
         self._expected = False  # whether the backward that is running is of one
+        self._reached: list[Tensor] = []  # by it, before that was known
 
     @property
     def _weights(self) -> list[Any]:
@@ -51,8 +53,8 @@ class Ledger:
         # A sharded weight gets its gradient from FSDP, not from a backward.
         return [w for w in watched if not is_sharded(w)]
 
-    def expect(self, loss: Tensor) -> None:
-        """Notes that a backward from `loss` is in order."""
+    def watch(self) -> None:
+        """Sees every backward from now on."""
         # By now lazy layers have weights, and what was frozen may be so no more.
         new = [w for w in self._weights if id(w) not in self._hooked and w.is_leaf]
         if new:
@@ -60,39 +62,47 @@ class Ledger:
             note = partial(_note, weakref.ref(self))
             handles = [w.register_post_accumulate_grad_hook(note) for w in new]
             weakref.finalize(self, _remove, handles)
+
+    def expect(self, loss: Tensor) -> None:
+        """Notes that a backward from `loss` is in order."""
+        self.watch()
         loss.register_hook(partial(_begin, weakref.ref(self)))  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raises RuntimeError if a gradient is there of a loss that was not regularised."""
         if not self._sound and self._is_there():
-            names = ", ".join(name_of(layer) for layer in self._layers)
             raise RuntimeError(
-                f"gradients that are there already (`layer` {names}) are of a loss that was not regularised, "
-                "so that part of lam * kappa is missing. Backpropagate what optimizer.regularize(loss) "
-                "returned, for every loss and micro-batch of a step (in Lightning: `return "
-                "self.optimizers().regularize(loss)` in training_step). If they are left from training "
-                "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
-                "backward before the step, or call optimizer.zero_grad() in the closure."
+                f"gradients that are there already (`layer` {self._names}) are of a loss that was not "
+                "regularised, so that its part of kappa is missing. Backpropagate what "
+                "optimizer.regularize(loss) returned, for every loss and micro-batch of a step, and terms that "
+                "it does not take added to that (in Lightning: `return self.optimizers().regularize(loss)` in "
+                "training_step). If they are left from training without FAM, call optimizer.zero_grad() first. "
+                "In a loop written for SAM, leave out the backward before the step, or call "
+                "optimizer.zero_grad() in the closure."
             )
 
     def is_empty(self) -> bool:
         """Whether nothing that is trained has a gradient."""
         return all(p.grad is None for p in self._trained)
 
-    def _is_there(self) -> bool:
-        gradients = [w.grad for w in self._weights if w.grad is not None]
+    def _is_there(self, beside: Sequence[Tensor] = ()) -> bool:
+        weights = (w for w in self._weights if not any(w is b for b in beside))
+        gradients = [w.grad for w in weights if w.grad is not None]
         return any(bool(g.any()) for g in gradients)  # only zero_grad(set_to_none=False) makes this wait
 
     def _begin(self) -> None:
-        self._sound = self._sound or not self._is_there()
+        self._sound = self._sound or not self._is_there(beside=self._reached)
         self._expected = True
         nodes.after_backward(self._end)
 
-    def _end(self) -> None:
-        self._expected = False
+    def _note(self, weight: Tensor) -> None:
+        if not self._expected:  # yet: it may also be of what was added to a regularised loss
+            self._reached.append(weight)
+            nodes.after_backward(self._end)
 
-    def _note(self) -> None:
-        self._sound = self._sound and self._expected
+    def _end(self) -> None:
+        self._sound = self._sound and (self._expected or not self._reached)
+        self._expected, self._reached = False, []
 
 
 def _begin(ledger: weakref.ref[Ledger], gradient: Tensor) -> None:
@@ -106,7 +116,7 @@ def _note(ledger: weakref.ref[Ledger], weight: Tensor) -> None:
     """Hook on a weight: a backward has added to its gradient."""
     alive = ledger()
     if alive is not None:
-        alive._note()
+        alive._note(weight)
 
 
 def _remove(handles: Iterable[Any]) -> None:

@@ -81,7 +81,7 @@ class Penalty(Regularizer):
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
-        self.ledger = Ledger(self.layers, trained)
+        self.ledger = Ledger(self.named_weights(), trained)
         self._guard = FiniteGuard()
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:

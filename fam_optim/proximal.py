@@ -27,6 +27,7 @@ from torch import Tensor
 from fam_optim.compilation import opaque
 from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
 from fam_optim.estimators.running_mean import RunningMean, shape_of_mean, stack
+from fam_optim.gradients import Ledger
 from fam_optim.layer.weights import weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
@@ -86,6 +87,12 @@ class Proximal(Regularizer):
         self.given = False
         self._before: list[Tensor] | None = None
         self.roots.forget()
+        # Of the coming step's backwards, if it is due; others are nobody's business.
+        self._ledger: Ledger | None = None
+        if self.due:
+            weights = [w.parameter for w in self.weights]
+            self._ledger = Ledger(self.named_weights(), weights, sound=True)
+            self._ledger.watch()
 
     def gradients_zeroed(self) -> None:
         self.roots.gradients_zeroed()
@@ -109,12 +116,14 @@ class Proximal(Regularizer):
         """
         if self.due or (self.lam and not self.roots.recognised):
             _look(self.roots, loss, self.seed + (self.steps << 20) if self.due else None)
+            if self._ledger is not None:
+                self._ledger.expect(loss)
         return loss
 
     # Around the base's step: the proximal one
 
     def check(self, trained: Iterable[Tensor]) -> None:
-        """Raises RuntimeError before a due step whose losses were seen, and not backpropagated.
+        """Raises RuntimeError before a due step if a loss was seen and not backpropagated, or the reverse.
 
         Warns:
             UserWarning: if no parameter has a gradient.
@@ -131,6 +140,8 @@ class Proximal(Regularizer):
                 f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "
                 "keep flat. Expected layers of the model that is trained, whose weights require gradients."
             )
+        if self._ledger is not None:
+            self._ledger.check()
         if self.roots.is_empty and all(p.grad is None for p in trained):
             warnings.warn(
                 "no parameter of this optimizer has a gradient. If the parameters of the model were replaced "

@@ -45,8 +45,9 @@ class Taken:
         self.share: Tensor | None = None
 
     def note(self, gradient: Tensor) -> None:
-        """Hook on the loss: its backward has begun."""
-        self.share = at_least_float32(gradient).reshape(())
+        """Hook on the loss: its backward has begun, perhaps once more."""
+        gradient = at_least_float32(gradient).reshape(())
+        self.share = gradient if self.share is None else self.share + gradient
 
 
 class StepRoots:
@@ -134,6 +135,7 @@ class StepRoots:
             taken = Taken(sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples))
         loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
         self._pending.append(taken)
+        nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)
 
     def _check_hidden(self, reached: Reach) -> None:
         """Raises RuntimeError if weights may be used where the graph does not show it."""
@@ -167,7 +169,6 @@ class StepRoots:
             if self in nodes.metadata(node).get(_SEEN, ()):
                 return True
             stack.extend(below for below, _ in node.next_functions if below and nodes.is_scalar(below))
-        nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)
         return False
 
     def total(self) -> tuple[dict[int, Tensor], set[int]]:

@@ -104,8 +104,8 @@ def find_outputs(
         RuntimeError: if the loss is not known to be convex in them.
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
-    with errors.explained("derivatives"):
-        known = terms.nodes if terms else []
+    known = terms.nodes if terms else []
+    with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
     if terms is None or len(outputs) < len(found):

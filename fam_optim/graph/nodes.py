@@ -8,13 +8,14 @@ the nodes (with the number of their output) that made the operands.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch.autograd.graph import Node
 
@@ -264,6 +265,17 @@ def made_so_far() -> int:
 def sequence_number(node: Node) -> int:
     """How many nodes the thread had made before this one."""
     return int(node._sequence_nr())
+
+
+@contextmanager
+def not_passed(some: Iterable[Node]) -> Iterator[None]:
+    """Derivatives in this context end at some nodes."""
+    handles = [node.register_hook(lambda below, above: (None,) * len(below)) for node in some]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -372,6 +372,34 @@ def test_terms_that_do_not_depend_on_the_layer_do_not_matter() -> None:
     torch.testing.assert_close(*kappas)
 
 
+def brier_and_cross_entropy(o: Tensor) -> list[tuple[Tensor, Tensor]]:
+    log_p = o.log_softmax(1)
+    p = log_p.exp()
+    return [(F.nll_loss(log_p, Y), o), ((p - SOFT).square().mean(), p)]
+
+
+def prototypes_and_distances(o: Tensor) -> list[tuple[Tensor, Tensor]]:
+    difference = o[:, None] - torch.eye(3)
+    squares = difference.square()
+    logits = -squares.sum(-1)
+    return [(F.cross_entropy(logits, Y), logits), (squares.mean(), difference)]
+
+
+@pytest.mark.parametrize("mode", ["exact", "full"])
+@pytest.mark.parametrize("parts", [brier_and_cross_entropy, prototypes_and_distances])
+def test_a_term_that_is_computed_from_another(parts: Callable[[Tensor], Any], mode: str) -> None:
+    """Each counts with the outputs of its own, and with its own coefficient alone."""
+    net, x = problem("perceptron")
+    for layer in weighted(net):
+        wanted = sum(
+            reference.gauss_newton_traces(o, part, layer.weight, "neuronwise") for part, o in parts(net(x))
+        )
+        with observe(layer) as observed:
+            loss = sum(part for part, _ in parts(net(x)))
+        kappa = relative_flatness(loss, observed, mode=mode, curvature="gauss_newton")
+        assert_same(kappa, wanted, net, str(layer))
+
+
 def test_too_many_products_are_refused_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_PRODUCTS", 3)
     net, x = problem("perceptron")

@@ -576,6 +576,21 @@ def test_one_of_two_losses_without_its_penalty_is_refused(order: str, frozen: bo
     fam.step()
 
 
+@pytest.mark.parametrize("first", ["regularised", "other"])
+def test_a_loss_may_be_added_that_alone_uses_another_layer(first: str) -> None:
+    """As the remedy for losses that Gauss-Newton does not know says; its gradients may be there first."""
+    trunk, head, other = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+    parameters = [p for m in (trunk, head, other) for p in m.parameters()]
+    fam = FAM(parameters, torch.optim.SGD, [trunk, other], mode="hutchinson", lr=0.1)
+    for _ in range(2):
+        fam.zero_grad()
+        h = trunk(X).tanh()
+        beside = other(h).abs().mean() if first == "other" else None
+        regularized = fam.regularize(CE(head(h), Y))
+        (regularized + (other(h).abs().mean() if beside is None else beside)).backward()
+        fam.step()
+
+
 @pytest.mark.parametrize("how", ["no backward", "of a copy", "zeroed"])
 def test_a_regularised_loss_that_leaves_no_gradient_is_refused(how: str) -> None:
     model = mlp()
@@ -910,6 +925,27 @@ def test_hooks_on_a_weight_do_not_change_kappa() -> None:
     fam = fam_on(model, weight, mode="full")
     fam.regularize(CE(model(X), Y)).backward()
     assert len(seen) == 1 and weight.grad is not None and not weight.grad[0].any()
+
+
+@pytest.mark.parametrize("mode", ["exact", "full", "hutchinson"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_hooks_on_the_weight_of_a_convolution_do_not_change_kappa(mode: str, curvature: str) -> None:
+    torch.manual_seed(1)
+    conv, head = nn.Conv1d(1, 3, 2), nn.Linear(9, 3)
+    kappas = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        kappas.append(
+            measured(
+                lambda: CE(head(conv(X[:, None]).tanh().flatten(1)), Y),
+                conv,
+                mode=mode,
+                curvature=curvature,
+                generator=generator,
+            )
+        )
+        conv.weight.register_hook(torch.zeros_like)
+    assert_close([kappas[1]], [kappas[0]], "kappa", 1e-12)
 
 
 def test_hooks_behind_the_layer_that_were_set_after_regularize_see_the_steps_gradient_alone() -> None:

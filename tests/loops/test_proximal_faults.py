@@ -100,6 +100,31 @@ def test_weights_of_micro_batches_after_regularize(n: int) -> None:
     assert_close(one, other)
 
 
+@pytest.mark.usefixtures("same_signs")
+def test_a_loss_that_is_backpropagated_twice_counts_twice() -> None:
+    results = []
+    for twice in (False, True):
+        optimizer = fam(model := net(), every=1)
+        first, second = (optimizer.regularize(loss_of(model, step)) for step in (0, 1))
+        if twice:
+            first.backward(retain_graph=True)
+            first.backward()
+        else:
+            (2 * first).backward()
+        second.backward()
+        optimizer.step()
+        results.append(model)
+    assert_close(*results)
+
+
+def test_a_loss_that_was_refused_is_refused_again() -> None:
+    optimizer = fam(model := net(), every=1)
+    loss = loss_of(model, 0).exp()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="known to be convex"):
+            optimizer.regularize(loss)
+
+
 def test_a_scaled_loss_has_the_kappa_of_the_loss() -> None:
     kappas = []
     for scale in (1.0, 1024.0):
@@ -123,6 +148,33 @@ def test_inputs_may_be_overwritten_before_the_step(n: int) -> None:
         optimizer.step()
         results.append(model)
     assert_same(*results)
+
+
+@pytest.mark.parametrize("order", ["other first", "other last"])
+def test_a_loss_without_its_curvature_is_refused_on_a_due_step(order: str) -> None:
+    optimizer = fam(model := net(), every=2)
+    for step in range(2):
+        seen, other = optimizer.regularize(loss_of(model, step)), loss_of(model, step + 2)
+        for loss in (other, seen) if order == "other first" else (seen, other):
+            loss.backward()
+        if step:
+            with pytest.raises(RuntimeError, match="for every loss and micro-batch of a step"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+def test_a_backward_whose_gradients_are_zeroed_is_nobodys_business(zero: str) -> None:
+    """A generator's loss passes the discriminator; gradients that never are zeroed add up."""
+    optimizer = fam(model := net(), every=1)
+    for step in range(3):
+        loss_of(model, step).backward()
+        ZEROS[zero](model, optimizer)
+        optimizer.regularize(loss_of(model, step)).backward()
+        optimizer.step()
+    optimizer.regularize(loss_of(model, 3)).backward()
+    optimizer.step()
 
 
 def matrices() -> int:
