@@ -240,7 +240,6 @@ class FAM(OptimizerWrapper):
         except BaseException:
             if backup is not None:
                 backup.restore()
-            self.regularizer.forget()
             raise
         finally:
             self._evaluations = max(self._evaluations, evaluated.evaluations)
