@@ -10,7 +10,6 @@ experiment of the paper, or its small form, has a second one with the paper's nu
 """
 
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from recipes.engine.optimizers import OPTIMIZERS
 from recipes.engine.pictures import at, curve, of_task, plot_boxes, plot_curves, title
 from recipes.engine.run_folder import RunFolder
 from recipes.paper.comparison import compare
-from recipes.shared.command import parser
+from recipes.shared.command import in_a_sentence, parser
 from recipes.shared.pictures import save as save_picture
 from recipes.shared.results import grouped, load, save
 from recipes.shared.tables import console as make_console
@@ -145,15 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = reader.parse_args(arguments)
     source: Path = options.source
     stem: Path = options.out or (source / "report" if source.is_dir() else source.with_suffix(""))
-    try:
+    with in_a_sentence("report"):
         if source.is_dir():
             save(stem.with_suffix(".json"), collect(source))
         results = load(stem.with_suffix(".json") if source.is_dir() else source)  # rounded, as it was saved
         if results.get("recipe") != "train":
             raise ValueError(f"{source}: expected what recipes.report has saved, got something else")
-    except ValueError as error:
-        sys.exit(f"report: {error}")
-    report(results, stem, make_console())
+        report(results, stem, make_console())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What is worth measuring on a GPU, in one command of at most ten minutes.
 
     python -m recipes.benchmark --accelerator            # results in runs/benchmark/accelerator.json
-    python -m recipes.benchmark --accelerator --smoke    # tiny networks, on a CPU too: does everything run?
 
 Networks in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is compared with the CPU's; every
 step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds those that make the host wait
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from recipes.benchmark.candidates import CANDIDATES, PENALTY, Candidate, Step
 from recipes.benchmark.cases import bert, hidden, images, perceptron, resnet50, vit
 from recipes.benchmark.check import seeded
-from recipes.benchmark.measuring import prepared, repeated, timings
+from recipes.benchmark.measuring import prepared, timings
 from recipes.shared.problem import Problem
 from recipes.shared.results import CPU
+from recipes.shared.timing import repeated
 from recipes.tasks.models import resnet18_cifar
 
 LIMIT = 570.0  # seconds for everything; a row that would take longer is left out

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def prepared(
         try:
             step = candidate.build(twin)
             before(twin.model)
-            period = repeated(step, candidate.period)
+            period = timing.repeated(step, candidate.period)
             period()
             results[label] = {}
             if weighed:  # step by step: the profile of a step is large
@@ -64,23 +65,13 @@ def timings(
     with its share of the dear ones.
     """
     size = math.lcm(*(candidates[label].period for label in steps))
-    blocks = {label: repeated(step, size) for label, step in steps.items()}
+    blocks = {label: timing.repeated(step, size) for label, step in steps.items()}
     once = sum(timing.timed(block, device)[0] for block in blocks.values())
     rounds = max(LEAST, min(MOST, int(seconds / once)))
     found = timing.relative(timing.alternate(blocks, rounds, device, warm_up=0), "plain")
-    return {
-        label: {**own, "rounds": rounds, "seconds": own["seconds"] / size} for label, own in found.items()
-    }
-
-
-def repeated(step: Step, times: int) -> Step:
-    """So many steps as one."""
-
-    def several() -> None:
-        for _ in range(times):
-            step()
-
-    return step if times == 1 else several
+    for own in found.values():
+        own |= {"rounds": rounds, "seconds": own["seconds"] / size}
+    return found
 
 
 def relative(results: Mapping[str, Result], names: Mapping[str, str]) -> dict[str, Result]:
@@ -92,18 +83,6 @@ def relative(results: Mapping[str, Result], names: Mapping[str, str]) -> dict[st
     }
 
 
-class _NoModules:
-    """In place of the counter's tracker of modules."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc_info: object) -> None:
-        pass
-
-
 def flops(call: Callable[[], Any]) -> int:
     """Operations of matrix products and convolutions in a call: two per multiplication."""
 
@@ -112,7 +91,8 @@ def flops(call: Callable[[], Any]) -> int:
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
     # It would follow modules by global hooks, of which FAM must find out whether they change an output.
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    nothing = {"__enter__": lambda: None, "__exit__": lambda *error: None}
+    counter.mod_tracker = SimpleNamespace(parents={"Global"}, **nothing)  # type: ignore[assignment]
     with counter as counted:
         call()
     total: int = counted.get_total_flops()

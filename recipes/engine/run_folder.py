@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recipes.shared.results import compact
+from recipes.shared.results import CPU, compact
 
 
 class RunFolder:
@@ -34,14 +34,10 @@ class RunFolder:
         if not (self.path / "config.json").exists():
             return
         found, asked = self.read("config.json"), json.loads(json.dumps(config))
-        names = sorted({*found, *asked})
-        differences = [
-            f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked for"
-            for name in names
-            if found.get(name) != asked.get(name)
-        ]
-        if differences:
-            raise ValueError(f"{self.path} was begun with another configuration ({'; '.join(differences)})")
+        pairs = {name: (found.get(name), asked.get(name)) for name in sorted({*found, *asked})}
+        unlike = [f"{name}: {a!r} there, {b!r} asked for" for name, (a, b) in pairs.items() if a != b]
+        if unlike:
+            raise ValueError(f"{self.path} was begun with another configuration ({'; '.join(unlike)})")
 
     def begin(self, config: dict[str, Any], environment: dict[str, Any], step_time: dict[str, Any]) -> None:
         """Take the folder for a run."""
@@ -80,10 +76,8 @@ class RunFolder:
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The last checkpoint, None before the first."""
-        if not self.checkpoint.exists():
-            return None
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
-        return state
+        there = self.checkpoint.exists()
+        return torch.load(self.checkpoint, map_location=device, weights_only=True) if there else None
 
     def networks(self) -> dict[int, dict[str, Any]]:
         """The state of the network by epoch, of those that were kept and of the last.
@@ -91,10 +85,9 @@ class RunFolder:
         Raises:
             FileNotFoundError: if there is none.
         """
-        cpu = torch.device("cpu")
         kept = {int(path.stem[5:]): path for path in self.path.glob("epoch*.pt")}
-        found = {epoch: torch.load(kept[epoch], cpu, weights_only=True) for epoch in sorted(kept)}
-        last = self.load(cpu)
+        found = {epoch: torch.load(kept[epoch], CPU, weights_only=True) for epoch in sorted(kept)}
+        last = self.load(CPU)
         if last is None:
             raise FileNotFoundError(f"{self.path} holds no checkpoint: train first, with recipes.train")
         return {**found, last["epoch"]: last["model"]}

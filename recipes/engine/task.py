@@ -23,7 +23,7 @@ Evaluation = Callable[[nn.Module, Iterable[Batch]], Metrics]
 Samples = Dataset[Any]  # of (inputs, targets); torch's default collation makes the batches
 
 
-class Missing(Exception):
+class Missing(FileNotFoundError):
     """Data or a package that a task needs is not there; the message is one sentence with the remedy."""
 
 

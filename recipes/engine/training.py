@@ -122,9 +122,8 @@ def measured(loop: Loop, epoch: int) -> dict[str, Any]:
 def kappa_options(task: Task) -> dict[str, Any]:
     """Measure, mode, curvature and number of probes, where the task has its own."""
     fam = task.methods.get("fam", {})
-    if fam.get("mode") == "proximal":
-        return GAUSS_NEWTON
-    return {name: value for name, value in fam.items() if name in MEASURING}
+    own = {name: value for name, value in fam.items() if name in MEASURING}
+    return GAUSS_NEWTON if fam.get("mode") == "proximal" else own
 
 
 def kappa(task: Task, model: nn.Module, batches: Iterable[Batch]) -> float:

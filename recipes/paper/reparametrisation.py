@@ -1,9 +1,5 @@
 """Rescaling a network without changing its function leaves kappa as it is, and changes the Hessian's trace.
 
-    python -m recipes.paper.reparametrisation                       # table, JSON, picture in runs/
-    python -m recipes.paper.reparametrisation --smoke
-    python -m recipes.paper.reparametrisation --plot results.json   # redraw
-
 A ReLU network is trained with SGD on Fashion-MNIST. Then its hidden layer's weight and bias are multiplied
 by alpha and the last layer's weight is divided by alpha, which leaves its function as it is, since
 relu(alpha z) = alpha relu(z) for alpha > 0. Of both layers, on the training set, in float64:
@@ -95,7 +91,9 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
         for run in runs
         if math.log2(run["alpha"]).is_integer()
     ]
-    return make_table("layer", "alpha", *(name for name, *_ in QUANTITIES.values()), rows=rows)
+    title = f"largest relative deviation of kappa: {max(abs(run['kappa_change']) for run in runs):.1e}"
+    heads = (name for name, *_ in QUANTITIES.values())
+    return make_table("layer", "alpha", *heads, rows=rows, title=title)
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
@@ -116,17 +114,12 @@ def plot(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def largest_deviation(runs: Sequence[dict[str, Any]]) -> str:
-    """How far from constant kappa is."""
-    return f"largest relative deviation of kappa: {max(abs(run['kappa_change']) for run in runs):.1e}"
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "--epochs": {"type": positive, "default": 10},
     "--images": {"type": positive, "default": 4000, "help": "of the training set"},
 }
 SMOKE = {"images": 500, "epochs": 1}
-RECIPE = Recipe("paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, SMOKE, largest_deviation)
+RECIPE = Recipe("paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, SMOKE)
 main = RECIPE.main
 
 if __name__ == "__main__":

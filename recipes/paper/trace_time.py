@@ -1,9 +1,5 @@
 """The time of the trace of one layer's Hessian, and the estimator's error (figure 5 of the paper).
 
-    python -m recipes.paper.trace_time                       # table, JSON and picture in runs/trace_time
-    python -m recipes.paper.trace_time --smoke
-    python -m recipes.paper.trace_time --plot results.json   # redraw
-
 Compared, on the networks of recipes.paper.layer_timing, forward included:
 
     torch.func, Hessian    torch.func.hessian, then its diagonal
@@ -25,18 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.paper.layer_timing import Method, plain_step, timing_recipe
+from recipes.paper.layer_timing import Method, plain_step, timing_recipe, whole_hessian
 from recipes.shared.command import Options
 from recipes.shared.problem import Problem
 
 REPEATS = 20  # draws behind the error of an estimator
 CHUNK = 256  # basis vectors in one vmap, so that no Hessian is formed
-
-
-def diagonal_of_hessian(problem: Problem) -> Tensor:
-    """The trace ``()`` of the Hessian, formed whole."""
-    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.weight.detach())
-    return torch.einsum("stst->", hessian)
 
 
 def basis_products(problem: Problem) -> Tensor:
@@ -45,10 +35,9 @@ def basis_products(problem: Problem) -> Tensor:
     places = torch.arange(weight.numel(), device=weight.device)
     gradient = torch.func.grad(problem.loss_of_weight)
 
-    def curvature(index: Tensor) -> Tensor:
+    def curvature(index: Tensor) -> Any:
         direction = (places == index).to(weight.dtype).view_as(weight)
-        product: Tensor = torch.func.jvp(gradient, (weight,), (direction,))[1]
-        return (direction * product).sum()
+        return (direction * torch.func.jvp(gradient, (weight,), (direction,))[1]).sum()
 
     curvatures: Tensor = torch.func.vmap(curvature, chunk_size=CHUNK)(places)
     return curvatures.sum()
@@ -68,7 +57,7 @@ METHODS = {
     "exact": Method(trace),
     **ESTIMATORS,
     "torch.func, products": Method(basis_products, quadratic=True),
-    "torch.func, Hessian": Method(diagonal_of_hessian, quadratic=True),
+    "torch.func, Hessian": Method(lambda p: torch.einsum("stst->", whole_hessian(p)), quadratic=True),
 }
 
 

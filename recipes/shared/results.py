@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ import torch
 import fam_optim
 
 CPU = torch.device("cpu")
-Row = TypeVar("Row", bound=Mapping[str, Any])
+Row = TypeVar("Row")
 Key = TypeVar("Key")
 
 
@@ -80,8 +80,7 @@ def load(path: Path) -> dict[str, Any]:
         if not results["runs"]:
             raise ValueError("it has no runs")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (
-            "there is no such file" if isinstance(error, FileNotFoundError) else "it holds something else"
-        )
+        absent = isinstance(error, FileNotFoundError)
+        reason = "there is no such file" if absent else "it holds something else"
         raise ValueError(f"{path}: expected the JSON of a recipe's results, but {reason}") from error
     return dict(results)

@@ -1,12 +1,14 @@
 """What a step of each method costs relative to a step of SGD, on every network of the study."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
 
 from recipes.engine.loop import Loop
+from recipes.engine.task import Batch
 from recipes.shared.timing import alternate, relative
 from recipes.study.conditions import CONDITIONS, Condition, fits, trial
 from recipes.study.methods import COMPARED, METHODS, OTHERS
@@ -34,11 +36,10 @@ def relative_cost(condition: Condition, rounds: int) -> dict[str, Any]:
     loops = {name: loop_of(trial(condition, name, value, 0, lr=0.01)) for name, value in starts.items()}
     train = list(loops["SGD"].batches(1))
 
-    def stepping(loop: Loop) -> Callable[[], Any]:
-        remaining = cycle(train)
-        return lambda: loop.step(*next(remaining))
+    def step(loop: Loop, remaining: Iterator[Batch]) -> None:
+        loop.step(*next(remaining))
 
-    calls = {name: stepping(loop) for name, loop in loops.items()}
+    calls = {name: partial(step, loop, cycle(train)) for name, loop in loops.items()}
     found = relative(alternate(calls, rounds, warm_up=2), "SGD")
     milliseconds = 1000 * found["SGD"]["seconds"]
     for own in found.values():

@@ -89,32 +89,35 @@ class LatentAutoEncoder(AutoEncoder):
         return logits
 
 
+Volumes = dict[str, Tensor]  # "complete" and each kind of defect: (n, 1, size, size, size)
+
+
+def pairs(train: Volumes, evaluation: Volumes) -> Data:
+    """The defective skulls as inputs, the complete ones as targets."""
+    evaluated = {kind: TensorDataset(evaluation[kind], evaluation["complete"]) for kind in EVALUATED}
+    return Data(TensorDataset(train["defective"], train["complete"]), evaluated)
+
+
 def generated(setting: Setting) -> Data:
     """Shells of this setting, which are always the same."""
-    (train,) = shell_pairs(setting.train, 0, setting.size, TRAINED)
-    evaluation = shell_pairs(setting.evaluation, 1, setting.size, EVALUATED)
-    return Data(train, dict(zip(EVALUATED, evaluation, strict=True)))
 
+    def volumes(count: int, seed: int, defects: Mapping[str, str]) -> Volumes:
+        random = [np.random.default_rng((seed, number)) for number in range(count)]
+        made = [shells.shell(each, setting.size, defects) for each in random]
+        stacked = {kind: np.stack([found[kind] for found in made])[:, None] for kind in made[0]}
+        return {kind: torch.from_numpy(volume).float() for kind, volume in stacked.items()}
 
-def shell_pairs(count: int, seed: int, size: int, defects: Mapping[str, str]) -> list[TensorDataset]:
-    """One set of (input, target) for each kind of defect, ``(1, size, size, size)`` each."""
-    made = [shells.shell(np.random.default_rng((seed, number)), size, defects) for number in range(count)]
-    volumes = {
-        kind: torch.from_numpy(np.stack([found[kind] for found in made])).float().unsqueeze(1)
-        for kind in ("complete", *defects)
-    }
-    return [TensorDataset(volumes[kind], volumes["complete"]) for kind in defects]
+    return pairs(volumes(setting.train, 0, TRAINED), volumes(setting.evaluation, 1, EVALUATED))
 
 
 def stored(folder: Path, size: int) -> Data:
-    """The skulls of a folder: the defective ones as inputs, complete ones of equal names as targets."""
-    (train,) = stored_pairs(folder / "train", TRAINED, size)
-    evaluation = stored_pairs(folder / "evaluation", EVALUATED, size)
-    return Data(train, dict(zip(EVALUATED, evaluation, strict=True)))
+    """The skulls of a folder: complete and defective ones have equal names."""
+    train = stored_volumes(folder / "train", TRAINED, size)
+    return pairs(train, stored_volumes(folder / "evaluation", EVALUATED, size))
 
 
-def stored_pairs(folder: Path, defects: Iterable[str], size: int) -> list[TensorDataset]:
-    """One set of (input, target) for each sub-folder of defects: ``(1, size, size, size)`` each."""
+def stored_volumes(folder: Path, defects: Iterable[str], size: int) -> Volumes:
+    """Those of the sub-folders of this name."""
     files = {kind: sorted((folder / kind).glob("*.nii.gz")) for kind in ("complete", *defects)}
     names = {kind: [path.name for path in paths] for kind, paths in files.items()}
     if not files["complete"] or any(found != names["complete"] for found in names.values()):
@@ -123,17 +126,14 @@ def stored_pairs(folder: Path, defects: Iterable[str], size: int) -> list[Tensor
             f"expected *.nii.gz files of equal names in each sub-folder of {folder}, found {counts}: "
             "complete the folder, or let --download generate skull-like shells"
         )
-    volumes = {kind: torch.stack([read(path, size) for path in paths]) for kind, paths in files.items()}
-    complete = volumes.pop("complete")
-    return [TensorDataset(defective, complete) for defective in volumes.values()]
+    return {kind: torch.stack([read(path, size) for path in paths]) for kind, paths in files.items()}
 
 
 def read(path: Path, size: int) -> Tensor:
     """A NIfTI file as zeros and ones."""
-    volume = torch.from_numpy(np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, np.float32))[
-        None, None
-    ]
-    return (nn.functional.interpolate(volume, (size,) * 3, mode="nearest")[0] > 0.5).float()
+    stored = np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, np.float32)
+    resized = nn.functional.interpolate(torch.from_numpy(stored)[None, None], (size,) * 3, mode="nearest")
+    return (resized[0] > 0.5).float()
 
 
 @torch.no_grad()
@@ -148,9 +148,7 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
         columns["dsc"].append(compute_dice(predictions, targets))
         diagonal = targets.shape[-1] * 3**0.5
         for name, percentile in (("hd", None), ("hd95", 95)):
-            distance = compute_hausdorff_distance(
-                predictions, targets, include_background=True, percentile=percentile
-            )
+            distance = compute_hausdorff_distance(predictions, targets, True, percentile=percentile)
             columns[name].append(distance.nan_to_num(nan=diagonal, posinf=diagonal))
     return {name: torch.cat(values).flatten().tolist() for name, values in columns.items()}
 

@@ -9,15 +9,9 @@ from torch import nn
 from torch.nn.functional import interpolate, mse_loss
 
 from recipes.engine.task import Data, Source, Task, package, regression
+from recipes.tasks import models
 from recipes.tasks.images import MEAN, STD, fashion_mnist, whole_fashion_mnist
-from recipes.tasks.models import (
-    SmallConvNet,
-    perceptron,
-    pretrained,
-    small_resnet,
-    vision_transformer,
-    without_batchnorm,
-)
+from recipes.tasks.models import SmallConvNet, perceptron
 from recipes.tasks.splitting import Pair, few, split
 
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, also inside SAM and FAM
@@ -44,9 +38,6 @@ def small(
     return Task(data, network, **{**usual, **own})
 
 
-# Images of Fashion-MNIST
-
-
 @cache
 def shipped(source: Source) -> tuple[Pair, Pair]:
     """4,000 and 4,000 images that lie beside the recipes."""
@@ -58,14 +49,11 @@ VALIDATION = 1000  # of the 4,000 shipped training images
 
 def quickstart(noise: float = 0.0, train_size: int = 2000) -> Task:
     """The quick start's: shipped images, a part of whose labels may be wrong."""
-    return small(
-        *(shipped, (train_size, VALIDATION), lambda source: SmallConvNet(), noise),
-        name=f"quickstart-noise{100 * noise:g}" if noise else "quickstart",
-        about=f"small convolutional network, {train_size} images of Fashion-MNIST, {noise:.0%} wrong labels",
-        layers=("head",),
-        epochs=20,
-        kappa_samples=train_size,
-    )
+    name = f"quickstart-noise{100 * noise:g}" if noise else "quickstart"
+    about = f"small convolutional network, {train_size} images of Fashion-MNIST, {noise:.0%} wrong labels"
+    own: dict[str, Any] = {"name": name, "about": about, "layers": ("head",), "kappa_samples": train_size}
+    sizes = train_size, VALIDATION
+    return small(shipped, sizes, lambda source: SmallConvNet(), noise, epochs=20, **own)
 
 
 def fashion_mnist_small(tuning: bool = False) -> Task:
@@ -76,18 +64,15 @@ def fashion_mnist_small(tuning: bool = False) -> Task:
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "batchnorm": lambda width: SmallConvNet(channels=(8, 16), hidden=width),
-    "no batchnorm": without_batchnorm,
-    "transformer": lambda width: vision_transformer(),
-    "resnet": lambda width: small_resnet(),
+    "no batchnorm": models.without_batchnorm,
+    "transformer": lambda width: models.vision_transformer(),
+    "resnet": lambda width: models.small_resnet(),
 }
 
 
 def fashion(network: str, noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
     """The study's networks on the shipped images."""
     return small(shipped, (2000, VALIDATION), lambda source: NETWORKS[network](width), noise, epochs=20)
-
-
-# Vectors
 
 
 @cache
@@ -146,9 +131,8 @@ def finetuning(samples: int, noise: float = 0.0, width: int = WIDTH, depth: int 
         )
         return train, test
 
+    def network(source: Source) -> nn.Module:
+        return models.pretrained(0) if source.smoke else models.pretrained()
+
     epochs = 30 if samples <= 200 else 10
-    return small(
-        *(enlarged, (samples, 200), lambda source: pretrained(0) if source.smoke else pretrained(), noise),
-        epochs=epochs,
-        batch_size=32,
-    )
+    return small(enlarged, (samples, 200), network, noise, epochs=epochs, batch_size=32)

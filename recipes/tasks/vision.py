@@ -9,6 +9,7 @@ released code picks, whatever its comment says. The weights into the 64 neurons 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from recipes.engine.optimizers import PAPERS
 from recipes.engine.schedules import steps
-from recipes.engine.task import Data, Missing, Source, Task, missing, package
+from recipes.engine.task import Data, Missing, Source, Task, package
+from recipes.tasks.images import by_torchvision
 from recipes.tasks.models import resnet18_cifar, wide_resnet
 
 datasets = package("torchvision.datasets")
@@ -56,17 +58,11 @@ def images(
     """The training and test images that ``make`` reads from a folder; for a smoke test generated ones."""
 
     def data(source: Source, seed: int) -> Data:
-        samples = []
-        for training, chosen in ((True, train), (False, test)):
-            path = source.folder / folder
-            try:
-                samples.append(
-                    datasets.FakeData(4, (3, 32, 32), classes, chosen, random_offset=training)
-                    if source.smoke
-                    else make(str(path), train=training, transform=chosen, download=source.download)
-                )
-            except (RuntimeError, OSError) as error:
-                raise missing(make.__name__, path, source) from error
+        if source.smoke:
+            fake = partial(datasets.FakeData, 4, (3, 32, 32), classes)
+            return Data(fake(train, random_offset=1), {"test": fake(test)})
+        transforms = train, test
+        samples = by_torchvision(make, source.folder / folder, source, transforms=transforms)
         return Data(samples[0], {"test": samples[1]})
 
     return data
