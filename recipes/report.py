@@ -10,7 +10,7 @@ experiment of the paper, or its small form, has a second one with the paper's nu
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,18 @@ def collect(folder: Path) -> dict[str, Any]:
     """Everything that the runs below a folder have measured, without their checkpoints.
 
     Smoke tests count only where there is nothing else.
-
-    Raises:
-        ValueError: if there is no run.
     """
-    found = list(finished(folder))
-    runs = [run for run, _ in found if not run["smoke"]] or [run for run, _ in found]
-    if not runs:
-        raise ValueError(f"no finished epoch of any run below {folder}")
-    return {"recipe": "train", "environment": found[-1][1], "runs": sorted(runs, key=order)}
-
-
-def finished(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """The runs below a folder that have finished an epoch, each with its environment."""
+    found: list[Run] = []
     for config in folder.rglob("config.json"):
         run = RunFolder(config.parent)
         if records := run.epochs():
             measured = {"step_time": run.read("step_time.json"), "history": columns(records)}
-            found = {**run.read("config.json"), "label": config.parent.parent.name, **measured}
-            yield found, run.read("environment.json")
+            found.append({**run.read("config.json"), "label": config.parent.parent.name, **measured})
+            environment = run.read("environment.json")
+    if not found:
+        raise ValueError(f"no finished epoch of any run below {folder}")
+    runs = [run for run in found if not run["smoke"]] or found
+    return {"recipe": "train", "environment": environment, "runs": sorted(runs, key=order)}
 
 
 def order(run: Run) -> tuple[Any, ...]:
@@ -72,12 +65,10 @@ def columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def tables(runs: Sequence[Run]) -> list[Table]:
     """A table per task, and a second one with the paper's numbers, where it has any."""
-    found: list[Table] = []
+    found = []
     for task, own in of_task(runs).items():
-        found.append(table(task, own))
-        if not own[0]["smoke"] and (beside := compare(task, own)):
-            found.append(beside)
-    return found
+        found += [table(task, own), None if own[0]["smoke"] else compare(task, own)]
+    return [*filter(None, found)]
 
 
 def table(task: str, runs: Sequence[Run]) -> Table:
@@ -94,8 +85,9 @@ def table(task: str, runs: Sequence[Run]) -> Table:
     for label, group in grouped(runs, lambda run: run["label"]).items():  # they differ in their seed alone
         for number in evaluated(group[0]):
             cells = [summary(name, [at(run, name, number) for run in group]) for name in shown]
-            if validated:
-                chosen = [at(run, lead, best_epoch(run, validated)) for run in group]
+            if validated:  # a value that is not finite is below all others; of equal ones the first counts
+                best_epochs = [np.nan_to_num(curve(run, validated), nan=-np.inf).argmax() for run in group]
+                chosen = [at(run, lead, int(e)) for run, e in zip(group, best_epochs, strict=True)]
                 cells.append(summary(lead, chosen))
             cost = statistics.fmean(run["step_time"]["median"] for run in group)
             epoch = str(group[0]["history"]["epoch"][number])
@@ -118,11 +110,6 @@ def evaluated(run: Run) -> list[int]:
     rarest = min(metrics, key=lambda name: sum(value is not None for value in history[name]))
     indices = [index for index, value in enumerate(history[rarest]) if value is not None]
     return indices[-1:] if len(indices) == len(history[rarest]) else indices
-
-
-def best_epoch(run: Run, name: str) -> int:
-    """Index of the first epoch with the highest value; one that is not finite is below all others."""
-    return int(np.argmax(np.nan_to_num(curve(run, name), nan=-np.inf)))
 
 
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:

@@ -79,11 +79,11 @@ def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, 
 def check(problem: Problem) -> dict[str, float]:
     """kappa of the last hidden layer on two samples, on the device and on the CPU."""
     part = problem.part(2).copy()
-    part = replace(part, regularised=part.layers[-1])
     part.model.eval()
+    part = replace(part, regularised=part.layers[-1])
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        here, there = (seeded(p, curvature="gauss_newton") for p in (part, part.copy(device=CPU)))
-    return {"device": here[0], "cpu": there[0]}
+        (here,), (there,) = (seeded(p, curvature="gauss_newton") for p in (part, part.copy(device=CPU)))
+    return {"device": here, "cpu": there}
 
 
 def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -> dict[str, Any]:

@@ -2,18 +2,16 @@
 
     python -m recipes.benchmark.estimators --curvature gauss_newton --out runs/gauss_newton
 
-Compared with the exact mode, with equal numbers of products:
+Compared with the exact mode, before training and after, with equal numbers of products:
 
     library, row       Hutchinson's estimate of the observed layer, signs of their own for every row
     library, weight    the same of the bare parameter: what a convolution gets
     library, apart     Gauss-Newton: the sum of squares, of every row or of every sample by itself
     library, whole     Gauss-Newton: the square of the whole batch's sum
 
-All are unbiased, which the library's tests show. The deviation of the value is relative to kappa; the error
-of the gradient (in all parameters) is the root mean square distance from the exact gradient, relative to its
-norm. The time is that of the estimate and its gradient, without the forward that they share with the loss.
-Means of independent estimates keep ``error * sqrt(milliseconds)``, the error at one millisecond. Before
-training and after.
+All are unbiased. The error of the gradient (in all parameters) is the root mean square distance from the
+exact one, relative to its norm. The time is that of the estimate and its gradient. Means of independent
+estimates keep ``error * sqrt(milliseconds)``, the error at one millisecond.
 """
 
 import math

@@ -53,7 +53,11 @@ def prepared(
             results[label] = {"refused": str(error)}
         else:
             steps[label] = step
-    return steps, relative(results, {"memory": "peak_bytes", "count": "operations"})
+    plain = results["plain"]
+    for name, of in (("memory", "peak_bytes"), ("count", "operations")):
+        for own in (own for own in results.values() if of in own):
+            own[name] = own[of] / plain[of]
+    return steps, results
 
 
 def timings(
@@ -72,15 +76,6 @@ def timings(
     for own in found.values():
         own |= {"rounds": rounds, "seconds": own["seconds"] / size}
     return found
-
-
-def relative(results: Mapping[str, Result], names: Mapping[str, str]) -> dict[str, Result]:
-    """The results with each quantity relative to the plain step's beside it."""
-    plain = results["plain"]
-    return {
-        label: {**own, **{name: own[of] / plain[of] for name, of in names.items() if of in own}}
-        for label, own in results.items()
-    }
 
 
 def flops(call: Callable[[], Any]) -> int:

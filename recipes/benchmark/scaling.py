@@ -1,8 +1,8 @@
 """How the cost of kappa grows with a last layer: its classes d, its inputs m and the rows N of a batch.
 
-One of the three sizes grows, the others stay. Timed is the gradient of ``loss + kappa`` in the layer's
-weights and inputs, forward included, in alternation with the gradient of the loss alone; memory is the peak.
-The exponents are fitted to the largest sizes, and stand beside those that the operations predict:
+One of the three sizes grows. Timed is the gradient of ``loss + kappa`` in the layer's weights and inputs, in
+alternation with that of the loss alone; memory is the peak. The exponents are fitted to the largest sizes.
+The predictions count the operations:
 
                   time                memory
     exact         N m d               N m + d m + N d    closed form of the softmax; by pairs of classes, in

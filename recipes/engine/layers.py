@@ -17,11 +17,7 @@ GROUPS = {  # of what FAM can regularise
 
 
 def select(model: nn.Module, names: Sequence[str]) -> list[Any]:
-    """The layers of these names, each once.
-
-    Raises:
-        ValueError: for a name that none has; it lists those that there are.
-    """
+    """The layers of these names, each once."""
     by_name = named_weight_layers(model)
     groups = {name: [*by_name][part] for name, part in GROUPS.items()}
     chosen: dict[str, None] = {}

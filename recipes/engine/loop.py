@@ -44,12 +44,7 @@ def seed_everything(*seeds: int) -> None:
 
 
 class Loop:
-    """A network with its optimizer, its learning rate's schedule and its samples.
-
-    Raises:
-        Missing: if the task's data are not there.
-        ValueError: if a batch is larger than the data.
-    """
+    """A network with its optimizer, its learning rate's schedule and its samples."""
 
     def __init__(
         self, task: Task, conditions: Conditions, make: Callable[[nn.Module], torch.optim.Optimizer]

@@ -47,11 +47,7 @@ class RunFolder:
         self.write("config.json", config)
 
     def read(self, name: str) -> Any:
-        """The JSON file of that name.
-
-        Raises:
-            FileNotFoundError: if this is no folder of a run.
-        """
+        """The JSON file of that name."""
         if not (self.path / name).exists():
             raise FileNotFoundError(f"{self.path}: expected a run's folder, with {name} in it")
         return json.loads((self.path / name).read_text())
@@ -80,11 +76,7 @@ class RunFolder:
         return torch.load(self.checkpoint, map_location=device, weights_only=True) if there else None
 
     def networks(self) -> dict[int, dict[str, Any]]:
-        """The state of the network by epoch, of those that were kept and of the last.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """The state of the network by epoch, of those that were kept and of the last."""
         kept = {int(path.stem[5:]): path for path in self.path.glob("epoch*.pt")}
         found = {epoch: torch.load(kept[epoch], CPU, weights_only=True) for epoch in sorted(kept)}
         last = self.load(CPU)

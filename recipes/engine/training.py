@@ -36,13 +36,8 @@ def train(
 ) -> None:
     """Train into the folder ``path``; after each epoch it holds everything measured, and a checkpoint.
 
-    The console is told how it goes, under the title.
-
-    Raises:
-        Missing: if the task's data are not there.
-        FileExistsError: if the folder holds a run and ``resume`` is False.
-        ValueError: if the folder's run was begun with another configuration, or what is asked for is
-            not possible: then there is no folder.
+    The console is told how it goes. A folder that holds a run is taken with ``resume`` alone. What is not
+    possible is said before there is a folder.
     """
     folder = RunFolder(path)
     asked = configuration(task, settings, conditions)
@@ -68,9 +63,6 @@ def rehearse(loop: Loop, settings: Settings) -> dict[str, Any]:
     """Take some steps on copies of the model, and measure kappa of a batch, before a folder is begun.
 
     Returns the relative time of the step.
-
-    Raises:
-        ValueError: if the layers, the loss and what is asked of kappa do not go together.
     """
     timed = list(islice(loop.batches(0), TIMED_BATCHES))
     try:

@@ -7,13 +7,11 @@ relu(alpha z) = alpha relu(z) for alpha > 0. Of both layers, on the training set
     kappa        sum_{s,u} <w_s, w_u> Tr(H_{s,u})    unchanged
     kappa_hat    ||W||^2 Tr(H)                       unchanged
     Tr(H)        proportional to alpha^-2 (hidden), alpha^2 (last)
-
-Most of the alphas are no powers of two, by which a multiplication would not even round.
 """
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +61,7 @@ def rescaled(model: nn.Sequential, alpha: float) -> nn.Sequential:
     return twin
 
 
-def sweep(options: Options) -> list[dict[str, Any]]:
+def sweep(options: Options) -> Iterator[dict[str, Any]]:
     """Train, then one row per layer and alpha, with the change of each quantity since alpha = 1."""
     images, labels = (tensor[: options.images] for tensor in fashion_mnist("train"))
     torch.manual_seed(options.seed)
@@ -72,7 +70,7 @@ def sweep(options: Options) -> list[dict[str, Any]]:
         order = torch.randperm(len(labels))
         train_plainly(model, batches(images[order], labels[order], 64))
     model.double()
-    training, runs = batches(images.double(), labels, 250), []
+    training = batches(images.double(), labels, 250)
     exponents = EXPONENTS[::4] if options.smoke else EXPONENTS
     for name, index in {"hidden": 1, "last": 3}.items():
         origin = measure(model, model[index], training)
@@ -80,8 +78,7 @@ def sweep(options: Options) -> list[dict[str, Any]]:
             twin = rescaled(model, alpha)
             found = measure(twin, twin[index], training)
             changes = {f"{quantity}_change": found[quantity] / origin[quantity] - 1 for quantity in found}
-            runs.append({"layer": name, "alpha": alpha, **found, **changes})
-    return runs
+            yield {"layer": name, "alpha": alpha, **found, **changes}
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:

@@ -9,8 +9,7 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
     plain step             forward and backward of the network
 
 Before a size is timed (float32), all but the random ones are compared in float64. The error of the random
-ones is the root mean square of |estimate - exact| / |exact| over repeated draws on one network, in float64.
-The hidden layer's trace can be near zero by chance, since its curvatures have both signs.
+ones is the root mean square of |estimate - exact| / |exact| over repeated draws, in float64.
 """
 
 import math

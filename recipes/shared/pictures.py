@@ -78,7 +78,8 @@ def panels(
     rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Figure, NDArray[Any]]:
     """A figure of so many inches with a grid of axes, ``(rows, columns)``."""
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+    size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **size, **options)
     return figure, axes
 
 
@@ -117,14 +118,11 @@ def draw_lines(
 
 
 def legend_above(figure: Figure, axis: Axes, columns: int) -> None:
-    """One legend for all panels, above them, in so many columns; nothing of it is cut off."""
+    """One legend for all panels, above them, in so many columns."""
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    lines = -(-len(unique) // columns)
-    look: dict[str, Any] = {"loc": "upper center", "frameon": False, "fontsize": 9}
+    look: dict[str, Any] = {"loc": "outside upper center", "frameon": False, "fontsize": 9}
     figure.legend(unique.values(), unique, ncols=min(columns, len(unique)), **look)
-    room = (0.12 + 0.19 * lines) / figure.get_figheight()
-    figure.tight_layout(rect=(0, 0, 1, 1 - room))
 
 
 def save(figure: Figure, target: Path) -> None:

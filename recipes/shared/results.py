@@ -70,11 +70,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote.
-
-    Raises:
-        ValueError: if the file is something else, or not there; the message is one sentence.
-    """
+    """Read what ``save`` wrote."""
     try:
         results = json.loads(path.read_text())
         if not results["runs"]:

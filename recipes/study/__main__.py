@@ -85,11 +85,7 @@ def smoke(console: Console) -> None:
 
 
 def report(folder: Path, console: Console) -> None:
-    """Write the tables and pictures of what was measured.
-
-    Raises:
-        Missing: if nothing was.
-    """
+    """Write the tables and pictures of what was measured."""
     stages = read(folder)
     if not any(stages.values()):
         raise Missing(

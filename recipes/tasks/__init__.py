@@ -79,11 +79,7 @@ class Trained(NamedTuple):
 
 
 def trained(path: Path, folder: Path) -> Trained:
-    """Read a run's folder, and its data from the folder of data sets.
-
-    Raises:
-        FileNotFoundError: if it is none, or has no checkpoint.
-    """
+    """Read a run's folder, and its data from the folder of data sets."""
     run = RunFolder(path)
     config = run.read("config.json")
     task, source = load_task(config["task"]), Source(folder, smoke=config["smoke"])

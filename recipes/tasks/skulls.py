@@ -3,9 +3,6 @@
 The network sees a skull with a defect and gives back the complete skull. It is trained on one kind of defect
 and evaluated on one set of other skulls, each with two defects: one of this kind, one of another.
 
-    python -m recipes.train skulls --download --optimizer fam --lam 0.002    # the paper's setting
-    python -m recipes.train skulls-small --optimizer fam --lam 0.002         # for two cores
-
 The paper's clinical skulls go into ``skulls/`` of the data folder, as NIfTI files of equal names in
 ``train/{complete,defective}`` and ``evaluation/{complete,same_defect,other_defect}``, which are the split for
 every seed; with ``--download`` skull-like shells are generated instead. ``skulls-small`` always has these.
@@ -22,18 +19,12 @@ from torch.utils.data import TensorDataset
 
 from recipes.engine.optimizers import PAPERS
 from recipes.engine.schedules import constant
-from recipes.engine.task import Batch, Data, Metrics, Missing, Source, Task
+from recipes.engine.task import Batch, Data, Metrics, Missing, Source, Task, package
 from recipes.tasks import shells
 
-try:
-    import nibabel
-    from monai.losses import DiceLoss  # type: ignore[attr-defined]
-    from monai.metrics import compute_dice, compute_hausdorff_distance  # type: ignore[attr-defined]
-    from monai.networks.layers import Norm  # type: ignore[attr-defined]
-    from monai.networks.nets import AutoEncoder  # type: ignore[attr-defined]
-except ImportError as error:
-    raise Missing(f'the task "skulls" needs {error.name}: pip install -e ".[paper]"') from error
-
+nibabel, metrics = package("nibabel"), package("monai.metrics")
+AutoEncoder, Norm = package("monai.networks.nets").AutoEncoder, package("monai.networks.layers").Norm
+DiceLoss = package("monai.losses").DiceLoss
 LATENT = 8  # numbers of the code, from which a linear layer makes 64
 TRAINED = {"defective": "round"}  # a sub-folder -> the defect of the generated shells
 EVALUATED = {"same_defect": "round", "other_defect": "window"}
@@ -57,8 +48,7 @@ SMOKE = Setting(32, (2, 4, 4, 8), train=2, evaluation=1)
 class InstanceNorm(nn.GroupNorm):
     """Instance normalisation as groups of one channel each.
 
-    The same function as nn.InstanceNorm3d, but that one runs through torch's batch_norm, which has no third
-    derivative, and FAM's gradient needs the third derivative of what follows its layer.
+    nn.InstanceNorm3d runs through torch's batch_norm, which has no third derivative; FAM's gradient needs it.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -69,7 +59,7 @@ class InstanceNorm(nn.GroupNorm):
 Norm.add_factory_callable("instance_as_groups", lambda spatial_dims: InstanceNorm)
 
 
-class LatentAutoEncoder(AutoEncoder):
+class LatentAutoEncoder(AutoEncoder):  # type: ignore[misc]
     """Stride-2 convolutions, two linear layers with a latent code between them, as many deconvolutions."""
 
     def __init__(self, setting: Setting) -> None:
@@ -145,10 +135,10 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
     columns: dict[str, list[Tensor]] = {"dsc": [], "hd": [], "hd95": []}
     for inputs, targets in batches:
         predictions = (model(inputs) > 0).float()  # logits: a probability over 1/2
-        columns["dsc"].append(compute_dice(predictions, targets))
+        columns["dsc"].append(metrics.compute_dice(predictions, targets))
         diagonal = targets.shape[-1] * 3**0.5
         for name, percentile in (("hd", None), ("hd95", 95)):
-            distance = compute_hausdorff_distance(predictions, targets, True, percentile=percentile)
+            distance = metrics.compute_hausdorff_distance(predictions, targets, True, percentile=percentile)
             columns[name].append(distance.nan_to_num(nan=diagonal, posinf=diagonal))
     return {name: torch.cat(values).flatten().tolist() for name, values in columns.items()}
 
@@ -156,7 +146,7 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
 @torch.no_grad()
 def mean_overlap(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
     """The mean Dice coefficient alone, which is quick: for the curves by epoch."""
-    values = [compute_dice((model(inputs) > 0).float(), targets) for inputs, targets in batches]
+    values = [metrics.compute_dice((model(inputs) > 0).float(), targets) for inputs, targets in batches]
     return {"dsc": torch.cat(values).mean().item()}
 
 

@@ -12,10 +12,11 @@ from recipes.engine.task import Data, Source, Task, package, regression
 from recipes.tasks import models
 from recipes.tasks.images import MEAN, STD, fashion_mnist, whole_fashion_mnist
 from recipes.tasks.models import SmallConvNet, perceptron
-from recipes.tasks.splitting import Pair, few, split
+from recipes.tasks.splitting import Pair, split
 
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, also inside SAM and FAM
 WIDTH, DEPTH = 128, 2  # of the hidden layers of a network that has a choice
+SMOKE = 384  # samples for training and validation in a smoke test, at most
 
 
 def small(
@@ -28,11 +29,12 @@ def small(
     """Samples for training and validation, of whose labels a part may be wrong, and a network."""
 
     def data(source: Source, seed: int) -> Data:
-        train, test = load(source)
-        if source.smoke:
-            test, chosen = few(train, test, sizes)
-            return split(train, test, chosen, seed, noise)
-        return split(train, test, sizes, seed, noise)
+        train, (x, y) = load(source)
+        if not source.smoke:
+            return split(train, (x, y), sizes, seed, noise)
+        count = min(len(train[1]), SMOKE)
+        few = count * 2 // 3, count // 3 if sizes[1] else 0  # validation only where there is any
+        return split(train, (x[:count], y[:count]), few, seed, noise)
 
     usual = {"layers": ("last",), "epochs": 60, "batch_size": 64, "options": BASE}
     return Task(data, network, **{**usual, **own})

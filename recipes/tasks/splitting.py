@@ -11,7 +11,6 @@ from torch.utils.data import TensorDataset
 from recipes.engine.task import Data
 
 Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, targets
-SMOKE = 384  # samples for training and validation in a smoke test, at most
 
 
 def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: float = 0.0) -> Data:
@@ -29,12 +28,6 @@ def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: flo
     evaluation = {"validation": TensorDataset(x[sizes[0] :], y[sizes[0] :])} if sizes[1] else {}
     train_set = TensorDataset(x[: sizes[0]], y[: sizes[0]])
     return Data(train_set, {**evaluation, "test": TensorDataset(*test)})
-
-
-def few(train: Pair, test: Pair, sizes: tuple[int, int]) -> tuple[Pair, tuple[int, int]]:
-    """A smoke test's test set and sizes: two thirds for training, one for validation where there is any."""
-    count = min(len(train[1]), SMOKE)
-    return (test[0][:count], test[1][:count]), (count * 2 // 3, count // 3 if sizes[1] else 0)
 
 
 def with_symmetric_noise(labels: Tensor, fraction: float, classes: int, generator: torch.Generator) -> Tensor:
