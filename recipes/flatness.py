@@ -3,9 +3,8 @@
     python -m recipes.flatness runs/quickstart/sgd/seed0 runs/quickstart/fam/seed0
     python -m recipes.train quickstart --optimizer fam --mode proximal --keep 2    # keeps every second epoch
 
-Runs are folders of ``recipes.train`` or ``recipes.quickstart``. Of each network kappa is that of Gauss-Newton
-curvature, on the first training samples. Where a folder has networks of several epochs, a second panel shows
-kappa by epoch, of the first such run.
+kappa is that of Gauss-Newton curvature, on the first training samples. Where a folder has networks of several
+epochs, a second panel shows kappa by epoch, of the first such run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,8 +110,7 @@ OF_RUNS: dict[str, dict[str, Any]] = {
     "runs": {"nargs": "*", "type": Path, "help": "folders such as runs/quickstart/fam/seed0"},
     "--data": COMMON["--data"],
 }
-RECIPE = Recipe("flatness", __doc__, measure, table, plot, OF_RUNS)
-main = RECIPE.main
+main = Recipe("flatness", __doc__, measure, table, plot, OF_RUNS).main
 
 if __name__ == "__main__":
     main()

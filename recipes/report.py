@@ -1,16 +1,16 @@
 """Turn run folders into one small JSON, tables and pictures.
 
     python -m recipes.report runs/cifar10                                # into runs/cifar10/report.*
-    python -m recipes.report runs/cifar10 --out recipes/results/cifar10  # ... somewhere else
     python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
 
-Each task has a table: per optimizer, mean and standard deviation over the seeds of what was measured after
-the last epoch, and the leading metric at the epoch that was best on validation data, where there are any. An
-experiment of the paper, or its small form, has a second one with the paper's numbers beside these.
+A task's table has what was measured after the last epoch, and the leading metric at the epoch that was best
+on validation data. An experiment of the paper has a second table with the paper's numbers.
 """
 
 import statistics
 from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.engine.optimizers import OPTIMIZERS
-from recipes.engine.pictures import at, curve, of_task, plot_boxes, plot_curves, title
+from recipes.engine.pictures import at, curve, plot_boxes, plot_curves, title
 from recipes.engine.run_folder import RunFolder
 from recipes.paper.comparison import compare
 from recipes.shared.command import in_a_sentence, parser
@@ -40,8 +40,9 @@ def collect(folder: Path) -> dict[str, Any]:
     found: list[Run] = []
     for config in folder.rglob("config.json"):
         run = RunFolder(config.parent)
-        if records := run.epochs():
-            measured = {"step_time": run.read("step_time.json"), "history": columns(records)}
+        if records := run.epochs():  # None is where an epoch did not measure a quantity
+            history = {name: [r.get(name) for r in records] for name in dict.fromkeys(chain(*records))}
+            measured = {"step_time": run.read("step_time.json"), "history": history}
             found.append({**run.read("config.json"), "label": config.parent.parent.name, **measured})
             environment = run.read("environment.json")
     if not found:
@@ -57,16 +58,10 @@ def order(run: Run) -> tuple[Any, ...]:
     return run["task"], OPTIMIZERS.index(chosen["optimizer"]), *strength, run["label"], run["seed"]
 
 
-def columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """One list per quantity instead of one dict per epoch; None where an epoch did not measure it."""
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
-
-
 def tables(runs: Sequence[Run]) -> list[Table]:
     """A table per task, and a second one with the paper's numbers, where it has any."""
     found = []
-    for task, own in of_task(runs).items():
+    for task, own in grouped(runs, itemgetter("task")).items():
         found += [table(task, own), None if own[0]["smoke"] else compare(task, own)]
     return [*filter(None, found)]
 

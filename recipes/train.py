@@ -3,12 +3,9 @@
     python -m recipes.train cifar10 --optimizer sgd sam fam --seeds 0 1 2     # the paper's settings
     python -m recipes.train cifar10 --optimizer fam --mode proximal           # FAM as recommended
     python -m recipes.train skulls --optimizer fam --lam 0 0.0006 0.002 0.02 0.1 0.7
-    python -m recipes.train cifar10 --optimizer fam --resume                  # go on after a stop
-    python -m recipes.train cifar10 --smoke                                   # does everything run?
 
-Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0, which
-``recipes.report`` turns into tables and pictures. Options not given are the task's: the paper's settings.
-With ``--mode proximal`` they are FAM's own: all layers but the last, lam 1, every 10 steps.
+Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0. Options not given
+are the task's: the paper's settings. With ``--mode proximal`` they are FAM's own.
 """
 
 import dataclasses

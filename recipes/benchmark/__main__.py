@@ -37,19 +37,14 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     checked = check(copy.deepcopy(problem), candidates.values(), options.probes)
     steps, results = prepared(problem, candidates, options.device)
     timed = timings(steps, candidates, options.seconds, options.device)
-    return {
-        "task": name,
-        "check": checked,
-        "candidates": {label: {**own, **timed.get(label, {})} for label, own in results.items()},
-    }
+    found = {label: {**own, **timed.get(label, {})} for label, own in results.items()}
+    return {"task": name, "check": checked, "candidates": found}
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
     """Read the command line."""
-    listed = {
-        f"row {name}": f"{case.about}{'; all layers but the last' * (name in HIDDEN)}"
-        for name, case in CASES.items()
-    }
+    layers = {name: "; all layers but the last" if name in HIDDEN else "" for name in CASES}
+    listed = {f"row {name}": f"{case.about}{layers[name]}" for name, case in CASES.items()}
     listed |= {f"column {label}": candidate.about for label, candidate in CANDIDATES.items()}
     smoke = "the smallest task, a few rounds"
     reader = parser(

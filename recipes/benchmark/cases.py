@@ -65,10 +65,9 @@ def images(
     return classifier(model(), layers, torch.randn(number, 3, size, size), classes)
 
 
-def resnet50() -> nn.Module:
+def resnet50() -> Any:
     """torchvision's."""
-    network: nn.Module = package("torchvision.models").resnet50()
-    return network
+    return package("torchvision.models").resnet50()
 
 
 def head(classes: int, features: int, rows: int) -> Problem:

@@ -1,8 +1,7 @@
 """The operations behind the benchmark: multiplications of a step, relative to the plain step's.
 
-Counted by torch.utils.flop_counter are matrix products and convolutions, forward and backward, with every
-candidate's share of its dear steps. Entrywise operations are not: where they, or the calls themselves, take
-the time, the measured ratio is the higher one.
+Counted are matrix products and convolutions, forward and backward, with every candidate's share of its dear
+steps. Where entrywise operations or the calls themselves take the time, the measured ratio is the higher one.
 """
 
 from collections.abc import Iterator
@@ -27,8 +26,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 
 
 OPTIONS = {"--tasks": {**SEVERAL, "choices": CASES, "default": list(CASES), "metavar": "TASK"}}
-RECIPE = Recipe("benchmark.counts", __doc__, measure, tables, None, OPTIONS, {"tasks": ["tiny 16x16"]})
-main = RECIPE.main
+main = Recipe("benchmark.counts", __doc__, measure, tables, None, OPTIONS, {"tasks": ["tiny 16x16"]}).main
 
 if __name__ == "__main__":
     main()

@@ -142,9 +142,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--curvature": {"choices": ("hessian", "gauss_newton"), "default": "hessian"},
     "--steps": {"type": positive, "default": 300, "help": "of training, for the trained network"},
 }
-SMOKE = {"draws": 4, "steps": 3}
-RECIPE = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, SMOKE)
-main = RECIPE.main
+main = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, {"draws": 4, "steps": 3}).main
 
 if __name__ == "__main__":
     main()

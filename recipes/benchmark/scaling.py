@@ -121,8 +121,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {"--rounds": {"type": positive, "default": 7}}
-RECIPE = Recipe("benchmark.scaling", __doc__, measure, table, plot, OPTIONS, {"rounds": 2})
-main = RECIPE.main
+main = Recipe("benchmark.scaling", __doc__, measure, table, plot, OPTIONS, {"rounds": 2}).main
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,6 @@ def title(name: str) -> str:
     return f"{samples.replace('_', ' ')} {NAMES.get(metric, metric)}".strip()
 
 
-def of_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by their task."""
-    return grouped(runs, lambda run: run["task"])
-
-
 def fewest(runs: Sequence[Run]) -> list[Run]:
     """The runs that a picture has room for: of many labels those with the best first metric at the end."""
     by_label = grouped(runs, lambda run: run["label"])
@@ -60,7 +56,7 @@ def fewest(runs: Sequence[Run]) -> list[Run]:
 
 def plot_curves(runs: Sequence[Run]) -> Figure:
     """Small multiples, a row or two per task: what was measured by epoch; a faint line per seed."""
-    tasks = {task: fewest(own) for task, own in of_task(runs).items()}
+    tasks = {task: fewest(own) for task, own in grouped(runs, itemgetter("task")).items()}
     names = {task: quantities(own) for task, own in tasks.items()}
     most = max(map(len, names.values()))
     columns = 2 if most in (2, 4) else min(3, most)

@@ -1,11 +1,6 @@
 """A run's folder: what was asked, on which machine, one JSON line per epoch, and the last checkpoint.
 
-config.json        task, optimizer with all its settings, seed, epochs, ...
-environment.json   versions and hardware
-epochs.jsonl       what was measured after each epoch
-step_time.json     cost of a step relative to the plain one
-checkpoint.pt      model, optimizer and schedule after the last finished epoch
-epoch10.pt, ...    the network after earlier epochs, where that was asked for (--keep)
+``recipes/README.md`` lists its files. epoch10.pt and so on are the network after earlier ones (``--keep``).
 """
 
 import json

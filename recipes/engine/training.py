@@ -74,17 +74,14 @@ def rehearse(loop: Loop, settings: Settings) -> dict[str, Any]:
 
 def configuration(task: Task, settings: Settings, conditions: Conditions) -> dict[str, Any]:
     """What identifies a run: continuing it asks for the same."""
-    return {
+    what = {
         "task": task.name,
         "layers": list(task.layers),
         "kappa": kappa_options(task),
         "settings": settings,
-        "seed": conditions.seed,
-        "epochs": conditions.epochs,
-        "batch_size": conditions.batch_size,
-        "smoke": conditions.source.smoke,
-        "device": conditions.device.type,
     }
+    how = {name: getattr(conditions, name) for name in ("seed", "epochs", "batch_size")}
+    return {**what, **how, "smoke": conditions.source.smoke, "device": conditions.device.type}
 
 
 def measured(loop: Loop, epoch: int) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from recipes.paper.comparison import compare, figure_4
-from recipes.paper.numbers import ROWS, STAND_INS
+from recipes.paper.comparison import ROWS, STAND_INS, compare, figure_4
 from recipes.shared.command import parser
 from recipes.shared.results import grouped, load
 from recipes.shared.tables import markdown

@@ -4,9 +4,7 @@
 
 Every sample's input phi of the regularised Linear layer gets Gaussian noise of standard deviation
 ``strength * ||phi||`` in each coordinate. Then the expected extra loss is ``strength^2 / 2 * kappa`` plus
-terms of fourth order (kappa = sum_i ||phi_i||^2 Laplacian_{phi_i} L). So a small kappa is a flat curve here,
-and where curve and parabola part, the quadratic approximation ends. Only relative flatness draws this:
-a trace of the Hessian does not know how large the features are.
+terms of fourth order (kappa = sum_i ||phi_i||^2 Laplacian_{phi_i} L): a small kappa is a flat curve here.
 """
 
 import statistics
@@ -113,8 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **OF_RUNS,
     "--draws": {"type": positive, "default": 10, "help": "of the noise, per strength; from 2 on"},
 }
-RECIPE = Recipe("paper.flatness_picture", __doc__, measure, table, plot, OPTIONS, {"draws": 2})
-main = RECIPE.main
+main = Recipe("paper.flatness_picture", __doc__, measure, table, plot, OPTIONS, {"draws": 2}).main
 
 if __name__ == "__main__":
     main()

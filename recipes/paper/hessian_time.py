@@ -8,8 +8,6 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
     exact kappa           relative_flatness(mode="exact"), which forms no Hessian
     exact, gradient       the gradient of loss + kappa in all parameters, what FAM's step computes
     plain step            forward and backward of the network
-
-Before a size is timed (float32), kappa of each Hessian is compared with relative_flatness in float64.
 """
 
 from typing import Any
@@ -32,11 +30,10 @@ def autograd_loop(problem: Problem) -> Tensor:
     return torch.stack(rows).view(*weight.shape, *weight.shape)
 
 
-def vectorised_autograd(problem: Problem) -> Tensor:
+def vectorised_autograd(problem: Problem) -> Any:
     """The Hessian ``(d, m, d, m)``, all rows in one batched backward."""
     hessian: Any = torch.autograd.functional.hessian
-    found: Tensor = hessian(problem.loss_of_weight, problem.weight.detach(), vectorize=True)
-    return found
+    return hessian(problem.loss_of_weight, problem.weight.detach(), vectorize=True)
 
 
 def exact_gradient(problem: Problem) -> Tensor:
@@ -61,11 +58,10 @@ METHODS = {
     "torch.func": Method(whole_hessian, kappa_of, quadratic=True),
 }
 
-RECIPE = timing_recipe(
+main = timing_recipe(
     *("paper.hessian_time", __doc__, METHODS, Problem.flatness),
     tables=lambda runs: [table(runs), figure_4(runs)],  # the paper's factors beside the measured ones
-)
-main = RECIPE.main
+).main
 
 if __name__ == "__main__":
     main()

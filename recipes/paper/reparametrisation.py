@@ -115,9 +115,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--epochs": {"type": positive, "default": 10},
     "--images": {"type": positive, "default": 4000, "help": "of the training set"},
 }
-SMOKE = {"images": 500, "epochs": 1}
-RECIPE = Recipe("paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, SMOKE)
-main = RECIPE.main
+main = Recipe(
+    "paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, {"images": 500, "epochs": 1}
+).main
 
 if __name__ == "__main__":
     main()

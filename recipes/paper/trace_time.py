@@ -8,8 +8,7 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
     hutchinson, n          the same with mode="hutchinson" and n probes
     plain step             forward and backward of the network
 
-Before a size is timed (float32), all but the random ones are compared in float64. The error of the random
-ones is the root mean square of |estimate - exact| / |exact| over repeated draws, in float64.
+The error of an estimate is the root mean square of |estimate - exact| / |exact| over repeated draws.
 """
 
 import math
@@ -70,8 +69,7 @@ def relative_error(label: str, problem: Problem, options: Options) -> dict[str, 
     return {"error": math.sqrt(statistics.fmean(squares)), "error_repeats": repeats}
 
 
-RECIPE = timing_recipe("paper.trace_time", __doc__, METHODS, trace, relative_error)
-main = RECIPE.main
+main = timing_recipe("paper.trace_time", __doc__, METHODS, trace, relative_error).main
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ def number(text: str, least: float = -math.inf, most: float = math.inf, what: st
     return found
 
 
-def fraction(text: str) -> float:
-    """A part of a whole, for argparse."""
-    return number(text, 0, 1, "fraction from 0 to 1, such as 0.4")
+fraction = partial(number, least=0, most=1, what="fraction from 0 to 1, such as 0.4")
 
 
 def device(text: str) -> torch.device:

@@ -4,7 +4,6 @@ python -m recipes.study                                  # everything; stop and 
 python -m recipes.study --stages defaults --tasks digits # a part of it
 python -m recipes.study --cost                           # time of a step, on a quiet machine
 python -m recipes.study --report recipes/results/study   # tables and pictures from saved results
-python -m recipes.study --smoke                          # does everything run?
 """
 
 import json

@@ -1,11 +1,7 @@
 """Table 1 of the paper: image classification, with the paper's networks, augmentation and settings.
 
-``recipes/paper/settings.md`` says which of the settings the paper states, which the released code decides
-because the paper leaves them open, and which are ours.
-
-Which matrix is w^l? The paper's sections 1 and 3 take the weights from the selected layer to the next, so
-that its penultimate layer means the output's weights, 10 x 64 in WideResNet; so does the parameter that the
-released code picks, whatever its comment says. The weights into the 64 neurons are ``--layer penultimate``.
+``recipes/paper/settings.md`` says who states which setting. The regularised matrix is the output's, 10 x 64
+in WideResNet: ``recipes/paper/README.md`` says why. That of the 64 neurons is ``--layer penultimate``.
 """
 
 from collections.abc import Callable
