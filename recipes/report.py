@@ -73,10 +73,12 @@ def table(task: str, runs: Sequence[Run]) -> Table:
     validated = next((name for name in names if name.startswith("validation_")), None)
     shown = [name for name in names if name == validated or not name.startswith("validation_")]
     lead = shown[1] if validated and len(shown) > 1 else shown[0]
-    best = [f"{title(lead)}, best validation"] if validated else []
-    result = make_table(
-        *("optimizer", "seeds", "epoch"), *map(title, shown), *best, "step time", title=caption(task, runs)
-    )
+    heads = ["optimizer", "seeds", "epoch", *map(title, shown)]
+    heads += [f"{title(lead)}, best validation", "step time"] if validated else ["step time"]
+    numbers = "mean ± standard deviation over the seeds; " if len({run["seed"] for run in runs}) > 1 else ""
+    smoke = ", a smoke test and no result" if runs[0]["smoke"] else ""
+    caption = f"{task}{smoke} ({numbers}step time relative to the plain step)"
+    result = make_table(*heads, title=caption)
     for label, group in grouped(runs, lambda run: run["label"]).items():  # they differ in their seed alone
         for number in evaluated(group[0]):
             cells = [summary(name, [at(run, name, number) for run in group]) for name in shown]
@@ -88,14 +90,6 @@ def table(task: str, runs: Sequence[Run]) -> Table:
             epoch = str(group[0]["history"]["epoch"][number])
             result.add_row(label, str(len(group)), epoch, *cells, f"{cost:.2f}x")
     return result
-
-
-def caption(task: str, runs: Sequence[Run]) -> str:
-    """What the table shows."""
-    several = len({run["seed"] for run in runs}) > 1
-    numbers = "mean ± standard deviation over the seeds; " if several else ""
-    smoke = ", a smoke test and no result" if runs[0]["smoke"] else ""
-    return f"{task}{smoke} ({numbers}step time relative to the plain step)"
 
 
 def evaluated(run: Run) -> list[int]:

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from recipes.engine import optimizers
 from recipes.engine.loop import Conditions
 from recipes.engine.optimizers import MEASURING, Settings
@@ -96,32 +94,26 @@ def combinations(task: Task, options: Options) -> Iterator[tuple[str, Settings]]
         raise ValueError(f"{names}: none of the chosen optimizers ({', '.join(options.optimizer)}) takes it")
 
 
-def run(options: Options, console: Console) -> None:
-    """Train every combination with every seed."""
-    task = adapted(load_task(options.task), options)
-    console.print(f"[bold]{task.name}[/]: {task.about}")
-    if "paper" in task.about:
-        console.print("Who states each setting: recipes/paper/settings.md", style="dim")
-    folder = command.out(options) / task.name
-    epochs = options.epochs or (1 if options.smoke else task.epochs)
-    source = Source(options.data, options.download, options.smoke)
-    size = options.batch_size or task.batch_size
-    asked = epochs, size, source, options.device, options.workers, options.keep
-    for (label, chosen), seed in itertools.product([*combinations(task, options)], options.seeds):
-        path = folder / label / f"seed{seed}"
-        if options.smoke and not options.resume:
-            command.fresh(path)
-        title, resume = f"{label}, seed {seed}", options.resume
-        train(task, chosen, Conditions(seed, *asked), path, title=title, console=console, resume=resume)
-    console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run, and say in one sentence what is missing or wrong."""
-    options = parse_arguments(arguments)
-    stopped = "stopped; the same command with --resume goes on after the last epoch"
-    with command.in_a_sentence(options.task, stopped):
-        run(options, make_console())
+    """Train every combination with every seed."""
+    options, console = parse_arguments(arguments), make_console()
+    with command.in_a_sentence(options.task, "stopped; the same command with --resume goes on from there"):
+        task = adapted(load_task(options.task), options)
+        console.print(f"[bold]{task.name}[/]: {task.about}")
+        if "paper" in task.about:
+            console.print("Who states each setting: recipes/paper/settings.md", style="dim")
+        folder = command.out(options) / task.name
+        epochs = options.epochs or (1 if options.smoke else task.epochs)
+        source = Source(options.data, options.download, options.smoke)
+        size = options.batch_size or task.batch_size
+        asked = epochs, size, source, options.device, options.workers, options.keep
+        for (label, chosen), seed in itertools.product([*combinations(task, options)], options.seeds):
+            path = folder / label / f"seed{seed}"
+            if options.smoke and not options.resume:
+                command.fresh(path)
+            title, resume = f"{label}, seed {seed}", options.resume
+            train(task, chosen, Conditions(seed, *asked), path, title=title, console=console, resume=resume)
+        console.print(f"Tables and pictures: python -m recipes.report {folder}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What is worth measuring on a GPU, in one command of at most ten minutes.
 
-    python -m recipes.benchmark --accelerator            # results in runs/benchmark/accelerator.json
-
 Networks in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is compared with the CPU's; every
 step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds those that make the host wait
 for the device; then the steps take turns; peak memory is measured too.

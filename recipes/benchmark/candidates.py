@@ -11,6 +11,7 @@ from recipes.engine.optimizers import GAUSS_NEWTON, Settings, build, take_step
 from recipes.shared.problem import Problem
 
 BASE: dict[str, Any] = {"base": "sgd", "lr": 1e-3, "momentum": 0.9}
+LOOKSAM: dict[str, Any] = {"optimizer": "looksam", **BASE, "rho": 0.05, "k": 10}
 PENALTY: dict[str, Any] = {"optimizer": "fam", **BASE, "lam": 1e-3}  # any positive lam costs the same
 REFUSALS = (RuntimeError, TypeError, ValueError)  # of the library
 Step = Callable[[], Any]
@@ -49,10 +50,7 @@ CANDIDATES: dict[str, Candidate] = {
     "FAM proximal": proximal(10),
     "FAM proximal, every 20": proximal(20),
     "SAM": Candidate("pytorch_optimizer's SAM", {"optimizer": "sam", **BASE, "rho": 0.05}),
-    "LookSAM": Candidate(
-        "pytorch_optimizer's LookSAM, the second gradient in every 10th step",
-        *({"optimizer": "looksam", **BASE, "rho": 0.05, "k": 10}, HIDDEN, 10),
-    ),
+    "LookSAM": Candidate("pytorch_optimizer's LookSAM, SAM in every 10th step", LOOKSAM, HIDDEN, 10),
     **penalty("FAM exact", "FAM's penalty, kappa in closed form or by all products", {}, ONE),
     **penalty("FAM hutchinson", "FAM's penalty, kappa by one random probe", {"mode": "hutchinson"}, ONE),
     **penalty("FAM Gauss-Newton", "FAM's penalty, one random Gauss-Newton vector", GAUSS_NEWTON, INNER),

@@ -23,9 +23,8 @@ class RunFolder:
     def check(self, config: dict[str, Any], resume: bool) -> None:
         """Raise unless the folder is free or, with ``resume``, was begun with the same configuration."""
         if self.path.exists() and not resume:
-            raise FileExistsError(
-                f"{self.path} holds a run already: continue it with --resume, or choose another --out"
-            )
+            remedy = "continue it with --resume, or choose another --out"
+            raise FileExistsError(f"{self.path} holds a run already: {remedy}")
         if not (self.path / "config.json").exists():
             return
         found, asked = self.read("config.json"), json.loads(json.dumps(config))

@@ -35,9 +35,5 @@ def relative_step_time(
     rounds = STEPS if size == 1 else BLOCKS
     calls = {"plain": block(plain(settings)), "own": block(settings)}
     found = relative(alternate(calls, rounds, device), "plain")
-    return {
-        "median": found["own"]["ratio"],
-        "quartiles": found["own"]["quartiles"],
-        "steps": rounds * size,
-        "plain_milliseconds": 1000 * found["plain"]["seconds"] / size,
-    }
+    own = {"median": found["own"]["ratio"], "quartiles": found["own"]["quartiles"], "steps": rounds * size}
+    return {**own, "plain_milliseconds": 1000 * found["plain"]["seconds"] / size}

@@ -94,17 +94,12 @@ def differences(row: Row, runs: Sequence[Run], other: str) -> str:
         stated.pop("lr", None)  # SAM has its own
     found = {**runs[0], **(chosen if "fam" in row.optimizers else {"lr": chosen["lr"]})}
     compared = [name for name in stated if name in found and (name in IN_STAND_INS or not other)]
-    unlike = [said(name, found[name], stated[name]) for name in compared if found[name] != stated[name]]
-    seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    return "; ".join([*([other] if other else []), *unlike, seeds])
-
-
-def said(name: str, found: Any, stated: Any) -> str:
-    """A difference in words."""
-    if name == "detach_hessian":
-        return "Hessian detached"
-    values = [", ".join(value) if isinstance(value, list) else str(value) for value in (found, stated)]
-    return f"{name.replace('_', ' ')} {values[0]}, not {values[1]}"
+    said = [other] if other else []
+    for name in (name for name in compared if found[name] != stated[name]):
+        ours, theirs = (", ".join(v) if isinstance(v, list) else v for v in (found[name], stated[name]))
+        unlike = f"{name.replace('_', ' ')} {ours}, not {theirs}"
+        said.append("Hessian detached" if name == "detach_hessian" else unlike)
+    return "; ".join([*said, f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"])
 
 
 def figure_4(runs: Sequence[Run]) -> Table:

@@ -134,9 +134,16 @@ def timing_recipe(
             calls = {label: partial(method.run, problem) for label, method in chosen.items()}
             for label, seconds in timing.alternate(calls, options.rounds, options.device).items():
                 middle, quartiles = timing.median(seconds)
-                row = {"family": family, "d": d, "m": m, "weights": weights, "method": label}
-                row |= {"seconds": middle, "quartiles": quartiles, "calls": len(seconds)}
-                yield {**row, **also(label, problem, options)}
+                row = {
+                    "family": family,
+                    "d": d,
+                    "m": m,
+                    "weights": weights,
+                    "method": label,
+                    "seconds": middle,
+                }
+                row |= {"quartiles": quartiles, "calls": len(seconds)}
+                yield row | also(label, problem, options)
 
     settings: dict[str, dict[str, Any]] = {
         "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},

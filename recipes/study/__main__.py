@@ -87,10 +87,8 @@ def report(folder: Path, console: Console) -> None:
     """Write the tables and pictures of what was measured."""
     stages = read(folder)
     if not any(stages.values()):
-        raise Missing(
-            f"{folder}: expected a folder with the study's results, such as defaults.jsonl, and "
-            "there are none; python -m recipes.study --out FOLDER makes them"
-        )
+        remedy = "python -m recipes.study --out FOLDER makes one"
+        raise Missing(f"{folder}: expected a folder with the study's results: {remedy}")
     everything = list(chain(*stages.values()))
     found = {stage: measured(everything, STAGES[stage](everything)) for stage in STAGES}
     costs = json.loads(path.read_text()) if (path := folder / "cost.json").exists() else {}

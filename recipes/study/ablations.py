@@ -51,8 +51,10 @@ def with_form(optimizer: Optimizer, form: Form, layers: Sequence[nn.Module], eve
     """Give a FAM another form of the step."""
     assert isinstance(optimizer, FAM)
     random = form.n_samples, torch.Generator().manual_seed(seed)
-    optimizer.regularizer = OtherForm(layers, form.lam, every, *random)
-    optimizer.regularizer.give(form, optimizer.param_groups[0])
+    other = optimizer.regularizer = OtherForm(layers, form.lam, every, *random)
+    other.form, other.group = form, optimizer.param_groups[0]
+    if not form.rows:
+        other.roots = Gradients(other.weights, form.n_samples)
 
 
 class Gradients(StepRoots):
@@ -65,11 +67,8 @@ class Gradients(StepRoots):
 class OtherForm(Proximal):
     """The library's step with its parts exchanged, in one process."""
 
-    def give(self, form: Form, group: Mapping[str, Any]) -> None:
-        """The form, and the base's settings."""
-        self.form, self.group = form, group
-        if not form.rows:
-            self.roots = Gradients(self.weights, self.n_samples)
+    form: Form
+    group: Mapping[str, Any]  # of the base, with its settings
 
     @torch.no_grad()
     def _pull(self, roots: dict[int, Tensor], of_rows: set[int], before: list[Tensor]) -> None:

@@ -64,7 +64,13 @@ CONFIRMED_ON: tuple[tuple[str, float, dict[str, Any]], ...] = (
 )
 ABLATED_ON = (*(("mnist1d", noise) for noise in (0.2, 0.0, 0.4)), ("mnist1d-layernorm", 0.2), ("digits", 0.4))
 FLATTENED = {"base": 0.0, "SAM": 0.05, "FAM, proximal": 1.0, "first": 1.0, "last but one": 1.0}
-TRIED_ON_REVIEWS = {"base": (0.0,), "FAM, proximal": (1.0, 0.5), "control, T = I": (0.3,), "SAM": (0.05,)}
+REVIEWED = (
+    ("base", 0.0),
+    ("FAM, proximal", 1.0),
+    ("FAM, proximal", 0.5),
+    ("control, T = I", 0.3),
+    ("SAM", 0.05),
+)
 
 
 def defaults(results: Results) -> Iterator[Trial]:
@@ -107,9 +113,9 @@ def bases(results: Results, condition: Condition) -> Iterator[dict[str, Any]]:
         yield ADAMW
 
 
-def with_a_rate(results: Results, conditions: Iterable[Condition]) -> list[Condition]:
+def with_a_rate(results: Results, wanted: Iterable[Condition]) -> list[Condition]:
     """Those whose learning rate is known: the others wait for SGD's search."""
-    return [c for c in conditions if c.task in NOT_SEARCHED or not missing(results, sgd_of(results, c))]
+    return [c for c in wanted if c.task in NOT_SEARCHED or not missing(results, sgd_of(results, c))]
 
 
 def rate(results: Results, condition: Condition) -> float:
@@ -131,13 +137,11 @@ def step(results: Results) -> Iterator[Trial]:
 def confirmation(results: Results) -> Iterator[Trial]:
     """The same where nothing was chosen, by test scores of fresh seeds; and the base alone."""
     for seed, (task, noise, changes) in product(FRESH_SEEDS, CONFIRMED_ON):
-        condition = of(task, noise)
-        if not with_a_rate(results, [condition]):
-            continue
-        settings = {**changes, "lr": rate(results, condition), "variant": "confirmation", "tested": True}
-        yield trial(condition, "base", 0.0, seed, **settings)
-        for lam, every in GRID:
-            yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every)
+        for condition in with_a_rate(results, [of(task, noise)]):
+            settings = {**changes, "lr": rate(results, condition), "variant": "confirmation", "tested": True}
+            yield trial(condition, "base", 0.0, seed, **settings)
+            for lam, every in GRID:
+                yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every)
 
 
 def ablations(results: Results) -> Iterator[Trial]:
@@ -159,8 +163,5 @@ def flattening(results: Results) -> Iterator[Trial]:
 def reviews(results: Results) -> Iterator[Trial]:
     """A pretrained language model, fine-tuned with AdamW at 1e-4."""
     settings = {**ADAMW, "lr": 1e-4, "variant": "defaults", "tested": True}
-    for seed, condition, (method, values) in product(
-        FRESH_SEEDS, conditions.LANGUAGE, TRIED_ON_REVIEWS.items()
-    ):
-        for value in values:
-            yield trial(condition, method, value, seed, **settings)
+    for seed, condition, (method, value) in product(FRESH_SEEDS, conditions.LANGUAGE, REVIEWED):
+        yield trial(condition, method, value, seed, **settings)

@@ -22,8 +22,9 @@ GAINS = (
     "SAM",
     "LookSAM, k = 5",
     "label smoothing",
+    "FAM, last layer",
+    "SGD, searched",
 )
-GAINS += ("FAM, last layer", "SGD, searched")
 FLATTENED_NAMES = {
     "base": "SGD",
     "SAM": "SAM",

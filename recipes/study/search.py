@@ -74,8 +74,7 @@ def tuned_scores(results: Results, condition: Condition, method: str) -> dict[Se
 def base(results: Results, condition: Condition, **fields: Any) -> dict[str, float]:
     """The learning rate and weight decay that were best for SGD; of these fields only, if there are any."""
     by_both = mean_by(where(tuned(results, condition, "SGD"), **fields), "lr", "weight_decay")
-    lr, decay = best(by_both)
-    return {"lr": lr, "weight_decay": decay}
+    return dict(zip(("lr", "weight_decay"), best(by_both), strict=True))
 
 
 def at_one_rate(results: Results, condition: Condition, method: str) -> list[Setting]:

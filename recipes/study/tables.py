@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 from rich.table import Table
@@ -77,9 +77,8 @@ def scores(results: Results, methods: Collection[str], quantity: str) -> Table:
     result = table("condition", *methods)
     for condition, own in by_conditions(results).items():
         known = [r for r in own if r.get(quantity) is not None]
-        result.add_row(
-            condition.name, *(spread([r[quantity] for r in where(known, method=m)]) for m in methods)
-        )
+        cells = [spread([r[quantity] for r in where(known, method=method)]) for method in methods]
+        result.add_row(condition.name, *cells)
     return result
 
 
@@ -158,11 +157,8 @@ def reviews(results: Results) -> Table:
     result = table("method", *heads, "seeds")
     for method, value in dict.fromkeys((r["method"], r["value"]) for r in results):
         own = where(results, method=method, value=value)
-        cells = [
-            spread(values_of(of(own, condition), quantity))
-            for condition in LANGUAGE
-            for quantity in ("test_score", "test_loss")
-        ]
+        pairs = product(LANGUAGE, ("test_score", "test_loss"))
+        cells = [spread(values_of(of(own, condition), quantity)) for condition, quantity in pairs]
         name = f"{method}, lam = {value:g}" if method == "FAM, proximal" else method
         result.add_row(name, *cells, str(len({r["seed"] for r in own})))
     return result

@@ -17,10 +17,9 @@ from recipes.tasks.images import fashion_mnist
 
 
 class SmallConvNet(nn.Module):
-    """Two convolutions with BatchNorm and max-pooling, one hidden layer: 207,018 parameters at 28 x 28."""
+    """Two convolutions with BatchNorm and max-pooling, one hidden layer, for grey 28 x 28 images."""
 
     def __init__(self, classes: int = 10, channels: tuple[int, int] = (16, 32), hidden: int = 128) -> None:
-        """Build the network for grey images of 28 x 28 pixels."""
         super().__init__()
         first, second = channels
         layers: list[nn.Module] = []

@@ -52,7 +52,6 @@ class InstanceNorm(nn.GroupNorm):
     """
 
     def __init__(self, num_features: int) -> None:
-        """MONAI passes ``num_features``."""
         super().__init__(num_features, num_features, affine=False)
 
 
@@ -63,7 +62,6 @@ class LatentAutoEncoder(AutoEncoder):  # type: ignore[misc]
     """Stride-2 convolutions, two linear layers with a latent code between them, as many deconvolutions."""
 
     def __init__(self, setting: Setting) -> None:
-        """Build the network for volumes ``(N, 1, size, size, size)``; it returns logits of that shape."""
         strides = (2,) * len(setting.channels)
         super().__init__(3, 1, 1, setting.channels, strides, norm="instance_as_groups")
         self.code_size = setting.size // 2 ** len(strides)
@@ -112,10 +110,8 @@ def stored_volumes(folder: Path, defects: Iterable[str], size: int) -> Volumes:
     names = {kind: [path.name for path in paths] for kind, paths in files.items()}
     if not files["complete"] or any(found != names["complete"] for found in names.values()):
         counts = ", ".join(f"{len(found)} in {kind}" for kind, found in names.items())
-        raise Missing(
-            f"expected *.nii.gz files of equal names in each sub-folder of {folder}, found {counts}: "
-            "complete the folder, or let --download generate skull-like shells"
-        )
+        remedy = "complete the folder, or let --download generate skull-like shells"
+        raise Missing(f"expected *.nii.gz files of equal names in {folder}, found {counts}: {remedy}")
     return {kind: torch.stack([read(path, size) for path in paths]) for kind, paths in files.items()}
 
 

@@ -39,15 +39,9 @@ REVIEW, PAIR = 64, 128  # tokens; what is longer is cut, what is shorter is padd
 
 def reviews(noise: float = 0.0) -> Task:
     """500 sentences for training, as little as one labels by hand, and 300 to validate on."""
-    return small(
-        *(load_reviews, (500, 300), lambda source: network(source, minilm), noise),
-        layers=("bert.classifier",),
-        epochs=5,
-        batch_size=16,
-        base="adam",
-        options={"lr": 1e-4},
-        schedule=warm_up,
-    )
+    own: dict[str, Any] = {"layers": ("bert.classifier",), "epochs": 5, "batch_size": 16, "schedule": warm_up}
+    own |= {"base": "adam", "options": {"lr": 1e-4}}
+    return small(load_reviews, (500, 300), lambda source: network(source, minilm), noise, **own)
 
 
 def rte() -> Task:

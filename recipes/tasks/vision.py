@@ -92,10 +92,8 @@ def cifar100() -> Task:
         try:
             network: nn.Module = models.efficientnet_b7(weights=weights)
         except OSError as error:
-            raise Missing(
-                "the ImageNet weights of EfficientNet-B7 are not cached and could not be fetched: connect "
-                f"once, or put the file into {torch.hub.get_dir()}/checkpoints"
-            ) from error
+            remedy = f"connect once, or put the file into {torch.hub.get_dir()}/checkpoints"
+            raise Missing(f"the weights of EfficientNet-B7 could not be fetched: {remedy}") from error
         network.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(2560, 256), nn.Linear(256, 100))
         return network
 
