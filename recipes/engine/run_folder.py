@@ -1,7 +1,4 @@
-"""A run's folder: what was asked, on which machine, one JSON line per epoch, and the last checkpoint.
-
-``recipes/README.md`` lists its files. epoch10.pt and so on are the network after earlier ones (``--keep``).
-"""
+"""A run's folder: what was asked, on which machine, what was measured. ``recipes/README.md`` lists its files."""
 
 import json
 import os

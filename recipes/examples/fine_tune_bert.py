@@ -25,7 +25,8 @@ def sentences(number: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": (row[1] < WORDS // 2).long()} for row in tokens]
 
 
-config = BertConfig(WORDS, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+size: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+config = BertConfig(vocab_size=WORDS, intermediate_size=128, **size)
 model = BertForSequenceClassification(config)
 fam = FAM.for_model(model, torch.optim.AdamW, lr=1e-3)
 

@@ -152,8 +152,8 @@ def add_noise(layer: nn.Module, sigma: float) -> None:
         assert isinstance(own, nn.Conv2d)
         w = own.weight.flatten(1)
         moved = (w @ torch.randn(w.shape[1], w.shape[1], dtype=w.dtype)).view_as(own.weight)
-        settings = own.stride, own.padding, own.dilation, own.groups
-        return output + sigma * conv2d(arguments[0], moved, None, *settings)
+        added = conv2d(arguments[0], moved, None, own.stride, own.padding, own.dilation, own.groups)
+        return output + sigma * added
 
     if isinstance(layer, nn.Linear):
         layer.register_forward_pre_hook(on_rows)

@@ -58,7 +58,7 @@ class InstanceNorm(nn.GroupNorm):
 Norm.add_factory_callable("instance_as_groups", lambda spatial_dims: InstanceNorm)
 
 
-class LatentAutoEncoder(AutoEncoder):  # type: ignore[misc]
+class LatentAutoEncoder(AutoEncoder):  # type: ignore[misc, valid-type]
     """Stride-2 convolutions, two linear layers with a latent code between them, as many deconvolutions."""
 
     def __init__(self, setting: Setting) -> None:
