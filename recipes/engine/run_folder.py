@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, on which machine, what was measured. ``recipes/README.md`` lists its files."""
+"""A run's folder: what was asked, on which machine, what came out. ``recipes/README.md`` lists its files."""
 
 import json
 import os
