@@ -66,8 +66,8 @@ class Problem:
     def penalised(self, times: int = 1, **options: Any) -> tuple[Tensor, ...]:
         """The loss of a forward, and the library's kappa, ``()`` each; estimated several times if asked."""
         with ExitStack() as stack:
-            seen = stack.enter_context
-            layers = [seen(observe(each)) if isinstance(each, nn.Module) else each for each in self.layers]
+            enter = stack.enter_context
+            layers = [enter(observe(each)) if isinstance(each, nn.Module) else each for each in self.layers]
             loss = self.loss()
         return loss, *(relative_flatness(loss, layers, **options) for _ in range(times))
 
