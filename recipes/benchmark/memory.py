@@ -4,7 +4,8 @@ import gc
 import json
 import os
 from collections.abc import Callable
-from tempfile import NamedTemporaryFile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ def _peak_on_cpu(call: Callable[[], Any], device: torch.device) -> int:
     """The CPU allocator keeps no peak, so it is summed up from the profiler's record of allocations."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    with NamedTemporaryFile(suffix=".json") as trace:
-        profiler.export_chrome_trace(trace.name)
-        events = json.load(trace)["traceEvents"]
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
     current = highest = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         current += event["args"]["Bytes"]
