@@ -2,18 +2,15 @@
 
     python -m recipes.flatness runs/quickstart/sgd/seed0 runs/quickstart/fam/seed0
     python -m recipes.train quickstart --optimizer fam --mode proximal --keep 2    # keeps every second epoch
-    python -m recipes.flatness --smoke
 
-Runs are folders of ``recipes.train`` or ``recipes.quickstart``. Of each network kappa is that of Gauss-Newton
-curvature, on the first training samples. Where a folder has networks of several epochs, a second panel shows
-kappa by epoch, of the first such run.
+kappa is that of Gauss-Newton curvature, on the first training samples. Where a folder has networks of several
+epochs, a second panel shows kappa by epoch, of the first such run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
@@ -24,10 +21,10 @@ from recipes.engine.loop import Conditions
 from recipes.engine.optimizers import settings
 from recipes.engine.task import Source
 from recipes.engine.training import train
-from recipes.shared.command import Options, Recipe, fresh, out
+from recipes.shared.command import COMMON, Options, Recipe, fresh, out
 from recipes.shared.pictures import SERIES, legend_above, looks, panels, tidy
 from recipes.shared.results import grouped
-from recipes.shared.tables import table as make_table
+from recipes.shared.tables import pivot
 from recipes.tasks import Trained, load_task, trained
 
 
@@ -47,52 +44,45 @@ def runs_asked(options: Options) -> list[Trained]:
     return [trained(folder, options.data) for folder in folders]
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: Options) -> Iterator[dict[str, Any]]:
     """One row per run, epoch and layer."""
-    rows = []
     for run in runs_asked(options):
         batches = ordered(first(run.data.train, run.task.kappa_samples), run.config["batch_size"])
         of = {"task": run.config["task"], "label": run.label, "seed": run.config["seed"]}
         for epoch, model in run.networks.items():
             kappas = layer_flatness(model, run.task.loss, batches, n_samples=4)
-            rows += [
-                {**of, "epoch": epoch, "layer": layer, "kappa": kappa} for layer, kappa in kappas.items()
-            ]
-    return rows
+            yield from ({**of, "epoch": epoch, "layer": layer, "kappa": k} for layer, k in kappas.items())
 
 
-def by_run(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each run."""
-    return grouped(runs, lambda run: f"{run['label']}, seed {run['seed']}")
+def name(row: Mapping[str, Any]) -> str:
+    """The run of a row."""
+    return f"{row['label']}, seed {row['seed']}"
 
 
-def ends(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """kappa by layer after the last epoch, of every run: a layer's last row is its last epoch's."""
-    return {name: {row["layer"]: row["kappa"] for row in rows} for name, rows in by_run(runs).items()}
+def ends(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of every run's last epoch."""
+    return [r for own in grouped(rows, name).values() for r in own if r["epoch"] == own[-1]["epoch"]]
 
 
-def table(runs: Sequence[dict[str, Any]]) -> Table:
+def table(rows: Sequence[dict[str, Any]]) -> Table:
     """A row per layer, a column per run."""
-    last = ends(runs)
-    result = make_table("layer", *last, title="kappa after the last epoch")
-    for layer in dict.fromkeys(row["layer"] for row in runs):
-        result.add_row(layer, *(f"{own[layer]:.4g}" if layer in own else "" for own in last.values()))
-    return result
+    line, cell = (lambda row: (row["layer"],)), (lambda row: f"{row['kappa']:.4g}")
+    return pivot(["layer"], ends(rows), line, name, cell, title="kappa after the last epoch")
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
     """Bars by layer, a colour per run; beside them kappa by epoch, a line per layer, where it is known."""
-    runs = by_run(results["runs"])
-    last = dict(list(ends(results["runs"]).items())[:SERIES])
-    layers = list(dict.fromkeys(layer for kappas in last.values() for layer in kappas))
-    course = next((rows for rows in runs.values() if rows[0]["epoch"] < rows[-1]["epoch"]), None)
+    last = dict([*grouped(ends(results["runs"]), name).items()][:SERIES])
+    layers = list(dict.fromkeys(row["layer"] for own in last.values() for row in own))
+    runs = grouped(results["runs"], name).values()
+    course = next((rows for rows in runs if rows[0]["epoch"] < rows[-1]["epoch"]), None)
     columns = 2 if course else 1
     figure, axes = panels(1, columns, 1.5 + 4 * columns, 1.4 + 0.3 * max(8, len(layers)))
     bars, height = axes[0, 0], 0.8 / len(last)
-    for number, (name, look) in enumerate(looks(last).items()):
-        places = np.arange(len(layers)) + height * (number - (len(last) - 1) / 2)
-        values = [last[name].get(layer, np.nan) for layer in layers]
-        bars.barh(places, values, height, color=look["color"], label=name)
+    for number, (label, look) in enumerate(looks(last).items()):
+        above = height * (number - (len(last) - 1) / 2)
+        places = [layers.index(row["layer"]) + above for row in last[label]]
+        bars.barh(places, [row["kappa"] for row in last[label]], height, color=look["color"], label=label)
     bars.set_yticks(range(len(layers)), layers)
     bars.set_ylim(len(layers) - 0.5, -0.5)
     bars.set_xlabel("kappa (in the unit of the loss)")
@@ -113,15 +103,14 @@ def draw_course(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
         axis.annotate(f" {layer}", (epochs[-1], kappas[-1]), fontsize=7, color=look["color"])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="epoch (number)", ylabel="kappa (in the unit of the loss)")
-    tidy(axis, f"{rows[0]['label']}, seed {rows[0]['seed']}, by layer", log="y")
+    tidy(axis, f"{name(rows[0])}, by layer", log="y")
 
 
 OF_RUNS: dict[str, dict[str, Any]] = {
     "runs": {"nargs": "*", "type": Path, "help": "folders such as runs/quickstart/fam/seed0"},
-    "--data": {"type": Path, "default": Path("data"), "help": "folder of the data sets"},
+    "--data": COMMON["--data"],
 }
-RECIPE = Recipe("flatness", __doc__, measure, table, plot, OF_RUNS)
-main = RECIPE.main
+main = Recipe("flatness", __doc__, measure, table, plot, OF_RUNS).main
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,13 @@
 """SGD, weight decay, SAM and FAM side by side on real data, clean and with 40 % label noise, on a CPU.
 
     python -m recipes.quickstart                    # results in runs/quickstart: table, JSON, pictures
-    python -m recipes.quickstart --smoke            # seconds: does everything run?
     python -m recipes.quickstart --noise 0.2 --seeds 0 1 2 --epochs 50
 
 What a run with three seeds gave, and on which hardware, is in the README.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ from recipes.engine.task import Source
 from recipes.engine.training import train
 from recipes.report import collect, report
 from recipes.shared import command
+from recipes.shared.command import Options
 from recipes.shared.results import load, save
 from recipes.shared.tables import console as make_console
-from recipes.tasks.images import shipped_fashion_mnist
+from recipes.tasks.images import fashion_mnist
 from recipes.tasks.small import VALIDATION, quickstart
 
 # What is compared: the run's label, the optimizer and what differs from the task's settings. weight_decay,
@@ -38,29 +37,22 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line."""
-    parser = command.parser("quickstart", __doc__)
+    common, smoke = ("--seeds", "--device"), "one seed, two epochs, few images"
+    parser = command.parser("quickstart", __doc__, *common, out=Path("runs/quickstart"), smoke=smoke)
     parser.add_argument("--epochs", type=command.positive, default=20)
-    command.add_seeds(parser)
-    parser.add_argument(
-        "--noise",
-        type=command.fraction,
-        nargs="+",
-        action=command.Distinct,
-        default=[0.0, 0.4],
-        help="fractions of wrong labels",
-    )
+    noise = {**command.SEVERAL, "type": command.fraction, "default": [0.0, 0.4]}
+    parser.add_argument("--noise", **noise, help="fractions of wrong labels")
     parser.add_argument("--train-size", type=command.positive, default=2000, help="training images")
-    command.add_device(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
-    command.add_smoke(parser, "one seed, two epochs, few images")
     options = parser.parse_args(arguments)
-    least, most = quickstart().batch_size, len(shipped_fashion_mnist("train")[1]) - VALIDATION
-    if not least <= options.train_size <= most:
-        parser.error(
-            f"argument --train-size: expected from {least} to {most} images, got {options.train_size}"
-        )
+    least, most, size = (
+        quickstart().batch_size,
+        len(fashion_mnist("train")[1]) - VALIDATION,
+        options.train_size,
+    )
+    if not least <= size <= most:
+        parser.error(f"argument --train-size: expected from {least} to {most} images, got {size}")
     if options.smoke:
         options.seeds, options.epochs = options.seeds[:1], 2
     return options
@@ -69,28 +61,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train every method at every noise level with every seed; then the report."""
     options = parse_arguments(arguments)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        sys.exit("quickstart: stopped; it begins anew")
-
-
-def run(options: argparse.Namespace) -> None:
-    """As the options say."""
     console, folder = make_console(), command.out(options)
-    source = Source(smoke=options.smoke)
     command.fresh(folder / "runs")  # a demonstration starts afresh
-    for noise in options.noise:
-        task = quickstart(noise, options.train_size)
-        console.print(f"[bold]{task.about}")
-        for seed in options.seeds:
-            conditions = Conditions(seed, options.epochs, task.batch_size, source, options.device)
-            for label, (optimizer, changes) in METHODS.items():
+    with command.in_a_sentence("quickstart", "stopped; it begins anew"):
+        for noise in options.noise:
+            task = quickstart(noise, options.train_size)
+            console.print(f"[bold]{task.about}")
+            asked = options.epochs, task.batch_size, Source(smoke=options.smoke), options.device
+            for seed, (label, (optimizer, changes)) in product(options.seeds, METHODS.items()):
                 path, chosen = folder / "runs" / task.name / label, settings(task, optimizer, changes)
-                title = f"{label}, seed {seed}"
-                train(task, chosen, conditions, path / f"seed{seed}", title=title, console=console)
-    save(folder / "quickstart.json", collect(folder / "runs"))
-    report(load(folder / "quickstart.json"), folder / "quickstart", console)
+                title, asked_of = f"{label}, seed {seed}", Conditions(seed, *asked)
+                train(task, chosen, asked_of, path / f"seed{seed}", title=title, console=console)
+        save(folder / "quickstart.json", collect(folder / "runs"))
+        report(load(folder / "quickstart.json"), folder / "quickstart", console)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Turn run folders into one small JSON, tables and pictures.
 
     python -m recipes.report runs/cifar10                                # into runs/cifar10/report.*
-    python -m recipes.report runs/cifar10 --out recipes/results/cifar10  # ... somewhere else
     python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
 
-Each task has a table: per optimizer, mean and standard deviation over the seeds of what was measured after
-the last epoch, and the leading metric at the epoch that was best on validation data, where there are any. An
-experiment of the paper, or its small form, has a second one with the paper's numbers beside these.
+A task's table has what was measured after the last epoch, and the leading metric at the epoch that was best
+on validation data. An experiment of the paper has a second table with the paper's numbers.
 """
 
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.engine.optimizers import OPTIMIZERS
-from recipes.engine.pictures import at, curve, of_task, plot_boxes, plot_curves, title
+from recipes.engine.pictures import at, curve, plot_boxes, plot_curves, title
 from recipes.engine.run_folder import RunFolder
 from recipes.paper.comparison import compare
-from recipes.shared.command import parser
+from recipes.shared.command import in_a_sentence, parser
 from recipes.shared.pictures import save as save_picture
 from recipes.shared.results import grouped, load, save
 from recipes.shared.tables import console as make_console
@@ -37,25 +36,19 @@ def collect(folder: Path) -> dict[str, Any]:
     """Everything that the runs below a folder have measured, without their checkpoints.
 
     Smoke tests count only where there is nothing else.
-
-    Raises:
-        ValueError: if there is no run.
     """
-    found = list(finished(folder))
-    runs = [run for run, _ in found if not run["smoke"]] or [run for run, _ in found]
-    if not runs:
-        raise ValueError(f"no finished epoch of any run below {folder}")
-    return {"recipe": "train", "environment": found[-1][1], "runs": sorted(runs, key=order)}
-
-
-def finished(folder: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """The runs below a folder that have finished an epoch, each with its environment."""
+    found: list[Run] = []
     for config in folder.rglob("config.json"):
         run = RunFolder(config.parent)
-        if records := run.epochs():
-            measured = {"step_time": run.read("step_time.json"), "history": columns(records)}
-            found = {**run.read("config.json"), "label": config.parent.parent.name, **measured}
-            yield found, run.read("environment.json")
+        if records := run.epochs():  # None is where an epoch did not measure a quantity
+            history = {name: [r.get(name) for r in records] for name in dict.fromkeys(chain(*records))}
+            measured = {"step_time": run.read("step_time.json"), "history": history}
+            found.append({**run.read("config.json"), "label": config.parent.parent.name, **measured})
+            environment = run.read("environment.json")
+    if not found:
+        raise ValueError(f"no finished epoch of any run below {folder}")
+    runs = [run for run in found if not run["smoke"]] or found
+    return {"recipe": "train", "environment": environment, "runs": sorted(runs, key=order)}
 
 
 def order(run: Run) -> tuple[Any, ...]:
@@ -65,20 +58,12 @@ def order(run: Run) -> tuple[Any, ...]:
     return run["task"], OPTIMIZERS.index(chosen["optimizer"]), *strength, run["label"], run["seed"]
 
 
-def columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """One list per quantity instead of one dict per epoch; None where an epoch did not measure it."""
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
-
-
 def tables(runs: Sequence[Run]) -> list[Table]:
     """A table per task, and a second one with the paper's numbers, where it has any."""
-    found: list[Table] = []
-    for task, own in of_task(runs).items():
-        found.append(table(task, own))
-        if not own[0]["smoke"] and (beside := compare(task, own)):
-            found.append(beside)
-    return found
+    found = []
+    for task, own in grouped(runs, itemgetter("task")).items():
+        found += [table(task, own), None if own[0]["smoke"] else compare(task, own)]
+    return [*filter(None, found)]
 
 
 def table(task: str, runs: Sequence[Run]) -> Table:
@@ -88,28 +73,23 @@ def table(task: str, runs: Sequence[Run]) -> Table:
     validated = next((name for name in names if name.startswith("validation_")), None)
     shown = [name for name in names if name == validated or not name.startswith("validation_")]
     lead = shown[1] if validated and len(shown) > 1 else shown[0]
-    best = [f"{title(lead)}, best validation"] if validated else []
-    result = make_table(
-        *("optimizer", "seeds", "epoch"), *map(title, shown), *best, "step time", title=caption(task, runs)
-    )
+    heads = ["optimizer", "seeds", "epoch", *map(title, shown)]
+    heads += [f"{title(lead)}, best validation", "step time"] if validated else ["step time"]
+    numbers = "mean ± standard deviation over the seeds; " if len({run["seed"] for run in runs}) > 1 else ""
+    smoke = ", a smoke test and no result" if runs[0]["smoke"] else ""
+    caption = f"{task}{smoke} ({numbers}step time relative to the plain step)"
+    result = make_table(*heads, title=caption)
     for label, group in grouped(runs, lambda run: run["label"]).items():  # they differ in their seed alone
         for number in evaluated(group[0]):
             cells = [summary(name, [at(run, name, number) for run in group]) for name in shown]
-            if validated:
-                chosen = [at(run, lead, best_epoch(run, validated)) for run in group]
+            if validated:  # a value that is not finite is below all others; of equal ones the first counts
+                best_epochs = [np.nan_to_num(curve(run, validated), nan=-np.inf).argmax() for run in group]
+                chosen = [at(run, lead, int(e)) for run, e in zip(group, best_epochs, strict=True)]
                 cells.append(summary(lead, chosen))
             cost = statistics.fmean(run["step_time"]["median"] for run in group)
             epoch = str(group[0]["history"]["epoch"][number])
             result.add_row(label, str(len(group)), epoch, *cells, f"{cost:.2f}x")
     return result
-
-
-def caption(task: str, runs: Sequence[Run]) -> str:
-    """What the table shows."""
-    several = len({run["seed"] for run in runs}) > 1
-    numbers = "mean ± standard deviation over the seeds; " if several else ""
-    smoke = ", a smoke test and no result" if runs[0]["smoke"] else ""
-    return f"{task}{smoke} ({numbers}step time relative to the plain step)"
 
 
 def evaluated(run: Run) -> list[int]:
@@ -119,11 +99,6 @@ def evaluated(run: Run) -> list[int]:
     rarest = min(metrics, key=lambda name: sum(value is not None for value in history[name]))
     indices = [index for index, value in enumerate(history[rarest]) if value is not None]
     return indices[-1:] if len(indices) == len(history[rarest]) else indices
-
-
-def best_epoch(run: Run, name: str) -> int:
-    """Index of the first epoch with the highest value; one that is not finite is below all others."""
-    return int(np.argmax(np.nan_to_num(curve(run, name), nan=-np.inf)))
 
 
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:
@@ -145,15 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = reader.parse_args(arguments)
     source: Path = options.source
     stem: Path = options.out or (source / "report" if source.is_dir() else source.with_suffix(""))
-    try:
+    with in_a_sentence("report"):
         if source.is_dir():
             save(stem.with_suffix(".json"), collect(source))
         results = load(stem.with_suffix(".json") if source.is_dir() else source)  # rounded, as it was saved
         if results.get("recipe") != "train":
             raise ValueError(f"{source}: expected what recipes.report has saved, got something else")
-    except ValueError as error:
-        sys.exit(f"report: {error}")
-    report(results, stem, make_console())
+        report(results, stem, make_console())
 
 
 if __name__ == "__main__":

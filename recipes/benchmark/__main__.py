@@ -2,7 +2,6 @@
 
     python -m recipes.benchmark                                 # every row
     python -m recipes.benchmark --tasks "resnet18 hidden"       # one row; others in the results stay
-    python -m recipes.benchmark --smoke                         # seconds: does everything run?
     python -m recipes.benchmark --accelerator                   # a GPU's rows, in ten minutes
 
 The candidates of a row take turns in one process, in an order that rotates; every block of steps is compared
@@ -25,7 +24,7 @@ from recipes.benchmark.cases import CASES, HIDDEN
 from recipes.benchmark.check import check
 from recipes.benchmark.measuring import prepared, timings
 from recipes.benchmark.tables import tables
-from recipes.shared.command import Distinct, Options, add_device, add_smoke, out, parser, positive
+from recipes.shared.command import SEVERAL, Options, in_a_sentence, out, parser, positive
 from recipes.shared.results import environment, load, save
 from recipes.shared.tables import console, markdown, show
 
@@ -38,77 +37,65 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     checked = check(copy.deepcopy(problem), candidates.values(), options.probes)
     steps, results = prepared(problem, candidates, options.device)
     timed = timings(steps, candidates, options.seconds, options.device)
-    return {
-        "task": name,
-        "check": checked,
-        "candidates": {label: {**own, **timed.get(label, {})} for label, own in results.items()},
-    }
+    found = {label: {**own, **timed.get(label, {})} for label, own in results.items()}
+    return {"task": name, "check": checked, "candidates": found}
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
     """Read the command line."""
-    listed = {
-        f"row {name}": f"{case.about}{'; all layers but the last' * (name in HIDDEN)}"
-        for name, case in CASES.items()
-    }
+    layers = {name: "; all layers but the last" if name in HIDDEN else "" for name in CASES}
+    listed = {f"row {name}": f"{case.about}{layers[name]}" for name, case in CASES.items()}
     listed |= {f"column {label}": candidate.about for label, candidate in CANDIDATES.items()}
-    reader = parser("benchmark", __doc__, listed)
+    smoke = "the smallest task, a few rounds"
+    reader = parser(
+        *("benchmark", __doc__, "--device", "--plot"), out=Path("runs/benchmark"), smoke=smoke, listed=listed
+    )
     for option, names, metavar in (("--tasks", CASES, "ROW"), ("--candidates", CANDIDATES, "COLUMN")):
-        reader.add_argument(
-            option, nargs="+", action=Distinct, choices=names, default=list(names), metavar=metavar
-        )
+        reader.add_argument(option, **SEVERAL, choices=names, default=list(names), metavar=metavar)
     reader.add_argument("--seconds", type=positive, default=60, help="of the rounds of a row, about")
     reader.add_argument("--probes", type=positive, default=32, help="of the check")
     reader.add_argument("--threads", type=positive, default=2)
-    add_device(reader)
-    reader.add_argument("--out", type=Path, default=Path("runs/benchmark"))
-    reader.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing, tabulate these results")
-    reader.add_argument(
-        "--accelerator", action="store_true", help="what is worth measuring on a GPU, in at most ten minutes"
-    )
-    add_smoke(reader, "the smallest task, a few rounds")
+    worth = "what is worth measuring on a GPU, in at most ten minutes"
+    reader.add_argument("--accelerator", action="store_true", help=worth)
     options = reader.parse_args(arguments)
     if options.accelerator and options.device.type != "cuda" and not options.smoke:
         sys.exit("benchmark: --accelerator expects a GPU, and torch sees none; with --smoke a CPU does.")
-    if options.smoke:
-        options.tasks, options.seconds, options.probes = ["tiny 16x16"], 0, 8
-        options.threads = 1  # a test may share the machine
+    if options.smoke:  # a test may share the machine
+        vars(options).update(tasks=["tiny 16x16"], seconds=0, probes=8, threads=1)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, save."""
     options = parse(arguments)
-    try:
+    with in_a_sentence("benchmark"):
         path = options.plot or run(options)
         results = load(path)
-    except ValueError as error:
-        sys.exit(f"benchmark: {error}")
-    if found := tables(results["runs"]):
-        show(console(), *found)
-        path.with_suffix(".md").write_text(markdown(*found))
-    print(f"{path.with_suffix('')}.* written")
-    if options.accelerator and (complaint := accelerator.verdict(results["runs"])):
-        sys.exit(f"benchmark: {complaint}")
+        if found := tables(results["runs"]):
+            show(console(), *found)
+            path.with_suffix(".md").write_text(markdown(*found))
+        print(f"{path.with_suffix('')}.* written")
+        if options.accelerator and (complaint := accelerator.verdict(results["runs"])):
+            raise ValueError(complaint)
 
 
 def run(options: Options) -> Path:
     """Measure the rows that were asked for; others in the results stay."""
     torch.set_num_threads(options.threads)
-    name, order = ("accelerator", None) if options.accelerator else ("benchmark", list(CASES))
+    name = "accelerator" if options.accelerator else "benchmark"
     path, begin = out(options) / f"{name}.json", time.perf_counter()
-    measured = {row["task"]: row for row in load(path)["runs"]} if order and path.exists() else {}
     if options.accelerator:
-        rows = accelerator.measure(options.device, smoke=options.smoke)
+        measured, rows = {}, accelerator.measure(options.device, smoke=options.smoke)
     else:
+        measured = {row["task"]: row for row in load(path)["runs"]} if path.exists() else {}
         rows = (measure(task, options) for task in options.tasks)
     configuration = {key: getattr(options, key) for key in ("seconds", "probes", "smoke")}
+    head = {"recipe": name, "configuration": configuration, "environment": environment(options.device)}
     for row in rows:
         measured[row["task"]] = row
         seconds = time.perf_counter() - begin
         print(f"{seconds:4.0f} s  {row['task']}: {row.get('left out', 'measured')}")
-        ordered = [measured[task] for task in order or measured if task in measured]
-        head = {"recipe": name, "configuration": configuration, "environment": environment(options.device)}
+        ordered = sorted(measured.values(), key=lambda row: [*CASES, row["task"]].index(row["task"]))
         save(path, {**head, "seconds": seconds, "runs": ordered})
     return path
 

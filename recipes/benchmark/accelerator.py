@@ -1,8 +1,5 @@
 """What is worth measuring on a GPU, in one command of at most ten minutes.
 
-    python -m recipes.benchmark --accelerator            # results in runs/benchmark/accelerator.json
-    python -m recipes.benchmark --accelerator --smoke    # tiny networks, on a CPU too: does everything run?
-
 Networks in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is compared with the CPU's; every
 step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds those that make the host wait
 for the device; then the steps take turns; peak memory is measured too.
@@ -23,9 +20,10 @@ from torch import Tensor, nn
 from recipes.benchmark.candidates import CANDIDATES, PENALTY, Candidate, Step
 from recipes.benchmark.cases import bert, hidden, images, perceptron, resnet50, vit
 from recipes.benchmark.check import seeded
-from recipes.benchmark.measuring import prepared, repeated, timings
+from recipes.benchmark.measuring import prepared, timings
 from recipes.shared.problem import Problem
 from recipes.shared.results import CPU
+from recipes.shared.timing import repeated
 from recipes.tasks.models import resnet18_cifar
 
 LIMIT = 570.0  # seconds for everything; a row that would take longer is left out
@@ -79,11 +77,11 @@ def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, 
 def check(problem: Problem) -> dict[str, float]:
     """kappa of the last hidden layer on two samples, on the device and on the CPU."""
     part = problem.part(2).copy()
-    part = replace(part, regularised=part.layers[-1])
     part.model.eval()
+    part = replace(part, regularised=part.layers[-1])
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        here, there = (seeded(p, curvature="gauss_newton") for p in (part, part.copy(device=CPU)))
-    return {"device": here[0], "cpu": there[0]}
+        (here,), (there,) = (seeded(p, curvature="gauss_newton") for p in (part, part.copy(device=CPU)))
+    return {"device": here, "cpu": there}
 
 
 def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from recipes.engine.optimizers import GAUSS_NEWTON, Settings, build, take_step
 from recipes.shared.problem import Problem
 
 BASE: dict[str, Any] = {"base": "sgd", "lr": 1e-3, "momentum": 0.9}
+LOOKSAM: dict[str, Any] = {"optimizer": "looksam", **BASE, "rho": 0.05, "k": 10}
 PENALTY: dict[str, Any] = {"optimizer": "fam", **BASE, "lam": 1e-3}  # any positive lam costs the same
-DETACHED = {"detach_hessian": True}
 REFUSALS = (RuntimeError, TypeError, ValueError)  # of the library
 Step = Callable[[], Any]
 
@@ -38,40 +38,26 @@ def proximal(every: int) -> Candidate:
     return Candidate(f"FAM's proximal step in every {every}th step", settings, HIDDEN, every)
 
 
+def penalty(label: str, about: str, own: Settings, rows: frozenset[str]) -> dict[str, Candidate]:
+    """FAM's penalty, whole, and with the curvature as a constant."""
+    constant = {**PENALTY, **own, "detach_hessian": True}
+    detached = Candidate(f"{label} with the curvature as a constant", constant, rows)
+    return {label: Candidate(about, {**PENALTY, **own}, rows), f"{label}, detached": detached}
+
+
 CANDIDATES: dict[str, Candidate] = {
     "plain": Candidate("SGD with momentum, to which all are relative", {"optimizer": "sgd", **BASE}),
     "FAM proximal": proximal(10),
     "FAM proximal, every 20": proximal(20),
     "SAM": Candidate("pytorch_optimizer's SAM", {"optimizer": "sam", **BASE, "rho": 0.05}),
-    "LookSAM": Candidate(
-        "pytorch_optimizer's LookSAM, the second gradient in every 10th step",
-        *({"optimizer": "looksam", **BASE, "rho": 0.05, "k": 10}, HIDDEN, 10),
-    ),
-    "FAM exact": Candidate("FAM's penalty, kappa in closed form or by all products", PENALTY, ONE),
-    "FAM exact, detached": Candidate(
-        "FAM exact with the Hessian as a constant", {**PENALTY, **DETACHED}, ONE
-    ),
-    "FAM hutchinson": Candidate(
-        "FAM's penalty, kappa by one random probe", {**PENALTY, "mode": "hutchinson"}, ONE
-    ),
-    "FAM hutchinson, detached": Candidate(
-        "FAM hutchinson with the Hessian as a constant", {**PENALTY, "mode": "hutchinson", **DETACHED}, ONE
-    ),
-    "FAM Gauss-Newton": Candidate(
-        "FAM's penalty, Gauss-Newton kappa by one random vector", {**PENALTY, **GAUSS_NEWTON}, INNER
-    ),
-    "FAM Gauss-Newton, detached": Candidate(
-        "FAM Gauss-Newton with the curvature as a constant",
-        {**PENALTY, **GAUSS_NEWTON, **DETACHED},
-        INNER | HIDDEN,
-    ),
+    "LookSAM": Candidate("pytorch_optimizer's LookSAM, SAM in every 10th step", LOOKSAM, HIDDEN, 10),
+    **penalty("FAM exact", "FAM's penalty, kappa in closed form or by all products", {}, ONE),
+    **penalty("FAM hutchinson", "FAM's penalty, kappa by one random probe", {"mode": "hutchinson"}, ONE),
+    **penalty("FAM Gauss-Newton", "FAM's penalty, one random Gauss-Newton vector", GAUSS_NEWTON, INNER),
 }
 
 
 def chosen(labels: Sequence[str], row: str) -> dict[str, Candidate]:
     """Those of the candidates that fit the row; plain always."""
-    return {
-        label: candidate
-        for label, candidate in CANDIDATES.items()
-        if label == "plain" or (label in labels and row in candidate.rows)
-    }
+    fitting = {label: one for label, one in CANDIDATES.items() if row in one.rows}
+    return {label: one for label, one in fitting.items() if label in ("plain", *labels)}

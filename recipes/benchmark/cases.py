@@ -16,51 +16,28 @@ from recipes.shared.problem import Problem
 from recipes.tasks.models import resnet18_cifar
 
 
-class Head(nn.Module):
-    """A linear classifier whose input is trained too, as if a body stood below."""
-
-    def __init__(self, classes: int, features: int, rows: int) -> None:
-        super().__init__()
-        self.features = nn.Parameter(torch.randn(rows, features))
-        self.head = nn.Linear(features, classes)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.head(self.features + x)
-
-
 class Transformer(nn.Module):
     """An encoder with a pooler on the first token, as BERT-small's, or with the mean over the tokens."""
 
     def __init__(self, width: int, heads: int, depth: int, classes: int, pooler: bool) -> None:
         super().__init__()
-        block = nn.TransformerEncoderLayer(
-            *(width, heads, 4 * width, 0.1 if pooler else 0.0, "gelu"),
-            batch_first=True,
-            norm_first=not pooler,
-        )
+        settings = {"batch_first": True, "norm_first": not pooler}
+        dropout = 0.1 if pooler else 0.0
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", **settings)
         self.encoder = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
         self.pooler = nn.Linear(width, width) if pooler else None
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Any:
         features = self.encoder(x)
-        return self.classifier(
-            features.mean(1) if self.pooler is None else self.pooler(features[:, 0]).tanh()
-        )
+        pooled = features.mean(1) if self.pooler is None else self.pooler(features[:, 0]).tanh()
+        return self.classifier(pooled)
 
 
 def soft_dice(logits: Tensor, targets: Tensor) -> Tensor:
     """One minus the soft Dice coefficient of every sample, averaged."""
-    p = logits.sigmoid().flatten(1)
-    t = targets.flatten(1)
+    p, t = logits.sigmoid().flatten(1), targets.flatten(1)
     return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
-
-
-class Case(NamedTuple):
-    """A row: its sentence, and what builds it."""
-
-    about: str
-    build: Callable[[], Problem]
 
 
 Layers = Callable[[nn.Module], Any]  # those of a model that are regularised
@@ -88,16 +65,15 @@ def images(
     return classifier(model(), layers, torch.randn(number, 3, size, size), classes)
 
 
-def resnet50() -> nn.Module:
+def resnet50() -> Any:
     """torchvision's."""
-    network: nn.Module = package("torchvision.models").resnet50()
-    return network
+    return package("torchvision.models").resnet50()
 
 
 def head(classes: int, features: int, rows: int) -> Problem:
-    """A classifier alone."""
-    model = Head(classes, features, rows)
-    return Problem(model, model.head, torch.zeros(()), torch.randint(0, classes, (rows,)))
+    """A linear classifier alone; its inputs are trained too, as if a body stood below."""
+    model = nn.Sequential(nn.Embedding(rows, features), nn.Linear(features, classes))
+    return classifier(model, module("1"), torch.arange(rows), classes)
 
 
 def tied_language_model() -> Problem:
@@ -140,6 +116,13 @@ def skull_autoencoder() -> Problem:
     code = nn.Flatten(), nn.Linear(512, 8), behind, nn.ReLU(), nn.Unflatten(1, (64, 2, 2, 2))
     volumes = (torch.rand(4, 1, 64, 64, 64) < 0.2).float()
     return Problem(nn.Sequential(*down, *code, *up[:-1]), behind, volumes, volumes, soft_dice)
+
+
+class Case(NamedTuple):
+    """A row: its sentence, and what builds it."""
+
+    about: str
+    build: Callable[[], Problem]
 
 
 RESNET, ENCODER = "ResNet-18 for CIFAR, 64 images", "BERT-small's encoder, 16 sentences of 64 tokens"

@@ -18,9 +18,6 @@ def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dic
     """Of every curvature that a candidate penalises: kappa, and mean and standard error of its estimates.
 
     Where samples interact, exact Gauss-Newton takes a product for each output: it is checked on four.
-
-    Raises:
-        AssertionError: if the two are more than five standard errors and the tolerance apart.
     """
     penalties = [c.settings for c in candidates if c.settings.get("mode", "exact") != "proximal"]
     used = dict.fromkeys(s.get("curvature", "hessian") for s in penalties if s["optimizer"] == "fam")

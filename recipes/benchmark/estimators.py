@@ -1,27 +1,22 @@
 """The spread of a random estimate of kappa: its error, that of its gradient, and what it costs.
 
-    python -m recipes.benchmark.estimators                      # into runs/estimators
     python -m recipes.benchmark.estimators --curvature gauss_newton --out runs/gauss_newton
-    python -m recipes.benchmark.estimators --smoke
-    python -m recipes.benchmark.estimators --plot results.json   # redraw
 
-Compared with the exact mode, with equal numbers of products:
+Compared with the exact mode, before training and after, with equal numbers of products:
 
     library, row       Hutchinson's estimate of the observed layer, signs of their own for every row
     library, weight    the same of the bare parameter: what a convolution gets
     library, apart     Gauss-Newton: the sum of squares, of every row or of every sample by itself
     library, whole     Gauss-Newton: the square of the whole batch's sum
 
-All are unbiased, which the library's tests show. The deviation of the value is relative to kappa; the error
-of the gradient (in all parameters) is the root mean square distance from the exact gradient, relative to its
-norm. The time is that of the estimate and its gradient, without the forward that they share with the loss.
-Means of independent estimates keep ``error * sqrt(milliseconds)``, the error at one millisecond. Before
-training and after.
+All are unbiased. The error of the gradient (in all parameters) is the root mean square distance from the
+exact one, relative to its norm. The time is that of the estimate and its gradient. Means of independent
+estimates keep ``error * sqrt(milliseconds)``, the error at one millisecond.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -33,9 +28,10 @@ from torch import Tensor, nn
 
 from fam_optim import observe, relative_flatness
 from recipes.shared.command import Options, Recipe, positive
-from recipes.shared.pictures import BLUE, ORANGE, legend_above, panels, tidy
+from recipes.shared.pictures import draw_lines, legend_above, looks, panels, tidy
 from recipes.shared.problem import Problem, train_plainly
-from recipes.shared.tables import table as make_table
+from recipes.shared.results import grouped
+from recipes.shared.tables import pivot
 from recipes.shared.timing import turns
 from recipes.tasks.images import fashion_mnist
 
@@ -48,9 +44,8 @@ Key = tuple[str, int]  # an estimator and its number of products
 
 def network() -> nn.Sequential:
     """A small multilayer perceptron on images ``(N, 784)``."""
-    return nn.Sequential(
-        nn.Linear(784, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 10)
-    )
+    first, second, head = nn.Linear(784, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 10)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
 
 
 def convolutional() -> nn.Sequential:
@@ -83,54 +78,48 @@ def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str
     rows = []
     for (name, n), samples in drawn.items():
         values, distances, milliseconds = zip(*samples, strict=True)
-        rows.append(
-            {
-                "estimator": name,
-                "products": n,
-                "kappa": exact,
-                "value": statistics.stdev(values),
-                "gradient": math.sqrt(statistics.fmean(distance**2 for distance in distances)),
-                "milliseconds": statistics.median(milliseconds),
-            }
-        )
+        row = {"estimator": name, "products": n, "kappa": exact, "value": statistics.stdev(values)}
+        row["gradient"] = math.sqrt(statistics.fmean(distance**2 for distance in distances))
+        rows.append({**row, "milliseconds": statistics.median(milliseconds)})
     return rows
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """A row per estimator and number of products, a column per network: the gradient's error, and at 1 ms."""
-    networks = list(dict.fromkeys((run["stage"], run["layer"]) for run in runs))
-    cells: dict[Key, dict[tuple[str, str], str]] = {}
-    for run in runs:
+
+    def cell(run: Mapping[str, Any]) -> str:
         error, took = run["gradient"], run["milliseconds"]
-        text = f"{error:.2f} in {took:.1f} ({error * math.sqrt(took):.2f})"
-        cells.setdefault((run["estimator"], run["products"]), {})[run["stage"], run["layer"]] = text
-    heads = [f"{layer}, {stage}: error in ms (at 1 ms)" for stage, layer in networks]
-    result = make_table("estimator", "products", *heads)
-    for (name, products), found in cells.items():
-        result.add_row(name, str(products or ""), *(found.get(network, "") for network in networks))
-    return result
+        return f"{error:.2f} in {took:.1f} ({error * math.sqrt(took):.2f})"
+
+    return pivot(
+        ("estimator", "products"),
+        runs,
+        line=lambda run: (run["estimator"], str(run["products"] or "")),
+        column=lambda run: f"{network_of(run)}: error in ms (at 1 ms)",
+        cell=cell,
+    )
+
+
+def network_of(run: Mapping[str, Any]) -> str:
+    """Layer and stage of a row."""
+    return f"{run['layer']}, {run['stage']}"
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
     """The gradient's error by milliseconds, a panel per network."""
     runs = [run for run in results["runs"] if run["estimator"] != "exact"]
-    networks = list(dict.fromkeys((run["stage"], run["layer"]) for run in runs))
-    names = list(dict.fromkeys(run["estimator"] for run in runs))
+    networks, chosen = grouped(runs, network_of), looks(run["estimator"] for run in runs)
     figure, axes = panels(1, len(networks), 0.8 + 2.2 * len(networks), 3, sharey=True)
-    for axis, (stage, layer) in zip(axes[0], networks, strict=True):
-        for name, colour, marker in zip(names, (ORANGE, BLUE), "os", strict=True):
-            key = (stage, layer, name)
-            own = [run for run in runs if (run["stage"], run["layer"], run["estimator"]) == key]
-            times, values = [run["milliseconds"] for run in own], [run["gradient"] for run in own]
-            axis.plot(times, values, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+    for axis, (name, own) in zip(axes[0], networks.items(), strict=True):
+        draw_lines(axis, own, "milliseconds", "gradient", "estimator", chosen)
         axis.set_xlabel("time (ms)")
-        tidy(axis, f"{layer}, {stage}", log="xy")
+        tidy(axis, name, log="xy")
     axes[0, 0].set_ylabel("error of the gradient (a fraction)")
-    legend_above(figure, axes[0, 0], len(names))
+    legend_above(figure, axes[0, 0], len(chosen))
     return figure
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: Options) -> Iterator[dict[str, Any]]:
     """The layers of the network, or of both, before training and after."""
     products = PRODUCTS[:1] if options.smoke else PRODUCTS
     images, labels = fashion_mnist("train")
@@ -139,15 +128,13 @@ def measure(options: Options) -> list[dict[str, Any]]:
     networks = [(network(), LAYERS)]
     if options.curvature == "gauss_newton":
         networks.append((convolutional(), {"convolution 32x144": 3}))
-    runs = []
     for model, layers in networks:
         for stage, steps in (("untrained", 0), ("trained", options.steps)):
             train_plainly(model, islice(cycle(batches), steps), momentum=0.9)
             for name, index in layers.items():
                 problem = Problem(model, model[index], *batches[0])
                 rows = spread(problem, options.draws, products, options.curvature)
-                runs += [{"stage": stage, "layer": name, **row} for row in rows]
-    return runs
+                yield from ({"stage": stage, "layer": name, **row} for row in rows)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -155,9 +142,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--curvature": {"choices": ("hessian", "gauss_newton"), "default": "hessian"},
     "--steps": {"type": positive, "default": 300, "help": "of training, for the trained network"},
 }
-SMOKE = {"draws": 4, "steps": 3}
-RECIPE = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, SMOKE)
-main = RECIPE.main
+main = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, {"draws": 4, "steps": 3}).main
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def prepared(
         try:
             step = candidate.build(twin)
             before(twin.model)
-            period = repeated(step, candidate.period)
+            period = timing.repeated(step, candidate.period)
             period()
             results[label] = {}
             if weighed:  # step by step: the profile of a step is large
@@ -52,7 +53,11 @@ def prepared(
             results[label] = {"refused": str(error)}
         else:
             steps[label] = step
-    return steps, relative(results, {"memory": "peak_bytes", "count": "operations"})
+    plain = results["plain"]
+    for name, of in (("memory", "peak_bytes"), ("count", "operations")):
+        for own in (own for own in results.values() if of in own):
+            own[name] = own[of] / plain[of]
+    return steps, results
 
 
 def timings(
@@ -64,44 +69,13 @@ def timings(
     with its share of the dear ones.
     """
     size = math.lcm(*(candidates[label].period for label in steps))
-    blocks = {label: repeated(step, size) for label, step in steps.items()}
+    blocks = {label: timing.repeated(step, size) for label, step in steps.items()}
     once = sum(timing.timed(block, device)[0] for block in blocks.values())
     rounds = max(LEAST, min(MOST, int(seconds / once)))
     found = timing.relative(timing.alternate(blocks, rounds, device, warm_up=0), "plain")
-    return {
-        label: {**own, "rounds": rounds, "seconds": own["seconds"] / size} for label, own in found.items()
-    }
-
-
-def repeated(step: Step, times: int) -> Step:
-    """So many steps as one."""
-
-    def several() -> None:
-        for _ in range(times):
-            step()
-
-    return step if times == 1 else several
-
-
-def relative(results: Mapping[str, Result], names: Mapping[str, str]) -> dict[str, Result]:
-    """The results with each quantity relative to the plain step's beside it."""
-    plain = results["plain"]
-    return {
-        label: {**own, **{name: own[of] / plain[of] for name, of in names.items() if of in own}}
-        for label, own in results.items()
-    }
-
-
-class _NoModules:
-    """In place of the counter's tracker of modules."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc_info: object) -> None:
-        pass
+    for own in found.values():
+        own |= {"rounds": rounds, "seconds": own["seconds"] / size}
+    return found
 
 
 def flops(call: Callable[[], Any]) -> int:
@@ -112,7 +86,8 @@ def flops(call: Callable[[], Any]) -> int:
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
     # It would follow modules by global hooks, of which FAM must find out whether they change an output.
-    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    nothing = {"__enter__": lambda: None, "__exit__": lambda *error: None}
+    counter.mod_tracker = SimpleNamespace(parents={"Global"}, **nothing)  # type: ignore[assignment]
     with counter as counted:
         call()
     total: int = counted.get_total_flops()

@@ -1,12 +1,8 @@
 """How the cost of kappa grows with a last layer: its classes d, its inputs m and the rows N of a batch.
 
-    python -m recipes.benchmark.scaling                       # table, JSON and picture in runs/scaling
-    python -m recipes.benchmark.scaling --smoke
-    python -m recipes.benchmark.scaling --plot results.json   # redraw
-
-One of the three sizes grows, the others stay. Timed is the gradient of ``loss + kappa`` in the layer's
-weights and inputs, forward included, in alternation with the gradient of the loss alone; memory is the peak.
-The exponents are fitted to the largest sizes, and stand beside those that the operations predict:
+One of the three sizes grows. Timed is the gradient of ``loss + kappa`` in the layer's weights and inputs, in
+alternation with that of the loss alone; memory is the peak. The exponents are fitted to the largest sizes.
+The predictions count the operations:
 
                   time                memory
     exact         N m d               N m + d m + N d    closed form of the softmax; by pairs of classes, in
@@ -17,7 +13,9 @@ The exponents are fitted to the largest sizes, and stand beside those that the o
 An exponent below the prediction is a size at which other terms, or the calls themselves, still count.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from torch import nn
 
 from recipes.benchmark.memory import alive_bytes, peak_bytes
 from recipes.shared.command import Options, Recipe, positive
-from recipes.shared.pictures import legend_above, looks, panels, tidy
+from recipes.shared.pictures import draw_lines, legend_above, looks, panels, tidy
 from recipes.shared.problem import Problem
 from recipes.shared.results import CPU, grouped
 from recipes.shared.tables import table as make_table
@@ -46,7 +44,7 @@ SWEEPS = {
     "full": (TINY, 4, {"d": (2, 2), "m": (2, 1), "N": (1, 1)}),
 }
 LETTERS = {"d": "d, the classes", "m": "m, the inputs", "N": "N, the rows of the batch"}
-QUANTITIES = {"seconds": ("time (s)", 1.0), "bytes": ("peak memory (MB)", 1e-6)}
+QUANTITIES = {"seconds": "time (s)", "bytes": "peak memory (bytes)"}
 
 
 def gradient(mode: str, sizes: Sequence[int]) -> Callable[[], Any]:
@@ -63,10 +61,9 @@ def gradient(mode: str, sizes: Sequence[int]) -> Callable[[], Any]:
     return call
 
 
-def sweep(mode: str, letter: str, options: Options) -> list[dict[str, Any]]:
+def sweep(mode: str, letter: str, options: Options) -> Iterator[dict[str, Any]]:
     """One row per size of the letter, the smallest first."""
     largest, count, _ = SWEEPS[mode]
-    rows = []
     for halvings in (5, 4) if options.smoke else range(count, -1, -1):
         sizes = dict(zip("dmN", largest[letter], strict=True))
         sizes[letter] = max(2, sizes[letter] >> halvings)
@@ -77,8 +74,7 @@ def sweep(mode: str, letter: str, options: Options) -> list[dict[str, Any]]:
         for name, prefix in ((mode, ""), ("plain", "plain_")):
             row[f"{prefix}seconds"] = median(seconds[name])[0]
             row[f"{prefix}bytes"] = peak_bytes(calls[name], CPU) - others
-        rows.append(row)
-    return rows
+        yield row
 
 
 def exponent(rows: Sequence[dict[str, Any]], quantity: str) -> float:
@@ -88,16 +84,11 @@ def exponent(rows: Sequence[dict[str, Any]], quantity: str) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The rows of each sweep."""
-    return grouped(runs, lambda run: (run["mode"], run["swept"]))
-
-
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Fitted exponents beside the predicted one, and the ratio to the plain gradient at the largest size."""
     columns = ("mode", "grows", "time", "predicted", "plain time", "memory", "predicted", "plain memory")
     result = make_table(*columns, "time / plain", "memory / plain")
-    for (mode, letter), rows in groups(runs).items():
+    for (mode, letter), rows in grouped(runs, itemgetter("mode", "swept")).items():
         cells, ratios = [], []
         for quantity, predicted in zip(QUANTITIES, SWEEPS[mode][2][letter], strict=True):
             own, plain = (f"{exponent(rows, name):.2f}" for name in (quantity, f"plain_{quantity}"))
@@ -109,32 +100,28 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def plot(results: Mapping[str, Any]) -> Figure:
     """Time above and memory below, a column per size that grows."""
-    sweeps = groups(results["runs"])
-    letters = list(dict.fromkeys(letter for _, letter in sweeps))
+    sweeps = grouped(results["runs"], itemgetter("swept"))
     chosen = looks([*SWEEPS, "plain"])
-    figure, axes = panels(2, len(letters), 1 + 2.8 * len(letters), 5.4, sharex="col")
-    for column, letter in zip(axes.T, letters, strict=True):
-        for axis, (quantity, (what, unit)) in zip(column, QUANTITIES.items(), strict=True):
-            for mode, look in chosen.items():
-                rows = sweeps.get((mode if mode != "plain" else "exact", letter), [])
-                name = quantity if mode != "plain" else f"plain_{quantity}"
-                values = [unit * row[name] for row in rows]
-                axis.plot([row[letter] for row in rows], values, **look, markersize=4, label=mode)
+    figure, axes = panels(2, len(sweeps), 1 + 2.8 * len(sweeps), 5.4, sharex="col")
+    for column, (letter, rows) in zip(axes.T, sweeps.items(), strict=True):
+        plain = [{**row, "mode": "plain"} for row in rows if row["mode"] == "exact"]
+        for axis, (quantity, what) in zip(column, QUANTITIES.items(), strict=True):
+            draw_lines(axis, rows, letter, quantity, "mode", chosen)
+            draw_lines(axis, plain, letter, f"plain_{quantity}", "mode", chosen)
             axis.set(xlabel=f"{LETTERS[letter]} (number)", ylabel=what)
             tidy(axis, log="xy")
     legend_above(figure, axes[0, 0], len(chosen))
     return figure
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: Options) -> Iterator[dict[str, Any]]:
     """One row per mode, letter and size."""
-    letters = "d" if options.smoke else "dmN"
-    return [row for mode in SWEEPS for letter in letters for row in sweep(mode, letter, options)]
+    for mode, letter in product(SWEEPS, "d" if options.smoke else "dmN"):
+        yield from sweep(mode, letter, options)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {"--rounds": {"type": positive, "default": 7}}
-RECIPE = Recipe("benchmark.scaling", __doc__, measure, table, plot, OPTIONS, {"rounds": 2})
-main = RECIPE.main
+main = Recipe("benchmark.scaling", __doc__, measure, table, plot, OPTIONS, {"rounds": 2}).main
 
 if __name__ == "__main__":
     main()

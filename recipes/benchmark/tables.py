@@ -30,7 +30,8 @@ def table_of(quantity: str, rows: Sequence[dict[str, Any]]) -> Table:
     labels = [label for label in dict.fromkeys(found) if label != "plain"]
     table = make_table("task", "plain", *labels, title=f"{title} of a step, relative to the plain step")
     for row in measured:
-        plain = f"{readable(factor * row['candidates']['plain'][name])} {unit}"
+        number = factor * row["candidates"]["plain"][name]
+        plain = f"{number:,.0f} {unit}" if number >= 1000 else f"{number:.3g} {unit}"
         cells = [cell(row["candidates"].get(label, {}), quantity) for label in labels]
         table.add_row(row["task"], plain, *cells)
     return table
@@ -43,8 +44,3 @@ def cell(result: dict[str, Any], quantity: str) -> str:
     if quantity == "ratio":
         return with_quartiles(result["ratio"], result["quartiles"])
     return f"{result[quantity]:.2f}"
-
-
-def readable(number: float) -> str:
-    """Three digits, or all that stand before the point."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

@@ -17,23 +17,18 @@ GROUPS = {  # of what FAM can regularise
 
 
 def select(model: nn.Module, names: Sequence[str]) -> list[Any]:
-    """The layers of these names, each once.
-
-    Raises:
-        ValueError: for a name that none has; it lists those that there are.
-    """
+    """The layers of these names, each once."""
     by_name = named_weight_layers(model)
-    chosen: dict[str, Any] = {}
+    groups = {name: [*by_name][part] for name, part in GROUPS.items()}
+    chosen: dict[str, None] = {}
     for name in names:
-        if name not in by_name and name not in GROUPS:
+        if name not in by_name and name not in groups:
+            known = ", ".join([*by_name, *groups])
             raise ValueError(
-                f"expected --layer to name layers of this network, got {name!r}: it takes "
-                f"{', '.join([*by_name, *GROUPS])}"
+                f"expected --layer to name layers of this network, got {name!r}: it takes {known}"
             )
-        own = [name] if name in by_name else [*by_name][GROUPS[name]]
-        chosen |= {each: by_name[each] for each in own}
+        chosen |= dict.fromkeys([name] if name in by_name else groups[name])
     if not chosen:
-        raise ValueError(
-            f"--layer {' '.join(names)} names no layer: the network has {', '.join(by_name)} alone"
-        )
-    return [*chosen.values()]
+        known = ", ".join(by_name)
+        raise ValueError(f"--layer {' '.join(names)} names no layer: the network has {known} alone")
+    return [by_name[name] for name in chosen]

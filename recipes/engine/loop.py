@@ -44,12 +44,7 @@ def seed_everything(*seeds: int) -> None:
 
 
 class Loop:
-    """A network with its optimizer, its learning rate's schedule and its samples.
-
-    Raises:
-        Missing: if the task's data are not there.
-        ValueError: if a batch is larger than the data.
-    """
+    """A network with its optimizer, its learning rate's schedule and its samples."""
 
     def __init__(
         self, task: Task, conditions: Conditions, make: Callable[[nn.Module], torch.optim.Optimizer]
@@ -59,10 +54,8 @@ class Loop:
         self.data = task.data(conditions.source, conditions.seed)
         count = len(self.data.train)  # type: ignore[arg-type]
         if conditions.batch_size > count and not conditions.source.smoke:
-            raise ValueError(
-                f"expected a batch size of at most the {count} training samples, got "
-                f"{conditions.batch_size}: give a smaller --batch-size"
-            )
+            got = f"{conditions.batch_size}: give a smaller --batch-size"
+            raise ValueError(f"expected a batch size of at most the {count} training samples, got {got}")
         seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
         self.model = task.model(conditions.source).to(conditions.device)
         self.optimizer = make(self.model)

@@ -73,12 +73,9 @@ def build(
         own = options.pop("layers", None)
         chosen = select(model, own) if own else list(layers)
         return FAM(parameters, base, chosen, generator=generator, **options)
-    if name in ("sam", "asam", "looksam"):
-        sam: Any = LookSAM if name == "looksam" else SAM  # whose types ask for a class
-        wrapped: torch.optim.Optimizer = sam(parameters, base, **options)
-        return wrapped
-    plain: torch.optim.Optimizer = base(parameters, **options)
-    return plain
+    sam: Any = {"sam": SAM, "asam": SAM, "looksam": LookSAM}.get(name)  # whose types ask for a class
+    made: torch.optim.Optimizer = sam(parameters, base, **options) if sam else base(parameters, **options)
+    return made
 
 
 def plain(settings: Settings) -> Settings:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -38,32 +39,24 @@ def title(name: str) -> str:
     return f"{samples.replace('_', ' ')} {NAMES.get(metric, metric)}".strip()
 
 
-def of_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by their task."""
-    return grouped(runs, lambda run: run["task"])
-
-
 def fewest(runs: Sequence[Run]) -> list[Run]:
     """The runs that a picture has room for: of many labels those with the best first metric at the end."""
     by_label = grouped(runs, lambda run: run["label"])
     if len(by_label) <= SERIES:
         return list(runs)
     lead = quantities(runs)[0]
-    ends = {label: np.mean([last(run, lead) for run in own]) for label, own in by_label.items()}
-    best = sorted(ends, key=lambda label: -ends[label])[:SERIES]
+
+    def end(label: str) -> float:
+        values = np.array([curve(run, lead)[-1] for run in by_label[label]])
+        return float(np.nan_to_num(values, nan=-np.inf).mean())
+
+    best = sorted(by_label, key=end)[-SERIES:]
     return [run for run in runs if run["label"] in best]
-
-
-def last(run: Run, name: str) -> float:
-    """A quantity after the last epoch that has it; the lowest of all where none has."""
-    values = curve(run, name)
-    known = values[np.isfinite(values)]
-    return float(known[-1]) if len(known) else -np.inf
 
 
 def plot_curves(runs: Sequence[Run]) -> Figure:
     """Small multiples, a row or two per task: what was measured by epoch; a faint line per seed."""
-    tasks = {task: fewest(own) for task, own in of_task(runs).items()}
+    tasks = {task: fewest(own) for task, own in grouped(runs, itemgetter("task")).items()}
     names = {task: quantities(own) for task, own in tasks.items()}
     most = max(map(len, names.values()))
     columns = 2 if most in (2, 4) else min(3, most)
@@ -104,24 +97,14 @@ def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: dict[str, dict[str,
     """Draw each optimizer's mean over its seeds, and the seeds themselves, faint."""
     shown = []
     for number, (label, seeds) in enumerate(grouped(runs, lambda run: run["label"]).items()):
-        own = [curve(run, name) for run in seeds]
-        length = max(map(len, own))
-        curves = np.stack([np.pad(c, (0, length - len(c)), constant_values=np.nan) for c in own])
-        epochs, mean = np.arange(1, length + 1), curves.mean(0)
-        known = np.isfinite(mean)
-        if len(curves) > 1:
-            for seed in curves:
-                axis.plot(epochs[known], seed[known], color=chosen[label]["color"], linewidth=0.8, alpha=0.3)
-        step = max(1, known.sum() // MARKED)
-        axis.plot(
-            epochs[known],
-            mean[known],
-            **chosen[label],  # type: ignore[arg-type]
-            markersize=4,
-            markevery=(number % step, step),
-            linewidth=1.3,
-            label=label,
-        )
+        curves = np.array([*zip_longest(*(curve(run, name) for run in seeds), fillvalue=np.nan)])
+        mean = curves.mean(1)
+        (known,) = np.nonzero(np.isfinite(mean))
+        if len(seeds) > 1:
+            axis.plot(known + 1, curves[known], color=chosen[label]["color"], linewidth=0.8, alpha=0.3)
+        step = max(1, len(known) // MARKED)
+        style: dict[str, Any] = {**chosen[label], "markersize": 4, "markevery": (number % step, step)}
+        axis.plot(known + 1, mean[known], **style, linewidth=1.3, label=label)
         shown.append(mean[known])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     scale(axis, name, shown)
@@ -141,9 +124,8 @@ def scale(axis: Axes, name: str, curves: Sequence[NDArray[np.float64]]) -> None:
     elif name.rpartition("_")[2] in LEADING and values.size:
         low, high = np.quantile(values, (0.25, 0.75))
         reach = 3 * (high - low) + 0.02 * abs(high)  # a run that failed is not shown, the others are
-        axis.set_ylim(
-            max(values.min(), low - reach) - 0.1 * reach, min(values.max(), high + reach) + 0.1 * reach
-        )
+        bottom, top = max(values.min(), low - reach), min(values.max(), high + reach)
+        axis.set_ylim(bottom - 0.1 * reach, top + 0.1 * reach)
 
 
 def curve(run: Run, name: str) -> NDArray[np.float64]:
@@ -169,19 +151,15 @@ def plot_boxes(runs: Sequence[Run]) -> Figure | None:
     rows = -(-len(names) // columns)
     figure, axes = panels(rows, columns, WIDTH + 1, rows * (0.8 + 0.28 * len(chosen)), sharey=True)
     for axis, name in zip(axes.flat, names, strict=False):
-        samples = [
-            np.concatenate([run["history"][name][-1] for run in runs if run["label"] == label])
-            for label in chosen
-        ]
-        boxes = axis.boxplot(
-            samples, orientation="horizontal", manage_ticks=False, patch_artist=True, widths=0.6,
-            medianprops={"color": "black"}, flierprops={"markersize": 3},
-        )  # fmt: skip
+        own = grouped(runs, lambda run: run["label"])
+        samples = [np.concatenate([run["history"][name][-1] for run in own[label]]) for label in chosen]
+        style = {"medianprops": {"color": "black"}, "flierprops": {"markersize": 3}, "widths": 0.6}
+        style |= {"orientation": "horizontal", "manage_ticks": False, "patch_artist": True}
+        boxes = axis.boxplot(samples, **style)
         for box, look in zip(boxes["boxes"], chosen.values(), strict=True):
             box.set(facecolor=look["color"], alpha=0.6)
         axis.set_xlabel(title(name))
         tidy(axis)
     axes[0, 0].set_yticks(range(1, len(chosen) + 1), list(chosen))
     axes[0, 0].invert_yaxis()  # the first on top
-    figure.tight_layout()
     return figure

@@ -1,12 +1,4 @@
-"""A run's folder: what was asked, on which machine, one JSON line per epoch, and the last checkpoint.
-
-config.json        task, optimizer with all its settings, seed, epochs, ...
-environment.json   versions and hardware
-epochs.jsonl       what was measured after each epoch
-step_time.json     cost of a step relative to the plain one
-checkpoint.pt      model, optimizer and schedule after the last finished epoch
-epoch10.pt, ...    the network after earlier epochs, where that was asked for (--keep)
-"""
+"""A run's folder: what was asked, on which machine, what came out. ``recipes/README.md`` lists its files."""
 
 import json
 import os
@@ -15,7 +7,7 @@ from typing import Any
 
 import torch
 
-from recipes.shared.results import compact
+from recipes.shared.results import CPU, compact
 
 
 class RunFolder:
@@ -28,20 +20,15 @@ class RunFolder:
     def check(self, config: dict[str, Any], resume: bool) -> None:
         """Raise unless the folder is free or, with ``resume``, was begun with the same configuration."""
         if self.path.exists() and not resume:
-            raise FileExistsError(
-                f"{self.path} holds a run already: continue it with --resume, or choose another --out"
-            )
+            remedy = "continue it with --resume, or choose another --out"
+            raise FileExistsError(f"{self.path} holds a run already: {remedy}")
         if not (self.path / "config.json").exists():
             return
         found, asked = self.read("config.json"), json.loads(json.dumps(config))
-        names = sorted({*found, *asked})
-        differences = [
-            f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked for"
-            for name in names
-            if found.get(name) != asked.get(name)
-        ]
-        if differences:
-            raise ValueError(f"{self.path} was begun with another configuration ({'; '.join(differences)})")
+        pairs = {name: (found.get(name), asked.get(name)) for name in sorted({*found, *asked})}
+        unlike = [f"{name}: {a!r} there, {b!r} asked for" for name, (a, b) in pairs.items() if a != b]
+        if unlike:
+            raise ValueError(f"{self.path} was begun with another configuration ({'; '.join(unlike)})")
 
     def begin(self, config: dict[str, Any], environment: dict[str, Any], step_time: dict[str, Any]) -> None:
         """Take the folder for a run."""
@@ -51,11 +38,7 @@ class RunFolder:
         self.write("config.json", config)
 
     def read(self, name: str) -> Any:
-        """The JSON file of that name.
-
-        Raises:
-            FileNotFoundError: if this is no folder of a run.
-        """
+        """The JSON file of that name."""
         if not (self.path / name).exists():
             raise FileNotFoundError(f"{self.path}: expected a run's folder, with {name} in it")
         return json.loads((self.path / name).read_text())
@@ -80,21 +63,14 @@ class RunFolder:
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The last checkpoint, None before the first."""
-        if not self.checkpoint.exists():
-            return None
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
-        return state
+        there = self.checkpoint.exists()
+        return torch.load(self.checkpoint, map_location=device, weights_only=True) if there else None
 
     def networks(self) -> dict[int, dict[str, Any]]:
-        """The state of the network by epoch, of those that were kept and of the last.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
-        cpu = torch.device("cpu")
+        """The state of the network by epoch, of those that were kept and of the last."""
         kept = {int(path.stem[5:]): path for path in self.path.glob("epoch*.pt")}
-        found = {epoch: torch.load(kept[epoch], cpu, weights_only=True) for epoch in sorted(kept)}
-        last = self.load(cpu)
+        found = {epoch: torch.load(kept[epoch], CPU, weights_only=True) for epoch in sorted(kept)}
+        last = self.load(CPU)
         if last is None:
             raise FileNotFoundError(f"{self.path} holds no checkpoint: train first, with recipes.train")
         return {**found, last["epoch"]: last["model"]}

@@ -11,7 +11,7 @@ from torch import nn
 from recipes.engine.layers import select
 from recipes.engine.optimizers import Settings, build, plain, take_step
 from recipes.engine.task import Batch, Task
-from recipes.shared.timing import alternate, relative
+from recipes.shared.timing import alternate, relative, repeated
 
 STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; blocks, where some steps are dearer
 
@@ -30,19 +30,10 @@ def relative_step_time(
     def block(chosen: Settings) -> Callable[[], None]:
         twin = copy.deepcopy(model).train()
         optimizer, remaining = build(chosen, twin, select(twin, task.layers)), cycle(batches)
-
-        def steps() -> None:
-            for _ in range(size):
-                take_step(optimizer, twin, task.loss, *next(remaining))
-
-        return steps
+        return repeated(lambda: take_step(optimizer, twin, task.loss, *next(remaining)), size)
 
     rounds = STEPS if size == 1 else BLOCKS
     calls = {"plain": block(plain(settings)), "own": block(settings)}
     found = relative(alternate(calls, rounds, device), "plain")
-    return {
-        "median": found["own"]["ratio"],
-        "quartiles": found["own"]["quartiles"],
-        "steps": rounds * size,
-        "plain_milliseconds": 1000 * found["plain"]["seconds"] / size,
-    }
+    own = {"median": found["own"]["ratio"], "quartiles": found["own"]["quartiles"], "steps": rounds * size}
+    return {**own, "plain_milliseconds": 1000 * found["plain"]["seconds"] / size}

@@ -23,7 +23,7 @@ Evaluation = Callable[[nn.Module, Iterable[Batch]], Metrics]
 Samples = Dataset[Any]  # of (inputs, targets); torch's default collation makes the batches
 
 
-class Missing(Exception):
+class Missing(FileNotFoundError):
     """Data or a package that a task needs is not there; the message is one sentence with the remedy."""
 
 
@@ -37,11 +37,7 @@ class Source:
 
 
 def package(name: str, extra: str = "paper") -> Any:
-    """An optional package.
-
-    Raises:
-        Missing: if it is not installed.
-    """
+    """An optional package."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -86,10 +82,7 @@ def regression(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
     """Part of the targets' variance that is explained (R^2), in percent, and mean squared error."""
     outputs, targets = predictions(model, batches)
     residual = (outputs - targets).square().mean() / targets.var(correction=0)
-    return {
-        "explained": 100 * (1 - residual.item()),
-        "mse": nn.functional.mse_loss(outputs, targets).item(),
-    }
+    return {"explained": 100 * (1 - residual.item()), "mse": nn.functional.mse_loss(outputs, targets).item()}
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,8 @@ def train(
 ) -> None:
     """Train into the folder ``path``; after each epoch it holds everything measured, and a checkpoint.
 
-    The console is told how it goes, under the title.
-
-    Raises:
-        Missing: if the task's data are not there.
-        FileExistsError: if the folder holds a run and ``resume`` is False.
-        ValueError: if the folder's run was begun with another configuration, or what is asked for is
-            not possible: then there is no folder.
+    The console is told how it goes. A folder that holds a run is taken with ``resume`` alone. What is not
+    possible is said before there is a folder.
     """
     folder = RunFolder(path)
     asked = configuration(task, settings, conditions)
@@ -68,9 +63,6 @@ def rehearse(loop: Loop, settings: Settings) -> dict[str, Any]:
     """Take some steps on copies of the model, and measure kappa of a batch, before a folder is begun.
 
     Returns the relative time of the step.
-
-    Raises:
-        ValueError: if the layers, the loss and what is asked of kappa do not go together.
     """
     timed = list(islice(loop.batches(0), TIMED_BATCHES))
     try:
@@ -82,17 +74,14 @@ def rehearse(loop: Loop, settings: Settings) -> dict[str, Any]:
 
 def configuration(task: Task, settings: Settings, conditions: Conditions) -> dict[str, Any]:
     """What identifies a run: continuing it asks for the same."""
-    return {
+    what = {
         "task": task.name,
         "layers": list(task.layers),
         "kappa": kappa_options(task),
         "settings": settings,
-        "seed": conditions.seed,
-        "epochs": conditions.epochs,
-        "batch_size": conditions.batch_size,
-        "smoke": conditions.source.smoke,
-        "device": conditions.device.type,
     }
+    how = {name: getattr(conditions, name) for name in ("seed", "epochs", "batch_size")}
+    return {**what, **how, "smoke": conditions.source.smoke, "device": conditions.device.type}
 
 
 def measured(loop: Loop, epoch: int) -> dict[str, Any]:
@@ -122,9 +111,8 @@ def measured(loop: Loop, epoch: int) -> dict[str, Any]:
 def kappa_options(task: Task) -> dict[str, Any]:
     """Measure, mode, curvature and number of probes, where the task has its own."""
     fam = task.methods.get("fam", {})
-    if fam.get("mode") == "proximal":
-        return GAUSS_NEWTON
-    return {name: value for name, value in fam.items() if name in MEASURING}
+    own = {name: value for name, value in fam.items() if name in MEASURING}
+    return GAUSS_NEWTON if fam.get("mode") == "proximal" else own
 
 
 def kappa(task: Task, model: nn.Module, batches: Iterable[Batch]) -> float:

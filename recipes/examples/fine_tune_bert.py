@@ -25,13 +25,9 @@ def sentences(number: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": (row[1] < WORDS // 2).long()} for row in tokens]
 
 
-size: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-}
-model = BertForSequenceClassification(BertConfig(vocab_size=WORDS, **size))
+size: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+config = BertConfig(vocab_size=WORDS, intermediate_size=128, **size)
+model = BertForSequenceClassification(config)
 fam = FAM.for_model(model, torch.optim.AdamW, lr=1e-3)
 
 
@@ -46,14 +42,8 @@ def accuracy(predictions: Any) -> dict[str, float]:
 
 
 with tempfile.TemporaryDirectory() as folder:
-    arguments = TrainingArguments(
-        folder,
-        num_train_epochs=6,
-        per_device_train_batch_size=32,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-    )
+    settings: dict[str, Any] = {"num_train_epochs": 6, "per_device_train_batch_size": 32, "use_cpu": True}
+    arguments = TrainingArguments(folder, save_strategy="no", **settings)
     data: dict[str, Any] = {"train_dataset": sentences(1024), "eval_dataset": sentences(512)}
     trainer = FlatTrainer(model, arguments, **data, compute_metrics=accuracy, optimizers=(fam, None))
     trainer.train()

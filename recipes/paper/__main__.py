@@ -1,7 +1,6 @@
 """The paper's numbers beside ours, on one page.
 
-    python -m recipes.paper
-    python -m recipes.paper --out recipes/results/paper.md
+    python -m recipes.paper --out recipes/results/paper.md      # without --out they are printed
 
 Ours are those of the results that lie beside the recipes.
 """
@@ -11,34 +10,24 @@ from pathlib import Path
 
 from rich.table import Table
 
-from recipes.paper.comparison import compare, figure_4
-from recipes.paper.numbers import ROWS, STAND_INS
+from recipes.paper.comparison import ROWS, STAND_INS, compare, figure_4
 from recipes.shared.command import parser
-from recipes.shared.results import load
+from recipes.shared.results import grouped, load
 from recipes.shared.tables import markdown
 
 RESULTS = Path(__file__).parents[1] / "results"
-EXPERIMENTS = tuple(dict.fromkeys(row.experiment for row in ROWS))
-
-
-def comparisons(folder: Path = RESULTS) -> dict[str, Table]:
-    """A table per experiment, of the paper's setting or of the small forms that were run instead."""
-    found = [load(path) for path in sorted(folder.glob("*.json"))]
-    runs = [run for results in found if results.get("recipe") == "train" for run in results["runs"]]
-    tables = {}
-    for experiment in EXPERIMENTS:
-        names = [experiment, *(task for task, (name, _) in STAND_INS.items() if name == experiment)]
-        ran = [name for name in names if any(run["task"] == name for run in runs)]
-        for name in ran or [experiment]:
-            table = compare(name, [run for run in runs if run["task"] == name])
-            assert table is not None
-            tables[name] = table
-    return tables
 
 
 def tables() -> list[Table]:
-    """Everything on the page, in the order of the paper."""
-    return [*comparisons().values(), figure_4(load(RESULTS / "hessian_time.json")["runs"])]
+    """A table per experiment, of the paper's setting or of the small form that was run instead; Figure 4."""
+    saved = [load(path) for path in sorted(RESULTS.glob("*.json"))]
+    ours = (run for results in saved if results.get("recipe") == "train" for run in results["runs"])
+    runs, found = grouped(ours, lambda run: run["task"]), []
+    for experiment in dict.fromkeys(row.experiment for row in ROWS):
+        names = [experiment, *(task for task, (name, _) in STAND_INS.items() if name == experiment)]
+        ran = [name for name in names if name in runs]
+        found += [compare(name, runs.get(name, [])) for name in ran or [experiment]]
+    return [*filter(None, found), figure_4(load(RESULTS / "hessian_time.json")["runs"])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

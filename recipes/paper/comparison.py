@@ -1,12 +1,17 @@
-"""The paper's numbers beside those of runs: a row per line of its table, "not run" where it was not."""
+"""The paper's numbers, which stand in ``numbers.json``, beside those of runs: "not run" where it was not.
 
+What follows a ± in Table 1 (standard deviation or error), its number of seeds, and HD's unit are not stated.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from recipes.engine.pictures import at, title
-from recipes.paper.numbers import FIGURE_4, ROWS, STAND_INS, Row
 from recipes.shared.results import grouped
 from recipes.shared.tables import summary
 from recipes.shared.tables import table as make_table
@@ -14,6 +19,33 @@ from recipes.shared.tables import table as make_table
 Run = dict[str, Any]
 NOT_RUN, OTHER = "not run", "other than in the paper"
 IN_STAND_INS = ("epochs", "measure", "detach_hessian", "curvature")  # compared of a small form
+PRINTED = json.loads((Path(__file__).parent / "numbers.json").read_text())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of one of the paper's tables."""
+
+    experiment: str  # the task of the recipes that has its settings
+    where: str
+    scale: float  # from the unit of the records to the paper's
+    stated: Mapping[str, Any]  # of a run's configuration and settings, what the paper says of them
+    name: str
+    optimizers: tuple[str, ...]  # of the recipes that are this line
+    numbers: Mapping[str, str]  # by the name of the quantity in a run's records, as printed
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the optimizer, which make it this line
+    part: float = 1  # of the training, after which it was measured
+
+
+ROWS = [
+    Row(experiment, own["where"], own["scale"], own["stated"], **line)
+    for experiment, own in PRINTED["experiments"].items()
+    for line in own["lines"]
+]
+# tasks that are small forms of the paper's experiments: experiment, what else differs
+STAND_INS = {task: tuple(form.values()) for task, form in PRINTED["small_forms"].items()}
+# appendix A.1: how many times faster than the one before, on an NVIDIA RTX A6000
+FIGURE_4: dict[str, tuple[str, str]] = PRINTED["figure_4"]
 
 
 def compare(task: str, runs: Sequence[Run]) -> Table | None:
@@ -62,17 +94,12 @@ def differences(row: Row, runs: Sequence[Run], other: str) -> str:
         stated.pop("lr", None)  # SAM has its own
     found = {**runs[0], **(chosen if "fam" in row.optimizers else {"lr": chosen["lr"]})}
     compared = [name for name in stated if name in found and (name in IN_STAND_INS or not other)]
-    unlike = [said(name, found[name], stated[name]) for name in compared if found[name] != stated[name]]
-    seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    return "; ".join([*([other] if other else []), *unlike, seeds])
-
-
-def said(name: str, found: Any, stated: Any) -> str:
-    """A difference in words."""
-    if name == "detach_hessian":
-        return "Hessian detached"
-    values = [", ".join(value) if isinstance(value, list) else str(value) for value in (found, stated)]
-    return f"{name.replace('_', ' ')} {values[0]}, not {values[1]}"
+    said = [other] if other else []
+    for name in (name for name in compared if found[name] != stated[name]):
+        ours, theirs = (", ".join(v) if isinstance(v, list) else v for v in (found[name], stated[name]))
+        unlike = f"{name.replace('_', ' ')} {ours}, not {theirs}"
+        said.append("Hessian detached" if name == "detach_hessian" else unlike)
+    return "; ".join([*said, f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"])
 
 
 def figure_4(runs: Sequence[Run]) -> Table:

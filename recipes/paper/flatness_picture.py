@@ -1,14 +1,10 @@
 """What kappa means, as a picture: the extra loss when the layer's input is perturbed, and kappa's parabola.
 
     python -m recipes.paper.flatness_picture runs/quickstart/*/seed0      # runs of recipes.train, on the CPU
-    python -m recipes.paper.flatness_picture --smoke
-    python -m recipes.paper.flatness_picture --plot runs/flatness_picture/flatness_picture.json
 
 Every sample's input phi of the regularised Linear layer gets Gaussian noise of standard deviation
 ``strength * ||phi||`` in each coordinate. Then the expected extra loss is ``strength^2 / 2 * kappa`` plus
-terms of fourth order (kappa = sum_i ||phi_i||^2 Laplacian_{phi_i} L). So a small kappa is a flat curve here,
-and where curve and parabola part, the quadratic approximation ends. Only relative flatness draws this:
-a trace of the Hessian does not know how large the features are.
+terms of fourth order (kappa = sum_i ||phi_i||^2 Laplacian_{phi_i} L): a small kappa is a flat curve here.
 """
 
 import statistics
@@ -43,17 +39,13 @@ def mean_loss(
     """The loss over all samples, with noise on the layer's input phi (..., m) in proportion to its norm."""
     generator = torch.Generator().manual_seed(seed)
 
-    def perturb(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        phi = inputs[0]
-        noise = torch.randn(phi.shape, generator=generator, dtype=phi.dtype).to(phi.device)
-        noisy: Tensor = phi + strength * phi.norm(dim=-1, keepdim=True) * noise
-        return noisy
+    def perturb(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        (phi,) = inputs
+        noise = torch.randn(phi.shape, generator=generator, dtype=phi.dtype)
+        return phi + strength * phi.norm(dim=-1, keepdim=True) * noise
 
-    handle = layer.register_forward_pre_hook(perturb)
-    try:
+    with layer.register_forward_pre_hook(perturb):
         losses = [task.loss(model(inputs), targets).item() * len(targets) for inputs, targets in batches]
-    finally:
-        handle.remove()
     return sum(losses) / sum(len(targets) for _, targets in batches)
 
 
@@ -62,9 +54,8 @@ def extra_loss(run: Trained, draws: int) -> dict[str, Any]:
     task, (*_, model) = run.task, run.networks.values()
     layer, *others = select(model.double().eval(), run.config["layers"])
     if others or not isinstance(layer, nn.Linear):
-        raise ValueError(
-            f"expected {run.label} to have one nn.Linear as its layer, got {run.config['layers']}"
-        )
+        named = run.config["layers"]
+        raise ValueError(f"expected {run.label} to have one nn.Linear as its layer, got {named}")
     samples = ordered(first(run.data.train, SAMPLES), SAMPLES)
     batches = [each_tensor(lambda t: t.double() if t.is_floating_point() else t, batch) for batch in samples]
     loss = partial(mean_loss, task, model, layer, batches)
@@ -106,9 +97,7 @@ def plot(results: Mapping[str, Any]) -> Figure:
         look, label = chosen[run["label"]], f"{run['label']}: kappa {run['kappa']:.3g}"
         extra, error = (np.array(run[name]) for name in ("extra_loss", "standard_error"))
         axis.errorbar(strengths, extra, error, **look, markersize=4, label=label)
-        axis.plot(
-            strengths, strengths**2 / 2 * run["kappa"], color=look["color"], linestyle="--", linewidth=0.9
-        )
+        axis.plot(strengths, strengths**2 / 2 * run["kappa"], "--", color=look["color"], linewidth=0.9)
     axis.set_xlabel("strength of the noise per coordinate (a fraction of the features' norm)")
     axis.set_ylabel("extra loss (nats)")
     tidy(axis, "extra loss under relative feature noise; dashed: ½ strength² kappa", log="xy")
@@ -118,10 +107,11 @@ def plot(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-DRAWS = {"type": positive, "default": 10, "help": "of the noise, per strength; from 2 on"}
-OPTIONS: dict[str, dict[str, Any]] = {**OF_RUNS, "--draws": DRAWS}
-RECIPE = Recipe("paper.flatness_picture", __doc__, measure, table, plot, OPTIONS, {"draws": 2})
-main = RECIPE.main
+OPTIONS: dict[str, dict[str, Any]] = {
+    **OF_RUNS,
+    "--draws": {"type": positive, "default": 10, "help": "of the noise, per strength; from 2 on"},
+}
+main = Recipe("paper.flatness_picture", __doc__, measure, table, plot, OPTIONS, {"draws": 2}).main
 
 if __name__ == "__main__":
     main()

@@ -1,28 +1,23 @@
 """The time of the Hessian of one layer's weights by the layer's size (figure 4 of the paper).
 
-    python -m recipes.paper.hessian_time                       # table, JSON and picture in runs/hessian_time
-    python -m recipes.paper.hessian_time --smoke
-    python -m recipes.paper.hessian_time --plot results.json   # redraw
-
 Compared, on the networks of recipes.paper.layer_timing, forward included:
 
     autograd loop         one backward per entry of the gradient
     vectorised autograd   torch.autograd.functional.hessian(vectorize=True)
-    torch.func            torch.func.hessian, forward over reverse
+    torch.func            torch.func.hessian
     exact kappa           relative_flatness(mode="exact"), which forms no Hessian
     exact, gradient       the gradient of loss + kappa in all parameters, what FAM's step computes
     plain step            forward and backward of the network
-
-Before a size is timed (float32), kappa of each Hessian is compared with relative_flatness in float64.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recipes.paper.comparison import figure_4
-from recipes.paper.layer_timing import Method, plain_step, timing_recipe
+from recipes.paper.layer_timing import Method, plain_step, table, timing_recipe, whole_hessian
 from recipes.shared.problem import Problem
-from recipes.shared.tables import markdown
 
 
 def autograd_loop(problem: Problem) -> Tensor:
@@ -35,18 +30,10 @@ def autograd_loop(problem: Problem) -> Tensor:
     return torch.stack(rows).view(*weight.shape, *weight.shape)
 
 
-def vectorised_autograd(problem: Problem) -> Tensor:
+def vectorised_autograd(problem: Problem) -> Any:
     """The Hessian ``(d, m, d, m)``, all rows in one batched backward."""
-    hessian: Tensor = torch.autograd.functional.hessian(  # type: ignore[no-untyped-call]
-        problem.loss_of_weight, problem.weight.detach(), vectorize=True
-    )
-    return hessian
-
-
-def torch_func(problem: Problem) -> Tensor:
-    """The Hessian ``(d, m, d, m)``, forward over reverse."""
-    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.weight.detach())
-    return hessian
+    hessian: Any = torch.autograd.functional.hessian
+    return hessian(problem.loss_of_weight, problem.weight.detach(), vectorize=True)
 
 
 def exact_gradient(problem: Problem) -> Tensor:
@@ -68,15 +55,13 @@ METHODS = {
     "exact, gradient": Method(exact_gradient),
     "autograd loop": Method(autograd_loop, kappa_of, quadratic=True),
     "vectorised autograd": Method(vectorised_autograd, kappa_of, quadratic=True),
-    "torch.func": Method(torch_func, kappa_of, quadratic=True),
+    "torch.func": Method(whole_hessian, kappa_of, quadratic=True),
 }
 
-
-RECIPE = timing_recipe(
+main = timing_recipe(
     *("paper.hessian_time", __doc__, METHODS, Problem.flatness),
-    summary=lambda runs: markdown(figure_4(runs)),  # the paper's factors beside the measured ones
-)
-main = RECIPE.main
+    tables=lambda runs: [table(runs), figure_4(runs)],  # the paper's factors beside the measured ones
+).main
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,8 @@ Two families of networks, the measured layer ``(d, m)`` in brackets:
     hidden   [Linear(m, d)], Tanh, Linear(d, 10)     square, d = m
     last     Linear(32, m), Tanh, [Linear(m, 10)]    d = 10 classes
 
-Both end in a cross-entropy on a batch of 64 random samples with random labels.
+Both end in a cross-entropy on 64 random samples. Before a size is timed (float32), the answers of the methods
+are compared in float64.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 from recipes.shared import timing
 from recipes.shared.command import Options, Recipe, device, positive
-from recipes.shared.pictures import legend_above, looks, panels, tidy
+from recipes.shared.pictures import draw_lines, legend_above, looks, panels, tidy
 from recipes.shared.problem import Problem
 from recipes.shared.results import CPU
-from recipes.shared.tables import table as make_table
+from recipes.shared.tables import pivot
 
 BATCH, CLASSES = 64, 10
 FEATURES = 32  # what the body of the "last" family sees
@@ -66,42 +67,10 @@ def plain_step(problem: Problem) -> Tensor:
     return problem.gradient(problem.loss())
 
 
-def timing_recipe(
-    name: str,
-    doc: str | None,
-    methods: Mapping[str, Method],
-    expected: Callable[[Problem], Tensor],
-    also: Callable[[str, Problem, Options], dict[str, Any]] = lambda method, problem, options: {},
-    summary: Callable[[Sequence[dict[str, Any]]], str] | None = None,
-) -> Recipe:
-    """Every size of both families: check, then time. ``also`` is what else is measured of a method.
-
-    A quadratic method is left out of large layers.
-    """
-
-    def rows(options: Options) -> Iterator[dict[str, Any]]:
-        for family, m in (
-            (f, m) for f, sizes in SIZES.items() for m in sizes[: 3 if options.smoke else None]
-        ):
-            problem = build(family, m).copy(device=options.device)
-            d, weights = len(problem.weight), problem.weight.numel()
-            small = weights <= QUADRATIC_LIMIT
-            chosen = {label: one for label, one in methods.items() if small or not one.quadratic}
-            check(problem.copy(torch.float64), chosen, expected)
-            calls = {label: partial(method.run, problem) for label, method in chosen.items()}
-            for label, seconds in timing.alternate(calls, options.rounds, options.device).items():
-                middle, quartiles = timing.median(seconds)
-                row = {"family": family, "d": d, "m": m, "weights": weights, "method": label}
-                row |= {"seconds": middle, "quartiles": quartiles, "calls": len(seconds)}
-                yield {**row, **also(label, problem, options)}
-
-    settings: dict[str, dict[str, Any]] = {
-        "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
-        "--device": {"type": device, "default": CPU, "help": "cpu (default), cuda, ..."},
-    }
-    return Recipe(
-        *(name, doc, lambda options: [*rows(options)], table, plot, settings, {"rounds": 3}, summary)
-    )
+def whole_hessian(problem: Problem) -> Tensor:
+    """torch.func's Hessian ``(d, m, d, m)`` of the weight, forward over reverse."""
+    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.weight.detach())
+    return hessian
 
 
 def check(problem: Problem, methods: Mapping[str, Method], expected: Callable[[Problem], Tensor]) -> None:
@@ -118,36 +87,66 @@ def check(problem: Problem, methods: Mapping[str, Method], expected: Callable[[P
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
     """Median milliseconds, one line per layer."""
-    labels = list(dict.fromkeys(run["method"] for run in runs))
-    result = make_table("layer", "d x m", *labels, title="Median milliseconds")
-    milliseconds: dict[tuple[str, str], dict[str, str]] = {}
-    for run in runs:
-        layer = run["family"], f"{run['d']} x {run['m']}"
-        milliseconds.setdefault(layer, {})[run["method"]] = f"{1000 * run['seconds']:.3g}"
-    for layer, times in milliseconds.items():
-        result.add_row(*layer, *(times.get(label, "-") for label in labels))
-    return result
+    return pivot(
+        ("layer", "d x m"),
+        runs,
+        line=lambda run: (run["family"], f"{run['d']} x {run['m']}"),
+        column=lambda run: run["method"],
+        cell=lambda run: f"{1000 * run['seconds']:.3g}",
+        title="Median milliseconds",
+    )
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """A column per family, a row per quantity, a line per method: medians, with quartiles as bands."""
+    """A column per family, a row per quantity, a line per method."""
     runs = results["runs"]
     chosen = looks(run["method"] for run in runs)
     rows = [name for name in QUANTITIES if any(name in run for run in runs)]
     figure, axes = panels(len(rows), len(TITLES), 9, 0.8 + 3.2 * len(rows), sharex="col", sharey="row")
     for line, quantity in zip(axes, rows, strict=True):
         for axis, (family, title) in zip(line, TITLES.items(), strict=True):
-            for method, look in chosen.items():
-                own = [r for r in runs if (r["family"], r["method"]) == (family, method) and quantity in r]
-                weights = [run["weights"] for run in own]
-                values = [run[quantity] for run in own]
-                if not own:
-                    continue
-                axis.plot(weights, values, **look, linewidth=1.6, markersize=4, label=method)
-                if quantity == "seconds":
-                    low, high = zip(*(run["quartiles"] for run in own), strict=True)
-                    axis.fill_between(weights, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            own = [run for run in runs if run["family"] == family and quantity in run]
+            draw_lines(axis, own, "weights", quantity, "method", chosen)
             axis.set(xlabel="weights of the layer (number)", ylabel=QUANTITIES[quantity])
             tidy(axis, title, log="xy")
     legend_above(figure, axes[0, 0], 4)
     return figure
+
+
+def timing_recipe(
+    name: str,
+    doc: str | None,
+    methods: Mapping[str, Method],
+    expected: Callable[[Problem], Tensor],
+    also: Callable[[str, Problem, Options], dict[str, Any]] = lambda method, problem, options: {},
+    tables: Callable[[Sequence[dict[str, Any]]], Table | list[Table]] = table,
+) -> Recipe:
+    """Every size of both families: check, then time. ``also`` is what else is measured of a method."""
+
+    def rows(options: Options) -> Iterator[dict[str, Any]]:
+        count = 3 if options.smoke else None
+        for family, m in ((family, m) for family, sizes in SIZES.items() for m in sizes[:count]):
+            problem = build(family, m).copy(device=options.device)
+            d, weights = len(problem.weight), problem.weight.numel()
+            small = weights <= QUADRATIC_LIMIT
+            chosen = {label: one for label, one in methods.items() if small or not one.quadratic}
+            check(problem.copy(torch.float64), chosen, expected)
+            calls = {label: partial(method.run, problem) for label, method in chosen.items()}
+            for label, seconds in timing.alternate(calls, options.rounds, options.device).items():
+                middle, quartiles = timing.median(seconds)
+                row = {
+                    "family": family,
+                    "d": d,
+                    "m": m,
+                    "weights": weights,
+                    "method": label,
+                    "seconds": middle,
+                }
+                row |= {"quartiles": quartiles, "calls": len(seconds)}
+                yield row | also(label, problem, options)
+
+    settings: dict[str, dict[str, Any]] = {
+        "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
+        "--device": {"type": device, "default": CPU, "help": "cpu (default), cuda, ..."},
+    }
+    return Recipe(name, doc, rows, tables, plot, settings, {"rounds": 3})

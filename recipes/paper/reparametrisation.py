@@ -1,9 +1,5 @@
 """Rescaling a network without changing its function leaves kappa as it is, and changes the Hessian's trace.
 
-    python -m recipes.paper.reparametrisation                       # table, JSON, picture in runs/
-    python -m recipes.paper.reparametrisation --smoke
-    python -m recipes.paper.reparametrisation --plot results.json   # redraw
-
 A ReLU network is trained with SGD on Fashion-MNIST. Then its hidden layer's weight and bias are multiplied
 by alpha and the last layer's weight is divided by alpha, which leaves its function as it is, since
 relu(alpha z) = alpha relu(z) for alpha > 0. Of both layers, on the training set, in float64:
@@ -11,13 +7,11 @@ relu(alpha z) = alpha relu(z) for alpha > 0. Of both layers, on the training set
     kappa        sum_{s,u} <w_s, w_u> Tr(H_{s,u})    unchanged
     kappa_hat    ||W||^2 Tr(H)                       unchanged
     Tr(H)        proportional to alpha^-2 (hidden), alpha^2 (last)
-
-Most of the alphas are no powers of two, by which a multiplication would not even round.
 """
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +61,7 @@ def rescaled(model: nn.Sequential, alpha: float) -> nn.Sequential:
     return twin
 
 
-def sweep(options: Options) -> list[dict[str, Any]]:
+def sweep(options: Options) -> Iterator[dict[str, Any]]:
     """Train, then one row per layer and alpha, with the change of each quantity since alpha = 1."""
     images, labels = (tensor[: options.images] for tensor in fashion_mnist("train"))
     torch.manual_seed(options.seed)
@@ -76,7 +70,7 @@ def sweep(options: Options) -> list[dict[str, Any]]:
         order = torch.randperm(len(labels))
         train_plainly(model, batches(images[order], labels[order], 64))
     model.double()
-    training, runs = batches(images.double(), labels, 250), []
+    training = batches(images.double(), labels, 250)
     exponents = EXPONENTS[::4] if options.smoke else EXPONENTS
     for name, index in {"hidden": 1, "last": 3}.items():
         origin = measure(model, model[index], training)
@@ -84,8 +78,7 @@ def sweep(options: Options) -> list[dict[str, Any]]:
             twin = rescaled(model, alpha)
             found = measure(twin, twin[index], training)
             changes = {f"{quantity}_change": found[quantity] / origin[quantity] - 1 for quantity in found}
-            runs.append({"layer": name, "alpha": alpha, **found, **changes})
-    return runs
+            yield {"layer": name, "alpha": alpha, **found, **changes}
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
@@ -95,7 +88,9 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
         for run in runs
         if math.log2(run["alpha"]).is_integer()
     ]
-    return make_table("layer", "alpha", *(name for name, *_ in QUANTITIES.values()), rows=rows)
+    title = f"largest relative deviation of kappa: {max(abs(run['kappa_change']) for run in runs):.1e}"
+    heads = (name for name, *_ in QUANTITIES.values())
+    return make_table("layer", "alpha", *heads, rows=rows, title=title)
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
@@ -116,18 +111,13 @@ def plot(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def largest_deviation(runs: Sequence[dict[str, Any]]) -> str:
-    """How far from constant kappa is."""
-    return f"largest relative deviation of kappa: {max(abs(run['kappa_change']) for run in runs):.1e}"
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "--epochs": {"type": positive, "default": 10},
     "--images": {"type": positive, "default": 4000, "help": "of the training set"},
 }
-SMOKE = {"images": 500, "epochs": 1}
-RECIPE = Recipe("paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, SMOKE, largest_deviation)
-main = RECIPE.main
+main = Recipe(
+    "paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, {"images": 500, "epochs": 1}
+).main
 
 if __name__ == "__main__":
     main()

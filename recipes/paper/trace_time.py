@@ -1,9 +1,5 @@
 """The time of the trace of one layer's Hessian, and the estimator's error (figure 5 of the paper).
 
-    python -m recipes.paper.trace_time                       # table, JSON and picture in runs/trace_time
-    python -m recipes.paper.trace_time --smoke
-    python -m recipes.paper.trace_time --plot results.json   # redraw
-
 Compared, on the networks of recipes.paper.layer_timing, forward included:
 
     torch.func, Hessian    torch.func.hessian, then its diagonal
@@ -12,9 +8,7 @@ Compared, on the networks of recipes.paper.layer_timing, forward included:
     hutchinson, n          the same with mode="hutchinson" and n probes
     plain step             forward and backward of the network
 
-Before a size is timed (float32), all but the random ones are compared in float64. The error of the random
-ones is the root mean square of |estimate - exact| / |exact| over repeated draws on one network, in float64.
-The hidden layer's trace can be near zero by chance, since its curvatures have both signs.
+The error of an estimate is the root mean square of |estimate - exact| / |exact| over repeated draws.
 """
 
 import math
@@ -25,18 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.paper.layer_timing import Method, plain_step, timing_recipe
+from recipes.paper.layer_timing import Method, plain_step, timing_recipe, whole_hessian
 from recipes.shared.command import Options
 from recipes.shared.problem import Problem
 
 REPEATS = 20  # draws behind the error of an estimator
 CHUNK = 256  # basis vectors in one vmap, so that no Hessian is formed
-
-
-def diagonal_of_hessian(problem: Problem) -> Tensor:
-    """The trace ``()`` of the Hessian, formed whole."""
-    hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.weight.detach())
-    return torch.einsum("stst->", hessian)
 
 
 def basis_products(problem: Problem) -> Tensor:
@@ -45,10 +33,9 @@ def basis_products(problem: Problem) -> Tensor:
     places = torch.arange(weight.numel(), device=weight.device)
     gradient = torch.func.grad(problem.loss_of_weight)
 
-    def curvature(index: Tensor) -> Tensor:
+    def curvature(index: Tensor) -> Any:
         direction = (places == index).to(weight.dtype).view_as(weight)
-        product: Tensor = torch.func.jvp(gradient, (weight,), (direction,))[1]
-        return (direction * product).sum()
+        return (direction * torch.func.jvp(gradient, (weight,), (direction,))[1]).sum()
 
     curvatures: Tensor = torch.func.vmap(curvature, chunk_size=CHUNK)(places)
     return curvatures.sum()
@@ -68,7 +55,7 @@ METHODS = {
     "exact": Method(trace),
     **ESTIMATORS,
     "torch.func, products": Method(basis_products, quadratic=True),
-    "torch.func, Hessian": Method(diagonal_of_hessian, quadratic=True),
+    "torch.func, Hessian": Method(lambda p: torch.einsum("stst->", whole_hessian(p)), quadratic=True),
 }
 
 
@@ -82,8 +69,7 @@ def relative_error(label: str, problem: Problem, options: Options) -> dict[str, 
     return {"error": math.sqrt(statistics.fmean(squares)), "error_repeats": repeats}
 
 
-RECIPE = timing_recipe("paper.trace_time", __doc__, METHODS, trace, relative_error)
-main = RECIPE.main
+main = timing_recipe("paper.trace_time", __doc__, METHODS, trace, relative_error).main
 
 if __name__ == "__main__":
     main()

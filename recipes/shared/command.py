@@ -5,8 +5,10 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,7 @@ from recipes.shared.results import CPU, environment, load, save
 from recipes.shared.tables import console, show
 
 Options = argparse.Namespace
-NOT_CONFIGURATION = ("out", "plot", "device", "data", "runs", "measured")  # of the options: where, not what
-
-
-def parser(name: str, doc: str | None, listed: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """For ``python -m recipes.<name>``: its docstring's first line, and below the options what is listed."""
-    lines = [f"  {key}\n      {what}" for key, what in (listed or {}).items()]
-    return argparse.ArgumentParser(
-        prog=f"python -m recipes.{name}",
-        description=(doc or "").split("\n")[0],
-        epilog="\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+NOT_CONFIGURATION = ("out", "plot", "device", "data", "runs")  # of the options: where, not what
 
 
 def positive(text: str) -> int:
@@ -52,33 +42,7 @@ def number(text: str, least: float = -math.inf, most: float = math.inf, what: st
     return found
 
 
-def fraction(text: str) -> float:
-    """A part of a whole, for argparse."""
-    return number(text, 0, 1, "fraction from 0 to 1, such as 0.4")
-
-
-class Distinct(argparse.Action):
-    """Several values, none of them twice."""
-
-    def __call__(
-        self, reader: argparse.ArgumentParser, space: Options, values: Any, option: str | None = None
-    ) -> None:
-        if len(set(values)) < len(values):
-            told = " ".join(map(str, values))
-            raise argparse.ArgumentError(self, f"expected every value once, got {told}")
-        setattr(space, self.dest, values)
-
-
-def add_seeds(target: argparse.ArgumentParser) -> None:
-    """--seeds, a run each."""
-    target.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        action=Distinct,
-        default=[0],
-        help="of weights, order, split and noise",
-    )
+fraction = partial(number, least=0, most=1, what="fraction from 0 to 1, such as 0.4")
 
 
 def device(text: str) -> torch.device:
@@ -92,19 +56,57 @@ def device(text: str) -> torch.device:
     return found
 
 
-def add_device(target: argparse.ArgumentParser) -> None:
-    """--device, the GPU where there is one."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    target.add_argument(
-        "--device", type=device, default=default, help="cpu, cuda, ... (default: %(default)s)"
-    )
+class Distinct(argparse.Action):
+    """Several values, none of them twice."""
+
+    def __call__(self, reader: Any, space: Options, values: Any, option: str | None = None) -> None:
+        if len(set(values)) < len(values):
+            told = " ".join(map(str, values))
+            raise argparse.ArgumentError(self, f"expected every value once, got {told}")
+        setattr(space, self.dest, values)
 
 
-def add_smoke(target: argparse.ArgumentParser, what: str) -> None:
-    """--smoke, with what it does."""
-    target.add_argument(
-        "--smoke", action="store_true", help=f"{what}: a test, no result, in the folder smoke below --out"
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": Distinct}
+COMMON: dict[str, dict[str, Any]] = {  # options that several recipes have
+    "--seeds": {**SEVERAL, "type": int, "default": [0], "help": "of weights, order, split and noise"},
+    "--device": {
+        "type": device,
+        "default": "cuda" if torch.cuda.is_available() else "cpu",
+        "help": "cpu, cuda, ... (default: %(default)s)",
+    },
+    "--data": {"type": Path, "default": Path("data"), "help": "folder of the data sets"},
+    "--plot": {"type": Path, "metavar": "JSON", "help": "measure nothing, show these results"},
+}
+
+
+def parser(
+    name: str,
+    doc: str | None,
+    *common: str,
+    out: Path | None = None,
+    smoke: str = "",
+    listed: Mapping[str, str] | None = None,
+) -> argparse.ArgumentParser:
+    """For ``python -m recipes.<name>``: its docstring's first line, and below the options what is listed.
+
+    It has these common options, ``--out`` where a folder is given, and ``--smoke`` with what that does.
+    """
+    lines = [f"  {key}\n      {what}" for key, what in (listed or {}).items()]
+    reader = argparse.ArgumentParser(
+        prog=f"python -m recipes.{name}",
+        description=(doc or "").split("\n")[0],
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    for option in common:
+        reader.add_argument(option, **COMMON[option])
+    if out is not None:
+        reader.add_argument("--out", type=Path, default=out, help="folder of the results")
+    if smoke:
+        told = f"{smoke}: a test, no result, in the folder smoke below --out"
+        reader.add_argument("--smoke", action="store_true", help=told)
+    return reader
 
 
 def out(options: Options) -> Path:
@@ -119,46 +121,52 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def in_a_sentence(
+    name: str, stopped: str = "stopped", errors: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> Iterator[None]:
+    """Say what is missing or wrong, in place of a traceback; ``stopped`` is for who stops it by hand."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: {stopped}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A command that measures: a table, a JSON file and a picture in --out."""
 
     name: str  # its module below recipes, such as "paper.hessian_time"
     doc: str | None  # the module's docstring
-    measure: Callable[[Options], list[dict[str, Any]]]  # one dict per row of what was measured
-    table: Callable[[Sequence[dict[str, Any]]], Table]  # of the saved rows
+    measure: Callable[[Options], Iterable[dict[str, Any]]]  # one dict per row of what was measured
+    tables: Callable[[Sequence[dict[str, Any]]], Table | list[Table]]  # of the saved rows
     plot: Callable[[Mapping[str, Any]], Figure] | None = None  # of the saved results
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of its own, as for argparse
     smoke: Mapping[str, Any] = field(default_factory=dict)  # the options' values in a smoke test
-    summary: Callable[[Sequence[dict[str, Any]]], str] | None = None  # a closing line
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Measure, save, print, draw."""
         options = self.parse(arguments)
-        try:
-            path = self.run(options) if options.plot is None else options.plot
+        with in_a_sentence(self.name):
+            path = options.plot or self.run(options)
             results = load(path)
-            show(console(), self.table(results["runs"]))
-            if self.summary is not None:
-                print(self.summary(results["runs"]))
+            found = self.tables(results["runs"])
+            show(console(), *([found] if isinstance(found, Table) else found))
             if self.plot is not None:
                 save_picture(self.plot(results), path.with_suffix(".png"))
             print(f"{path.with_suffix('')}.* written")
-        except (ValueError, FileNotFoundError) as error:
-            sys.exit(f"{self.name}: {error}")
 
     def parse(self, arguments: Sequence[str] | None) -> Options:
         """Read the command line."""
-        reader = parser(self.name, self.doc)
-        for name, settings in self.options.items():
-            reader.add_argument(name, **settings)
+        reader = parser(
+            self.name, self.doc, "--plot", out=Path("runs") / self.stem, smoke="the smallest sizes"
+        )
         reader.add_argument("--threads", type=positive, default=1, help="of torch")
         reader.add_argument("--seed", type=int, default=0)
-        reader.add_argument(
-            "--out", type=Path, default=Path("runs") / self.stem, help="folder of the results"
-        )
-        reader.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing, draw these results")
-        add_smoke(reader, "the smallest sizes")
+        for name, settings in self.options.items():
+            reader.add_argument(name, **settings)
         options = reader.parse_args(arguments)
         if options.smoke:
             vars(options).update(self.smoke)
@@ -174,7 +182,7 @@ class Recipe:
         torch.manual_seed(options.seed)
         torch.set_num_threads(options.threads)
         begin = time.perf_counter()
-        runs = self.measure(options)
+        runs = list(self.measure(options))
         chosen = {name: value for name, value in vars(options).items() if name not in NOT_CONFIGURATION}
         path = out(options) / f"{self.stem}.json"
         where = {"environment": environment(getattr(options, "device", CPU))}

@@ -1,6 +1,6 @@
 """The look that all pictures share: one colour and marker for a method on all pages, units, no box."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
+
+from recipes.shared.results import grouped
 
 DPI = 120
 SERIES = 8  # in one picture, at most
@@ -48,13 +50,8 @@ MARKERS = "o^sDvP>X<p*h."
 
 def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
     """Colour and marker of every label, as matplotlib takes them: its method's, in shades for several."""
-    by_look: dict[tuple[str, str], list[str]] = {}
     labels = list(dict.fromkeys(labels))
-    for label in labels:
-        text = label.lower().replace("_", " ")
-        by_look.setdefault(next((look for word, look in METHODS.items() if word in text), OTHER), []).append(
-            label
-        )
+    by_look = grouped(labels, own_look)
     chosen, markers = {}, [m for m in MARKERS if m not in {marker for _, marker in by_look}]
     for (colour, marker), own in by_look.items():
         shades = np.linspace(0.5 if len(own) < 3 else 0.0, 1 if own[1:] else 0.5, len(own))
@@ -62,6 +59,12 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
             another = markers.pop(0) if number and markers else marker
             chosen[label] = {"color": mixed(colour, shades[number]), "marker": another}
     return {label: chosen[label] for label in labels}
+
+
+def own_look(label: str) -> tuple[str, str]:
+    """Colour and marker of the label's method."""
+    text = label.lower().replace("_", " ")
+    return next((look for word, look in METHODS.items() if word in text), OTHER)
 
 
 def mixed(colour: str, darkness: float) -> str:
@@ -75,7 +78,8 @@ def panels(
     rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Figure, NDArray[Any]]:
     """A figure of so many inches with a grid of axes, ``(rows, columns)``."""
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+    size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **size, **options)
     return figure, axes
 
 
@@ -104,21 +108,21 @@ def label(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def draw_lines(
+    axis: Axes, rows: Iterable[Mapping[str, Any]], x: str, y: str, by: str, chosen: Mapping[str, Any]
+) -> None:
+    """A line per label, which is the rows' value of ``by``: their quantity y by x, in the label's look."""
+    for label, own in grouped(rows, lambda row: row[by]).items():
+        xs, ys = ([row[name] for row in own] for name in (x, y))
+        axis.plot(xs, ys, **chosen[label], markersize=4, label=label)
+
+
 def legend_above(figure: Figure, axis: Axes, columns: int) -> None:
-    """One legend for all panels, above them, in so many columns; nothing of it is cut off."""
+    """One legend for all panels, above them, in so many columns."""
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    lines = -(-len(unique) // columns)
-    figure.legend(
-        unique.values(),
-        unique,
-        loc="upper center",
-        ncols=min(columns, len(unique)),
-        frameon=False,
-        fontsize=9,
-    )
-    room = (0.12 + 0.19 * lines) / figure.get_figheight()
-    figure.tight_layout(rect=(0, 0, 1, 1 - room))
+    look: dict[str, Any] = {"loc": "outside upper center", "frameon": False, "fontsize": 9}
+    figure.legend(unique.values(), unique, ncols=min(columns, len(unique)), **look)
 
 
 def save(figure: Figure, target: Path) -> None:

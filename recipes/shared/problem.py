@@ -1,8 +1,8 @@
 """A network, some of its layers, a batch and a loss: what the recipes on cost and on figures compute with."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,6 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fam_optim import observe, relative_flatness
-
-
-@contextmanager
-def observed(layers: Sequence[Any]) -> Iterator[list[Any]]:
-    """The library's observation of several layers; weights stand for themselves."""
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(observe(layer)) if isinstance(layer, nn.Module) else layer for layer in layers
-        ]
 
 
 @dataclass(frozen=True)
@@ -58,9 +49,8 @@ class Problem:
         twin = copy.deepcopy(self)
         twin.model.to(device=device, dtype=dtype)
         floats = dtype if self.inputs.is_floating_point() else None
-        return replace(
-            twin, inputs=twin.inputs.to(device=device, dtype=floats), targets=twin.targets.to(device=device)
-        )
+        inputs, targets = twin.inputs.to(device=device, dtype=floats), twin.targets.to(device=device)
+        return replace(twin, inputs=inputs, targets=targets)
 
     def loss(self) -> Tensor:
         """The loss of the batch, ``()``."""
@@ -75,7 +65,9 @@ class Problem:
 
     def penalised(self, times: int = 1, **options: Any) -> tuple[Tensor, ...]:
         """The loss of a forward, and the library's kappa, ``()`` each; estimated several times if asked."""
-        with observed(self.layers) as layers:
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            layers = [enter(observe(each)) if isinstance(each, nn.Module) else each for each in self.layers]
             loss = self.loss()
         return loss, *(relative_flatness(loss, layers, **options) for _ in range(times))
 
@@ -85,9 +77,8 @@ class Problem:
 
     def gradient(self, value: Tensor, **options: Any) -> Tensor:
         """The gradient of a number in all parameters, as one vector."""
-        parts = torch.autograd.grad(
-            value, list(self.model.parameters()), allow_unused=True, materialize_grads=True, **options
-        )
+        parameters = list(self.model.parameters())
+        parts = torch.autograd.grad(value, parameters, materialize_grads=True, **options)
         return torch.cat([part.flatten() for part in parts])
 
 

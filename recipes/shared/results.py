@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ import torch
 import fam_optim
 
 CPU = torch.device("cpu")
-Row = TypeVar("Row", bound=Mapping[str, Any])
+Row = TypeVar("Row")
 Key = TypeVar("Key")
 
 
@@ -70,18 +70,13 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote.
-
-    Raises:
-        ValueError: if the file is something else, or not there; the message is one sentence.
-    """
+    """Read what ``save`` wrote."""
     try:
         results = json.loads(path.read_text())
         if not results["runs"]:
             raise ValueError("it has no runs")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (
-            "there is no such file" if isinstance(error, FileNotFoundError) else "it holds something else"
-        )
+        absent = isinstance(error, FileNotFoundError)
+        reason = "there is no such file" if absent else "it holds something else"
         raise ValueError(f"{path}: expected the JSON of a recipe's results, but {reason}") from error
     return dict(results)

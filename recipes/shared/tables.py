@@ -2,12 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from recipes.shared.results import grouped
 
 WIDE = 1000  # columns: where nothing is a terminal, a table is as wide as it needs
 
@@ -23,6 +26,23 @@ def table(*columns: str, title: str = "", rows: Sequence[Sequence[str]] = ()) ->
     result = Table(*columns, title=title or None, title_justify="left", box=box.MARKDOWN)
     for row in rows:
         result.add_row(*row)
+    return result
+
+
+def pivot(
+    heads: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    line: Callable[[Mapping[str, Any]], tuple[str, ...]],
+    column: Callable[[Mapping[str, Any]], str],
+    cell: Callable[[Mapping[str, Any]], str],
+    title: str = "",
+) -> Table:
+    """A cell per row, in its line, whose first cells these are, and its column; empty where there is none."""
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    result = table(*heads, *columns, title=title)
+    for first, own in grouped(rows, line).items():
+        cells = {column(row): cell(row) for row in own}
+        result.add_row(*first, *(cells.get(name, "") for name in columns))
     return result
 
 

@@ -27,6 +27,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    """So many calls as one."""
+
+    def several() -> None:
+        for _ in range(times):
+            call()
+
+    return several
+
+
 def turns(
     calls: Mapping[Label, Callable[[], Any]], rounds: int, device: torch.device = CPU, warm_up: int = 1
 ) -> Iterator[tuple[Label, float, Any]]:

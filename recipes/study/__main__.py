@@ -4,13 +4,10 @@ python -m recipes.study                                  # everything; stop and 
 python -m recipes.study --stages defaults --tasks digits # a part of it
 python -m recipes.study --cost                           # time of a step, on a quiet machine
 python -m recipes.study --report recipes/results/study   # tables and pictures from saved results
-python -m recipes.study --smoke                          # does everything run?
 """
 
-import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -25,6 +22,7 @@ from rich.progress import track
 
 from recipes.engine.task import Missing, Source
 from recipes.shared import command
+from recipes.shared.command import Options
 from recipes.shared.results import CPU, compact, environment
 from recipes.shared.tables import markdown
 from recipes.study import conditions
@@ -40,9 +38,8 @@ from recipes.study.trial import Trial, filled, measured, missing, run, shortened
 
 def read(folder: Path) -> dict[str, Results]:
     """What was measured so far, by stage."""
-    return {
-        stage: [filled(json.loads(line)) for line in lines(folder / f"{stage}.jsonl")] for stage in STAGES
-    }
+    files = {stage: lines(folder / f"{stage}.jsonl") for stage in STAGES}
+    return {stage: [filled(json.loads(line)) for line in found] for stage, found in files.items()}
 
 
 def lines(path: Path) -> list[str]:
@@ -50,32 +47,28 @@ def lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-def pending(stage: str, stages: dict[str, Results], tasks: Sequence[str] = TASKS) -> list[Trial]:
+def pending(stage: str, options: Options) -> list[Trial]:
     """The stage's trials that were not measured yet, in this stage or in another."""
-    everything = list(chain(*stages.values()))
-    return missing(everything, (trial for trial in STAGES[stage](everything) if trial.task in tasks))
+    everything = list(chain(*read(options.out).values()))
+    return missing(everything, (trial for trial in STAGES[stage](everything) if trial.task in options.tasks))
 
 
 def execute(trials: Sequence[Trial], workers: int) -> Iterator[dict[str, Any]]:
     """The results of the trials as they come in."""
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = [pool.submit(run, trial) for trial in trials]
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
-            yield from (future.result() for future in as_completed(futures))
+            yield from (done.result() for done in as_completed([pool.submit(run, trial) for trial in trials]))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def run_stage(stage: str, options: argparse.Namespace, console: Console) -> None:
+def run_stage(stage: str, options: Options, console: Console) -> None:
     """Train what the stage still lacks; every trial is a line as soon as it is finished."""
     path: Path = options.out / f"{stage}.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines(path)))
-    while trials := pending(stage, read(options.out), options.tasks):  # a choice at an edge asks for more
+    while trials := pending(stage, options):  # a choice at an edge asks for more
         with path.open("a") as file:
-            results = execute(trials, options.workers)
-            for result in track(results, stage, len(trials), console=console):
+            for result in track(execute(trials, options.workers), stage, len(trials), console=console):
                 file.write(json.dumps(compact(shortened(result))) + "\n")
                 file.flush()
 
@@ -91,41 +84,32 @@ def smoke(console: Console) -> None:
 
 
 def report(folder: Path, console: Console) -> None:
-    """Write the tables and pictures of what was measured.
-
-    Raises:
-        Missing: if nothing was.
-    """
+    """Write the tables and pictures of what was measured."""
     stages = read(folder)
     if not any(stages.values()):
-        raise Missing(
-            f"{folder}: expected a folder with the study's results, such as defaults.jsonl, and "
-            "there are none; python -m recipes.study --out FOLDER makes them"
-        )
+        remedy = "python -m recipes.study --out FOLDER makes one"
+        raise Missing(f"{folder}: expected a folder with the study's results: {remedy}")
     everything = list(chain(*stages.values()))
     found = {stage: measured(everything, STAGES[stage](everything)) for stage in STAGES}
     costs = json.loads(path.read_text()) if (path := folder / "cost.json").exists() else {}
-    (folder / "tables.md").write_text(
-        f"# Tables of the study\n\n{markdown(*sections(found, everything, costs))}"
-    )
+    text = markdown(*sections(found, everything, costs))
+    (folder / "tables.md").write_text(f"# Tables of the study\n\n{text}")
     draw(found, costs, folder)
     console.print(f"{folder}: tables and pictures written", soft_wrap=True)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> Options:
     """Read the command line."""
     listed = {f"stage {name}": (stage.__doc__ or "").splitlines()[0] for name, stage in STAGES.items()}
     for task in TASKS:
         names = (c.name for c in (*CONDITIONS, *LANGUAGE) if c.task == task)
         listed[f"task {task}"] = "; ".join(names)
-    parser = command.parser("study", __doc__, listed)
+    parser = command.parser("study", __doc__, out=Path("runs/study"), listed=listed)
     for option, choices in (("--stages", list(STAGES)), ("--tasks", list(TASKS))):
         metavar = option[2:-1].upper()
         parser.add_argument(option, nargs="+", choices=choices, default=choices, metavar=metavar)
-    parser.add_argument(
-        "--workers", type=command.positive, default=os.cpu_count() or 1, help="networks trained at a time"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    workers = "networks trained at a time"
+    parser.add_argument("--workers", type=command.positive, default=os.cpu_count() or 1, help=workers)
     parser.add_argument("--cost", action="store_true", help="time steps, train nothing")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="report on these, train nothing")
     parser.add_argument("--smoke", action="store_true", help="one epoch of each kind: a test, no result")
@@ -134,22 +118,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages, then report."""
-    options = parse(arguments)
-    console = Console(width=160)
-    try:
+    options, console = parse(arguments), Console(width=160)
+    with command.in_a_sentence("study", "stopped; the same command goes on where it was", (Missing,)):
         if options.report is not None:
             report(options.report, console)
         elif options.smoke:
             smoke(console)
         else:
             measure(options, console)
-    except Missing as error:
-        sys.exit(f"study: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
 
 
-def measure(options: argparse.Namespace, console: Console) -> None:
+def measure(options: Options, console: Console) -> None:
     """Time steps, or train what is lacking."""
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cost:

@@ -27,7 +27,7 @@ class Form:
     averages_rows: bool = False  # whether T is a running mean there too
     implicit: bool = True  # whether W moves to the minimum of the quadratic, or along its gradient
     trust: bool = (
-        True  # whether the length is the base's, or the penalty's, c = every lr lam / (1 - momentum)
+        True  # whether the length is the base's, or the penalty's: c = every lr lam / (1 - momentum)
     )
 
 
@@ -40,9 +40,7 @@ FORMS = {
     "mean of 2": Form(kept=0.5),
     "mean of 10": Form(kept=0.9),
     "explicit": Form(implicit=False),
-    "penalty's length, lam 0.003": Form(trust=False, lam=0.003),
-    "penalty's length, lam 0.01": Form(trust=False, lam=0.01),
-    "penalty's length, lam 0.03": Form(trust=False, lam=0.03),
+    **{f"penalty's length, lam {lam}": Form(trust=False, lam=lam) for lam in (0.003, 0.01, 0.03)},
     "all layers": Form(layers="all"),
     "last but one": Form(layers="last but one"),
     "first": Form(layers="first"),
@@ -53,8 +51,10 @@ def with_form(optimizer: Optimizer, form: Form, layers: Sequence[nn.Module], eve
     """Give a FAM another form of the step."""
     assert isinstance(optimizer, FAM)
     random = form.n_samples, torch.Generator().manual_seed(seed)
-    optimizer.regularizer = OtherForm(layers, form.lam, every, *random)
-    optimizer.regularizer.give(form, optimizer.param_groups[0])
+    other = optimizer.regularizer = OtherForm(layers, form.lam, every, *random)
+    other.form, other.group = form, optimizer.param_groups[0]
+    if not form.rows:
+        other.roots = Gradients(other.weights, form.n_samples)
 
 
 class Gradients(StepRoots):
@@ -67,11 +67,8 @@ class Gradients(StepRoots):
 class OtherForm(Proximal):
     """The library's step with its parts exchanged, in one process."""
 
-    def give(self, form: Form, group: Mapping[str, Any]) -> None:
-        """The form, and the base's settings."""
-        self.form, self.group = form, group
-        if not form.rows:
-            self.roots = Gradients(self.weights, self.n_samples)
+    form: Form
+    group: Mapping[str, Any]  # of the base, with its settings
 
     @torch.no_grad()
     def _pull(self, roots: dict[int, Tensor], of_rows: set[int], before: list[Tensor]) -> None:
@@ -83,9 +80,8 @@ class OtherForm(Proximal):
                 mean = self.means.kept.setdefault(i, torch.zeros_like(t))
                 t = mean.lerp_(t, 1 - form.kept)
             twice_c = self.length(t, w, old)
-            moved = (
-                Dense(t[None], w[None]).solve(twice_c[None])[0] if form.implicit else w - twice_c * (t @ w)
-            )
+            solve = Dense(t[None], w[None]).solve
+            moved = solve(twice_c[None])[0] if form.implicit else w - twice_c * (t @ w)
             weight.parameter.copy_(weight.back(moved))
 
     def length(self, t: Tensor, w: Tensor, old: Tensor) -> Tensor:

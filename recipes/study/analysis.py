@@ -44,12 +44,11 @@ def to_try(values: Sequence[float], start: Sequence[float], scores: Mapping[floa
     tried = sorted({*start, *scores})
     if not set(start) <= set(scores):
         return tried
-    position = values.index(best(scores))
-    below, above = values[max(0, position - 1)], values[min(position + 1, len(values) - 1)]
-    return sorted(
-        {*tried, *([below] if values[position] == tried[0] else [])}
-        | ({above} if values[position] == tried[-1] else set())
-    )
+    top = best(scores)
+    position = values.index(top)
+    below = values[max(0, position - 1) : position] if top == tried[0] else ()
+    above = values[position + 1 : position + 2] if top == tried[-1] else ()
+    return sorted({*tried, *below, *above})
 
 
 def differences(ours: Results, theirs: Results, name: str) -> list[float]:

@@ -1,14 +1,16 @@
 """What a step of each method costs relative to a step of SGD, on every network of the study."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
 
 from recipes.engine.loop import Loop
+from recipes.engine.task import Batch
 from recipes.shared.timing import alternate, relative
-from recipes.study.conditions import CONDITIONS, Condition, fits, trial
+from recipes.study.conditions import CONDITIONS, fits, trial
 from recipes.study.methods import COMPARED, METHODS, OTHERS
 from recipes.study.trial import loop_of
 
@@ -24,23 +26,19 @@ def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]
     Not of the language model, whose steps take seconds.
     """
     torch.set_num_threads(1)
-    conditions = {condition.task: condition for condition in reversed(CONDITIONS)}
-    return {task: relative_cost(conditions[task], rounds) for task in tasks if task in conditions}
+    costs, conditions = {}, {condition.task: condition for condition in reversed(CONDITIONS)}
 
+    def step(loop: Loop, remaining: Iterator[Batch]) -> None:
+        loop.step(*next(remaining))
 
-def relative_cost(condition: Condition, rounds: int) -> dict[str, Any]:
-    """Of one task's network."""
-    starts = {name: (METHODS[name].start or (0.01,))[0] for name in TIMED if fits(name, condition.task)}
-    loops = {name: loop_of(trial(condition, name, value, 0, lr=0.01)) for name, value in starts.items()}
-    train = list(loops["SGD"].batches(1))
-
-    def stepping(loop: Loop) -> Callable[[], Any]:
-        remaining = cycle(train)
-        return lambda: loop.step(*next(remaining))
-
-    calls = {name: stepping(loop) for name, loop in loops.items()}
-    found = relative(alternate(calls, rounds, warm_up=2), "SGD")
-    milliseconds = 1000 * found["SGD"]["seconds"]
-    for own in found.values():
-        del own["seconds"]
-    return {"milliseconds": milliseconds, "methods": found}
+    for task in (task for task in tasks if task in conditions):
+        starts = {name: (METHODS[name].start or (0.01,))[0] for name in TIMED if fits(name, task)}
+        trials = {name: trial(conditions[task], name, value, 0, lr=0.01) for name, value in starts.items()}
+        loops = {name: loop_of(one) for name, one in trials.items()}
+        train = list(loops["SGD"].batches(1))
+        calls = {name: partial(step, loop, cycle(train)) for name, loop in loops.items()}
+        found = relative(alternate(calls, rounds, warm_up=2), "SGD")
+        costs[task] = {"milliseconds": 1000 * found["SGD"]["seconds"], "methods": found}
+        for own in found.values():
+            del own["seconds"]
+    return costs

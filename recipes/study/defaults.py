@@ -10,22 +10,10 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from recipes.study import conditions
 from recipes.study.ablations import FORMS
 from recipes.study.analysis import Results
-from recipes.study.conditions import (
-    DECAY,
-    FRESH_SEEDS,
-    LANGUAGE,
-    LATER_SEEDS,
-    MORE_SEEDS,
-    TUNING_SEEDS,
-    Condition,
-    cheap_first,
-    classifies,
-    fits,
-    of,
-    trial,
-)
+from recipes.study.conditions import FRESH_SEEDS, TUNING_SEEDS, Condition, cheap_first, of, trial
 from recipes.study.search import base, chosen, sgd_of
 from recipes.study.trial import FLATTENING, Trial, missing
 
@@ -41,7 +29,7 @@ DEFAULTS = {  # noise: of 4.5 %, the best for these conditions by validation
     "FAM, proximal": 1.0,
 }
 KEY = ("FAM, proximal", "SAM", "control, T = I")
-DEFAULT_SEEDS = (*LATER_SEEDS, *MORE_SEEDS)  # by which none of these values was chosen
+DEFAULT_SEEDS = (*conditions.LATER_SEEDS, *conditions.MORE_SEEDS)  # by which none of these values was chosen
 USUAL_RATE = 0.05
 NOT_SEARCHED = ("fashion", "fashion-resnet")  # without wrong labels, or at all: they have the usual rate
 OTHER_RATES = (  # SGD's best where that is below 0.05, or with another weight decay
@@ -62,40 +50,45 @@ WITH_ADAMW = (
 )
 GRID = ((0.3, 10), (0.5, 10), (1, 10), (2, 10), (1, 5), (1, 20), (1, 40))  # lam, every
 NOT_CHOSEN_ON = ("finetune-1000", "diabetes", "fashion-resnet")
+UNUSUAL: tuple[dict[str, Any], ...] = (
+    {"width": 32},
+    {"width": 512},
+    {"depth": 1},
+    {"depth": 4},
+    {"batch_size": 256},
+)
 CONFIRMED_ON: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("finetune-1000", 0.0, {}),
     ("diabetes", 0.0, {}),
-    ("mnist1d", 0.2, {"width": 32}),
-    ("mnist1d", 0.2, {"width": 512}),
-    ("mnist1d", 0.2, {"depth": 1}),
-    ("mnist1d", 0.2, {"depth": 4}),
-    ("mnist1d", 0.2, {"batch_size": 256}),
+    *(("mnist1d", 0.2, changes) for changes in UNUSUAL),
 )
-ABLATED_ON = (
-    ("mnist1d", 0.2),
-    ("mnist1d", 0.0),
-    ("mnist1d", 0.4),
-    ("mnist1d-layernorm", 0.2),
-    ("digits", 0.4),
-)
+ABLATED_ON = (*(("mnist1d", noise) for noise in (0.2, 0.0, 0.4)), ("mnist1d-layernorm", 0.2), ("digits", 0.4))
 FLATTENED = {"base": 0.0, "SAM": 0.05, "FAM, proximal": 1.0, "first": 1.0, "last but one": 1.0}
-TRIED_ON_REVIEWS = {"base": (0.0,), "FAM, proximal": (1.0, 0.5), "control, T = I": (0.3,), "SAM": (0.05,)}
+REVIEWED = (
+    ("base", 0.0),
+    ("FAM, proximal", 1.0),
+    ("FAM, proximal", 0.5),
+    ("control, T = I", 0.3),
+    ("SAM", 0.05),
+)
 
 
 def defaults(results: Results) -> Iterator[Trial]:
     """Every method at its default, seed by seed; those of the front page first."""
     front = ("base", *KEY)
-    for seeds, methods in product((LATER_SEEDS, MORE_SEEDS), (front, sorted(DEFAULTS.keys() - {*front}))):
+    for seeds, methods in product(
+        (conditions.LATER_SEEDS, conditions.MORE_SEEDS), (front, sorted(DEFAULTS.keys() - {*front}))
+    ):
         for seed, condition in product(seeds, with_a_rate(results, cheap_first())):
             for settings, method in product(bases(results, condition), methods):
-                if fits(method, condition.task):
+                if conditions.fits(method, condition.task):
                     value = DEFAULTS[method]
                     yield trial(condition, method, value, seed, **settings, variant="defaults", tested=True)
 
 
 def other_rates(results: Results) -> Iterator[Trial]:
     """The same at other learning rates of SGD."""
-    for seed, (task, noise, lr), method in product(LATER_SEEDS, OTHER_RATES, ("base", *KEY)):
+    for seed, (task, noise, lr), method in product(conditions.LATER_SEEDS, OTHER_RATES, ("base", *KEY)):
         settings = {"lr": lr, "variant": "other rate", "tested": True}
         yield trial(of(task, noise), method, DEFAULTS[method], seed, **settings)
 
@@ -120,17 +113,17 @@ def bases(results: Results, condition: Condition) -> Iterator[dict[str, Any]]:
         yield ADAMW
 
 
-def with_a_rate(results: Results, conditions: Iterable[Condition]) -> list[Condition]:
+def with_a_rate(results: Results, wanted: Iterable[Condition]) -> list[Condition]:
     """Those whose learning rate is known: the others wait for SGD's search."""
-    return [c for c in conditions if c.task in NOT_SEARCHED or not missing(results, sgd_of(results, c))]
+    return [c for c in wanted if c.task in NOT_SEARCHED or not missing(results, sgd_of(results, c))]
 
 
 def rate(results: Results, condition: Condition) -> float:
     """SGD's usual learning rate."""
     if condition.task in NOT_SEARCHED:
         return USUAL_RATE
-    best = base(results, condition, weight_decay=DECAY)["lr"]
-    return max(best, USUAL_RATE) if classifies(condition.task) else best
+    best = base(results, condition, weight_decay=conditions.DECAY)["lr"]
+    return max(best, USUAL_RATE) if conditions.classifies(condition.task) else best
 
 
 def step(results: Results) -> Iterator[Trial]:
@@ -144,13 +137,11 @@ def step(results: Results) -> Iterator[Trial]:
 def confirmation(results: Results) -> Iterator[Trial]:
     """The same where nothing was chosen, by test scores of fresh seeds; and the base alone."""
     for seed, (task, noise, changes) in product(FRESH_SEEDS, CONFIRMED_ON):
-        condition = of(task, noise)
-        if not with_a_rate(results, [condition]):
-            continue
-        settings = {**changes, "lr": rate(results, condition), "variant": "confirmation", "tested": True}
-        yield trial(condition, "base", 0.0, seed, **settings)
-        for lam, every in GRID:
-            yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every)
+        for condition in with_a_rate(results, [of(task, noise)]):
+            settings = {**changes, "lr": rate(results, condition), "variant": "confirmation", "tested": True}
+            yield trial(condition, "base", 0.0, seed, **settings)
+            for lam, every in GRID:
+                yield trial(condition, "FAM, proximal", lam, seed, **settings, every=every)
 
 
 def ablations(results: Results) -> Iterator[Trial]:
@@ -172,6 +163,5 @@ def flattening(results: Results) -> Iterator[Trial]:
 def reviews(results: Results) -> Iterator[Trial]:
     """A pretrained language model, fine-tuned with AdamW at 1e-4."""
     settings = {**ADAMW, "lr": 1e-4, "variant": "defaults", "tested": True}
-    for seed, condition, (method, values) in product(FRESH_SEEDS, LANGUAGE, TRIED_ON_REVIEWS.items()):
-        for value in values:
-            yield trial(condition, method, value, seed, **settings)
+    for seed, condition, (method, value) in product(FRESH_SEEDS, conditions.LANGUAGE, REVIEWED):
+        yield trial(condition, method, value, seed, **settings)

@@ -30,9 +30,7 @@ from recipes.study.ablations import FORMS, with_form
 class Method:
     """A way to train, but for the value of its hyper-parameter."""
 
-    values: tuple[
-        float, ...
-    ]  # all that may be tried; at most one step beyond what was tried, if that was best
+    values: tuple[float, ...]  # all that may be tried, at most one step beyond the best of what was
     start: tuple[float, ...]  # those tried first
     kind: str  # what takes the value
     layers: str = ""  # those that are regularised, as `recipes.engine.layers` knows them
@@ -85,13 +83,8 @@ METHODS = {**COMPARED, **OTHERS, **OTHER_FORMS}
 
 
 # kind -> the optimizer around the base, and which of its options has the method's value
-WRAPPED = {
-    "sam": ("sam", "rho"),
-    "looksam": ("looksam", "rho"),
-    "fam": ("fam", "lam"),
-    "proximal": ("fam", "lam"),
-    "form": ("fam", "lam"),
-}
+WRAPPED = {"sam": ("sam", "rho"), "looksam": ("looksam", "rho")}
+WRAPPED |= dict.fromkeys(("fam", "proximal", "form"), ("fam", "lam"))
 
 
 def make_optimizer(
@@ -159,9 +152,8 @@ def add_noise(layer: nn.Module, sigma: float) -> None:
         assert isinstance(own, nn.Conv2d)
         w = own.weight.flatten(1)
         moved = (w @ torch.randn(w.shape[1], w.shape[1], dtype=w.dtype)).view_as(own.weight)
-        return output + sigma * conv2d(
-            arguments[0], moved, None, own.stride, own.padding, own.dilation, own.groups
-        )
+        added = conv2d(arguments[0], moved, None, own.stride, own.padding, own.dilation, own.groups)
+        return output + sigma * added
 
     if isinstance(layer, nn.Linear):
         layer.register_forward_pre_hook(on_rows)

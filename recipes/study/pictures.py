@@ -68,7 +68,6 @@ def gain_by_method(found: Found, target: Path) -> None:
     axis.set_yticks(range(len(methods)), methods)
     axis.set(xlabel="points of test score over SGD at usual settings: every task, and their mean")
     tidy(axis)
-    figure.tight_layout()
     save(figure, target)
 
 
@@ -109,9 +108,8 @@ def kappa_by_epoch(results: Results, target: Path) -> None:
             own = where(results, method=method)
             epochs = list(own[0]["kappas"])
             means = [statistics.geometric_mean(r["kappas"][e][layer] for r in own) for e in epochs]
-            axis.plot(
-                [*map(int, epochs)], means, label=FLATTENED_NAMES[method], markersize=5, **LOOKS[method]
-            )
+            style = {"label": FLATTENED_NAMES[method], "markersize": 5, **LOOKS[method]}
+            axis.plot([*map(int, epochs)], means, **style)
         axis.set(xlabel="epoch")
         tidy(axis, f"layer {layer + 1} of {layers}", log="y")
     axes[0, 0].set(ylabel="kappa (Gauss-Newton) on the training data")

@@ -6,25 +6,15 @@ not used again. Validation labels are as noisy as the training labels. Test data
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
+from recipes.study import conditions
 from recipes.study.analysis import Results, best, mean_by, to_try, where
-from recipes.study.conditions import (
-    CHEAP,
-    CONDITIONS,
-    DECAY,
-    MORE_SEEDS,
-    SEEDS,
-    TUNING_SEEDS,
-    Condition,
-    fits,
-    of,
-    trial,
-    usual,
-)
+from recipes.study.conditions import CONDITIONS, SEEDS, TUNING_SEEDS, Condition, trial
 from recipes.study.methods import COMPARED, LEARNING_RATES, METHODS, WEIGHT_DECAYS
 from recipes.study.trial import Trial, missing
 
@@ -52,9 +42,8 @@ def sgd_of(results: Results, condition: Condition) -> Iterator[Trial]:
     by_both = mean_by(tuned(results, condition, "SGD"), "lr", "weight_decay")
     rates = to_try(LEARNING_RATES, RATES, best_by(by_both, 0))
     decays = to_try(WEIGHT_DECAYS, DECAYS, best_by(by_both, 1))
-    without = to_try(
-        LEARNING_RATES, RATES, {lr: score for (lr, decay), score in by_both.items() if not decay}
-    )
+    undecayed = {lr: score for (lr, decay), score in by_both.items() if not decay}
+    without = to_try(LEARNING_RATES, RATES, undecayed)
     pairs = dict.fromkeys([*product(rates, decays), *product(without, (0.0,))])
     for (lr, decay), seed in product(pairs, TUNING_SEEDS):
         yield trial(condition, "SGD", lr, seed, weight_decay=decay)
@@ -70,11 +59,11 @@ def best_by(by_both: Mapping[Any, float], position: int) -> dict[float, float]:
 
 def tuned(results: Results, condition: Condition, method: str) -> Results:
     """The tuning trials of a method, as far as all tuning seeds were run."""
-    found = where(
-        results, task=condition.task, noise=condition.noise, method=method, variant="", tested=False
-    )
-    seeds = Counter((r["lr"], r["weight_decay"], r["value"]) for r in found)
-    return [r for r in found if seeds[r["lr"], r["weight_decay"], r["value"]] == len(TUNING_SEEDS)]
+    task, noise, _ = condition
+    found = where(results, task=task, noise=noise, method=method, variant="", tested=False)
+    setting = itemgetter(*SETTINGS)
+    seeds = Counter(map(setting, found))
+    return [r for r in found if seeds[setting(r)] == len(TUNING_SEEDS)]
 
 
 def tuned_scores(results: Results, condition: Condition, method: str) -> dict[Setting, float]:
@@ -85,8 +74,7 @@ def tuned_scores(results: Results, condition: Condition, method: str) -> dict[Se
 def base(results: Results, condition: Condition, **fields: Any) -> dict[str, float]:
     """The learning rate and weight decay that were best for SGD; of these fields only, if there are any."""
     by_both = mean_by(where(tuned(results, condition, "SGD"), **fields), "lr", "weight_decay")
-    lr, decay = best(by_both)
-    return {"lr": lr, "weight_decay": decay}
+    return dict(zip(("lr", "weight_decay"), best(by_both), strict=True))
 
 
 def at_one_rate(results: Results, condition: Condition, method: str) -> list[Setting]:
@@ -97,7 +85,7 @@ def at_one_rate(results: Results, condition: Condition, method: str) -> list[Set
     own, sgd = METHODS[method], base(results, condition)
     scores = tuned_scores(results, condition, method)
     lr, found = sgd["lr"], []
-    for decay in dict.fromkeys([sgd["weight_decay"], DECAY]):
+    for decay in dict.fromkeys([sgd["weight_decay"], conditions.DECAY]):
         by_value = {value: score for (*pair, value), score in scores.items() if pair == [lr, decay]}
         found += [(lr, decay, value) for value in to_try(own.values, own.start, by_value)]
     return found
@@ -126,19 +114,15 @@ def values(results: Results, condition: Condition, method: str) -> Iterator[Tria
 
 def compared_on(condition: Condition) -> list[str]:
     """The methods that are searched for a condition."""
-    if (condition.task, condition.noise) in SGD_ALONE:
-        return []
-    return [
-        method
-        for method in COMPARED
-        if fits(method, condition.task) and (method not in NEWCOMERS or condition.task in CHEAP)
-    ]
+    task, noise, _ = condition
+    left_out = NEWCOMERS if task not in conditions.CHEAP else ()
+    possible = [m for m in COMPARED if m not in left_out and conditions.fits(m, task)]
+    return possible if (task, noise) not in SGD_ALONE else []
 
 
 def settled(results: Results, condition: Condition, method: str) -> bool:
     """Whether a method and SGD are tuned."""
-    wanted = [*sgd_of(results, condition), *values(results, condition, method)]
-    return not missing(results, wanted)
+    return not missing(results, [*sgd_of(results, condition), *values(results, condition, method)])
 
 
 def tuning(results: Results) -> Iterator[Trial]:
@@ -163,30 +147,26 @@ def chosen(results: Results, condition: Condition, method: str, **changes: Any) 
 
 def comparison(results: Results) -> Iterator[Trial]:
     """Every method with what was chosen for it, and fresh seeds."""
-    yield from tested(results, CONDITIONS, COMPARED, SEEDS)
+    yield from tested(results, CONDITIONS, [*COMPARED], SEEDS)
 
 
 def more_seeds(results: Results) -> Iterator[Trial]:
     """Five more of the same."""
-    yield from tested(results, CONDITIONS, SHORTLIST, MORE_SEEDS)
+    yield from tested(results, CONDITIONS, SHORTLIST, conditions.MORE_SEEDS)
 
 
 def longer(results: Results) -> Iterator[Trial]:
     """The shortlist trained for longer and shorter than it was tuned for."""
-    for condition, times in product((of(*key) for key in LONGER), TIMES):
-        epochs = round(times * usual(condition.task).epochs)
+    for condition, times in product((conditions.of(*key) for key in LONGER), TIMES):
+        epochs = round(times * conditions.usual(condition.task).epochs)
         yield from tested(results, [condition], SHORTLIST, SEEDS, epochs=epochs)
 
 
 def tested(
-    results: Results,
-    conditions: Iterable[Condition],
-    methods: Collection[str],
-    seeds: Iterable[int],
-    **changes: Any,
+    results: Results, wanted: Iterable[Condition], methods: list[str], seeds: Iterable[int], **changes: Any
 ) -> Iterator[Trial]:
     """Tested trials of those of the methods whose tuning is complete."""
-    for condition in conditions:
+    for condition in wanted:
         for method in compared_on(condition):
             if method in methods and settled(results, condition, method):
                 one = chosen(results, condition, method, **changes)

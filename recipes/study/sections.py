@@ -23,6 +23,7 @@ FRONT = (
     "label smoothing",
     "LookSAM, k = 5",
 )
+BASES = {"sgd": "SGD", "adamw": "AdamW"}
 BOLD = "with 95 % intervals; bold: the interval leaves out zero"
 LOSS = "Negative log-likelihood (squared error of the regression), mean and standard deviation."
 
@@ -36,7 +37,7 @@ def sections(found: Found, everything: Results, costs: Mapping[str, Any]) -> Ite
             "Points of test score over the optimizer alone, every method at its default: mean over tasks, "
             "with its 95 % interval over tasks, and the worst task.",
         )
-    for base, name in (("sgd", "SGD"), ("adamw", "AdamW")):
+    for base, name in BASES.items():
         yield from of_defaults(found, base, name)
     yield from of_the_step(found)
     compared = [*found["comparison"], *found["more_seeds"]]
@@ -77,7 +78,7 @@ def measured(methods: Mapping[str, Gains]) -> dict[str, Gains]:
 def front(found: Found) -> Table:
     """Points over the base alone without a search: the mean over common tasks, and the worst of them."""
     heads, columns = ["method"], [list(FRONT)]
-    for base, name in (("sgd", "SGD"), ("adamw", "AdamW")):
+    for base, name in BASES.items():
         _, by_method = without_a_search(found, base)
         own = [tables.means(by_method.get(method, {})) for method in FRONT]
         common = set(own[0]).intersection(*own[1:])

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, product
 from typing import Any
 
 from rich.table import Table
@@ -11,18 +11,9 @@ from rich.table import Table
 from recipes.shared.results import grouped
 from recipes.shared.tables import table
 from recipes.shared.timing import with_quartiles
-from recipes.study import search
+from recipes.study import analysis, search
 from recipes.study.ablations import FORMS
-from recipes.study.analysis import (
-    Results,
-    differences,
-    holm,
-    mean_by,
-    p_value,
-    values_of,
-    where,
-    with_interval,
-)
+from recipes.study.analysis import Results, mean_by, values_of, where
 from recipes.study.conditions import CONDITIONS, LANGUAGE, Condition, usual
 from recipes.study.conditions import of as condition_of
 from recipes.study.defaults import GRID
@@ -39,9 +30,14 @@ def of(results: Results, condition: Condition) -> Results:
     return where(results, task=condition.task, noise=condition.noise)
 
 
-def gains(own: Results, reference: Results, quantity: str = "test_score") -> Gains:
+def by_conditions(results: Results) -> dict[Condition, Results]:
+    """The trials of every condition that has any."""
+    return {condition: own for condition in ALL if (own := of(results, condition))}
+
+
+def gains(own: Results, reference: Results) -> Gains:
     """Of every condition that both have with a common seed, the differences by seed."""
-    found = {c: differences(of(own, c), of(reference, c), quantity) for c in ALL}
+    found = {c: analysis.differences(of(own, c), of(reference, c), "test_score") for c in ALL}
     return {condition: values for condition, values in found.items() if values}
 
 
@@ -57,7 +53,7 @@ def summary(by_method: Mapping[str, Gains]) -> Table:
     for method, found in by_method.items():
         mean = means(found)
         groups = [list(mean), [c for c in mean if c.noise > 0], [c for c in mean if c.noise == 0]]
-        p = holm({condition: p_value(values) for condition, values in found.items()})
+        p = analysis.holm({condition: analysis.p_value(values) for condition, values in found.items()})
         better, worse = (sum(p[c] < LEVEL and sign * mean[c] > 0 for c in mean) for sign in (1, -1))
         lost = sum(value < -1 for value in mean.values())
         cells = [*(signed([mean[c] for c in group]) for group in groups), f"{better} of {len(mean)}"]
@@ -68,35 +64,32 @@ def summary(by_method: Mapping[str, Gains]) -> Table:
 def by_condition(reference: Results, by_method: Mapping[str, Gains], name: str) -> Table:
     """A row per condition: the reference's score, and every method's gain over it; then the mean."""
     result = table("condition", "seeds", name, *by_method)
-    for condition in CONDITIONS:
-        if own := of(reference, condition):
-            cells = [signed(found.get(condition, [])) for found in by_method.values()]
-            result.add_row(condition.name, str(len(own)), spread(values_of(own, "test_score")), *cells)
+    for condition, own in by_conditions(reference).items():
+        cells = [signed(found.get(condition, [])) for found in by_method.values()]
+        result.add_row(condition.name, str(len(own)), spread(values_of(own, "test_score")), *cells)
     averages = [signed(list(means(found).values())) for found in by_method.values()]
     result.add_row("mean over conditions", "", "", *averages)
     return result
 
 
-def scores(results: Results, methods: Iterable[str], quantity: str) -> Table:
+def scores(results: Results, methods: Collection[str], quantity: str) -> Table:
     """A row per condition, a column per method: mean and standard deviation over seeds."""
-    chosen = list(methods)
-    result = table("condition", *chosen)
-    for condition in ALL:
-        if own := of(results, condition):
-            known = [r for r in own if r.get(quantity) is not None]
-            cells = [spread([r[quantity] for r in where(known, method=m)]) for m in chosen]
-            result.add_row(condition.name, *cells)
+    result = table("condition", *methods)
+    for condition, own in by_conditions(results).items():
+        known = [r for r in own if r.get(quantity) is not None]
+        cells = [spread([r[quantity] for r in where(known, method=method)]) for method in methods]
+        result.add_row(condition.name, *cells)
     return result
 
 
 def choices(everything: Results) -> Table:
     """A row per condition, a column per method: value, learning rate and weight decay that were chosen."""
-    result = table("condition", *COMPARED)
-    for condition in CONDITIONS:
-        if compared := search.compared_on(condition):
-            cells = [choice(everything, condition, m) if m in compared else "" for m in COMPARED]
-            result.add_row(condition.name, *cells)
-    return result
+    searched = {c: compared for c in CONDITIONS if (compared := search.compared_on(c))}
+    rows = [
+        [condition.name, *(choice(everything, condition, m) if m in compared else "" for m in COMPARED)]
+        for condition, compared in searched.items()
+    ]
+    return table("condition", *COMPARED, rows=rows)
 
 
 def choice(everything: Results, condition: Condition, method: str) -> str:
@@ -164,11 +157,8 @@ def reviews(results: Results) -> Table:
     result = table("method", *heads, "seeds")
     for method, value in dict.fromkeys((r["method"], r["value"]) for r in results):
         own = where(results, method=method, value=value)
-        cells = [
-            spread(values_of(of(own, condition), quantity))
-            for condition in LANGUAGE
-            for quantity in ("test_score", "test_loss")
-        ]
+        pairs = product(LANGUAGE, ("test_score", "test_loss"))
+        cells = [spread(values_of(of(own, condition), quantity)) for condition, quantity in pairs]
         name = f"{method}, lam = {value:g}" if method == "FAM, proximal" else method
         result.add_row(name, *cells, str(len({r["seed"] for r in own})))
     return result
@@ -176,9 +166,9 @@ def reviews(results: Results) -> Table:
 
 def ablations(results: Results) -> Table:
     """A row per form of the step, a column per condition: validation score; then the mean's difference."""
-    shown = [c for c in CONDITIONS if of(results, c)]
-    scores = [mean_by(of(results, c), "method") for c in shown]
-    result = table("form", *(c.name for c in shown), "mean, minus the first row's")
+    found = by_conditions(results)
+    scores = [mean_by(own, "method") for own in found.values()]
+    result = table("form", *(condition.name for condition in found), "mean, minus the first row's")
     usual, *_ = FORMS
     for form in FORMS:
         if all({form, usual} <= set(own) for own in scores):
@@ -225,6 +215,6 @@ def signed(values: Sequence[float]) -> str:
     """A mean difference with its 95 % interval; bold where that leaves out zero."""
     if len(values) < 2:
         return f"{values[0]:+.1f}" if values else ""
-    mean, half = with_interval(values)
+    mean, half = analysis.with_interval(values)
     text = f"{mean:+.1f} ± {half:.1f}"
     return f"**{text}**" if abs(mean) > half else text

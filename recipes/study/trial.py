@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -60,11 +61,7 @@ def measured(results: Iterable[dict[str, Any]], trials: Iterable[Trial]) -> list
     return [r for r in results if identity(r) in wanted]
 
 
-def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The fields of a result that make it the trial's."""
-    return tuple(result[field.name] for field in fields(Trial))
-
-
+identity = itemgetter(*(field.name for field in fields(Trial)))  # what of a result makes it the trial's
 DEFAULTS = {field.name: field.default for field in fields(Trial) if field.default is not MISSING}
 
 

@@ -1,6 +1,8 @@
 """Images of Fashion-MNIST: those that lie beside the recipes, and all of them."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,30 +16,34 @@ MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, scaled to [0, 1]
 Images = tuple[Tensor, Tensor]  # normalised (n, 1, 28, 28), labels (n,)
 
 
-def shipped_fashion_mnist(split: str) -> Images:
-    """4,000 images of "train" or "test", which lie beside the recipes, as bytes (n, 28, 28)."""
-    with np.load(SHIPPED) as arrays:
-        return torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]).long()
-
-
 def fashion_mnist(split: str) -> Images:
-    """The same as a network takes them."""
-    images, labels = shipped_fashion_mnist(split)
-    return normalised(images), labels
+    """4,000 images of "train" or "test", which lie beside the recipes."""
+    with np.load(SHIPPED) as arrays:
+        images, labels = (torch.from_numpy(arrays[f"{split}_{what}"]) for what in ("images", "labels"))
+    return normalised(images), labels.long()
 
 
 def whole_fashion_mnist(source: Source) -> tuple[Images, Images]:
     """The 60,000 and the 10,000 images, by torchvision; the shipped ones for a smoke test."""
     if source.smoke:
         return fashion_mnist("train"), fashion_mnist("test")
-    read = package("torchvision.datasets").FashionMNIST
-    try:
-        both = [read(str(source.folder), train=part, download=source.download) for part in (True, False)]
-    except (RuntimeError, OSError) as error:
-        otherwise = ", or gunzip the four files of Debian's package dataset-fashion-mnist there"
-        raise missing("Fashion-MNIST", source.folder / "FashionMNIST" / "raw", source, otherwise) from error
+    otherwise = ", or gunzip the files of Debian's package dataset-fashion-mnist into FashionMNIST/raw there"
+    both = by_torchvision(package("torchvision.datasets").FashionMNIST, source.folder, source, otherwise)
     train, test = ((normalised(samples.data), samples.targets) for samples in both)
     return train, test
+
+
+def by_torchvision(
+    make: Callable[..., Any], path: Path, source: Source, otherwise: str = "", transforms: Any = (None, None)
+) -> list[Any]:
+    """The training and the test set that ``make`` reads from a folder."""
+    try:
+        return [
+            make(str(path), train=train, transform=chosen, download=source.download)
+            for train, chosen in zip((True, False), transforms, strict=True)
+        ]
+    except (RuntimeError, OSError) as error:
+        raise missing(make.__name__, path, source, otherwise) from error
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from collections import OrderedDict
 from functools import cache
 from itertools import chain, repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.engine.loop import seed_everything
 from recipes.engine.schedules import cosine
@@ -17,25 +17,16 @@ from recipes.tasks.images import fashion_mnist
 
 
 class SmallConvNet(nn.Module):
-    """Two convolutions with BatchNorm and max-pooling, one hidden layer: 207,018 parameters at 28 x 28."""
+    """Two convolutions with BatchNorm and max-pooling, one hidden layer, for grey 28 x 28 images."""
 
     def __init__(self, classes: int = 10, channels: tuple[int, int] = (16, 32), hidden: int = 128) -> None:
-        """Build the network for grey images of 28 x 28 pixels."""
         super().__init__()
         first, second = channels
-        self.features = nn.Sequential(
-            nn.Conv2d(1, first, 3, padding=1),
-            nn.BatchNorm2d(first),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(first, second, 3, padding=1),
-            nn.BatchNorm2d(second),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(second * 7 * 7, hidden),
-            nn.ReLU(),
-        )
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, first), (first, second)):
+            convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(second * 7 * 7, hidden), nn.ReLU())
         self.head = nn.Linear(hidden, classes)
         self.to(memory_format=torch.channels_last)  # halves the step on CPU  # type: ignore[call-overload]
 
@@ -50,20 +41,17 @@ class WideBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.start = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
+        first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.body = nn.Sequential(first, nn.Dropout(dropout), nn.BatchNorm2d(outputs), nn.ReLU(), second)
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Return the block's features."""
-        y = F.relu(self.norm1(x))
-        shortcut: Tensor = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(y)
-        y = F.relu(self.norm2(self.dropout(self.conv1(y))))
-        features: Tensor = shortcut + self.conv2(y)
-        return features
+        y = self.start(x)
+        return self.body(y) + (x if self.shortcut is None else self.shortcut(y))
 
 
 def wide_resnet(depth: int = 28, widening: int = 10, dropout: float = 0.3, classes: int = 10) -> nn.Module:
@@ -72,20 +60,16 @@ def wide_resnet(depth: int = 28, widening: int = 10, dropout: float = 0.3, class
     The paper adds a linear layer of 64 neurons, ``penultimate``, before the classifier ``head``, so that the
     matrix which it regularises is the 10 x 64 of the head.
     """
-    widths = [16, 16 * widening, 32 * widening, 64 * widening]
-    blocks = []
-    for group in range(3):
+    width, blocks = 16, []
+    for group in (1, 2, 4):
         for number in range((depth - 4) // 6):
-            inputs = widths[group] if number == 0 else widths[group + 1]
-            stride = 2 if number == 0 and group > 0 else 1
-            blocks.append(WideBlock(inputs, widths[group + 1], stride, dropout))
-    stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-    top = nn.BatchNorm2d(widths[3]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    parts = {
-        "features": nn.Sequential(stem, *blocks, *top),
-        "penultimate": nn.Linear(widths[3], 64),
-        "head": nn.Linear(64, classes),
-    }
+            stride = 2 if number == 0 and group > 1 else 1
+            blocks.append(WideBlock(width, 16 * widening * group, stride, dropout))
+            width = 16 * widening * group
+    stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    top = nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    features, penultimate = nn.Sequential(stem, *blocks, *top), nn.Linear(width, 64)
+    parts = {"features": features, "penultimate": penultimate, "head": nn.Linear(64, classes)}
     return nn.Sequential(OrderedDict(parts))
 
 
@@ -120,26 +104,13 @@ def without_batchnorm(width: int) -> nn.Module:
     )
 
 
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions with BatchNorm, and a shortcut (He et al., 2016)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if inputs != outputs:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's features."""
-        return torch.relu(self.body(x) + self.shortcut(x))
+def residual(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """torchvision's block of two 3 x 3 convolutions with BatchNorm, and a shortcut (He et al., 2016)."""
+    block: nn.Module = package("torchvision.models.resnet", "study").BasicBlock(inputs, outputs, stride)
+    if inputs != outputs:
+        convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        block.downsample = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+    return block
 
 
 def small_resnet() -> nn.Module:
@@ -149,7 +120,7 @@ def small_resnet() -> nn.Module:
         nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(16),
         nn.ReLU(),
-        *(Residual(*shape) for shape in shapes),
+        *(residual(*shape) for shape in shapes),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(64, 10),
@@ -181,9 +152,8 @@ def _pretrained_weights(epochs: int) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         seed_everything(0)
         model = SmallConvNet(channels=(8, 16))
-        images: ConcatDataset[tuple[Tensor, ...]] = ConcatDataset(
-            [TensorDataset(*fashion_mnist(split)) for split in ("train", "test")]
-        )
+        pairs = zip(*map(fashion_mnist, ("train", "test")), strict=True)
+        images = TensorDataset(*map(torch.cat, pairs))
         batches = DataLoader(images, 64, shuffle=True, drop_last=True)
         steps = max(1, epochs * len(batches))
         every = chain.from_iterable(repeat(batches, epochs))

@@ -3,9 +3,7 @@
 A shell is a bumpy ellipsoid of varying thickness without a base, of its own size, place and orientation. A
 defect is what is cut out of it: a round patch in the upper half ("round"), or a larger rectangular window low
 in the front or at a side ("window").
-
-The shells differ so much from each other that the autoencoder of ``recipes.tasks.skulls`` overfits them
-without FAM, as the paper's overfits its skulls: the spreads below were chosen for that, on lam = 0 alone.
+The spreads below were chosen so that the autoencoder overfits without FAM, as the paper's does.
 """
 
 from collections.abc import Mapping

@@ -3,9 +3,6 @@
 The network sees a skull with a defect and gives back the complete skull. It is trained on one kind of defect
 and evaluated on one set of other skulls, each with two defects: one of this kind, one of another.
 
-    python -m recipes.train skulls --download --optimizer fam --lam 0.002    # the paper's setting
-    python -m recipes.train skulls-small --optimizer fam --lam 0.002         # for two cores
-
 The paper's clinical skulls go into ``skulls/`` of the data folder, as NIfTI files of equal names in
 ``train/{complete,defective}`` and ``evaluation/{complete,same_defect,other_defect}``, which are the split for
 every seed; with ``--download`` skull-like shells are generated instead. ``skulls-small`` always has these.
@@ -22,18 +19,12 @@ from torch.utils.data import TensorDataset
 
 from recipes.engine.optimizers import PAPERS
 from recipes.engine.schedules import constant
-from recipes.engine.task import Batch, Data, Metrics, Missing, Source, Task
+from recipes.engine.task import Batch, Data, Metrics, Missing, Source, Task, package
 from recipes.tasks import shells
 
-try:
-    import nibabel
-    from monai.losses import DiceLoss  # type: ignore[attr-defined]
-    from monai.metrics import compute_dice, compute_hausdorff_distance  # type: ignore[attr-defined]
-    from monai.networks.layers import Norm  # type: ignore[attr-defined]
-    from monai.networks.nets import AutoEncoder  # type: ignore[attr-defined]
-except ImportError as error:
-    raise Missing(f'the task "skulls" needs {error.name}: pip install -e ".[paper]"') from error
-
+nibabel, metrics = package("nibabel"), package("monai.metrics")
+AutoEncoder, Norm = package("monai.networks.nets").AutoEncoder, package("monai.networks.layers").Norm
+DiceLoss = package("monai.losses").DiceLoss
 LATENT = 8  # numbers of the code, from which a linear layer makes 64
 TRAINED = {"defective": "round"}  # a sub-folder -> the defect of the generated shells
 EVALUATED = {"same_defect": "round", "other_defect": "window"}
@@ -57,23 +48,20 @@ SMOKE = Setting(32, (2, 4, 4, 8), train=2, evaluation=1)
 class InstanceNorm(nn.GroupNorm):
     """Instance normalisation as groups of one channel each.
 
-    The same function as nn.InstanceNorm3d, but that one runs through torch's batch_norm, which has no third
-    derivative, and FAM's gradient needs the third derivative of what follows its layer.
+    nn.InstanceNorm3d runs through torch's batch_norm, which has no third derivative; FAM's gradient needs it.
     """
 
     def __init__(self, num_features: int) -> None:
-        """MONAI passes ``num_features``."""
         super().__init__(num_features, num_features, affine=False)
 
 
 Norm.add_factory_callable("instance_as_groups", lambda spatial_dims: InstanceNorm)
 
 
-class LatentAutoEncoder(AutoEncoder):
+class LatentAutoEncoder(AutoEncoder):  # type: ignore[misc, valid-type]
     """Stride-2 convolutions, two linear layers with a latent code between them, as many deconvolutions."""
 
     def __init__(self, setting: Setting) -> None:
-        """Build the network for volumes ``(N, 1, size, size, size)``; it returns logits of that shape."""
         strides = (2,) * len(setting.channels)
         super().__init__(3, 1, 1, setting.channels, strides, norm="instance_as_groups")
         self.code_size = setting.size // 2 ** len(strides)
@@ -89,51 +77,49 @@ class LatentAutoEncoder(AutoEncoder):
         return logits
 
 
+Volumes = dict[str, Tensor]  # "complete" and each kind of defect: (n, 1, size, size, size)
+
+
+def pairs(train: Volumes, evaluation: Volumes) -> Data:
+    """The defective skulls as inputs, the complete ones as targets."""
+    evaluated = {kind: TensorDataset(evaluation[kind], evaluation["complete"]) for kind in EVALUATED}
+    return Data(TensorDataset(train["defective"], train["complete"]), evaluated)
+
+
 def generated(setting: Setting) -> Data:
     """Shells of this setting, which are always the same."""
-    (train,) = shell_pairs(setting.train, 0, setting.size, TRAINED)
-    evaluation = shell_pairs(setting.evaluation, 1, setting.size, EVALUATED)
-    return Data(train, dict(zip(EVALUATED, evaluation, strict=True)))
 
+    def volumes(count: int, seed: int, defects: Mapping[str, str]) -> Volumes:
+        random = [np.random.default_rng((seed, number)) for number in range(count)]
+        made = [shells.shell(each, setting.size, defects) for each in random]
+        stacked = {kind: np.stack([found[kind] for found in made])[:, None] for kind in made[0]}
+        return {kind: torch.from_numpy(volume).float() for kind, volume in stacked.items()}
 
-def shell_pairs(count: int, seed: int, size: int, defects: Mapping[str, str]) -> list[TensorDataset]:
-    """One set of (input, target) for each kind of defect, ``(1, size, size, size)`` each."""
-    made = [shells.shell(np.random.default_rng((seed, number)), size, defects) for number in range(count)]
-    volumes = {
-        kind: torch.from_numpy(np.stack([found[kind] for found in made])).float().unsqueeze(1)
-        for kind in ("complete", *defects)
-    }
-    return [TensorDataset(volumes[kind], volumes["complete"]) for kind in defects]
+    return pairs(volumes(setting.train, 0, TRAINED), volumes(setting.evaluation, 1, EVALUATED))
 
 
 def stored(folder: Path, size: int) -> Data:
-    """The skulls of a folder: the defective ones as inputs, complete ones of equal names as targets."""
-    (train,) = stored_pairs(folder / "train", TRAINED, size)
-    evaluation = stored_pairs(folder / "evaluation", EVALUATED, size)
-    return Data(train, dict(zip(EVALUATED, evaluation, strict=True)))
+    """The skulls of a folder: complete and defective ones have equal names."""
+    train = stored_volumes(folder / "train", TRAINED, size)
+    return pairs(train, stored_volumes(folder / "evaluation", EVALUATED, size))
 
 
-def stored_pairs(folder: Path, defects: Iterable[str], size: int) -> list[TensorDataset]:
-    """One set of (input, target) for each sub-folder of defects: ``(1, size, size, size)`` each."""
+def stored_volumes(folder: Path, defects: Iterable[str], size: int) -> Volumes:
+    """Those of the sub-folders of this name."""
     files = {kind: sorted((folder / kind).glob("*.nii.gz")) for kind in ("complete", *defects)}
     names = {kind: [path.name for path in paths] for kind, paths in files.items()}
     if not files["complete"] or any(found != names["complete"] for found in names.values()):
         counts = ", ".join(f"{len(found)} in {kind}" for kind, found in names.items())
-        raise Missing(
-            f"expected *.nii.gz files of equal names in each sub-folder of {folder}, found {counts}: "
-            "complete the folder, or let --download generate skull-like shells"
-        )
-    volumes = {kind: torch.stack([read(path, size) for path in paths]) for kind, paths in files.items()}
-    complete = volumes.pop("complete")
-    return [TensorDataset(defective, complete) for defective in volumes.values()]
+        remedy = "complete the folder, or let --download generate skull-like shells"
+        raise Missing(f"expected *.nii.gz files of equal names in {folder}, found {counts}: {remedy}")
+    return {kind: torch.stack([read(path, size) for path in paths]) for kind, paths in files.items()}
 
 
 def read(path: Path, size: int) -> Tensor:
     """A NIfTI file as zeros and ones."""
-    volume = torch.from_numpy(np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, np.float32))[
-        None, None
-    ]
-    return (nn.functional.interpolate(volume, (size,) * 3, mode="nearest")[0] > 0.5).float()
+    stored = np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, np.float32)
+    resized = nn.functional.interpolate(torch.from_numpy(stored)[None, None], (size,) * 3, mode="nearest")
+    return (resized[0] > 0.5).float()
 
 
 @torch.no_grad()
@@ -145,12 +131,10 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
     columns: dict[str, list[Tensor]] = {"dsc": [], "hd": [], "hd95": []}
     for inputs, targets in batches:
         predictions = (model(inputs) > 0).float()  # logits: a probability over 1/2
-        columns["dsc"].append(compute_dice(predictions, targets))
+        columns["dsc"].append(metrics.compute_dice(predictions, targets))
         diagonal = targets.shape[-1] * 3**0.5
         for name, percentile in (("hd", None), ("hd95", 95)):
-            distance = compute_hausdorff_distance(
-                predictions, targets, include_background=True, percentile=percentile
-            )
+            distance = metrics.compute_hausdorff_distance(predictions, targets, True, percentile=percentile)
             columns[name].append(distance.nan_to_num(nan=diagonal, posinf=diagonal))
     return {name: torch.cat(values).flatten().tolist() for name, values in columns.items()}
 
@@ -158,7 +142,7 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
 @torch.no_grad()
 def mean_overlap(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
     """The mean Dice coefficient alone, which is quick: for the curves by epoch."""
-    values = [compute_dice((model(inputs) > 0).float(), targets) for inputs, targets in batches]
+    values = [metrics.compute_dice((model(inputs) > 0).float(), targets) for inputs, targets in batches]
     return {"dsc": torch.cat(values).mean().item()}
 
 

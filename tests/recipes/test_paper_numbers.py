@@ -10,8 +10,7 @@ from rich.table import Table
 
 from recipes import report
 from recipes.paper import __main__ as paper
-from recipes.paper.comparison import compare, figure_4
-from recipes.paper.numbers import ROWS, Row
+from recipes.paper.comparison import ROWS, Row, compare, figure_4
 from recipes.shared.results import save
 
 
