@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import gc
 import inspect
 import multiprocessing
 import os
@@ -104,6 +105,7 @@ def serve(pipe: Connection, folder: str, rank: int, world: int) -> None:
     faulthandler.register(signal.SIGTERM, where, chain=True)  # for one that hangs and is ended
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    gc.freeze()  # what is imported is no garbage
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     with suppress(EOFError):

@@ -17,7 +17,12 @@ STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; block
 
 
 def relative_step_time(
-    task: Task, settings: Settings, model: nn.Module, batches: Sequence[Batch], device: torch.device
+    task: Task,
+    settings: Settings,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    device: torch.device,
+    smoke: bool = False,
 ) -> dict[str, Any]:
     """Median and quartiles of the ratio of the two steps on the same batches, on copies of the model.
 
@@ -32,7 +37,7 @@ def relative_step_time(
         optimizer, remaining = build(chosen, twin, select(twin, task.layers)), cycle(batches)
         return repeated(lambda: take_step(optimizer, twin, task.loss, *next(remaining)), size)
 
-    rounds = STEPS if size == 1 else BLOCKS
+    rounds = 1 if smoke else STEPS if size == 1 else BLOCKS
     calls = {"plain": block(plain(settings)), "own": block(settings)}
     found = relative(alternate(calls, rounds, device), "plain")
     own = {"median": found["own"]["ratio"], "quartiles": found["own"]["quartiles"], "steps": rounds * size}

@@ -67,7 +67,8 @@ def rehearse(loop: Loop, settings: Settings) -> dict[str, Any]:
     timed = list(islice(loop.batches(0), TIMED_BATCHES))
     try:
         kappa(loop.task, loop.model, timed[:1])
-        return relative_step_time(loop.task, settings, loop.model, timed, loop.conditions.device)
+        device, smoke = loop.conditions.device, loop.conditions.source.smoke
+        return relative_step_time(loop.task, settings, loop.model, timed, device, smoke)
     except (RuntimeError, TypeError) as error:  # the library's, which say what to do instead
         raise ValueError(str(error)) from error
 

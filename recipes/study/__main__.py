@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -74,13 +73,14 @@ def run_stage(stage: str, options: Options, console: Console) -> None:
 
 
 def smoke(console: Console) -> None:
-    """One epoch of every condition, tested, and one of every method."""
+    """One epoch of a few samples of every condition, tested, and one of every method."""
+    few, short = Source(smoke=True), {"lr": 0.01, "epochs": 1, "every": 2}
     for condition in CONDITIONS:
-        trial = conditions.trial(condition, "FAM, proximal", 1.0, 0, lr=0.01, epochs=1, tested=True)
-        console.print(condition.name, compact(shortened(run(trial))))
+        trial = conditions.trial(condition, "FAM, proximal", 1.0, 0, **short, tested=True)
+        console.print(condition.name, compact(shortened(run(trial, few))))
     for name, method in METHODS.items():
-        trial = conditions.trial(CONDITIONS[0], name, (method.start or (0.01,))[0], 0, lr=0.01, epochs=1)
-        console.print(name, run(replace(trial, lr=0.01))["validation"])
+        trial = conditions.trial(CONDITIONS[0], name, (method.start or (0.01,))[0], 0, **short)
+        console.print(name, run(trial, few)["validation"])
 
 
 def report(folder: Path, console: Console) -> None:

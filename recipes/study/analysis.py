@@ -15,7 +15,9 @@ Results = list[dict[str, Any]]
 
 def where(results: Iterable[dict[str, Any]], **fields: Any) -> Results:
     """The trials with these fields."""
-    return [r for r in results if all(r[name] == value for name, value in fields.items())]
+    for name, value in fields.items():
+        results = [r for r in results if r[name] == value]
+    return [*results]
 
 
 def values_of(results: Results, name: str) -> list[float]:

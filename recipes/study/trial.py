@@ -26,6 +26,7 @@ from recipes.tasks.small import DEPTH, WIDTH
 FLATTENING = "flattening"  # the variant in which kappa is measured along the training
 KAPPA_EVERY = 5  # epochs
 EVALUATED = 500  # samples at a time
+DATA = Source(download=True)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def filled(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS, **result}
 
 
-def loop_of(trial: Trial) -> Loop:
+def loop_of(trial: Trial, source: Source = DATA) -> Loop:
     """The network with its optimizer, and the samples: noise hits all labels but the test's."""
     method, arguments = METHODS[trial.method], {"noise": trial.noise}
     if trial.task != "reviews":
@@ -89,14 +90,14 @@ def loop_of(trial: Trial) -> Loop:
         settings = {"lr": trial.lr, "weight_decay": trial.weight_decay}
         return make_optimizer(method, trial.value, model, trial.base, trial.seed, trial.every, **settings)
 
-    return Loop(task, Conditions(trial.seed, trial.epochs, trial.batch_size, Source(download=True)), make)
+    return Loop(task, Conditions(trial.seed, trial.epochs, trial.batch_size, source), make)
 
 
-def run(trial: Trial) -> dict[str, Any]:
+def run(trial: Trial, source: Source = DATA) -> dict[str, Any]:
     """Train as the trial says: its fields and what was measured; None for what is not a finite number."""
     begin = time.perf_counter()
     result: dict[str, Any] = {**asdict(trial), "validation": math.nan}
-    loop = loop_of(trial)
+    loop = loop_of(trial, source)
     try:
         for epoch, _ in loop.epochs():
             if trial.variant == FLATTENING and (epoch == 1 or epoch % KAPPA_EVERY == 0):

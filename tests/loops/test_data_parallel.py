@@ -108,8 +108,7 @@ if FSDP_RUNS:
 
 
 @processes(2)
-@pytest.mark.parametrize("style", ["calls backward", "regularize"])
-@pytest.mark.parametrize("what", COMPILED)
+@pytest.mark.parametrize(("what", "style"), crossed(COMPILED, ["calls backward", "regularize"], by=1))
 def test_compiled(what: str, style: str) -> None:
     wrap, layer = COMPILED[what]
     check_training(wrap, [layer], STYLES[style])

@@ -1,50 +1,91 @@
-"""The examples run as their page says, each as a program of its own, and learn what they are to learn."""
+"""The examples run, each in a process of its own, and learn what they are to learn.
+
+One is started as their page says; the others in processes that have imported torch already, with what
+torchrun would tell them.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import re
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.distributed import PRELOAD
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "recipes" / "examples"
-PYTHON = (sys.executable,)
-TORCHRUN = (*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def forked(name: str, *arguments: str, folder: Path, processes: int = 1) -> str:
+    """Run an example in so many processes; what the first prints."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group |= {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    command = [str(EXAMPLES / f"{name}.py"), *arguments]
+    outputs = [folder.parent / f"{folder.name}-{rank}" for rank in range(processes)]
+    members = [
+        context.Process(target=become, args=(command, folder, output, {**group, "RANK": str(rank)}))
+        for rank, output in enumerate(outputs)
+    ]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(300)
+        member.kill()  # one that hangs
+    errors = [output.with_suffix(".err").read_text() for output in outputs]
+    assert [member.exitcode for member in members] == [0] * processes, "\n".join(errors)
+    return outputs[0].with_suffix(".out").read_text()
 
 
-LEARNS = {  # example -> how it is started, and the test accuracy in per cent that it should reach
-    "plain_loop": (PYTHON, 75),  # SGD alone ends at 67
-    "with_lightning": (PYTHON, 90),
-    "fine_tune_bert": (PYTHON, 95),
-    "two_processes": (TORCHRUN, 90),
+def become(command: list[str], folder: Path, output: Path, environment: dict[str, str]) -> None:
+    """Run an example in this process, as a program is run."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    for stream, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+LEARNS = {  # example -> the test accuracy in per cent that it should reach
+    "plain_loop": 75,  # SGD alone ends at 67
+    "with_lightning": 90,
+    "fine_tune_bert": 95,
+    "two_processes": 90,
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNS)
 def test_learns(name: str, tmp_path: Path) -> None:
-    start, accuracy = LEARNS[name]
-    ran = run(*start, str(EXAMPLES / f"{name}.py"), folder=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    last = ran.stdout.splitlines()[-1]
-    assert float(re.findall(r"test accuracy ([\d.]+)%", last)[0]) > accuracy
-    assert "weights in all: False" not in ran.stdout
+    if name == "plain_loop":
+        command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+        path = os.pathsep.join([str(ROOT), *sys.path])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert ran.returncode == 0, ran.stderr
+        said = ran.stdout
+    else:
+        said = forked(name, folder=tmp_path, processes=2 if name == "two_processes" else 1)
+    (accuracy,) = re.findall(r"test accuracy ([\d.]+)%", said.splitlines()[-1])
+    assert float(accuracy) > LEARNS[name]
+    if name == "two_processes":
+        assert "2 processes, the same weights in all: True" in said
     assert not [*tmp_path.iterdir()]  # nothing is left behind
 
 
@@ -53,22 +94,23 @@ def test_learns(name: str, tmp_path: Path) -> None:
 def test_kappa_is_logged_and_drawn(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    ran = run(*PYTHON, str(EXAMPLES / "log_kappa.py"), "--out", "logs", folder=tmp_path)
-    assert ran.returncode == 0, ran.stderr
+    said = forked("log_kappa", "--out", "logs", folder=tmp_path)
     assert (tmp_path / "logs" / "kappa.png").stat().st_size > 5000
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     kappas = [event.value for event in events.Scalars("kappa")]
     assert len(kappas) == len(events.Scalars("loss")) == 60
     assert all(kappa > 0 for kappa in kappas)
-    assert f"kappa {kappas[-1]:.3f}" in ran.stdout
+    assert f"kappa {kappas[-1]:.3f}" in said
 
 
-def test_without_tensorboard_the_remedy_is_one_sentence(tmp_path: Path) -> None:
-    script = "import runpy, sys; sys.modules['tensorboard'] = None; runpy.run_path(sys.argv[1])"
-    ran = run(*PYTHON, "-c", script, str(EXAMPLES / "log_kappa.py"), folder=tmp_path)
-    assert ran.returncode == 1
-    assert ran.stderr == 'TensorBoard is not installed: pip install -e ".[examples]"\n'
+def test_without_tensorboard_the_remedy_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / "log_kappa.py"), run_name="__main__")
+    assert stopped.value.code == 'TensorBoard is not installed: pip install -e ".[examples]"'
 
 
 def test_the_page_names_every_example_and_each_is_of_one_page() -> None:

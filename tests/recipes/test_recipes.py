@@ -85,8 +85,7 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-HEAVY = {"cifar100"}  # EfficientNet-B7 is as large in a smoke test
-TRIED = {*TASKS} - HEAVY - {*conditions.TASKS} | {"diabetes", "reviews"}  # the study has tests of its own
+TRIED = {*TASKS} - {*conditions.TASKS} | {"diabetes", "reviews"}  # the study has tests of its own
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -120,15 +119,8 @@ def check_resume(task: str, optimizer: str, path: Path, monkeypatch: pytest.Monk
     assert not same(states[0]["model"], {name: 2 * value for name, value in states[0]["model"].items()})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", sorted(HEAVY))
-def test_heavy_task(task: str, tmp_path: Path) -> None:
-    run(tmp_path, task, "--optimizer", "fam")
-    (record,) = RunFolder(tmp_path / "smoke" / task / "fam" / "seed0").epochs()
-    assert record["kappa"] > 0
-
-
-def test_flatness_picture_lies_on_the_parabola(tmp_path: Path) -> None:
+def test_flatness_picture_lies_on_the_parabola(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flatness_picture, "STRENGTHS", flatness_picture.STRENGTHS[:3])
     run(tmp_path, "quickstart", "--optimizer", "sgd", "fam")
     folders = [str(tmp_path / "smoke" / "quickstart" / label / "seed0") for label in ("sgd", "fam")]
     flatness_picture.main([*folders, "--out", str(tmp_path), "--draws", "2"])
@@ -136,5 +128,5 @@ def test_flatness_picture_lies_on_the_parabola(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "flatness_picture.json").read_text())
     strengths = results["configuration"]["strengths"]
     for curve in results["runs"]:
-        extra, predicted = curve["extra_loss"][2], strengths[2] ** 2 / 2 * curve["kappa"]
-        assert abs(extra - predicted) < 10 * curve["standard_error"][2] + 0.01 * predicted
+        extra, predicted = curve["extra_loss"][-1], strengths[-1] ** 2 / 2 * curve["kappa"]
+        assert abs(extra - predicted) < 10 * curve["standard_error"][-1] + 0.01 * predicted
