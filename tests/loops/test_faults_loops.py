@@ -667,6 +667,27 @@ def test_gradients_assigned_by_hand_are_those_of_the_regularised_loss() -> None:
     fam.step()
 
 
+@pytest.mark.parametrize("settings", [{"mode": "proximal"}, {"lam": 0.0}, {}], ids=["proximal", "lam=0", ""])
+def test_a_closure_that_assigns_gradients_and_returns_the_loss_is_refused(settings: dict[str, Any]) -> None:
+    """It would be trained on twice."""
+    model = mlp()
+    fam = FAM(model.parameters(), torch.optim.SGD, model[0], lr=0.1, **settings)
+    parameters = list(model.parameters())
+
+    def closure(regularize: bool) -> Tensor | None:
+        loss = CE(model(X), Y)
+        if regularize:
+            loss = fam.regularize(loss)
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+            p.grad = g
+        return None if regularize else loss
+
+    with pytest.raises(RuntimeError, match=r"assigned gradients.*backpropagated once more"):
+        fam.step(lambda: closure(regularize=False))
+    fam.zero_grad()
+    fam.step(lambda: closure(regularize=True))
+
+
 def combined(fam: FAM, model: nn.Module, how: str) -> Tensor:
     a, b = CE(model(X), Y), CE(model(X + 1), Y)
     if how == "stacked":
