@@ -18,6 +18,7 @@ sampled outputs every 10 steps, Liu et al. 2024.
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from fam_optim.compilation import opaque
 from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
 from fam_optim.estimators.running_mean import RunningMean, shape_of_mean, stack
 from fam_optim.gradients import Ledger
-from fam_optim.layer.weights import weight_matrix
+from fam_optim.layer.weights import is_computed, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
 
@@ -78,9 +79,11 @@ class Proximal(Regularizer):
         self.means = RunningMean()
         self.last_kappa = None
         self._prepare()
+        self._layers = [weakref.ref(layer) for layer in layers]
 
     def _prepare(self) -> None:
         self.roots = StepRoots(self.weights, self.n_samples)
+        self._layers: list[weakref.ref[Any]] = []  # no copy or pickle holds a model
         self.forget()
 
     def forget(self) -> None:
@@ -130,6 +133,9 @@ class Proximal(Regularizer):
         """
         if not self.due:
             return
+        for layer in (layer() for layer in self._layers):
+            if is_computed(layer):
+                weight_matrix(layer)  # says why not
         if self.roots.only_pending:
             raise RuntimeError(
                 "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
