@@ -55,6 +55,7 @@ class Proximal(Regularizer):
     """
 
     _saved = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")
+    _layers: list[weakref.ref[Any]]  # which no copy or pickle holds
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Proximal(Regularizer):
 
     def _prepare(self) -> None:
         self.roots = StepRoots(self.weights, self.n_samples)
-        self._layers: list[weakref.ref[Any]] = []  # no copy or pickle holds a model
+        self._layers = []
         self.forget()
 
     def forget(self) -> None:
