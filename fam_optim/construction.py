@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 from fam_optim.flatness import Settings
 from fam_optim.penalty import Penalty
 from fam_optim.proximal import Proximal
+from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,6 +86,11 @@ def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) ->
         raise TypeError(
             "expected `base_optimizer` to make a torch.optim.Optimizer, got a "
             f"{type(base).__name__} from {base_optimizer!r}."
+        )
+    if isinstance(base, OptimizerWrapper):
+        raise TypeError(
+            f"expected `base_optimizer` to make a plain optimizer, got a {type(base).__name__}. One keeps "
+            "several layers flat: layer=[...]."
         )
     return base
 
