@@ -53,6 +53,11 @@ class WatchedClosure:
         zero_grad: Callable[[], None],
         trained: Callable[[], Iterable[Tensor]],
     ) -> None:
+        if not callable(closure):
+            raise TypeError(
+                f"expected a closure, a function that returns the loss, got a {type(closure).__name__}. With "
+                "a loss call optimizer.regularize(loss).backward() and optimizer.step()."
+            )
         self.closure, self.regularizer, self.check, self.zero_grad = closure, regularizer, check, zero_grad
         self.trained = trained
         self.evaluations = 0

@@ -65,9 +65,8 @@ class Proximal(Regularizer):
         n_samples: int,
         generator: torch.Generator | None,
     ) -> None:
-        for name, value in (("every", every), ("n_samples", n_samples)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"expected `{name}` to be a positive integer, got {value!r}.")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"expected `every` to be a positive integer, got {every!r}.")
         if not layers:
             raise ValueError(
                 "expected `layer` to name at least one layer, got an empty sequence: of a model with one "

@@ -84,8 +84,8 @@ def weight_matrix(layer: object) -> WeightMatrix:
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
     module: nn.Module = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
     outputs = _output_axis(module)
-    weight = module._parameters.get("weight")
-    if is_computed(module):
+    weight = None if outputs is None else module._parameters.get("weight")  # a scripted one has no get
+    if outputs is not None and is_computed(module):
         raise TypeError(
             f"mode='proximal' moves weights, and that of `layer` {name} is computed at every call (a "
             "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "

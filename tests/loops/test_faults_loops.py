@@ -1083,6 +1083,27 @@ ODD: dict[str, tuple[type[Exception], str, Callable[[nn.Sequential], Any]]] = {
         lambda m: observe(m[2].weight),
     ),
     "lam as text": (ValueError, "`lam` to be finite.*'0.1'", lambda m: fam_on(m, m[2], "0.1")),  # type: ignore[arg-type]
+    "lam in a list": (ValueError, r"`lam` to be finite.*\[0.1\]", lambda m: fam_on(m, m[2], [0.1])),  # type: ignore[arg-type]
+    "a list for a model": (
+        TypeError,
+        "`model` to be an nn.Module, got a list",
+        lambda m: FAM.for_model([m], torch.optim.SGD, lr=0.1),  # type: ignore[arg-type]
+    ),
+    "a seed for a generator": (
+        TypeError,
+        "`generator` to be a torch.Generator, got int",
+        lambda m: fam_on(m, m[2], mode="proximal", generator=0),
+    ),
+    "a scripted layer": (
+        TypeError,
+        "`layer` to be nn.Linear",
+        lambda m: fam_on(m, torch.jit.script(m[2]), mode="proximal"),
+    ),
+    "a loss for a closure": (
+        TypeError,
+        r"expected a closure.*got a Tensor.*optimizer.regularize\(loss\)",
+        lambda m: fam_on(m, m[2]).step(CE(m(X), Y)),  # type: ignore[arg-type]
+    ),
     "text for a switch": (TypeError, "True or False, got 'no'", lambda m: fam_on(m, m[2], normalize="no")),
     "a list for a measure": (ValueError, "`measure` to be one", lambda m: fam_on(m, m[2], measure=["a"])),
     "a complex layer": (
