@@ -20,7 +20,7 @@ from fam_optim.interception import BackwardInterception
 from fam_optim.penalty import Penalty, without_penalties
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch.autograd.graph import Node
 
@@ -35,6 +35,7 @@ class WatchedClosure:
         regularizer: what sees them.
         check: called after an evaluation: refuses gradients that no step may be made on.
         zero_grad: empties the gradients.
+        trained: the base optimizer's parameters.
 
     Attributes:
         evaluations: how often the base has evaluated it.
@@ -48,8 +49,15 @@ class WatchedClosure:
         *,
         check: Callable[[], None],
         zero_grad: Callable[[], None],
+        trained: Callable[[], Iterable[Tensor]],
     ) -> None:
+        if not callable(closure):
+            raise TypeError(
+                f"expected a closure, a function that returns the loss, got a {type(closure).__name__}. With "
+                "a loss call optimizer.regularize(loss).backward() and optimizer.step()."
+            )
         self.closure, self.regularizer, self.check, self.zero_grad = closure, regularizer, check, zero_grad
+        self.trained = trained
         self.evaluations = 0
         self.returned: Any = None
 
@@ -58,17 +66,29 @@ class WatchedClosure:
 
     def _evaluate(self) -> Any:
         self.evaluations += 1
+        before = [p.grad for p in self.trained()]
         with torch.enable_grad(), BackwardInterception(self._seen) as backward:
             result = self.closure()
         if backward.seen:
             self._check_seen()
         elif result is not None or not self._may_only_step():
             _check_returned(result)
+            self._check_left(before)
             if self.evaluations > 1:  # the base tries again, from gradients that are still the last try's
                 self.zero_grad()
             self._regularized(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
         self.check()
         return self._value(result)
+
+    def _check_left(self, before: list[Tensor | None]) -> None:
+        """Raises RuntimeError if the closure has made gradients without a backward that was seen."""
+        pairs = zip((p.grad for p in self.trained()), before, strict=True)
+        if any(g is not None and g is not old and bool(g.any()) for g, old in pairs):
+            raise RuntimeError(
+                "the closure assigned gradients and called no backward, and its loss would be backpropagated "
+                "once more. Expected it to leave gradients alone, to call loss.backward(), or to take them "
+                "of optimizer.regularize(loss) and return None."
+            )
 
     def _may_only_step(self) -> bool:
         return self.regularizer.given or not self.regularizer.lam  # Lightning's manual optimisation

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from fam_optim.flatness import Settings
 from fam_optim.penalty import Penalty
 from fam_optim.proximal import Proximal
+from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from torch import Tensor
 
     from fam_optim.regularizer import Regularizer
 
@@ -52,15 +53,17 @@ def build_regularizer(
             f"got {listed} with mode='proximal', which is neuronwise, with Gauss-Newton curvature that is "
             "held constant, and has no unit. Leave that out, or use mode='hutchinson'."
         )
+    Settings(**random)  # which checks them
     layers = layer if isinstance(layer, (list, tuple)) else (layer,)
     return Proximal(layers, lam, EVERY if every is None else every, **random)
 
 
-def checked_lam(lam: float) -> float:
+def checked_lam(lam: Any) -> float:
     """`lam`, if it is one."""
-    if isinstance(lam, (str, complex)) or not (math.isfinite(lam) and lam >= 0):
+    number = float(lam) if isinstance(lam, (Real, Tensor)) else math.nan
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"expected `lam` to be finite and at least 0, got {lam!r}.")
-    return float(lam)
+    return number
 
 
 def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -> Optimizer:
@@ -85,6 +88,11 @@ def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) ->
         raise TypeError(
             "expected `base_optimizer` to make a torch.optim.Optimizer, got a "
             f"{type(base).__name__} from {base_optimizer!r}."
+        )
+    if isinstance(base, OptimizerWrapper):
+        raise TypeError(
+            f"expected `base_optimizer` to make a plain optimizer, got a {type(base).__name__}. One keeps "
+            "several layers flat: layer=[...]."
         )
     return base
 

@@ -34,7 +34,11 @@ class Ledger:
     """
 
     def __init__(
-        self, named_weights: Sequence[tuple[str, list[Tensor]]], trained: Iterable[Tensor], sound: bool = False
+        self,
+        named_weights: Sequence[tuple[str, list[Tensor]]],
+        trained: Iterable[Tensor],
+        *,
+        sound: bool = False,
     ) -> None:
         self._names = ", ".join(name for name, _ in named_weights)
         self._trained = list(trained)
@@ -74,11 +78,11 @@ class Ledger:
             raise RuntimeError(
                 f"gradients that are there already (`layer` {self._names}) are of a loss that was not "
                 "regularised, so that its part of kappa is missing. Backpropagate what "
-                "optimizer.regularize(loss) returned, for every loss and micro-batch of a step, and terms that "
-                "it does not take added to that (in Lightning: `return self.optimizers().regularize(loss)` in "
-                "training_step). If they are left from training without FAM, call optimizer.zero_grad() first. "
-                "In a loop written for SAM, leave out the backward before the step, or call "
-                "optimizer.zero_grad() in the closure."
+                "optimizer.regularize(loss) returned, for every loss and micro-batch of a step, with terms "
+                "that it does not take added to that (in Lightning: `return "
+                "self.optimizers().regularize(loss)` in training_step). If they are left from training "
+                "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
+                "backward before the step, or call optimizer.zero_grad() in the closure."
             )
 
     def is_empty(self) -> bool:

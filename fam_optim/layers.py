@@ -38,6 +38,8 @@ def weight_layers(model: nn.Module) -> list[nn.Module | nn.Parameter]:
 
 def named_weight_layers(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
     """The same by their names in the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected `model` to be an nn.Module, got a {type(model).__name__}.")
     found: dict[str, nn.Module | nn.Parameter] = {}
     first: dict[int, str] = {}
     inside: set[int] = set()

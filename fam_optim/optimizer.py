@@ -232,7 +232,8 @@ class FAM(OptimizerWrapper):
         """
         if closure is None:
             return self._step_on_gradients()
-        evaluated = watched(closure, self.regularizer, check=self._check, zero_grad=self.zero_grad)
+        functions = {"check": self._check, "zero_grad": self.zero_grad, "trained": self._parameters}
+        evaluated = watched(closure, self.regularizer, **functions)
         backup = Backup(self) if self._may_reevaluate() else None
         self.regularizer.before_step()
         try:

@@ -18,6 +18,7 @@ sampled outputs every 10 steps, Liu et al. 2024.
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from fam_optim.compilation import opaque
 from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
 from fam_optim.estimators.running_mean import RunningMean, shape_of_mean, stack
 from fam_optim.gradients import Ledger
-from fam_optim.layer.weights import weight_matrix
+from fam_optim.layer.weights import is_computed, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
 
@@ -54,6 +55,7 @@ class Proximal(Regularizer):
     """
 
     _saved = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")
+    _layers: list[weakref.ref[Any]]  # which no copy or pickle holds
 
     def __init__(
         self,
@@ -63,9 +65,8 @@ class Proximal(Regularizer):
         n_samples: int,
         generator: torch.Generator | None,
     ) -> None:
-        for name, value in (("every", every), ("n_samples", n_samples)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"expected `{name}` to be a positive integer, got {value!r}.")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"expected `every` to be a positive integer, got {every!r}.")
         if not layers:
             raise ValueError(
                 "expected `layer` to name at least one layer, got an empty sequence: of a model with one "
@@ -78,9 +79,11 @@ class Proximal(Regularizer):
         self.means = RunningMean()
         self.last_kappa = None
         self._prepare()
+        self._layers = [weakref.ref(layer) for layer in layers]
 
     def _prepare(self) -> None:
         self.roots = StepRoots(self.weights, self.n_samples)
+        self._layers = []
         self.forget()
 
     def forget(self) -> None:
@@ -130,6 +133,9 @@ class Proximal(Regularizer):
         """
         if not self.due:
             return
+        for layer in (layer() for layer in self._layers):
+            if is_computed(layer):
+                weight_matrix(layer)  # says why not
         if self.roots.only_pending:
             raise RuntimeError(
                 "the loss that was given to regularize() was not backpropagated. Backpropagate what it "

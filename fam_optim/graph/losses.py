@@ -237,8 +237,7 @@ def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
     b = o.sigmoid() * (-o).sigmoid()  # p (1 - p), which does not round to 0 where p rounds to 1
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
-    if weight is not None:
-        b = b * weight
+    b = b if weight is None else b * weight
     return DiagonalOutput(node, b * _per_entry(node, loss, b, differentiable), {0: 1.0})
 
 
@@ -260,16 +259,15 @@ def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
 
 def _twice(node: Node, position: int) -> Tensor:
     """2 for every entry of an operand."""
-    below, output = node.next_functions[position]
-    assert below is not None
-    made = nodes.results(below)[output]
+    edge = _operand(node, position)
+    made = nodes.results(edge.node)[edge.output_nr]
     dtype = torch.promote_types(made.dtype, torch.float32)
     return torch.full(tuple(made.shape), 2.0, dtype=dtype, device=made.device)
 
 
 def _measures_distance(edge: tuple[Node | None, int], path: frozenset[Node]) -> bool:
-    """Whether a loss, a norm or a distance was only added to, scaled, moved, or clipped on its way to `edge`:
-    whose square is then no squared error of the network's outputs. (A product with a trained matrix is.)"""
+    """Whether what comes to `edge` is a loss, a norm or a distance, added to, scaled, moved, clipped, or a
+    function of it: its square is no squared error of the network's outputs. (Of a trained product it is.)"""
     stack, seen = [edge[0]], {None, edge[0]}
     while stack:
         node = stack.pop()
@@ -280,7 +278,9 @@ def _measures_distance(edge: tuple[Node | None, int], path: frozenset[Node]) -> 
         on_path = [i for i, (below, _) in enumerate(node.next_functions) if below in path]
         operands = {below for below, _ in node.next_functions} - {None}
         by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
-        if kind in operations.CLIPS or (operations.is_linear(kind, on_path) and not by_weight):
+        unary = len(operands) == 1 or kind in ("Maximum", "Minimum")
+        function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # which makes p of log p
+        if function or (operations.is_linear(kind, on_path) and not by_weight):
             stack += (operands & path) - seen
             seen |= operands
     return False

@@ -54,8 +54,6 @@ DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgV
 DISTANCES |= _kinds("CdistForward EuclideanDist")
 """What says how far something is off: a loss, a norm or a distance, or the last step of one written out."""
 
-CLIPS = _kinds("Relu Clamp ClampMin ClampMax Threshold Hardtanh LeakyRelu Maximum Minimum")
-
 
 def is_linear(kind: str, positions: Sequence[int]) -> bool:
     """Whether an operation is linear in its operands at `positions` together, the others being fixed."""

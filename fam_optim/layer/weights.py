@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fam_optim.layer.convolution import TRANSPOSED
 from fam_optim.layer.use import at_least_float32, describe, is_sharded
@@ -85,9 +84,8 @@ def weight_matrix(layer: object) -> WeightMatrix:
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
     module: nn.Module = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
     outputs = _output_axis(module)
-    weight = module._parameters.get("weight")
-    computed = weight is None and hasattr(module, "weight")
-    if computed or parametrize.is_parametrized(module, "weight"):
+    weight = None if outputs is None else module._parameters.get("weight")  # a scripted one has no get
+    if outputs is not None and is_computed(module):
         raise TypeError(
             f"mode='proximal' moves weights, and that of `layer` {name} is computed at every call (a "
             "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "
@@ -103,6 +101,13 @@ def weight_matrix(layer: object) -> WeightMatrix:
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
     return _checked(WeightMatrix(weight, name, outputs, groups), weight, name)
+
+
+def is_computed(layer: object) -> bool:
+    """Whether a module's weight is computed at every call."""
+    module: Any = getattr(layer, "_orig_mod", layer)
+    plain = not isinstance(layer, nn.Module) or module._parameters.get("weight") is not None
+    return not plain and hasattr(module, "weight")
 
 
 def _output_axis(module: nn.Module) -> int | None:

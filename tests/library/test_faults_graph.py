@@ -423,6 +423,8 @@ NO_OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "of absolute values": lambda z: (z - T).abs().sum(1).square().mean(),
     "of a mean square": lambda z: ((z - T) ** 2).mean() ** 2,
     "of a loss": lambda z: CE(z, Y).square(),
+    "of a bounded norm": lambda z: z.norm(dim=1).sigmoid().square().mean(),
+    "of a loss's logarithm": lambda z: CE(z, Y).log().square(),
     "squared error of a norm": lambda z: F.mse_loss(z.norm(dim=1), T[:, 0].to(z)),
     "squared error of a loss": lambda z: F.mse_loss(CE(z, Y, reduction="none"), T[:, 0].to(z)),
     "learned exponent": lambda z: ((z - 1).abs() ** torch.tensor(2.0, requires_grad=True).to(z)).mean(),

@@ -667,6 +667,27 @@ def test_gradients_assigned_by_hand_are_those_of_the_regularised_loss() -> None:
     fam.step()
 
 
+@pytest.mark.parametrize("settings", [{"mode": "proximal"}, {"lam": 0.0}, {}], ids=["proximal", "lam=0", ""])
+def test_a_closure_that_assigns_gradients_and_returns_the_loss_is_refused(settings: dict[str, Any]) -> None:
+    """It would be trained on twice."""
+    model = mlp()
+    fam = FAM(model.parameters(), torch.optim.SGD, model[0], lr=0.1, **settings)
+    parameters = list(model.parameters())
+
+    def closure(regularize: bool) -> Tensor | None:
+        loss = CE(model(X), Y)
+        if regularize:
+            loss = fam.regularize(loss)
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+            p.grad = g
+        return None if regularize else loss
+
+    with pytest.raises(RuntimeError, match=r"assigned gradients.*backpropagated once more"):
+        fam.step(lambda: closure(regularize=False))
+    fam.zero_grad()
+    fam.step(lambda: closure(regularize=True))
+
+
 def combined(fam: FAM, model: nn.Module, how: str) -> Tensor:
     a, b = CE(model(X), Y), CE(model(X + 1), Y)
     if how == "stacked":
@@ -1043,6 +1064,11 @@ def nested(x: Tensor) -> Tensor:
 
 C = nn.Linear(4, 3, dtype=torch.complex128)
 ODD: dict[str, tuple[type[Exception], str, Callable[[nn.Sequential], Any]]] = {
+    "FAM around FAM": (
+        TypeError,
+        r"a plain optimizer, got a FAM.*layer=\[",
+        lambda m: FAM(m.parameters(), lambda p: fam_on(m, m[2]), m[0]),
+    ),
     "a number for a loss": (TypeError, "scalar tensor, got float", lambda m: fam_on(m, m[2]).regularize(1.0)),
     "a dict": (TypeError, "scalar tensor, got dict", lambda m: fam_on(m, m[2]).regularize({"loss": 1})),
     "a complex loss": (
@@ -1057,6 +1083,27 @@ ODD: dict[str, tuple[type[Exception], str, Callable[[nn.Sequential], Any]]] = {
         lambda m: observe(m[2].weight),
     ),
     "lam as text": (ValueError, "`lam` to be finite.*'0.1'", lambda m: fam_on(m, m[2], "0.1")),  # type: ignore[arg-type]
+    "lam in a list": (ValueError, r"`lam` to be finite.*\[0.1\]", lambda m: fam_on(m, m[2], [0.1])),  # type: ignore[arg-type]
+    "a list for a model": (
+        TypeError,
+        "`model` to be an nn.Module, got a list",
+        lambda m: FAM.for_model([m], torch.optim.SGD, lr=0.1),  # type: ignore[arg-type]
+    ),
+    "a seed for a generator": (
+        TypeError,
+        "`generator` to be a torch.Generator, got int",
+        lambda m: fam_on(m, m[2], mode="proximal", generator=0),
+    ),
+    "a scripted layer": (
+        TypeError,
+        "`layer` to be nn.Linear",
+        lambda m: fam_on(m, torch.jit.script(m[2]), mode="proximal"),
+    ),
+    "a loss for a closure": (
+        TypeError,
+        r"expected a closure.*got a Tensor.*optimizer.regularize\(loss\)",
+        lambda m: fam_on(m, m[2]).step(CE(m(X), Y)),  # type: ignore[arg-type]
+    ),
     "text for a switch": (TypeError, "True or False, got 'no'", lambda m: fam_on(m, m[2], normalize="no")),
     "a list for a measure": (ValueError, "`measure` to be one", lambda m: fam_on(m, m[2], measure=["a"])),
     "a complex layer": (

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import FAM, weight_layers
@@ -399,6 +400,25 @@ def test_parameters_that_were_replaced_are_told() -> None:
     model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
     with pytest.warns(UserWarning, match=r"no parameter of this optimizer has a gradient.*assign=True"):
         trained(model, optimizer, 1)
+
+
+COMPUTED: dict[str, Callable[[Any], object]] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_weights_that_come_to_be_computed_are_refused(how: str) -> None:
+    model = net()
+    optimizer = fam(model, every=2)
+    COMPUTED[how](model[0])
+    optimizer.regularize(loss_of(model, 0)).backward()
+    optimizer.step()
+    optimizer.regularize(loss_of(model, 1)).backward()
+    with pytest.raises(TypeError, match="is computed at every call"):
+        optimizer.step()
 
 
 def test_no_layers_are_refused() -> None:
