@@ -7,7 +7,7 @@ both      ->  <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -154,7 +154,9 @@ def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     """The kappas of the layers at whose outputs the tails, of one loss, end."""
     # Autocast would round the probes and squares, whose small differences are what kappa is made of.
-    precision = torch.autocast(tails[0].loss.device.type, enabled=False)
+    device = tails[0].loss.device.type
+    is_cast = torch.is_autocast_enabled(device)
+    precision = torch.autocast(device, enabled=False) if is_cast else nullcontext()
     with torch.enable_grad(), precision, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
             return _gauss_newton(tails, settings)

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 @contextmanager
 def local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
     """Derivatives of the tails' losses taken in this context start no communication of gradients."""
-    with unsunk(path_of(tails) if _in_process_group() else ()), _gathered(tails):
+    if not _in_process_group():
+        yield
+        return
+    with unsunk(path_of(tails)), _gathered(tails):
         yield
 
 

@@ -48,5 +48,7 @@ def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
         if head.scaled:
             norms = norms * to_softmax(head, ones)
     a = head.output.weights().flatten() * (norms if differentiable else norms.detach()).flatten()
-    rows = head.output.log_p.movedim(head.output.dim, -1)
-    return factor.variance(rows.reshape(-1, rows.shape[-1]), a)
+    log_p, dim = head.output.log_p, head.output.dim
+    # The tensor itself where it is a matrix already, since a view is a node of the graph.
+    rows = log_p if dim == log_p.dim() - 1 else log_p.movedim(dim, -1)
+    return factor.variance(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), a)
