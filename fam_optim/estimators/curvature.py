@@ -77,9 +77,9 @@ class Curvature:
         """``u = lin(phi; matrix)`` for every use: where W moving along `matrix` ``(d, m)`` moves z."""
         return [use.lift(matrix) for use in self.uses]
 
-    def hvp(self, directions: Sequence[Tensor], *, batched: bool = False) -> list[Tensor]:
-        """``Hess_z(L) u`` for one direction u, or for several along a first axis, if `batched`."""
-        pulled = self._pull(self.gradient, directions, create_graph=self.differentiable, batched=batched)
+    def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
+        """``Hess_z(L) u`` for one direction u."""
+        pulled = self._pull(self.gradient, directions, create_graph=self.differentiable)
         return [p / self._scale for p in pulled] if self.half else pulled
 
     def times(self, matrix: Tensor) -> Tensor:
@@ -110,12 +110,7 @@ class Curvature:
         return inner(list(map(doubled, lifted)), self.hvp([u.detach() for u in lifted]))
 
     def _pull(
-        self,
-        outputs: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        *,
-        create_graph: bool,
-        batched: bool = False,
+        self, outputs: Sequence[Tensor], weights: Sequence[Tensor], *, create_graph: bool
     ) -> list[Tensor]:
         """Gradient of ``<outputs, weights>`` in z; zero where it does not depend on z."""
         attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
@@ -137,13 +132,9 @@ class Curvature:
                     create_graph=create_graph,
                     retain_graph=True,
                     allow_unused=True,
-                    is_grads_batched=batched,
                 )
-        batch = weights[0].shape[:1] if batched else ()
         return [
-            use.matrix().new_zeros((*batch, *use.shape))
-            if p is None
-            else at_least_float32(p).reshape((*batch, *use.shape))
+            use.matrix().new_zeros(use.shape) if p is None else at_least_float32(p).reshape(use.shape)
             for p, use in zip(found, self.uses, strict=True)
         ]
 

@@ -21,7 +21,6 @@ import torch
 
 from fam_optim.estimators.curvature import inner
 from fam_optim.estimators.rows import find_grouping
-from fam_optim.graph import errors, nodes
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ MAX_PRODUCTS = 1024
 
 MANY_PRODUCTS = 50
 """More than this are worth a word: of the ways to regularise this layer exact is the slowest."""
-
-BATCHED = 1 << 18
-"""Numbers in the directions that are multiplied with the Hessian at a time: many small products are slow."""
 
 
 def exact(curvature: Curvature, factor: Factor) -> Tensor:
@@ -89,34 +85,14 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
 
 def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor:
     """``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups at once."""
-    u, v = (columns.T for columns in factor.pairs())
-    # torch's derivatives in several directions at a time are right of all operations that keep groups apart,
-    # but in torch 2.6 of GroupNorm. Of some others (cdist) they have been wrong.
-    known = grouping.groups > 1 and all(nodes.kind(n) != "NativeGroupNorm" for n in curvature.tail.path)
-    numbers = sum(g.numel() for g in curvature.gradient)
-    many = max(1, BATCHED // max(1, numbers)) if known else 1
     phi = grouping.gather([use.rows() for use in grouping.uses])
     total = curvature.gradient[0].new_zeros(())
+    directions = list(zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True))
     for position in range(grouping.size):
-        products = (phi @ phi[:, position, :, None]).squeeze(-1)
-        for left, right in zip(torch.split(u, many), torch.split(v, many), strict=True):
-            at = right.new_zeros(len(right), grouping.groups, grouping.size, right.shape[1])
-            at[:, :, position] = right[:, None]
-            by_row = products[None, :, :, None] * left[:, None, None]
-            total = total + _along(curvature, grouping, by_row, at)
+        products = phi @ phi[:, position, :, None]
+        for u, v in directions:
+            at = v.new_zeros(grouping.groups, grouping.size, len(v))
+            at[:, position] = v
+            moved = curvature.hvp(grouping.scatter(at))
+            total = total + inner(grouping.scatter(products * u), moved)
     return total
-
-
-def _along(curvature: Curvature, grouping: Grouping, left: Tensor, right: Tensor) -> Tensor:
-    """``sum_k <left_k, Hess_z right_k>`` of rows in groups ``(k, groups, size, d)``."""
-    if len(right) > 1:
-        at_left, at_right = (
-            [torch.stack(p) for p in zip(*map(grouping.scatter, t), strict=True)] for t in (left, right)
-        )
-        try:
-            return inner(at_left, curvature.hvp(at_right, batched=True))
-        except RuntimeError as error:  # some operations cannot: DDP's function around a model, say
-            if errors.is_out_of_memory(error):
-                raise
-    pairs = zip(map(grouping.scatter, left), map(grouping.scatter, right), strict=True)
-    return torch.stack([inner(one, curvature.hvp(other)) for one, other in pairs]).sum()
