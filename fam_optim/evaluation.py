@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +67,7 @@ def dataset_relative_flatness(
         measure, mode, normalize, n_samples, generator, detach_hessian=True, curvature=curvature
     )
     layers = as_layers(named(model, layer))
-    values = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
+    values, _ = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
     return values if isinstance(layer, (list, tuple)) else values[0]
 
 
@@ -113,13 +112,11 @@ def layer_flatness(
     """
     found = named_weight_layers(model)
     layers = as_layers(list(found.values()))
-    used: set[int] = set()
-    settings = Settings(measure, "hutchinson", normalize, n_samples, None, True, "gauss_newton")
-    device = _device(layers)
-    settings = replace(settings, generator=torch.Generator(device).manual_seed(seed))
-    values = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples, used)
+    generator = torch.Generator(_device(layers)).manual_seed(seed)
+    settings = Settings(measure, "hutchinson", normalize, n_samples, generator, True, "gauss_newton")
+    values, used = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
     kappas = zip(found, values.tolist(), strict=True)
-    return LayerFlatness((name, kappa) for i, (name, kappa) in enumerate(kappas) if i in used)
+    return LayerFlatness(pair for number, pair in enumerate(kappas) if number in used)
 
 
 def _over_batches(
@@ -129,13 +126,12 @@ def _over_batches(
     loader: Iterable[tuple[Any, Any]],
     settings: Settings,
     weight: Callable[[Any, Any], float],
-    used: set[int] | None = None,
-) -> Tensor:
-    """The layers' kappas ``(layers,)``; `used` collects the numbers of those that a batch depends on."""
+) -> tuple[Tensor, set[int]]:
+    """The layers' kappas ``(layers,)``, and the numbers of those that a batch depends on."""
     for layer in layers:
         check_mode(layer, settings)
     device = _device(layers)
-    total, count = torch.zeros(len(layers), device=device), 0.0
+    total, count, used = torch.zeros(len(layers), device=device), 0.0, set[int]()
     with _observed_in_eval_mode(model, layers):
         for batch in loader:
             inputs, targets = (_to(part, device) for part in _pair(batch))
@@ -155,30 +151,28 @@ def _over_batches(
             for number, kappa in zip(tails, each_flatness(list(tails.values()), settings), strict=True):
                 total = total.to(torch.promote_types(total.dtype, kappa.dtype))
                 total[number] += kappa.detach() * size
-            if used is not None:
-                used.update(tails)
+            used.update(tails)
             count += size
     if count == 0:
         raise ValueError("expected `loader` to yield at least one batch of samples, got none.")
-    return total / count
+    return total / count, used
 
 
 @contextmanager
 def _observed_in_eval_mode(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """Puts the model in eval mode and records its layers' calls; afterwards all is as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    observed = [layer for layer in layers if isinstance(layer, Observation)]
     frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
     try:
         model.eval()
         for parameter in frozen:  # or the graph would not show it
             parameter.requires_grad_()
-        for layer in observed:
-            layer.start()
-        yield
+        with ExitStack() as recording:
+            for layer in layers:
+                if isinstance(layer, Observation):
+                    recording.enter_context(layer)
+            yield
     finally:
-        for layer in observed:
-            layer.stop()
         for parameter in frozen:
             parameter.requires_grad_(False)
         for module, training in modes:
@@ -187,8 +181,8 @@ def _observed_in_eval_mode(model: nn.Module, layers: Sequence[Layer]) -> Iterato
 
 def _pair(batch: Any) -> tuple[Any, Any]:
     """Inputs and targets."""
-    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-        length = f" of length {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+    length = f" of length {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+    if length != " of length 2":
         raise TypeError(
             f"expected `loader` to yield pairs (inputs, targets), got a {type(batch).__name__}{length}. Pass "
             "a generator that makes them: ((batch['x'], batch['y']) for batch in loader)."
@@ -215,9 +209,9 @@ def _samples(inputs: Any, targets: Any) -> int:
 def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
         return batch if batch.dim() else None
-    items = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    )
+    if not isinstance(batch, (Mapping, list, tuple)):
+        return None
+    items = batch.values() if isinstance(batch, Mapping) else batch
     return next((found for item in items if (found := _first_tensor(item)) is not None), None)
 
 
@@ -226,6 +220,6 @@ def _to(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):  # such as a tokenizer's input_ids and attention_mask
         return {name: _to(item, device) for name, item in batch.items()}
-    if isinstance(batch, (list, tuple)) and type(batch) in (list, tuple):
+    if type(batch) in (list, tuple):
         return type(batch)(_to(item, device) for item in batch)
     return batch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from fam_optim.parallel import lasting, local_derivatives
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     Layer = Observation | nn.Parameter
     Layers = Layer | Sequence[Layer]
@@ -53,12 +52,11 @@ class Settings:
     curvature: str = "hessian"
 
     def __post_init__(self) -> None:
-        if self.measure not in list(MEASURES):
-            raise ValueError(f"expected `measure` to be one of {sorted(MEASURES)}, got {self.measure!r}.")
-        if self.mode not in MODES:
-            raise ValueError(f"expected `mode` to be one of {list(MODES)}, got {self.mode!r}.")
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"expected `curvature` to be one of {list(CURVATURES)}, got {self.curvature!r}.")
+        for name, known in (("measure", MEASURES), ("mode", MODES), ("curvature", CURVATURES)):
+            if getattr(self, name) not in list(known):
+                raise ValueError(
+                    f"expected `{name}` to be one of {list(known)}, got {getattr(self, name)!r}."
+                )
         for name in ("normalize", "detach_hessian"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected `{name}` to be True or False, got {getattr(self, name)!r}.")
@@ -128,32 +126,18 @@ def relative_flatness(
     Source: Petzka et al. 2021, definition 3 (kappa); Adilova et al. 2023, sections 1 and 3.2.
     """
     settings = Settings(measure, mode, normalize, n_samples, generator, curvature=curvature)
-    layers = _observed_layers(layer)
-    for one in layers:
-        check_mode(one, settings)
-    return tails_flatness(list(used_tails(loss, layers).values()), settings)
-
-
-def _observed_layers(layer: Layers) -> tuple[Layer, ...]:
-    """What was passed to `relative_flatness`, as a tuple.
-
-    Raises:
-        TypeError: if it is neither an observation nor a parameter, nor a sequence of these.
-    """
     layers = tuple(layer) if isinstance(layer, (list, tuple)) else (layer,)
-    for one in layers:
-        if isinstance(one, nn.Module):
-            raise TypeError(
-                f"expected `layer` to be an observation, got the module {describe(one)}. Run the forward "
-                "inside `with observe(module) as layer:` and pass that."
-            )
-        if not isinstance(one, (Observation, Tensor)):
-            raise TypeError(
-                f"expected `layer` to be an observation or an nn.Parameter, got {type(one).__name__}."
-            )
     if not layers:
         raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
-    return distinct(layers)
+    for one in layers:
+        if not isinstance(one, (Observation, Tensor)):
+            got = f"the module {describe(one)}" if isinstance(one, nn.Module) else type(one).__name__
+            raise TypeError(
+                f"expected `layer` to be an observation or an nn.Parameter, got {got}. Run the forward "
+                "inside `with observe(module) as layer:` and pass that."
+            )
+        check_mode(one, settings)
+    return tails_flatness(list(used_tails(loss, distinct(layers)).values()), settings)
 
 
 def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
@@ -169,7 +153,10 @@ def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
 
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     """The kappas of the layers at whose outputs the tails, of one loss, end."""
-    precision = _without_autocast(tails[0].loss.device.type)
+    # Autocast would round the probes and squares, whose small differences are what kappa is made of.
+    device = tails[0].loss.device.type
+    is_cast = torch.is_autocast_enabled(device)
+    precision = torch.autocast(device, enabled=False) if is_cast else nullcontext()
     with torch.enable_grad(), precision, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
             return _gauss_newton(tails, settings)
@@ -179,20 +166,15 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
 @contextmanager
 def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
     """Derivatives in a weight do not pass the user's hooks on its gradient (which freeze rows, say)."""
-    hooks = [h for tail in tails if (h := tail.uses[0].weight._backward_hooks)]
-    kept = [dict(h) for h in hooks]
+    hooks = [tail.uses[0].weight._backward_hooks or {} for tail in tails]
+    kept = [dict(of_one) for of_one in hooks]
     try:
-        for h in hooks:
-            h.clear()
+        for of_one in hooks:
+            of_one.clear()
         yield
     finally:
-        for h, before in zip(hooks, kept, strict=True):
-            h.update(before)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast would round the probes and squares, whose small differences are what kappa is made of."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        for of_one, before in zip(hooks, kept, strict=True):
+            of_one.update(before)
 
 
 def check_mode(layer: object, settings: Settings) -> None:
@@ -214,11 +196,12 @@ def _flatness(tail: Tail, settings: Settings) -> Tensor:
         curvature = Curvature(tail, differentiable=differentiable)
         if settings.mode == "full":
             kappa = full(curvature, factor)
-        elif settings.mode == "exact":
-            kappa = errors.once_differentiable(exact(curvature, factor))
         else:
-            drawn = hutchinson(curvature, factor, settings.n_samples, settings.generator)
-            kappa = errors.once_differentiable(drawn)
+            kappa = errors.once_differentiable(
+                exact(curvature, factor)
+                if settings.mode == "exact"
+                else hutchinson(curvature, factor, settings.n_samples, settings.generator)
+            )
     if settings.normalize:
         kappa = kappa / tail.uses[0].m
     why = errors.undifferentiable(tail.path) if differentiable else None
@@ -234,27 +217,25 @@ def _gauss_newton(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
         n_samples=settings.n_samples,
         generator=settings.generator,
     )
-    scales = [tail.uses[0].m if settings.normalize else 1 for tail in tails]
-    return [errors.once_differentiable(value / m) for value, m in zip(values, scales, strict=True)]
+    if settings.normalize:
+        values = [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
+    return list(map(errors.once_differentiable, values))
 
 
 def _matrix(tail: Tail) -> Tensor:
-    """W, one for all calls, in no lower precision than the loss."""
-    first = tail.uses[0]
-    computed = [use.weight for use in tail.uses if use.weight is not first.weight]
-    if computed:  # afresh at every call: by weight_norm, pruning, functional_call, ...
-        _check_one_weight(first.weight, computed)
-    matrix = first.matrix()
-    return lasting(matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype)))
+    """W, one for all calls, in no lower precision than the loss.
 
-
-def _check_one_weight(weight: Tensor, others: Sequence[Tensor]) -> None:
-    """Raises RuntimeError unless all are computed alike from the same parameters, to the same numbers."""
-    alike = all(calls.computed_alike(weight, other) for other in others)
-    if not (alike and all(torch.equal(weight, other) for other in others)):
+    Raises:
+        RuntimeError: unless all calls computed it alike, from the same parameters to the same numbers.
+    """
+    first = tail.uses[0].weight
+    others = [use.weight for use in tail.uses if use.weight is not first]
+    if not all(calls.computed_alike(first, w) and torch.equal(first, w) for w in others):
         raise RuntimeError(
             "the calls of the layer that the loss depends on were made with different weights "
             "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "
             "takes any), and kappa is of one weight. Call the layer once, on the concatenated inputs, or "
             "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
         )
+    matrix = tail.uses[0].matrix()
+    return lasting(matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype)))

@@ -13,7 +13,7 @@ import gc
 import math
 import sys
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from fam_optim.graph.trace import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -34,20 +33,18 @@ if TYPE_CHECKING:
     from fam_optim.graph.trace import Tail
 
 
-def local_derivatives(tails: Sequence[Tail]) -> AbstractContextManager[None]:
+@contextmanager
+def local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
     """Derivatives of the tails' losses taken in this context start no communication of gradients."""
-    return _local_derivatives(tails) if _in_process_group() else nullcontext()
+    if not _in_process_group():
+        yield
+        return
+    with unsunk(path_of(tails)), _gathered(tails):
+        yield
 
 
 def _in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-@contextmanager
-def _local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
-    known("torch.nn.parallel.distributed", nodes.DDP_SINK)
-    with unsunk(path_of(tails)), _gathered(tails):
-        yield
 
 
 def known(owner: Any, name: str) -> Any:
@@ -69,15 +66,18 @@ def known(owner: Any, name: str) -> Any:
 def unsunk(path: Iterable[Node]) -> Iterator[None]:
     """DDP with static_graph reduces all gradients when the first backward through its sink ends, and so
     would reduce, once and for all, those of a derivative inside kappa."""
-    sinks: list[Any] = [node for node in path if nodes.kind(node) == nodes.DDP_SINK]
+    sinks: list[Any] = []
+    if _in_process_group():
+        known("torch.nn.parallel.distributed", nodes.DDP_SINK)
+        sinks = [node for node in path if nodes.kind(node) == nodes.DDP_SINK]
     static = [ddp for ddp in {node.ddp_weakref() for node in sinks} if ddp.static_graph]
-    before = [ddp._static_graph_delay_allreduce_enqueued for ddp in static]
+    before = [(ddp, ddp._static_graph_delay_allreduce_enqueued) for ddp in static]
     for ddp in static:
         ddp._static_graph_delay_allreduce_enqueued = True
     try:
         yield
     finally:
-        for ddp, enqueued in zip(static, before, strict=True):
+        for ddp, enqueued in before:
             ddp._static_graph_delay_allreduce_enqueued = enqueued
 
 
@@ -89,7 +89,7 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
     runs before that of the forward, whose hooks would gather them. The layer's weight is the gathered leaf
     that its forward used, so its gradient joins the loss's there and is averaged with it, once.
     """
-    groups = _fsdp_groups(tails)
+    groups = _fsdp_groups()
     for group in groups:
         known(type(group), "post_backward")
         group.post_backward = lambda *unused: None  # hides the method of the class, for this group alone
@@ -105,44 +105,20 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
 
 def lasting(weight: Tensor) -> Tensor:
     """`weight`, and with FSDP2 a copy: another forward's backward may free it before kappa's is done."""
-    return weight.clone() if _fsdp_states() else weight
+    return weight.clone() if _fsdp_groups() else weight
 
 
-def _fsdp_groups(tails: Sequence[Tail]) -> list[Any]:
-    """The groups of sharded weights of the models that the tails belong to: those whose modules contain the
-    layer, and those that a derivative in the tail enters."""
-    entered = [
-        node.param_group  # type: ignore[attr-defined]
-        for node in path_of(tails)
-        if nodes.is_function(node) and nodes.kind(node) == f"function {nodes.FSDP_POST_BACKWARD}"
-    ]
-    models: dict[int, Any] = {}
-    for module, state in _fsdp_states():
-        if id(state._state_ctx) in models:
-            continue
-        parts = (*module.modules(), *module.parameters())
-        inside = any(part is tail.layer for tail in tails for part in parts)
-        if inside or any(group is e for group in _groups_of(state) for e in entered):
-            models[id(state._state_ctx)] = state._state_ctx
-    return [group for model in models.values() for state in model.all_states for group in _groups_of(state)]
-
-
-def _fsdp_states() -> list[tuple[Any, Any]]:
-    """The modules that FSDP2 shards, and what it keeps of each; none where FSDP2 cannot be in use."""
-    if not _in_process_group():  # imported it may be all the same, by a framework
-        return []
+def _fsdp_groups() -> list[Any]:
+    """All groups of weights that FSDP2 shards and gathers together; none where it cannot be in use."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    if fsdp is None or not _in_process_group():  # imported it may be all the same, by a framework
         return []
-    known("torch.distributed.fsdp._fully_shard._fsdp_param_group", nodes.FSDP_POST_BACKWARD)
     modules = list(known("torch.distributed._composable_state", "_module_state_mapping"))
     state_of = known("torch.distributed._composable_state", "_get_module_state")
-    return [(module, state_of(module)) for module in modules if isinstance(module, fsdp.FSDPModule)]
-
-
-def _groups_of(state: Any) -> list[Any]:
-    several = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.11
-    return list(several) if several is not None else [g for g in [state._fsdp_param_group] if g is not None]
+    states = [state_of(module) for module in modules if isinstance(module, fsdp.FSDPModule)]
+    of_states = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
+    # Modules that are sharded together share a state.
+    return list(dict.fromkeys(group for groups in of_states for group in groups if group is not None))
 
 
 def _is_freed(weight: Tensor) -> bool:
@@ -200,16 +176,8 @@ class Replicas:
         """The sum of each tensor over the processes, over the root of their number.
 
         Of A, which is that of a share of the batch each, it is A of the whole batch, whose loss is the mean.
-
-        Cost: one all-reduce for all of one precision.
         """
-        result = list(parts)
-        for kind in dict.fromkeys((t.device, t.dtype) for t in result):
-            alike = [i for i, t in enumerate(result) if (t.device, t.dtype) == kind]
-            flat = torch.cat([result[i].flatten() for i in alike])
-            dist.all_reduce(flat, group=self.group)
-            flat /= math.sqrt(dist.get_world_size(self.group))
-            sizes = [result[i].numel() for i in alike]
-            for i, piece in zip(alike, torch.split(flat, sizes), strict=True):
-                result[i] = piece.view_as(result[i])
+        result = [(part / math.sqrt(dist.get_world_size(self.group))).contiguous() for part in parts]
+        for part in result:
+            dist.all_reduce(part, group=self.group)
         return result

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fam_optim.estimators.roots import Rows, added, joined, products_of_rows, sample_roots, scaled
+from fam_optim.estimators.roots import added, joined, products_of_rows, sample_roots, scaled
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import is_of_weights, reach
@@ -177,7 +177,7 @@ class StepRoots:
         roots = self._roots
         if roots:  # in the unit of the largest share, as a loss scale is no weight
             roots = scaled(roots, torch.stack(self._shares).amax().rsqrt())
-        of_rows = {i for i, samples in roots.items() if isinstance(samples[0], Rows)}
+        of_rows = {i for i, samples in roots.items() if samples[0].phi is not None}
         return self._of_all_processes({i: joined(samples) for i, samples in roots.items()}), of_rows
 
     def _of_all_processes(self, roots: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -10,11 +10,12 @@ phi itself moves with V and the second derivative of that move along the gradien
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fam_optim.estimators.measure import doubled
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected
 from fam_optim.layer.use import at_least_float32
@@ -48,15 +49,10 @@ class Curvature:
         self._scale = torch.ones_like(tail.loss)
         if self.half:
             self._fit_into_float16()
-        self.gradient = self._scaled_gradient()
+        self.gradient = self._pull([tail.loss], [self._scale], create_graph=True)
         errors.check_functions(tail.path, tail.ends, self.gradient)
         if not differentiable and not tail.nested:
             self.uses = tuple(use.detached() for use in self.uses)
-
-    def _scaled_gradient(self) -> list[Tensor]:
-        with corrected(self.tail.path, derivatives_to_come=2):
-            gradient = _grad([self.tail.loss], self.tail, [self._scale], create_graph=True)
-        return [at_least_float32(g).reshape(use.shape) for g, use in zip(gradient, self.uses, strict=True)]
 
     def _fit_into_float16(self) -> None:
         """Multiplies the loss by a power of two and divides the products by it, which changes nothing but
@@ -67,11 +63,11 @@ class Curvature:
         Measured without waiting for the device.
         """
         self._scale = torch.full_like(self.tail.loss, 2.0**7)
-        self.gradient = self._scaled_gradient()
+        self.gradient = self._pull([self.tail.loss], [self._scale], create_graph=True)
         unit = [
             torch.arange(g.numel(), dtype=g.dtype, device=g.device).cos().view_as(g) for g in self.gradient
         ]
-        product = [self._scale * h for h in self._pull(self.gradient, unit, create_graph=False)]
+        product = self._pull(self.gradient, unit, create_graph=False)
         size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / self._scale
         # What overflowed is large, what is zero may have underflowed.
         exponent = -size.nan_to_num(nan=torch.inf).log2().ceil()
@@ -81,9 +77,10 @@ class Curvature:
         """``u = lin(phi; matrix)`` for every use: where W moving along `matrix` ``(d, m)`` moves z."""
         return [use.lift(matrix) for use in self.uses]
 
-    def hvp(self, directions: Sequence[Tensor], *, batched: bool = False) -> list[Tensor]:
-        """``Hess_z(L) u`` for one direction u, or for several along a first axis, if `batched`."""
-        return self._pull(self.gradient, directions, create_graph=self.differentiable, batched=batched)
+    def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
+        """``Hess_z(L) u`` for one direction u."""
+        pulled = self._pull(self.gradient, directions, create_graph=self.differentiable)
+        return [p / self._scale for p in pulled] if self.half else pulled
 
     def times(self, matrix: Tensor) -> Tensor:
         """``H V`` ``(d, m)``: the product in weight space, through all uses of the weight."""
@@ -97,6 +94,7 @@ class Curvature:
         if nested:
             for u, v in ((at_left, at_right), (at_right, at_left)):
                 value = value + inner(u, self._pull(v, self.gradient, create_graph=True))
+        value = value / self._scale
         (product,) = torch.autograd.grad(value, left, create_graph=self.differentiable, retain_graph=True)
         return product
 
@@ -107,64 +105,40 @@ class Curvature:
         constant, which spares the backward through the product's own argument.
         """
         if self.tail.nested:
-            constant = matrix.detach()
-            return ((2 * matrix - constant) * self.times(constant)).sum()
+            return (doubled(matrix) * self.times(matrix.detach())).sum()
         lifted = self.lift(matrix)
-        constants = [u.detach() for u in lifted]
-        twice = [2 * u - c for u, c in zip(lifted, constants, strict=True)]
-        return inner(twice, self.hvp(constants))
+        return inner(list(map(doubled, lifted)), self.hvp([u.detach() for u in lifted]))
 
     def _pull(
-        self,
-        outputs: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        *,
-        create_graph: bool,
-        batched: bool = False,
+        self, outputs: Sequence[Tensor], weights: Sequence[Tensor], *, create_graph: bool
     ) -> list[Tensor]:
         """Gradient of ``<outputs, weights>`` in z; zero where it does not depend on z."""
         attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
-        zeros = [torch.zeros_like(w if batched else g) for w, g in zip(weights, self.gradient, strict=True)]
-        if not attached:
-            return zeros
-        # As for the first in float16, where torch's own overflow, since they square what they are given; and
-        # where one call feeds another, when what is pulled back is a direction that depends on z itself.
-        with corrected(self.tail.path, derivatives_to_come=2 if self.half or self.tail.nested else 1):
-            pulled = _grad(
-                [o for o, _ in attached],
-                self.tail,
-                [w.to(o.dtype) for o, w in attached],
-                create_graph=create_graph,
-                batched=batched,
-            )
-        products = [
-            zero if p is None else at_least_float32(p).reshape(zero.shape)
-            for p, zero in zip(pulled, zeros, strict=True)
+        # A first derivative is differentiated twice more, a second once; but for float16, where torch's own
+        # overflow, since they square what they are given; and where one call feeds another, when what is
+        # pulled back is a direction that depends on z itself.
+        first = outputs[0] is self.tail.loss
+        twice = first or self.half or self.tail.nested
+        found: Sequence[Tensor | None] = [None] * len(self.uses)
+        if attached:
+            with (
+                corrected(self.tail.path, derivatives_to_come=2 if twice else 1),
+                errors.explained("second derivatives"),
+            ):
+                found = torch.autograd.grad(
+                    [o for o, _ in attached],
+                    self.tail.edges,
+                    [w.to(o.dtype) for o, w in attached],
+                    create_graph=create_graph,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+        return [
+            use.matrix().new_zeros(use.shape) if p is None else at_least_float32(p).reshape(use.shape)
+            for p, use in zip(found, self.uses, strict=True)
         ]
-        return [p / self._scale for p in products] if self.half else products
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """``<left, right>`` over all uses."""
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
-
-
-def _grad(
-    outputs: Sequence[Tensor],
-    tail: Tail,
-    grad_outputs: Sequence[Tensor] | None,
-    *,
-    create_graph: bool,
-    batched: bool = False,
-) -> Any:
-    """autograd.grad with respect to the layer's outputs, with errors that name the remedy."""
-    with errors.explained("second derivatives"):
-        return torch.autograd.grad(
-            outputs,
-            tail.edges,
-            grad_outputs,
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )

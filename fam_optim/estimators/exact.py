@@ -21,7 +21,6 @@ import torch
 
 from fam_optim.estimators.curvature import inner
 from fam_optim.estimators.rows import find_grouping
-from fam_optim.graph import errors, nodes
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
@@ -30,16 +29,12 @@ if TYPE_CHECKING:
     from fam_optim.estimators.curvature import Curvature
     from fam_optim.estimators.measure import Factor
     from fam_optim.estimators.rows import Grouping
-    from fam_optim.graph.trace import Tail
 
 MAX_PRODUCTS = 1024
 """More Hessian-vector products than this in one evaluation end in an error instead."""
 
 MANY_PRODUCTS = 50
 """More than this are worth a word: of the ways to regularise this layer exact is the slowest."""
-
-BATCHED = 1 << 18
-"""Numbers in the directions that are multiplied with the Hessian at a time: many small products are slow."""
 
 
 def exact(curvature: Curvature, factor: Factor) -> Tensor:
@@ -65,7 +60,12 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
             "to the loss. (To measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
         )
     if products > MANY_PRODUCTS:
-        _say_many(tail, products)
+        warnings.warn(  # Python shows one text once
+            f"exact kappa of `layer` {describe(tail.layer)} takes {products} Hessian-vector products through "
+            "what follows it, at every evaluation: it does not feed a softmax cross-entropy directly. "
+            "mode='hutchinson' is unbiased with one product.",
+            stacklevel=2,
+        )
     if grouping is None:
         return _by_weight(curvature, factor)
     return _by_rows(curvature, factor, grouping)
@@ -85,48 +85,14 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
 
 def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor:
     """``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups at once."""
-    u, v = (columns.T for columns in factor.pairs())
-    numbers = sum(g.numel() for g in curvature.gradient)
-    many = max(1, BATCHED // max(1, numbers)) if _right_batched(curvature.tail, grouping) else 1
+    phi = grouping.gather([use.rows() for use in grouping.uses])
     total = curvature.gradient[0].new_zeros(())
-    for position, products in grouping.gram_rows():
-        for left, right in zip(torch.split(u, many), torch.split(v, many), strict=True):
-            at = right.new_zeros(len(right), grouping.groups, grouping.size, right.shape[1])
-            at[:, :, position] = right[:, None]
-            by_row = products[None, :, :, None] * left[:, None, None]
-            total = total + _along(curvature, grouping, by_row, at)
+    directions = list(zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True))
+    for position in range(grouping.size):
+        products = phi @ phi[:, position, :, None]
+        for u, v in directions:
+            at = v.new_zeros(grouping.groups, grouping.size, len(v))
+            at[:, position] = v
+            moved = curvature.hvp(grouping.scatter(at))
+            total = total + inner(grouping.scatter(products * u), moved)
     return total
-
-
-def _right_batched(tail: Tail, grouping: Grouping) -> bool:
-    """Whether torch's derivatives in several directions at a time are right: every operation of the tail is
-    known where groups are shown to be apart. Of some others (cdist) they have been wrong, and in torch 2.6 of
-    GroupNorm."""
-    return grouping.groups > 1 and all(nodes.kind(node) != "NativeGroupNorm" for node in tail.path)
-
-
-def _along(curvature: Curvature, grouping: Grouping, left: Tensor, right: Tensor) -> Tensor:
-    """``sum_k <left_k, Hess_z right_k>`` of rows in groups ``(k, groups, size, d)``."""
-    at_left, at_right = (
-        [torch.stack(p) for p in zip(*map(grouping.scatter, t), strict=True)] for t in (left, right)
-    )
-    if len(right) > 1:
-        try:
-            return inner(at_left, curvature.hvp(at_right, batched=True))
-        except RuntimeError as error:  # some operations cannot: DDP's function around a model, say
-            if errors.is_out_of_memory(error):
-                raise
-    values = [
-        inner([t[k] for t in at_left], curvature.hvp([t[k] for t in at_right])) for k in range(len(right))
-    ]
-    return torch.stack(values).sum()
-
-
-def _say_many(tail: Tail, products: int) -> None:
-    """Warns that exact is dear here; Python shows one text once."""
-    warnings.warn(
-        f"exact kappa of `layer` {describe(tail.layer)} takes {products} Hessian-vector products through "
-        "what follows it, at every evaluation: it does not feed a softmax cross-entropy directly. "
-        "mode='hutchinson' is unbiased with one product.",
-        stacklevel=2,
-    )

@@ -23,17 +23,11 @@ def full(curvature: Curvature, factor: Factor) -> Tensor:
 
     Cost: ``d * m`` Hessian-vector products through the tail and ``O((d m)^2)`` memory.
     """
-    hessian = layer_hessian(curvature)
-    traces = torch.einsum("stut->su", hessian)
-    return (factor.gram() * traces).sum()
-
-
-def layer_hessian(curvature: Curvature) -> Tensor:
-    """H ``(d, m, d, m)``, row by row."""
     weight = curvature.uses[0].matrix()
     rows = []
     for index in range(weight.numel()):
         unit = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         unit.view(-1)[index] = 1
         rows.append(curvature.times(unit))
-    return torch.stack(rows).reshape(*weight.shape, *weight.shape)
+    hessian = torch.stack(rows).reshape(*weight.shape, *weight.shape)
+    return (factor.gram() * torch.einsum("stut->su", hessian)).sum()

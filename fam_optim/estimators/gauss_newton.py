@@ -63,7 +63,7 @@ def gauss_newton(
             more than `MAX_PRODUCTS` products.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
-    if not sum(jacobian.sizes):  # a loss linear in what the network puts out, or a batch of no rows
+    if all(0 in output.shape for output in jacobian.outputs):  # no rows, or a loss linear in the outputs
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
     if mode == "full":
         return _from_traces(jacobian, factors)
@@ -71,7 +71,8 @@ def gauss_newton(
     if mode == "exact":
         return _from_columns(jacobian, factors, shown)
     like = jacobian.uses[0][0].matrix()
-    groupings = [_cheap(_grouping(jacobian, layer, list(axes))) for layer, axes in enumerate(shown)]
+    groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
+    groupings = [g if g is not None and (g.size == 1 or _has_few_rows(g)) else None for g in groupings]
     samples = []
     for _ in range(n_samples):
         r = [rademacher(tuple(output.shape), like, generator) for output in jacobian.outputs]
@@ -147,10 +148,10 @@ def _square(
     delta = grouping.gather_outputs([f.delta for f in found])
     if grouping.size > 1:
         phi = grouping.gather([use.rows() for use in grouping.uses])
-        if _by_weights(grouping) < _by_rows(grouping):
-            g = delta.mT @ phi
-            return factor.square(g.movedim(0, 1).flatten(1))
-        return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
+        if _has_few_rows(grouping):
+            return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
+        g = delta.mT @ phi
+        return factor.square(g.movedim(0, 1).flatten(1))
     rows = [
         f.product.reshape(*use.lead, -1)
         for f, use in zip(found, grouping.uses, strict=True)
@@ -187,21 +188,7 @@ def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping |
     return Grouping(uses, axes) if uses is not None and axes else None
 
 
-def _cheap(grouping: Grouping | None) -> Grouping | None:
-    """The grouping, if the groups' squares by themselves, which vary less, take at most twice the
-    multiplications that the square of their sum takes."""
-    if grouping is None or grouping.size == 1:
-        return grouping
-    return grouping if _by_rows(grouping) <= 2 * grouping.uses[0].d * grouping.uses[0].m else None
-
-
-def _by_rows(grouping: Grouping) -> float:
-    """Multiplications, for each row, of the groups' squares from the products of their rows."""
-    d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
-    return size * m + min(d * d + size * d, d * m + size * m)
-
-
-def _by_weights(grouping: Grouping) -> float:
-    """The same from every group's g, ``(d, m)``."""
-    d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
-    return d * m + d * m * min(d, m) / size
+def _has_few_rows(grouping: Grouping) -> bool:
+    """Whether a group's square takes fewer multiplications from the products of its rows than from its g
+    ``(d, m)``, and at most about twice those that the square of all groups' sum takes."""
+    return 2 * grouping.size <= min(grouping.uses[0].d, grouping.uses[0].m)

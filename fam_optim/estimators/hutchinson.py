@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fam_optim.estimators.measure import doubled
 from fam_optim.estimators.rows import Grouping, find_grouping
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fam_optim.estimators.curvature import Curvature
-    from fam_optim.estimators.measure import Factor
+    from fam_optim.estimators.measure import Draw, Factor
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -42,31 +43,24 @@ def hutchinson(
 
     Cost: one Hessian-vector product through the tail per probe.
     """
+    draw = partial(rademacher, like=curvature.gradient[0], generator=generator)
     rows = find_grouping(curvature.tail, curvature.uses)
-    apart = rows is not None and rows.size == 1
-    values = [
-        _probe_rows(curvature, factor, rows, generator)
-        if rows is not None and apart
-        else _probe_weight(curvature, factor, generator)
-        for _ in range(n_samples)
-    ]
+    if rows is not None and rows.size == 1:
+        values = [_probe_rows(curvature, factor, rows, draw) for _ in range(n_samples)]
+    else:
+        values = [_probe_weight(curvature, factor, draw) for _ in range(n_samples)]
     return torch.stack(values).mean()
 
 
-def _probe_weight(curvature: Curvature, factor: Factor, generator: torch.Generator | None) -> Tensor:
+def _probe_weight(curvature: Curvature, factor: Factor, draw: Draw) -> Tensor:
     """``<V, H V>`` for one V."""
-    draw = partial(rademacher, like=curvature.gradient[0], generator=generator)
     scale, direction = factor.weight_probe(draw)
     return scale * curvature.quadratic(direction)
 
 
-def _probe_rows(
-    curvature: Curvature, factor: Factor, rows: Grouping, generator: torch.Generator | None
-) -> Tensor:
+def _probe_rows(curvature: Curvature, factor: Factor, rows: Grouping, draw: Draw) -> Tensor:
     """``sum_a ||phi_a||^2 <v_a, Hess_{z_a} v_a>`` for one v_a per row."""
-    signs = rademacher((rows.groups, factor.columns), curvature.gradient[0], generator)
-    scale, probe = factor.probe(signs)
-    constant = probe.detach()
-    moved = rows.gather_outputs(curvature.hvp(rows.scatter(constant[:, None])))
-    by_row = ((2 * probe - constant) * moved[:, 0]).sum(1)  # as in Curvature.quadratic
+    scale, probe = factor.probe(draw((rows.groups, factor.columns)))
+    moved = rows.gather_outputs(curvature.hvp(rows.scatter(probe.detach()[:, None])))
+    by_row = (doubled(probe) * moved[:, 0]).sum(1)  # as in Curvature.quadratic
     return scale * (rows.squared_norms()[:, 0] * by_row).sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,7 @@ from fam_optim.graph.trace import path_of
 from fam_optim.layer.use import LOW_PRECISION, LinearUse, at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
@@ -38,7 +37,6 @@ class Jacobian:
         self.outputs = find_outputs(
             tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
         )
-        self.sizes = [math.prod(output.shape) for output in self.outputs]
         self.uses = [
             tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
         ]
@@ -48,29 +46,11 @@ class Jacobian:
         """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
         edges, vectors, scale = cotangents(self.outputs, r)
         at_z = [edge for tail in self.tails for edge in tail.edges]
-        at_phi = [edge for edge in self._below.values() if edge is not None]
-        found = self._backward(edges, at_z + at_phi, vectors, scale)
-        deltas = iter(found[: len(at_z)])
-        products = iter(found[len(at_z) :])
-        return [[self._pulled(use, next(deltas), products) for use in uses] for uses in self.uses]
-
-    def _pulled(self, use: Use, gradient: Tensor | None, products: Iterator[Tensor | None]) -> Pulled:
-        below = next(products) if self._below[use] is not None else None
-        if gradient is None:
-            return Pulled(use.matrix().detach().new_zeros(use.shape), None)
-        delta = at_least_float32(gradient).reshape(use.shape)
-        return Pulled(delta, None if below is None else at_least_float32(below))
-
-    def _backward(
-        self, edges: Any, inputs: Any, vectors: Sequence[Tensor], scale: Any
-    ) -> Sequence[Tensor | None]:
-        if not edges:
-            return [None] * len(inputs)
         right = corrected(self.path if self.differentiable else (), derivatives_to_come=1)
         with errors.explained("derivatives"), right:
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 edges,
-                inputs,
+                [*at_z, *self._below.values()],
                 vectors,
                 create_graph=self.differentiable,
                 retain_graph=True,
@@ -78,9 +58,10 @@ class Jacobian:
             )
         if self.differentiable:
             errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
-        if isinstance(scale, float):
-            return found
-        return [None if g is None else at_least_float32(g) / scale for g in found]
+        unscaled = [None if g is None else without_scale(g, scale) for g in found]
+        products = dict(zip(self._below, unscaled[len(at_z) :], strict=True))
+        deltas = iter(unscaled)
+        return [[_pulled(use, next(deltas), products.get(use)) for use in uses] for uses in self.uses]
 
     def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
         """g ``(d, m)`` of a layer, by position, through all uses of its weight."""
@@ -101,21 +82,19 @@ class Jacobian:
         )
         return use.as_matrix(g)
 
-    def _edges_below(self) -> dict[Use, GradientEdge | None]:
+    def _edges_below(self) -> dict[Use, GradientEdge]:
         """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
         vectors, if nothing else reads it, in full precision."""
         above = self.path | self.ends
         readers = Counter(edge for node in above for edge in node.next_functions)
-        below: dict[Use, GradientEdge | None] = {}
+        below: dict[Use, GradientEdge] = {}
         for tail, uses in zip(self.tails, self.uses, strict=True):
             for use, edge in zip(uses, tail.edges, strict=True):
-                below[use] = None
                 position = _PRODUCTS.get(nodes.kind(edge.node))
                 if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
                     continue
                 node, output = edge.node.next_functions[position]
-                if node in self.path and readers[node, output] == 1:
-                    assert node is not None
+                if node is not None and node in self.path and readers[node, output] == 1:
                     below[use] = GradientEdge(node, output)
         return below
 
@@ -125,6 +104,17 @@ class Pulled(NamedTuple):
 
     delta: Tensor
     product: Tensor | None
+
+
+def _pulled(use: Use, delta: Tensor | None, product: Tensor | None) -> Pulled:
+    if delta is None:
+        return Pulled(use.matrix().detach().new_zeros(use.shape), None)
+    return Pulled(delta.reshape(use.shape), product)
+
+
+def without_scale(g: Tensor, scale: Any) -> Tensor:
+    """A derivative of what `cotangents` has scaled, in at least float32."""
+    return at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
 
 
 _PRODUCTS = {"Addmm": 1, "Mm": 0}

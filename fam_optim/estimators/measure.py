@@ -9,9 +9,10 @@ space, a random probe, or the covariance under a softmax. All of them carry grad
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fam_optim.estimators.variance import trace_of_covariance, variance_of_indicator
@@ -19,64 +20,21 @@ from fam_optim.estimators.variance import trace_of_covariance, variance_of_indic
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
+    Draw = Callable[[tuple[int, ...]], Tensor]  # independent signs of a shape
 
 
-class Factor(Protocol):
-    """F, ``(d, k)``.
-
-    Attributes:
-        columns: k, its number of columns.
-        directions: how many columns `pairs` has.
-    """
-
-    columns: int
-    directions: int
-
-    def gram(self) -> Tensor:
-        """``F F^T``, ``(d, d)``."""
-
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """``U, V`` ``(d, directions)`` with ``U V^T = F F^T``.
-
-        V is constant: U carries the gradient, so that ``sum_k <u_k, T v_k>`` is differentiated right
-        while T is applied to constants only.
-        """
-
-    def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., k)``; v is ``(..., d)``."""
-
-    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
-        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``; y is ``(..., k)``.
-
-        `product` is ``x W``, if somebody has formed it.
-        """
-
-    def inner(self, rows: Tensor) -> Tensor:
-        """``<F^T x_a, F^T x_b>`` of the rows x of each group ``(..., n, d)``: ``(..., n, n)``."""
-
-    def square(self, g: Tensor) -> Tensor:
-        """``||F^T g||_F^2``, ``()``, of g ``(d, m)`` or several side by side; never negative.
-
-        Through the smaller Gram matrix.
-        """
-
-    def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
-        """``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
-
-        So ``E[c <V, H V>] = <F F^T, T>``. `draw` makes independent signs of a shape.
-        """
-
-    def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
-        """``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
-
-        For F = W the traces of the covariance of the class vectors w_k under p. Nothing cancels where
-        the largest probability rounds to one: all terms are of the order of what is left beside it.
-        """
+def doubled(t: Tensor) -> Tensor:
+    """`t` with twice its gradient: for one of two equal factors of a symmetric form, the other a constant."""
+    return 2 * t - t.detach()
 
 
 class Neuronwise:
-    """F = W ``(d, m)``."""
+    """F = W ``(d, m)``.
+
+    Attributes:
+        columns: the number of F's columns.
+        directions: how many columns `pairs` has.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -85,18 +43,28 @@ class Neuronwise:
         self.directions = min(d, self.columns)
 
     def gram(self) -> Tensor:
+        """``F F^T``, ``(d, d)``."""
         return self.matrix @ self.matrix.T
 
     def pairs(self) -> tuple[Tensor, Tensor]:
+        """``U, V`` ``(d, directions)`` with ``U V^T = F F^T``.
+
+        V is constant: U carries the gradient, so that ``sum_k <u_k, T v_k>`` is differentiated right
+        while T is applied to constants only.
+        """
         if self.by_unit:
             return self.gram(), _identity(self.matrix)
-        constant = self.matrix.detach()
-        return 2 * self.matrix - constant, constant  # has the value of W, twice its gradient
+        return doubled(self.matrix), self.matrix.detach()
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
+        """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
         return 1.0, signs @ self.matrix.T
 
     def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
+        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``.
+
+        `product` is ``x W``, if somebody has formed it.
+        """
         if product is None:
             return 1.0, rows @ self.matrix
         if product.requires_grad:
@@ -105,24 +73,37 @@ class Neuronwise:
         return 1.0, attached
 
     def inner(self, rows: Tensor) -> Tensor:
+        """``<F^T x_a, F^T x_b>`` of the rows x of each group ``(..., n, d)``: ``(..., n, n)``."""
         if self.by_unit:
             return (rows @ self.gram()) @ rows.mT
         pulled = rows @ self.matrix
         return pulled @ pulled.mT
 
     def square(self, g: Tensor) -> Tensor:
+        """``||F^T g||_F^2``, ``()``, of g ``(d, m)`` or several side by side; never negative.
+
+        Cost: of the smaller Gram matrix, and in the backward one product for W and one for g.
+        """
         if self.by_unit:
-            square: Tensor = _ProductOfGrams.apply(self.matrix, g)
-            return square.clamp_min(0)
+            of_w, of_g = (doubled(t) @ t.detach().T for t in (self.matrix, g))
+            return (of_w * of_g).sum().clamp_min(0)
         return (self.matrix.mT @ g).square().sum()
 
-    def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
+    def weight_probe(self, draw: Draw) -> tuple[Tensor | float, Tensor]:
+        """``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
+
+        So ``E[c <V, H V>] = <F F^T, T>``.
+        """
         # W Z with Z[k,t] = s_k r_{t-k}, whose entries are uncorrelated, as a circular convolution.
         signs, ring = draw((self.columns,)), draw((self.columns,))
         spectrum = torch.fft.rfft(self.matrix * signs) * torch.fft.rfft(ring)
         return 1.0, torch.fft.irfft(spectrum, n=self.columns)
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
+        """``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
+
+        Here the traces of the covariance of the class vectors w_k under p.
+        """
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
         return trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
@@ -143,29 +124,8 @@ class _KnownProduct(torch.autograd.Function):
         return None, x.flatten(0, -2).mT @ grad.flatten(0, -2), None
 
 
-class _ProductOfGrams(torch.autograd.Function):
-    """``<W W^T, g g^T>`` of W, g ``(d, m)``.
-
-    Cost: four products ``(d, d) x (d, m)`` with its gradient. Autograd would take six: it does not know that
-    the two matrices are symmetric.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, g: Tensor) -> Tensor:
-        of_w, of_g = w @ w.T, g @ g.T
-        ctx.save_for_backward(w, g, of_w, of_g)
-        return (of_w * of_g).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        w, g, of_w, of_g = ctx.saved_tensors
-        in_w, in_g = ctx.needs_input_grad
-        return (2 * grad * of_g) @ w if in_w else None, (2 * grad * of_w) @ g if in_g else None
-
-
 class Layerwise:
-    """F = ||W||_F I ``(d, d)``."""
+    """F = ||W||_F I ``(d, d)``; its methods are those of `Neuronwise`."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -190,7 +150,7 @@ class Layerwise:
     def square(self, g: Tensor) -> Tensor:
         return self.square_norm * g.square().sum()
 
-    def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor | float, Tensor]:
+    def weight_probe(self, draw: Draw) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
@@ -201,7 +161,5 @@ def _identity(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
 
 
-MEASURES: dict[str, type[Neuronwise] | type[Layerwise]] = {
-    "neuronwise": Neuronwise,
-    "layerwise": Layerwise,
-}
+Factor = Neuronwise | Layerwise
+MEASURES: dict[str, type[Factor]] = {"neuronwise": Neuronwise, "layerwise": Layerwise}

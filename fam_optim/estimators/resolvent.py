@@ -51,18 +51,14 @@ def frobenius(t: Tensor) -> Tensor:
     return norms
 
 
-def trace(t: Tensor) -> Tensor:
-    """Of every matrix."""
-    return t.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
 def _solve(twice_c: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """``(I + 2 c t)^-1 w`` and 2 c, which is kept where rounding leaves the matrix positive definite.
 
     No eigenvalue is below 1, so nobody needs to wait for Cholesky's error flag, and the inverse by itself is
     as accurate as a solve. It takes less time unless w has far fewer columns than rows.
     """
-    largest = 1 / (t.shape[-1] * torch.finfo(t.dtype).eps * trace(t))
+    trace = t.diagonal(dim1=-2, dim2=-1).sum(-1)
+    largest = 1 / (t.shape[-1] * torch.finfo(t.dtype).eps * trace)
     twice_c = torch.minimum(twice_c, largest)
     matrix = twice_c[..., None, None] * t
     matrix.diagonal(dim1=-2, dim2=-1).add_(1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.estimators.hutchinson import rademacher
+from fam_optim.estimators.jacobian import without_scale
 from fam_optim.graph import calls, errors, nodes
 from fam_optim.graph.independence import independent
 from fam_optim.graph.losses import cotangents
@@ -35,14 +36,32 @@ if TYPE_CHECKING:
     from fam_optim.layer.weights import WeightMatrix
 
 
-class Rows(NamedTuple):
-    """What A is made of where rows do not interact: delta ``(N, d)`` and phi ``(N, m)``."""
+class Root(NamedTuple):
+    """A of one loss and one draw of signs.
+
+    Attributes:
+        delta: ``g^T (m, d)``; or, of rows that do not interact, delta ``(N, d)``.
+        phi: of such rows, ``(N, m)``.
+    """
 
     delta: Tensor
-    phi: Tensor
+    phi: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """A ``(d, q)``."""
+        return (self.delta if self.phi is None else self.phi.norm(dim=1, keepdim=True) * self.delta).mT
+
+    def whole(self) -> Tensor:
+        """``g^T (m, d)``."""
+        return self.delta if self.phi is None else self.phi.mT @ self.delta
+
+    def plus(self, other: Root, fewest: int) -> Root:
+        """A of two micro-batches; of rows as long as these are fewer than `fewest`."""
+        if self.phi is None or other.phi is None or len(self.phi) + len(other.phi) >= fewest:
+            return Root(self.whole() + other.whole())
+        return Root(torch.cat([self.delta, other.delta]), torch.cat([self.phi, other.phi]))
 
 
-Root = Tensor | Rows
 Roots = dict[int, list[Root]]
 """A of several weights by number, one for each sample."""
 
@@ -69,9 +88,8 @@ def sample_roots(
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
     roots: Roots = {}
     for _ in range(n_samples):
-        likes = [output.weights() for output in outputs]
-        pairs = zip(outputs, likes, strict=True)
-        signs = [rademacher(tuple(o.shape), like, generator(like.device)) for o, like in pairs]
+        pairs = [(tuple(output.shape), output.weights()) for output in outputs]
+        signs = [rademacher(shape, like, generator(like.device)) for shape, like in pairs]
         edges, vectors, scale = cotangents(outputs, signs)
         if not edges:
             return {}
@@ -82,13 +100,12 @@ def sample_roots(
         for i, g in zip(numbers, found, strict=True):
             if g is None:
                 continue
-            unscaled = at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
-            root: Root
+            g = without_scale(g, scale)
             if i in products:
                 # A copy: what is fed from a buffer may be overwritten before the step.
-                root = Rows(unscaled, at_least_float32(calls.first_factor(products[i])).clone())
+                root = Root(g, at_least_float32(calls.first_factor(products[i])).clone())
             else:
-                root = weights[i].of(unscaled.to_dense() if g.is_sparse else unscaled)
+                root = Root(weights[i].of(g.to_dense() if g.is_sparse else g).mT)
             roots.setdefault(i, []).append(root)
     return roots
 
@@ -117,35 +134,16 @@ def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:
     both = {**left, **right}
     for i in left.keys() & right.keys():
         fewest = min(weights[i].d, weights[i].m)
-        both[i] = [_added(a, b, fewest) for a, b in zip(left[i], right[i], strict=True)]
+        both[i] = [a.plus(b, fewest) for a, b in zip(left[i], right[i], strict=True)]
     return both
 
 
 def scaled(roots: Roots, factor: Tensor) -> Roots:
     """A times a number."""
-    return {i: [_scaled(root, factor) for root in samples] for i, samples in roots.items()}
-
-
-def _scaled(root: Root, factor: Tensor) -> Root:
-    if isinstance(root, Rows):
-        return Rows(root.delta * factor.to(root.delta), root.phi)
-    return root * factor.to(root)
-
-
-def _added(left: Root, right: Root, fewest: int) -> Root:
-    if isinstance(left, Rows) and isinstance(right, Rows) and len(left.phi) + len(right.phi) < fewest:
-        return Rows(torch.cat([left.delta, right.delta]), torch.cat([left.phi, right.phi]))
-    return _whole(left) + _whole(right)
-
-
-def _whole(root: Root) -> Tensor:
-    return root.delta.mT @ root.phi if isinstance(root, Rows) else root
+    return {i: [Root(r.delta * factor.to(r.delta), r.phi) for r in of] for i, of in roots.items()}
 
 
 def joined(samples: Sequence[Root]) -> Tensor:
     """A ``(d, q)`` of all samples side by side."""
-    parts = [
-        (root.phi.norm(dim=1, keepdim=True) * root.delta).mT if isinstance(root, Rows) else root
-        for root in samples
-    ]
+    parts = [root.matrix() for root in samples]
     return torch.cat(parts, dim=1) / math.sqrt(len(parts)) if len(parts) > 1 else parts[0]

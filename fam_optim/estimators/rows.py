@@ -15,7 +15,7 @@ from fam_optim.graph.independence import Groups, follow
 from fam_optim.layer.use import LayerUse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence, Set
+    from collections.abc import Sequence, Set
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -68,15 +68,6 @@ class Grouping:
         """``||phi_a||^2`` ``(groups, size)``."""
         return self.gather([use.squared_norms() for use in self.uses])
 
-    def gram_rows(self) -> Iterator[tuple[int, Tensor]]:
-        """For every position a of the groups: a and ``<phi_a, phi_b>`` for all b, ``(groups, size)``."""
-        if self.size == 1:
-            yield 0, self.squared_norms()
-            return
-        phi = self.gather([use.rows() for use in self.uses])
-        for position in range(self.size):
-            yield position, (phi @ phi[:, position, :, None]).squeeze(-1)
-
 
 def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
     """The finest grouping of a layer's rows whose groups the graph shows not to interact."""
@@ -99,8 +90,14 @@ def shown_axes(
 
     Cost: a walk over the path for every length of an axis.
     """
+    layers: dict[tuple[int, int], list[int]] = {}  # by number and length of an axis that they have
+    for number, (tail, of_layer) in enumerate(zip(tails, uses, strict=True)):
+        leads = [use.lead for use in row_uses(tail, of_layer) or ()]
+        for axis, lengths in enumerate(zip(*leads, strict=False)):
+            if len(set(lengths)) == 1:
+                layers.setdefault((axis, lengths[0]), []).append(number)
     shown: list[dict[int, Groups]] = [{} for _ in tails]
-    for axis, length, numbers in _axes(tails, uses):
+    for (axis, length), numbers in sorted(layers.items()):
         groups = Groups({}, frozenset())
         if length > 1:
             starts = {
@@ -113,17 +110,6 @@ def shown_axes(
             if tails[number].ends.isdisjoint(groups.dependent):
                 shown[number][axis] = groups
     return shown
-
-
-def _axes(tails: Sequence[Tail], uses: Sequence[Sequence[Use]]) -> list[tuple[int, int, list[int]]]:
-    """The axes of rows, by number and length, and the layers that have such."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for number, (tail, of_layer) in enumerate(zip(tails, uses, strict=True)):
-        leads = [use.lead for use in row_uses(tail, of_layer) or ()]
-        for axis, lengths in enumerate(zip(*leads, strict=False)):
-            if len(set(lengths)) == 1:
-                found.setdefault((axis, lengths[0]), []).append(number)
-    return [(axis, length, numbers) for (axis, length), numbers in sorted(found.items())]
 
 
 def row_uses(tail: Tail, uses: Sequence[Use]) -> list[LayerUse] | None:

@@ -33,7 +33,7 @@ class RunningMean:
         and ``||A^T W||_F^2``, the sum over the weights.
 
         Args:
-            live: by weight, whether A counts; where it does not, for want of a finite one, the mean stays.
+            live: by weight, whether A counts; where it does not, A is zero and the mean stays.
         """
         d, q = a.shape[-2:]
         shape = shape_of_mean(d, q)
@@ -42,13 +42,11 @@ class RunningMean:
         t: Dense | LowRank
         if shape[1] < d:
             new = torch.where(live, torch.cat([before[..., q:], a], -1), before)
-            t = narrow = LowRank(new, w)
-            kappa = torch.where(live, narrow.at_w[..., -q:, :], 0).square().sum()
+            t, kappa = LowRank(new, w), (a.mT @ w).square().sum()
         else:
             squared = a @ a.mT
             new = torch.lerp(before, squared, (1 - KEPT) * live.to(a))
-            t = Dense(new, w)
-            kappa = (squared @ w * w).sum() if q > d else (a.mT @ w).square().sum()
+            t, kappa = Dense(new, w), (squared @ w * w).sum()
         self.kept.update(zip(numbers, new, strict=True))
         return t, kappa
 

@@ -61,11 +61,6 @@ def has_no_derivative(error: RuntimeError) -> bool:
     return _NO_DERIVATIVE.search(str(error)) is not None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the error is about memory, on whatever device."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 @contextmanager
 def explained(needed: str) -> Iterator[None]:
     """Raises torch's errors again with the remedy, if it is known; ``needed``: what kappa asked for."""

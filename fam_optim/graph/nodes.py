@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 DDP_SINK = "_DDPSink"
 """An autograd.Function that passes on what a model wrapped in DDP returns."""
 
-FSDP_POST_BACKWARD = "RegisterPostBackwardFunction"
-"""An autograd.Function on the inputs of a module sharded by FSDP2."""
-
 
 def kind(node: Node) -> str:
     """The operation, "Addmm" for AddmmBackward0. Of a user's autograd.Function "function NAME": it may

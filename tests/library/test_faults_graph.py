@@ -271,7 +271,7 @@ def test_hessian_vector_products_of_kappa(
     settings: dict[str, Any], number: int, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As AdaHessian and Sophia take them: right where kappa can be differentiated twice, else refused."""
-    monkeypatch.setattr(variance, "few_classes", lambda n, d, m: few)
+    monkeypatch.setattr(variance, "SMALL", variance.SMALL if few else 0)
     m = perceptron()
     parameters = list(m.parameters())
     torch.manual_seed(2)
@@ -615,7 +615,7 @@ def test_nothing_to_learn_from(
 
 @pytest.mark.parametrize("few", [True, False], ids=["few classes", "many classes"])
 def test_class_vectors_with_much_in_common(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variance, "few_classes", lambda n, d, m: few)
+    monkeypatch.setattr(variance, "SMALL", variance.SMALL if few else 0)
     torch.manual_seed(0)
     weight, x, y = torch.randn(10, 64) + 2e4, (torch.randn(8, 64) * 1e-3).float(), torch.arange(8)
     for classes in (slice(0, 10), slice(None)):

@@ -189,7 +189,7 @@ def test_many_classes_keep_their_digits(
     dtype: torch.dtype, surplus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The closed form has two ways; the other tests are small, and take that for few classes."""
-    monkeypatch.setattr("fam_optim.estimators.variance.few_classes", lambda n, d, m: False)
+    monkeypatch.setattr("fam_optim.estimators.variance.SMALL", 0)
     setting = trained("mlp", surplus)
     check(setting, setting.layers[-1], dtype, "exact", F.cross_entropy, parameters_too=False)
 

@@ -265,8 +265,6 @@ ATTRIBUTES: dict[str, tuple[Any, str]] = {
         sys.modules["torch.distributed._composable_state"], "FSDP2: which modules are sharded"),
     "torch.distributed._composable_state._get_module_state": (
         sys.modules["torch.distributed._composable_state"], "FSDP2: its state"),
-    "torch.distributed.fsdp._fully_shard._fsdp_param_group.RegisterPostBackwardFunction": (
-        sys.modules["torch.distributed.fsdp._fully_shard._fsdp_param_group"], "FSDP2: groups in the tail"),
     "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup.post_backward": (
         sys.modules["torch.distributed.fsdp._fully_shard._fsdp_param_group"].FSDPParamGroup, "FSDP2: frees"),
 }  # fmt: skip
@@ -297,7 +295,7 @@ def test_marks_of_wrappers() -> None:
     [
         ("torch.nn.parallel.distributed", "_DDPSink"),
         ("torch.distributed._composable_state", "_module_state_mapping"),
-        ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction"),
+        ("torch.distributed._composable_state", "_get_module_state"),
     ],
 )
 def test_a_missing_name_is_an_error_where_several_processes_are_at_work(
