@@ -69,7 +69,7 @@ def sample_roots(
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
     roots: Roots = {}
     for _ in range(n_samples):
-        likes = [output.weights() for output in outputs]
+        likes = [output.a for output in outputs]
         pairs = zip(outputs, likes, strict=True)
         signs = [rademacher(tuple(o.shape), like, generator(like.device)) for o, like in pairs]
         edges, vectors, scale = cotangents(outputs, signs)
