@@ -101,9 +101,9 @@ def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[in
     products: dict[int, Node] = {}
     for i, w in enumerate(weights):
         leaf = reached.leaves.get(w.parameter)
-        if leaf is None or w.is_hooked:
+        if leaf is None or w.parameter._backward_hooks:
             continue
-        product = product_on_vectors(leaf, reached, transposed=w.is_transposed)
+        product = product_on_vectors(leaf, reached, transposed=not w.layout.inputs_first)
         if product is not None and 0 < nodes.shape(product, 0)[0] < min(w.d, w.m):
             products[i] = product
     sizes = {nodes.shape(product, 0)[0] for product in products.values()}

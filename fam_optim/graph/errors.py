@@ -152,18 +152,13 @@ def undifferentiable(path: Iterable[Node]) -> str | None:
     """Why kappa has no gradient through a tail, if it has none."""
     for node in path:
         if nodes.normalises_over_batch(node):
-            what, otherwise = "BatchNorm in train mode", "put BatchNorm behind the layer in eval mode"
             # InstanceNorm and weight standardisation call batch_norm with all samples or filters in one.
-            if nodes.shape(node, 0)[0] == 1:
-                what = "InstanceNorm"
-                otherwise = (
-                    "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the same, "
-                    "and write weight standardisation out"
-                )
+            what = "InstanceNorm" if nodes.shape(node, 0)[0] == 1 else "BatchNorm in train mode"
             return (
-                "the whole gradient of kappa needs the third derivative of what follows the layer, and "
-                f"torch has none of {what}. Use FAM(..., detach_hessian=True), {otherwise}, or regularise a "
-                "layer behind it."
+                "the whole gradient of kappa needs the third derivative of what follows the layer, and torch "
+                f"has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the layer in "
+                "eval mode, replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the "
+                "same, or regularise a layer behind it."
             )
     return None
 

@@ -52,8 +52,10 @@ def find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
     heads = []
     for node in terms.nodes:
         end, steps = _way_down(node, path, ends)
-        use, edge = ends.get(end, (None, None))
-        if not isinstance(use, LayerUse) or edge is None or not _over_the_outputs(node, use, steps):
+        if end is None:
+            return None
+        use, edge = ends[end]
+        if not isinstance(use, LayerUse) or not _over_the_outputs(node, use, steps):
             return None
         with errors.explained("derivatives"):
             softmax = softmax_of(node, tail.loss, differentiable, terms.constant)

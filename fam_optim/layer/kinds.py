@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,17 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
     Args:
         seen: whether numbers were compared before: reading them waits for an accelerator, and is done once.
     """
-    if _is_same(use, module, output, seen):
-        return None
+    try:
+        computed = use.forward(cast("Tensor | None", module.bias))
+    except RuntimeError:  # not even of fitting shapes
+        computed = None
+    if computed is not None and output.shape == computed.shape:
+        graph = computed.requires_grad and output.requires_grad
+        alike = not graph or calls.computed_alike(output, computed)
+        equal = seen and flags.reading_waits(computed)
+        equal = equal or torch.allclose(output.detach(), computed.detach(), rtol=0, atol=0, equal_nan=True)
+        if alike and equal:
+            return None
     base: Any = base_type(module)
     method = overridden(module)
     how = f"overrides {method}" if method else "has a hook that changes its output before FAM sees it"
@@ -104,19 +113,6 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
         "not be linear in its weight (that of quantisation-aware layers is not). Pass a plain "
         f"{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
     )
-
-
-def _is_same(use: LayerUse, module: Any, output: Tensor, seen: bool) -> bool:
-    try:
-        computed = use.forward(module.bias)
-    except RuntimeError:  # not even of fitting shapes
-        return False
-    graph = computed.requires_grad and output.requires_grad
-    if output.shape != computed.shape or (graph and not calls.computed_alike(output, computed)):
-        return False
-    if seen and flags.reading_waits(computed):
-        return True
-    return torch.allclose(output.detach(), computed.detach(), rtol=0, atol=0, equal_nan=True)
 
 
 def check_matrix(weight: Tensor, name: str) -> None:

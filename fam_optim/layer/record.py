@@ -212,7 +212,8 @@ class _Recorder:
             output = replaced = output.detach().requires_grad_().clone()
         # The shape of a nested tensor cannot be asked for; such a call is refused later.
         shape = torch.Size() if output.is_nested else output.shape
-        use = use_type(module)(module, _input(args, kwargs), weight, shape)
+        phi = args[0] if args else kwargs["x" if "x" in kwargs else "input"]
+        use = use_type(module)(module, phi, weight, shape)
         if use.objection is None and (overridden(module) is not None or not hooks.is_first(module)):
             use.objection = objection(module, use, output, self._numbers_seen)
             self._numbers_seen = True
@@ -243,7 +244,3 @@ class _Recorder:
 def _recorder_of(module: nn.Module) -> _Recorder | None:
     recorder = getattr(hooks.attached(module), "__self__", None)
     return recorder if isinstance(recorder, _Recorder) and recorder.module() is module else None
-
-
-def _input(args: Any, kwargs: Any) -> Tensor:
-    return cast("Tensor", args[0] if args else kwargs["x" if "x" in kwargs else "input"])

@@ -21,30 +21,21 @@ class WeightMatrix:
 
     Attributes:
         name: for messages.
+        layout: where its rows and columns lie.
         d, m: the shape of W.
     """
 
     def __init__(self, parameter: nn.Parameter, name: str, layout: Layout) -> None:
-        self.parameter, self.name, self._layout = parameter, name, layout
+        self.parameter, self.name, self.layout = parameter, name, layout
         self.d, self.m = layout.d, layout.m
 
     def of(self, t: Tensor) -> Tensor:
         """What has the parameter's shape as a matrix ``(d, m)``, in at least float32."""
-        return self._layout.matrix(at_least_float32(t))
+        return self.layout.matrix(at_least_float32(t))
 
     def back(self, matrix: Tensor) -> Tensor:
         """A matrix ``(d, m)`` in the parameter's shape: the inverse of `of`."""
-        return self._layout.weight(matrix)
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether a product takes the transpose of the parameter: it is stored as W itself."""
-        return not self._layout.inputs_first
-
-    @property
-    def is_hooked(self) -> bool:
-        """Whether a hook of the user's changes the parameter's gradient, to freeze rows, say."""
-        return bool(self.parameter._backward_hooks)
+        return self.layout.weight(matrix)
 
 
 def weight_matrix(layer: object) -> WeightMatrix:
