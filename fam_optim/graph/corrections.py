@@ -77,11 +77,11 @@ def _layer_norm(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
 def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...] | None:
     """In half precision a probability near one rounds to one, and with ``1 - p`` the curvature is gone.
     log p still tells them apart, so p is made from it again, in float32 (log_softmax is idempotent)."""
-    log_p, dim = nodes.kept(node, "result"), nodes.softmax_axis(node)
-    if log_p.dtype not in LOW_PRECISION:
+    if nodes.results(node)[0].dtype not in LOW_PRECISION:
         return None
-    grad = at_least_float32(grad)
-    return (grad - at_least_float32(log_p).softmax(dim) * grad.sum(dim, keepdim=True),)
+    grad, dim = at_least_float32(grad), nodes.softmax_axis(node)
+    p = at_least_float32(nodes.kept(node, "result")).softmax(dim)
+    return (grad - p * grad.sum(dim, keepdim=True),)
 
 
 def _hardsigmoid(node: Any, grad: Tensor) -> tuple[Tensor, ...]:

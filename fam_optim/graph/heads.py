@@ -8,7 +8,7 @@ Whatever is not recognised goes the general way.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,12 +17,13 @@ from fam_optim.graph.losses import Softmax, linear_in, softmax_of
 from fam_optim.layer.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence, Set
+    from collections.abc import Mapping, Set
 
     from torch import Tensor
     from torch.autograd.graph import GradientEdge, Node
 
     from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
 _KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div"}
 
@@ -47,20 +48,17 @@ def find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     path = tail.path | tail.ends
     terms = None if tail.nested else linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
-    if terms is None:
-        return None
     heads = []
-    for node in terms.nodes:
-        end, steps = _way_down(node, path, ends)
-        if end is None:
+    for node in terms.nodes if terms else ():
+        found = _followed(*node.next_functions[0], path, ends)
+        if found is None:
             return None
-        use, edge = ends[end]
-        if not isinstance(use, LayerUse) or not _over_the_outputs(node, use, steps):
+        use, edge, stride, in_order = found
+        shape, dim = nodes.shape(node, 0), nodes.softmax_axis(node)
+        if shape[dim] != use.d or operations.axis_of_digit(shape, stride, use.d) != (dim, 1):
             return None
         with errors.explained("derivatives"):
             softmax = softmax_of(node, tail.loss, differentiable, terms.constant)
-        last = use.channel % len(use.shape) == len(use.shape) - 1
-        in_order = last and all(nodes.kind(step[0]) in operations.VIEWS for step in steps)
         heads.append(Head(softmax, use, edge, in_order))
     return heads or None
 
@@ -86,43 +84,30 @@ def to_softmax(head: Head, by_row: Tensor) -> Tensor:
     return at_least_float32(moved * factor).select(dim, 0)
 
 
-def _way_down(
-    softmax: Node, path: Set[Node], ends: Collection[Node]
-) -> tuple[Node | None, list[tuple[Node, int, torch.Size, torch.Size]]]:
-    """The output of the layer that a log_softmax is taken of, if there is one way down to it, and the
-    operations on that way, the layer's first: node, position of the operand on the way, its shape, that of
-    the result."""
-    steps = []
-    node, output = softmax.next_functions[0]
-    while node is not None and node not in ends:
-        inputs = nodes.inputs_of(node, output)
-        on_path = [i for i, (operand, _) in enumerate(inputs) if operand in path]
-        if len(on_path) != 1:
-            return None, []
-        operand, its_output = inputs[on_path[0]]
-        assert operand is not None
-        steps.append((node, on_path[0], nodes.shape(operand, its_output), nodes.shape(node, output)))
-        node, output = operand, its_output
-    return node, steps[::-1]
+def _followed(
+    node: Any, output: int, path: Set[Node], ends: Mapping[Node, tuple[Use, GradientEdge]]
+) -> tuple[LayerUse, GradientEdge, int, bool] | None:
+    """The use whose z a result is made of, row by row: all d outputs of a row together, times one number.
 
-
-def _over_the_outputs(
-    softmax: Node, use: LayerUse, steps: Sequence[tuple[Node, int, torch.Size, torch.Size]]
-) -> bool:
-    """Whether a softmax is taken over exactly the d outputs of one row, in their order, times one number.
-
-    The axis of the outputs is followed up to the softmax.
+    Returns:
+        The use and its edge, the stride of the outputs in the result (`operations.moved`), and whether rows
+        and outputs are where z has them; None if it is made in any other way.
     """
-    if not use.has_rows:
-        return False
-    stride = math.prod(use.shape[use.channel % len(use.shape) + 1 :])
-    for node, position, operand, result in steps:
-        kind = nodes.kind(node)
-        if kind not in _KINDS or (kind in ("Mul", "Div") and not nodes.by_one_number(node, position)):
-            return False
-        to = operations.moved(node, kind, position, operand, result, stride, use.d)
-        if to is None:
-            return False
-        stride = to
-    shape, dim = nodes.shape(softmax, 0), nodes.softmax_axis(softmax)
-    return shape[dim] == use.d and operations.axis_of_digit(shape, stride, use.d) == (dim, 1)
+    if node in ends:
+        use, edge = ends[node]
+        if not (isinstance(use, LayerUse) and use.has_rows):
+            return None
+        behind = use.shape[use.channel % len(use.shape) + 1 :]
+        return use, edge, math.prod(behind), not behind
+    kind, inputs = nodes.kind(node), nodes.inputs_of(node, output)
+    on_path = [i for i, (operand, _) in enumerate(inputs) if operand in path]
+    if len(on_path) != 1 or kind not in _KINDS:
+        return None
+    (position,) = on_path
+    found = _followed(*inputs[position], path, ends)
+    if found is None or (kind in ("Mul", "Div") and not nodes.by_one_number(node, position)):
+        return None
+    use, edge, stride, in_order = found
+    shapes = nodes.shape(*inputs[position]), nodes.shape(node, output)
+    to = operations.moved(node, kind, position, *shapes, stride, use.d)
+    return None if to is None else (use, edge, to, in_order and kind in operations.VIEWS)
