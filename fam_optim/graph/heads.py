@@ -48,8 +48,9 @@ def find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     path = tail.path | tail.ends
     terms = None if tail.nested else linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
+    softmaxes, constant = terms or ([], True)
     heads = []
-    for node in terms.nodes if terms else ():
+    for node in softmaxes:
         found = _followed(*node.next_functions[0], path, ends)
         if found is None:
             return None
@@ -58,7 +59,7 @@ def find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
         if shape[dim] != use.d or operations.axis_of_digit(shape, stride, use.d) != (dim, 1):
             return None
         with errors.explained("derivatives"):
-            softmax = softmax_of(node, tail.loss, differentiable, terms.constant)
+            softmax = softmax_of(node, tail.loss, differentiable, constant)
         heads.append(Head(softmax, use, edge, in_order))
     return heads or None
 

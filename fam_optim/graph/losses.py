@@ -30,16 +30,11 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 
-class Terms(NamedTuple):
-    """The nodes that a loss was found to be linear in, and whether the coefficients are constants."""
-
-    nodes: list[Node]
-    constant: bool
-
-
-def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> Terms | None:
-    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
-    is not linear in such.
+def linear_in(
+    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
+) -> tuple[list[Node], bool] | None:
+    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`, and
+    whether the coefficients are constants; None if it is not linear in such.
 
     Args:
         path: the nodes from which one of `ends` can be reached, and these.
@@ -61,15 +56,11 @@ def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -
         on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
         if not operations.is_linear(kind, on_path):
             return None
-        for below, its_output in inputs:
-            if below is None:
-                continue
-            if below not in path:
-                constant = False
-            elif (below, its_output) not in seen:
-                seen.add((below, its_output))
-                stack.append((below, its_output))
-    return Terms(found, constant)
+        constant = constant and all(below is None or below in path for below, _ in inputs)
+        new: Any = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
+        seen.update(new)
+        stack += new
+    return found, constant
 
 
 class Output(NamedTuple):
@@ -104,7 +95,7 @@ def find_outputs(
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
     with errors.explained("derivatives"):
-        known = terms.nodes if terms else []
+        known, _ = terms or ([], True)
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
     if terms is None or len(outputs) < len(found):
