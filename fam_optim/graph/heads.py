@@ -100,7 +100,8 @@ def _followed(
             return None
         behind = use.shape[use.channel % len(use.shape) + 1 :]
         return use, edge, math.prod(behind), not behind
-    kind, inputs = nodes.kind(node), nodes.inputs_of(node, output)
+    kind = nodes.kind(node)
+    inputs: Any = nodes.inputs_of(node, output)
     on_path = [i for i, (operand, _) in enumerate(inputs) if operand in path]
     if len(on_path) != 1 or kind not in _KINDS:
         return None
