@@ -106,10 +106,11 @@ def _followed(
     if len(on_path) != 1 or kind not in _KINDS:
         return None
     (position,) = on_path
-    found = _followed(*inputs[position], path, ends)
+    below, its_output = inputs[position]
+    found = _followed(below, its_output, path, ends)
     if found is None or (kind in ("Mul", "Div") and not nodes.by_one_number(node, position)):
         return None
     use, edge, stride, in_order = found
-    shapes = nodes.shape(*inputs[position]), nodes.shape(node, output)
+    shapes = nodes.shape(below, its_output), nodes.shape(node, output)
     to = operations.moved(node, kind, position, *shapes, stride, use.d)
     return None if to is None else (use, edge, to, in_order and kind in operations.VIEWS)
