@@ -106,9 +106,9 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
             return None
     base: Any = base_type(module)
     method = overridden(module)
-    how = f"overrides {method}" if method else "has a hook that changes its output before FAM sees it"
+    how = f"class or instance overrides {method}" if method else "output a hook changes before FAM sees it"
     return (
-        f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, {how} and "
+        f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, whose {how}, "
         f"computes something else than {base.__name__} does with this weight and input, so its output need "
         "not be linear in its weight (that of quantisation-aware layers is not). Pass a plain "
         f"{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
