@@ -30,9 +30,9 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     """
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(tensor_parallel(module))
-    kind = kind_of(module)
-    if kind is not None:
-        return kind
+    base = base_type(module)
+    if base is not None:
+        return _kinds()[base]
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         raise TypeError(
             f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
@@ -43,7 +43,8 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     raise TypeError(
         "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, transformers' Conv1D "
         f"or an nn.Parameter with at least two dimensions, got {describe(module)}, which is not known to be "
-        "linear in a weight matrix. Pass its weight, an nn.Parameter, with mode='hutchinson' instead."
+        "linear in a weight matrix. Pass its weight, an nn.Parameter, instead (as a penalty with "
+        "mode='hutchinson')."
     )
 
 
@@ -63,12 +64,6 @@ def _kinds() -> dict[type[nn.Module], type[LayerUse]]:
 def base_type(module: nn.Module) -> type[nn.Module] | None:
     """The class that `module` is of, or is derived from, among those with a weight matrix."""
     return next((base for base in _kinds() if isinstance(module, base)), None)
-
-
-def kind_of(module: nn.Module) -> type[LayerUse] | None:
-    """The kind of `Use` that its class has, if it is one with a weight matrix."""
-    base = base_type(module)
-    return None if base is None else _kinds()[base]
 
 
 def overridden(module: nn.Module) -> str | None:

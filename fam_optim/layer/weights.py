@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fam_optim.layer.kinds import check_matrix, kind_of
+from fam_optim.layer.kinds import check_matrix, use_type
 from fam_optim.layer.layout import Layout
 from fam_optim.layer.use import at_least_float32, describe, is_sharded
 
@@ -63,16 +63,11 @@ def weight_matrix(layer: object) -> WeightMatrix:
             "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "
             "use mode='hutchinson' with curvature='gauss_newton'."
         )
-    kind = kind_of(module)
-    if kind is None or not isinstance(weight, nn.Parameter):
-        raise TypeError(
-            "expected `layer` to be nn.Linear, a convolution, a transposed convolution, Hugging Face's "
-            f"Conv1D or an nn.Parameter with at least two dimensions, got {name}. Pass its weight, an "
-            "nn.Parameter with one row per output."
-        )
+    layout_of = use_type(module).layout_of
+    assert isinstance(weight, nn.Parameter)
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
-    return _checked(weight, name, kind.layout_of(module, weight))
+    return _checked(weight, name, layout_of(module, weight))
 
 
 def _checked(weight: nn.Parameter, name: str, layout: Layout | None) -> WeightMatrix:
