@@ -44,17 +44,12 @@ def named_weight_layers(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]
     first: dict[int, str] = {}
     inside: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in inside:
-            continue
-        for suffix, layer in _weights_in(module):
+        for suffix, layer in _weights_in(module) if id(module) not in inside else ():
             inside.update(id(part) for part in module.modules() if part is not module)
             path = f"{name}.{suffix}".strip(".")
             weight = layer._parameters.get("weight") if isinstance(layer, nn.Module) else layer
             shared_with = path if weight is None else first.setdefault(id(weight), path)
-            if shared_with == path:
-                found[path] = layer
-            else:
-                found[shared_with] = cast("nn.Parameter", weight)
+            found[shared_with] = layer if shared_with == path else cast("nn.Parameter", weight)
     return found
 
 
@@ -62,13 +57,13 @@ def _weights_in(module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]
     """What of `module` is a layer: itself, or weights that it multiplies with."""
     if base_type(module) is not None:
         return [("", module)]
-    weights = [
-        (n, p) for n, p in module._parameters.items() if p is not None and p.dim() > 1 and "weight" in n
-    ]
+    if not isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)):
+        return []
+    own = module._parameters.items()
+    weights: list[Any] = [(n, p) for n, p in own if p is not None and p.dim() > 1 and "weight" in n]
     if isinstance(module, nn.MultiheadAttention):
-        out = module.out_proj
-        return [*weights, ("out_proj.weight", cast("nn.Parameter", out.weight))]
-    return list(weights) if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)) else []
+        weights.append(("out_proj.weight", module.out_proj.weight))
+    return weights
 
 
 def named(model: nn.Module, layer: Any) -> Any:
@@ -98,14 +93,11 @@ def as_layers(layer: Any) -> tuple[Layer, ...]:
     if not several:
         raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
     for one in several:
-        if isinstance(one, str):
-            raise TypeError(
-                f"expected `layer` to be an nn.Module or an nn.Parameter, got the str {one!r}, and FAM does "
-                f"not know the model whose layer that is. Pass model.get_submodule({one!r})."
-            )
         if not isinstance(one, (nn.Module, nn.Parameter)):
+            by_name = f" Pass model.get_submodule({one!r})." if isinstance(one, str) else ""
             raise TypeError(
-                f"expected `layer` to be an nn.Module or an nn.Parameter, got {type(one).__name__}: {one!r}."
+                "expected `layer` to be an nn.Module or an nn.Parameter, got the "
+                f"{type(one).__name__} {one!r}.{by_name}"
             )
         if isinstance(one, nn.Parameter):
             parameter_use(one)

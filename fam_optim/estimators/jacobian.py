@@ -80,7 +80,7 @@ class Jacobian:
             create_graph=self.differentiable,
             retain_graph=True,
         )
-        return use.as_matrix(g)
+        return use.layout.matrix(g)
 
     def _edges_below(self) -> dict[Use, GradientEdge]:
         """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on

@@ -88,7 +88,7 @@ def sample_roots(
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
     roots: Roots = {}
     for _ in range(n_samples):
-        pairs = [(tuple(output.shape), output.weights()) for output in outputs]
+        pairs = [(tuple(output.shape), output.a) for output in outputs]
         signs = [rademacher(shape, like, generator(like.device)) for shape, like in pairs]
         edges, vectors, scale = cotangents(outputs, signs)
         if not edges:
@@ -118,9 +118,9 @@ def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[in
     products: dict[int, Node] = {}
     for i, w in enumerate(weights):
         leaf = reached.leaves.get(w.parameter)
-        if leaf is None or w.is_hooked:
+        if leaf is None or w.parameter._backward_hooks:
             continue
-        product = product_on_vectors(leaf, reached, transposed=w.is_transposed)
+        product = product_on_vectors(leaf, reached, transposed=not w.layout.inputs_first)
         if product is not None and 0 < nodes.shape(product, 0)[0] < min(w.d, w.m):
             products[i] = product
     sizes = {nodes.shape(product, 0)[0] for product in products.values()}

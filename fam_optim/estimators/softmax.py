@@ -43,12 +43,9 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
 def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
     norms = (head.use if differentiable else head.use.detached()).squared_norms()
     if not head.in_order:
-        ones = torch.ones_like(norms)
         norms = to_softmax(head, norms)
-        if head.scaled:
-            norms = norms * to_softmax(head, ones)
-    a = head.output.weights().flatten() * (norms if differentiable else norms.detach()).flatten()
-    log_p, dim = head.output.log_p, head.output.dim
+    a = head.softmax.a.flatten() * (norms if differentiable else norms.detach()).flatten()
+    log_p, dim = head.softmax.log_p, head.softmax.dim
     # The tensor itself where it is a matrix already, since a view is a node of the graph.
     rows = log_p if dim == log_p.dim() - 1 else log_p.movedim(dim, -1)
     return factor.variance(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), a)

@@ -1,8 +1,8 @@
-"""What a layer's call leaves on the graph: the product with its weight, and a derivative through that."""
+"""What a layer's call leaves on the graph: the product with its weight, and whether two were made alike."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,17 +20,9 @@ def weight_of_convolution(node: Node) -> tuple[Node, int] | None:
     return None if below is None else (below, output)
 
 
-def is_unscaled(node: Node) -> bool:
-    """Whether a matrix product, with a bias or without, comes without a factor of its own."""
-    return nodes.kind(node) == "Mm" or bool(nodes.kept(node, "alpha") == 1)
-
-
-def first_factor(node: Node) -> torch.Tensor:
-    """What an Addmm or Mm multiplies with its second factor, whose derivative needs it."""
-    factor: torch.Tensor = (
-        nodes.kept(node, "mat1") if nodes.kind(node) == "Addmm" else nodes.kept(node, "self")
-    )
-    return factor
+def first_factor(node: Node) -> Any:
+    """What an Addmm or Mm multiplies with its second factor, whose derivative needs it: a tensor."""
+    return nodes.kept(node, "mat1") if nodes.kind(node) == "Addmm" else nodes.kept(node, "self")
 
 
 def product_of_call(end: Node) -> Node | None:
@@ -40,14 +32,6 @@ def product_of_call(end: Node) -> Node | None:
     while node is not None and nodes.kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias", "Add"):
         node = node.next_functions[0][0]
     return node if node is not None and nodes.kind(node) in ("Addmm", "Mm", "Convolution") else None
-
-
-def is_derivative_of_convolution(node: Node) -> bool:
-    """Whether `node` is of a derivative, taken in the forward, that multiplies with a convolution's weight.
-
-    One with respect to the weight alone does not contain it; its first result has no shape.
-    """
-    return nodes.kind(node) == "ConvolutionBackward" and len(nodes.shape(node, 0)) > 0
 
 
 _SECOND_FACTORS = {

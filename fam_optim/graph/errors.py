@@ -11,54 +11,34 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.graph import nodes
+from fam_optim.graph.reach import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
 
     from torch.autograd.graph import Node
 
-_MATH_ATTENTION = (
-    "Fused attention has no second derivative: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-)
-_PLAIN_RNN = (
-    "Fused recurrent kernels have no second derivative: run the forward under "
-    "torch.backends.cudnn.flags(enabled=False), on the CPU torch.backends.mkldnn.flags(enabled=False)."
-)
-_FUSED = {"ScaledDotProduct": _MATH_ATTENTION, "CudnnRnn": _PLAIN_RNN}
-_FUSED |= {"MiopenRnn": _PLAIN_RNN, "ThnnFused": _PLAIN_RNN}
-_REMEDIES = (  # by what torch's message contains
-    (r"scaled_dot_product|_efficient_attention|_flash_attention|_cudnn_attention", _MATH_ATTENTION),
-    (
-        r"_cudnn_rnn|CuDNN RNN|miopen_rnn|_thnn_fused_(lstm|gru)|mkldnn_rnn|_thnn_differentiable",
-        _PLAIN_RNN,
-    ),
-    (
-        r"use_reentrant",
-        "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
-        "the layer with use_reentrant=False.",
-    ),
-    (
-        r"donated buffers",
-        "A compiled region gives its buffers away after one backward: set "
-        "torch._functorch.config.donated_buffer = False before it is compiled.",
-    ),
-    (
-        r"second time",
-        "The loss has been backpropagated already: call regularize(loss), or compute kappa, before its "
-        "backward().",
-    ),
-)
+_FUSED = {  # by the kind of the node, and by what torch's message contains
+    r"scaled_?dot_?product|_(efficient|flash|cudnn)_attention": "Fused attention has no second derivative: "
+    "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+    r"cudnn[_ ]?rnn|miopen_?rnn|thnn_?fused|mkldnn_rnn|_thnn_differentiable": "Fused recurrent kernels have "
+    "no second derivative: run the forward under torch.backends.cudnn.flags(enabled=False), on the CPU "
+    "torch.backends.mkldnn.flags(enabled=False).",
+}
+_REMEDIES = _FUSED | {
+    "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
+    "the layer with use_reentrant=False.",
+    "donated buffers": "A compiled region gives its buffers away after one backward: set "
+    "torch._functorch.config.donated_buffer = False before it is compiled.",
+    "second time": "The loss has been backpropagated already: call regularize(loss), or compute kappa, "
+    "before its backward().",
+}
 _NO_DERIVATIVE = re.compile(
     r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented"
     r"|does not support 3rd\+ order|once_differentiable|[Dd]ouble backward|not differentiable twice"
     r"|no autograd formula was registered"
 )
-
-
-def has_no_derivative(error: RuntimeError) -> bool:
-    """Whether torch says that something has no derivative of the order asked for."""
-    return _NO_DERIVATIVE.search(str(error)) is not None
+_SECOND = "kappa needs second derivatives of what follows the layer"
 
 
 @contextmanager
@@ -76,17 +56,15 @@ def explained(needed: str) -> Iterator[None]:
 def remedy(error: RuntimeError) -> str | None:
     """What the user can do about a derivative behind the layer that torch refused; None if it is unknown."""
     message = str(error)
-    for pattern, text in _REMEDIES:
-        if re.search(pattern, message):
+    for pattern, text in _REMEDIES.items():
+        if re.search(pattern, message, re.IGNORECASE):
             return text
     missing = _NO_DERIVATIVE.search(message)
     if missing is None:
         return None
-    operation = missing["operation"]
-    what = "an operation there has none" if operation is None else f"{operation} has none"
     return (
-        f"In torch {what}. Write what computes it out in elementary operations, or regularise a layer behind "
-        "it (the last one, say)."
+        f"In torch {missing['operation'] or 'an operation there'} has none. Write what computes it out in "
+        "elementary operations, or regularise a layer behind it (the last one, say)."
     )
 
 
@@ -97,22 +75,19 @@ def check_differentiable(path: Iterable[Node]) -> None:
         # second derivatives for zero elsewhere: in a compiled cross-entropy, say.
         if nodes.is_compiled(node):
             raise RuntimeError(
-                "kappa needs second derivatives of what follows the layer, and a region compiled by "
-                "torch.compile has none. Compile what comes before the layer and leave what follows it and "
-                "the loss uncompiled: model.body.compile() instead of model.compile(), or "
-                "torch.compiler.disable on what follows. (A softmax cross-entropy right on the layer's "
-                "output needs none: only the loss must be outside.)"
+                f"{_SECOND}, and a region compiled by torch.compile has none. Compile only what comes before "
+                "the layer, model.body.compile() instead of model.compile(), or put torch.compiler.disable "
+                "on what follows it and on the loss."
             )
         for fused, text in _FUSED.items():  # torch's own error comes late, in the backward of kappa
-            if nodes.kind(node).startswith(fused):
-                raise RuntimeError(f"kappa needs second derivatives of what follows the layer. {text}")
+            if re.match(fused, nodes.kind(node), re.IGNORECASE):
+                raise RuntimeError(f"{_SECOND}. {text}")
         # Backwards of DTensor's conversions lose their own graph; collectives would mix processes.
         if nodes.communicates(node):
             raise RuntimeError(
-                f"kappa needs second derivatives of what follows the layer, and {node.name()} there "
-                "communicates with other processes (tensor parallelism, SyncBatchNorm, a loss over gathered "
-                "features), which has none. Regularise a layer behind it, or keep what follows the layer "
-                "and the loss local to the process."
+                f"{_SECOND}, and {node.name()} there communicates with other processes, so it has none. "
+                "Regularise a layer behind it, or keep what follows the layer and the loss local to the "
+                "process."
             )
 
 
@@ -130,34 +105,21 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
     if not functions:
         return
     roots = [(g.grad_fn, g.output_nr) for g in gradient]
-    made = _derivative_nodes([node for node, _ in roots], path | ends)
+    forward = {*path, *ends, None}
+    top: Any = {node for node, _ in roots} - forward
+    made = top | spread(top, lambda node: {below for below, _ in node.next_functions} - forward)
     edges = [*roots, *(edge for node in (*path, *made) for edge in node.next_functions)]
-    outputs: dict[Node, set[int]] = {node: set() for node in (*functions, *filter(nodes.is_function, made))}
+    outputs: dict[Any, set[int]] = {node: set() for node in (*functions, *filter(nodes.is_function, made))}
     for node, output in edges:
         if node in outputs:
             outputs[node].add(output)
-    dropped = any(map(nodes.is_error, made)) or any(_drops_out(n, of or {0}) for n, of in outputs.items())
-    if dropped:
+    if any(map(nodes.is_error, made)) or any(_drops_out(n, of or {0}) for n, of in outputs.items()):
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
-            "kappa needs second derivatives of what follows the layer, and an autograd.Function there "
-            f"({names}) has none: its backward is marked with once_differentiable, or calls one that is, or "
-            "makes constants (under no_grad, in numpy or a kernel, in the forward) of the numbers that it "
-            "keeps. Write what it computes out in elementary operations (a mask may be kept as bool), or "
-            "regularise a layer behind it."
+            f"{_SECOND}, and an autograd.Function there ({names}) has none: its backward is marked with "
+            "once_differentiable, or makes constants of the numbers that it keeps. Write what it computes "
+            "out in elementary operations (a mask may be kept as bool), or regularise a layer behind it."
         )
-
-
-def _derivative_nodes(roots: Iterable[Node | None], forward: Set[Node]) -> set[Node]:
-    """The graph of a derivative, down to the nodes of the forward."""
-    seen: set[Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen and node not in forward:
-            seen.add(node)
-            stack.extend(below for below, _ in node.next_functions)
-    return seen
 
 
 def _drops_out(node: Node, outputs: Set[int]) -> bool:
@@ -168,14 +130,12 @@ def _drops_out(node: Node, outputs: Set[int]) -> bool:
     """
     if not nodes.keeps_numbers(node):
         return False
-    made = [(i, nodes.results(node)[i]) for i in outputs]
-    gradients = [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for _, m in made]
-    inputs = [GradientEdge(below, i) for below, i in node.next_functions if below is not None]
+    made = [nodes.results(node)[i] for i in outputs]
     with torch.enable_grad():
         found = torch.autograd.grad(
-            [GradientEdge(node, i) for i, _ in made],
-            inputs,
-            gradients,
+            [GradientEdge(node, i) for i in outputs],
+            [GradientEdge(below, i) for below, i in node.next_functions if below is not None],
+            [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for m in made],
             create_graph=True,
             retain_graph=True,
             allow_unused=True,
@@ -188,18 +148,12 @@ def undifferentiable(path: Iterable[Node]) -> str | None:
     for node in path:
         if nodes.normalises_over_batch(node):
             # InstanceNorm and weight standardisation call batch_norm with all samples or filters in one.
-            one = nodes.shape(node, 0)[0] == 1
-            remedy = (
-                "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the same, and "
-                "write weight standardisation out (w - w.mean()) / w.std()"
-                if one
-                else "put the BatchNorm layers behind the regularised layer in eval mode"
-            )
+            what = "InstanceNorm" if nodes.shape(node, 0)[0] == 1 else "BatchNorm in train mode"
             return (
-                "the whole gradient of kappa needs the third derivative of what follows the layer, and "
-                f"torch has none of {'InstanceNorm' if one else 'BatchNorm in train mode'} (batch_norm does "
-                "not support 3rd+ order derivatives). kappa's value is exact. Use FAM(..., "
-                f"detach_hessian=True), {remedy}, or regularise a layer behind them."
+                "the whole gradient of kappa needs the third derivative of what follows the layer, and torch "
+                f"has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the layer in "
+                "eval mode, replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the "
+                "same, or regularise a layer behind it."
             )
     return None
 
@@ -227,12 +181,10 @@ def without_gradient(kappa: Tensor, why: str) -> Tensor:
 
 def once_differentiable(kappa: Tensor) -> Tensor:
     """`kappa`, from which a backward with create_graph=True raises RuntimeError."""
-    attached: Tensor = _Refused.apply(kappa, _ONCE, False)
+    why = (
+        "this kappa can be differentiated once only, and a backward with create_graph=True asks for more (a "
+        "Hessian-vector product, as AdaHessian takes it). Take it of the loss without kappa, or use "
+        "mode='full'."
+    )
+    attached: Tensor = _Refused.apply(kappa, why, False)
     return attached
-
-
-_ONCE = (
-    "this kappa can be differentiated once only, and a backward with create_graph=True asks for more (a "
-    "Hessian-vector product, as AdaHessian and Sophia take it). Take it of the loss without kappa, or use "
-    "mode='full'; mode='exact' on a softmax cross-entropy head can be differentiated twice, too."
-)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from fam_optim.graph import nodes, operations
+from fam_optim.graph.reach import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Set
@@ -61,7 +62,7 @@ def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups
             known = found if start is None else start
             if known is not None:
                 strides[node, output] = known
-    return Groups(strides, _below(mixing, path))
+    return Groups(strides, spread(mixing, lambda node: {n for n, _ in node.next_functions if n in path}))
 
 
 def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) -> bool:
@@ -97,7 +98,8 @@ def _after(
             return SUM
         if kind == "Select" and (place := operations.axis_of_digit(shapes[0][1], shapes[0][2], length)):
             axis, inner = place
-            return -1 - nodes.selected(node, shapes[0][1][axis]) // inner % length
+            selected = nodes.from_front(nodes.kept(node, "index"), shapes[0][1][axis])
+            return -1 - selected // inner % length
     return SUM if operations.is_linear(kind, [i for i, _ in operands]) else None
 
 
@@ -113,14 +115,3 @@ def _operands_first(path: Set[Node]) -> Iterable[Node]:
             else:
                 done[stack.pop()] = None
     return done
-
-
-def _below(above: Iterable[Node], path: Set[Node]) -> Set[Node]:
-    """The nodes of a path from which one of `above` is computed."""
-    seen: set[Node] = set()
-    stack = list(above)
-    while stack:
-        new = {n for n, _ in stack.pop().next_functions if n in path} - seen
-        seen |= new  # type: ignore[arg-type]
-        stack += new  # type: ignore[arg-type]
-    return seen

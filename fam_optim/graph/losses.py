@@ -14,31 +14,27 @@ Source: DESIGN, 7.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.graph import errors, flags, nodes, operations
+from fam_optim.graph.reach import spread
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence, Set
+    from collections.abc import Callable, Mapping, Sequence, Set
 
     from torch import Tensor
     from torch.autograd.graph import Node
 
 
-class Terms(NamedTuple):
-    """The nodes that a loss was found to be linear in, and whether the coefficients are constants."""
-
-    nodes: list[Node]
-    constant: bool
-
-
-def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> Terms | None:
-    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
-    is not linear in such.
+def linear_in(
+    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
+) -> tuple[list[Node], bool] | None:
+    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`, and
+    whether the coefficients are constants; None if it is not linear in such.
 
     Args:
         path: the nodes from which one of `ends` can be reached, and these.
@@ -60,33 +56,27 @@ def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -
         on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
         if not operations.is_linear(kind, on_path):
             return None
-        for below, its_output in inputs:
-            if below is None:
-                continue
-            if below not in path:
-                constant = False
-            elif (below, its_output) not in seen:
-                seen.add((below, its_output))
-                stack.append((below, its_output))
-    return Terms(found, constant)
+        constant = constant and all(below is None or below in path for below, _ in inputs)
+        new: Any = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
+        seen.update(new)
+        stack += new
+    return found, constant
 
 
-class Output(Protocol):
+class Output(NamedTuple):
     """One o of the loss.
 
     Attributes:
         edges: where o is made; or, of a difference that is squared, its two sides.
         shape: of o.
+        a: the weights, of rows or of entries, none of which may be negative.
+        root: gives ``S r``, at each edge, for r in the shape of o.
     """
 
     edges: list[GradientEdge]
     shape: torch.Size
-
-    def root(self, r: Tensor) -> list[Tensor]:
-        """``S r`` for r in the shape of o, at each edge."""
-
-    def weights(self) -> Tensor:
-        """The a, none of which may be negative."""
+    a: Tensor
+    root: Callable[[Tensor], list[Tensor]]
 
 
 def find_outputs(
@@ -104,34 +94,27 @@ def find_outputs(
         RuntimeError: if the loss is not known to be convex in them.
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
-    known = terms.nodes if terms else []
+    known, _ = terms or ([], True)
     with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
     if terms is None or len(outputs) < len(found):
         raise RuntimeError(
             "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: a sum "
-            "of softmax cross-entropy, binary cross-entropy with logits, squared error (F.cross_entropy, "
-            "F.binary_cross_entropy_with_logits, F.mse_loss), none of them compiled. This one ends in "
-            f"{loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() the terms that are and add "
-            "the others to what it returns, or use mode='hutchinson', curvature='hessian'."
+            "of softmax cross-entropy, binary cross-entropy with logits and squared error, none of them "
+            f"compiled. This one ends in {loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() "
+            "the terms that are and add the others to what it returns, or use mode='hutchinson', "
+            "curvature='hessian'."
         )
-    _check_weights(outputs)
-    return outputs
-
-
-def _check_weights(outputs: list[Output]) -> None:
-    """Raises RuntimeError if a sample counts less than nothing: the loss is not convex then.
-
-    On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
-    """
-    for weights in (output.weights().detach() for output in outputs):
-        if not flags.reading_waits(weights) and bool((weights < -_rounding(weights)).any()):
+    for a in (output.a.detach() for output in outputs):
+        # On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
+        if not flags.reading_waits(a) and bool((a < -_rounding(a)).any()):
             raise RuntimeError(
                 "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some "
                 "sample or class counts with a negative weight. Use mode='hutchinson' with "
                 "curvature='hessian' for it."
             )
+    return outputs
 
 
 def _rounding(weights: Tensor) -> Tensor:
@@ -176,56 +159,55 @@ def _root_of(weights: Tensor) -> Tensor:
     return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 
 
-class SoftmaxOutput:
-    """``-sum_k c_k log p_k``, p the softmax of o along one axis; a is the sum of c.
+class Softmax(NamedTuple):
+    """``-sum_k c_k log p_k``, p the softmax of o along one axis.
 
     Attributes:
+        edge: where o is made.
         log_p, dim: as the graph keeps it, in no lower precision than float32; the axis of its classes.
+        a: the sum of c.
     """
 
-    def __init__(self, node: Node, loss: Tensor, differentiable: bool, constant: bool = False) -> None:
-        self.dim = nodes.softmax_axis(node)
-        log_p = nodes.log_softmax_result(node)
-        coefficient = _coefficient(node, loss, differentiable and not constant)
-        self.log_p = at_least_float32(log_p if differentiable else log_p.detach())
-        self._a = -at_least_float32(coefficient).sum(self.dim, keepdim=True)
-        self.edges = [_operand(node, 0)]
-        self.shape = self.log_p.shape
-
-    def weights(self) -> Tensor:
-        return self._a
-
-    def root(self, r: Tensor) -> list[Tensor]:
-        root_p = (self.log_p / 2).exp()
-        along = (root_p * r).sum(self.dim, keepdim=True)
-        return [_root_of(self._a) * root_p * (r - root_p * along)]
+    edge: GradientEdge
+    log_p: Tensor
+    dim: int
+    a: Tensor
 
 
-class DiagonalOutput:
-    """A loss that is a sum over the entries of o, b being its second derivative in each.
+def softmax_of(node: Any, loss: Tensor, differentiable: bool, constant: bool = False) -> Softmax:
+    """What a loss takes that is linear in a log_softmax, with constant coefficients or not."""
+    dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
+    coefficient = at_least_float32(_coefficient(node, loss, differentiable and not constant))
+    a = -coefficient.sum(dim, keepdim=True)
+    return Softmax(_operand(node, 0), log_p if differentiable else log_p.detach(), dim, a)
+
+
+def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output:
+    edge, log_p, dim, a = softmax_of(node, loss, differentiable)
+
+    def root(r: Tensor) -> list[Tensor]:
+        root_p = (log_p / 2).exp()
+        return [_root_of(a) * root_p * (r - root_p * (root_p * r).sum(dim, keepdim=True))]
+
+    return Output([edge], log_p.shape, a, root)
+
+
+def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
+    """A loss that is a sum over the entries of o, a being its second derivative in each.
 
     Args:
         sides: the operands that o is the difference of, by position, and their signs.
     """
 
-    def __init__(self, node: Node, b: Tensor, sides: dict[int, float]) -> None:
-        self._b = b
-        self._signs = list(sides.values())
-        self.edges = [_operand(node, position) for position in sides]
-        self.shape = b.shape
+    def root(r: Tensor) -> list[Tensor]:
+        root = _root_of(a) * r
+        return [sign * root for sign in sides.values()]
 
-    def weights(self) -> Tensor:
-        return self._b
-
-    def root(self, r: Tensor) -> list[Tensor]:
-        root = _root_of(self._b) * r
-        return [sign * root for sign in self._signs]
+    return Output([_operand(node, position) for position in sides], a.shape, a, root)
 
 
-def _operand(node: Node, position: int) -> GradientEdge:
-    below, output = node.next_functions[position]
-    assert below is not None
-    return GradientEdge(below, output)
+def _operand(node: Any, position: int) -> GradientEdge:
+    return GradientEdge(*node.next_functions[position])
 
 
 def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
@@ -238,62 +220,49 @@ def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
     b = b if weight is None else b * weight
-    return DiagonalOutput(node, b * _per_entry(node, loss, b, differentiable), {0: 1.0})
+    return _diagonal(node, b * _per_entry(node, loss, b.numel(), differentiable), {0: 1.0})
 
 
 def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    both = zip((1.0, -1.0), node.next_functions, strict=True)
-    sides = {i: sign for i, (sign, (below, _)) in enumerate(both) if below in path}
-    if any(_measures_distance(node.next_functions[i], path) for i in sides):
+    sides = {i: (-1.0) ** i for i, (below, _) in enumerate(node.next_functions) if below in path}
+    if any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
-    twice = _twice(node, next(iter(sides)))
-    return DiagonalOutput(node, twice * _per_entry(node, loss, twice, differentiable), sides)
+    shape = nodes.shape(*node.next_functions[min(sides)])
+    b = 2 * _per_entry(node, loss, shape.numel(), differentiable)
+    return _diagonal(node, b.expand(shape), sides)
 
 
 def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
     """``o.square()``, of a difference or anything else but a loss, a norm or a distance."""
-    if nodes.exponent(node) != 2 or _measures_distance(node.next_functions[0], path):
+    if nodes.exponent(node) != 2 or _measures_distance(node.next_functions[0][0], path):
         return None
-    return DiagonalOutput(node, _twice(node, 0) * _coefficient(node, loss, differentiable), {0: 1.0})
+    return _diagonal(node, 2 * at_least_float32(_coefficient(node, loss, differentiable)), {0: 1.0})
 
 
-def _twice(node: Node, position: int) -> Tensor:
-    """2 for every entry of an operand."""
-    edge = _operand(node, position)
-    made = nodes.results(edge.node)[edge.output_nr]
-    dtype = torch.promote_types(made.dtype, torch.float32)
-    return torch.full(tuple(made.shape), 2.0, dtype=dtype, device=made.device)
-
-
-def _measures_distance(edge: tuple[Node | None, int], path: frozenset[Node]) -> bool:
-    """Whether what comes to `edge` is a loss, a norm or a distance, added to, scaled, moved, clipped, or a
+def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
+    """Whether what a node makes is a loss, a norm or a distance, added to, scaled, moved, clipped, or a
     function of it: its square is no squared error of the network's outputs. (Of a trained product it is.)"""
-    stack, seen = [edge[0]], {None, edge[0]}
-    while stack:
-        node = stack.pop()
-        assert node is not None
-        kind = nodes.kind(node)
-        if kind in operations.DISTANCES:
-            return True
+
+    def passed_on(node: Node) -> Set[Any]:
+        kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
         on_path = [i for i, (below, _) in enumerate(node.next_functions) if below in path]
-        operands = {below for below, _ in node.next_functions} - {None}
         by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
         unary = len(operands) == 1 or kind in ("Maximum", "Minimum")
         function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # which makes p of log p
-        if function or (operations.is_linear(kind, on_path) and not by_weight):
-            stack += (operands & path) - seen
-            seen |= operands
-    return False
+        passes = function or (operations.is_linear(kind, on_path) and not by_weight)
+        return operands & path if passes else set()
+
+    return any(nodes.kind(n) in operations.DISTANCES for n in {node, *spread([node], passed_on)})
 
 
-def _per_entry(node: Any, loss: Tensor, like: Tensor, differentiable: bool) -> Tensor:
+def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:
     """dL by an entry of the loss that the node reduces."""
-    coefficient = _coefficient(node, loss, differentiable)
-    return coefficient / like.numel() if nodes.averages(node) else coefficient
+    coefficient = at_least_float32(_coefficient(node, loss, differentiable))
+    return coefficient / entries if nodes.averages(node) else coefficient
 
 
 _KINDS = {
-    "LogSoftmax": lambda node, loss, path, differentiable: SoftmaxOutput(node, loss, differentiable),
+    "LogSoftmax": _softmax,
     "BinaryCrossEntropyWithLogits": _binary,
     "MseLoss": _squared_error,
     "Pow": _square,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -87,21 +86,11 @@ def at_hand(node: Node, name: str) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
-def is_leaf(node: Node) -> bool:
-    """Whether the node accumulates the gradient of a leaf."""
-    return leaf(node) is not None
-
-
 def settings(node: Node) -> tuple[tuple[str, Any], ...]:
     """What the node keeps of its operation beside tensors: axes, sizes, modes."""
-    return tuple((name, getattr(node, name)) for name in _settings_of(type(node)))
-
-
-@cache
-def _settings_of(kind_of_node: type) -> tuple[str, ...]:
     # Tensors are left alone, since unpacking one may recompute a checkpoint: they have a raw form too.
-    names = dir(kind_of_node)
-    return tuple(n for n in names if n.startswith("_saved_") and f"_raw{n}" not in names)
+    names = dir(type(node))
+    return tuple((n, getattr(node, n)) for n in names if n.startswith("_saved_") and f"_raw{n}" not in names)
 
 
 def axes(node: Any, dimensions: int) -> set[int]:
@@ -109,35 +98,26 @@ def axes(node: Any, dimensions: int) -> set[int]:
     along: Any = getattr(node, "_saved_dim", getattr(node, "_saved_dims", None))
     if isinstance(along, int):
         along = (along,)
-    return {_from_front(axis, dimensions) for axis in along or ()} or set(range(dimensions))
+    return {from_front(axis, dimensions) for axis in along or ()} or set(range(dimensions))
 
 
 def order(node: Any, dimensions: int) -> list[int]:
     """Which axis of its operand each axis of the result of a permutation is."""
     if hasattr(node, "_saved_dims"):
-        return [_from_front(axis, dimensions) for axis in node._saved_dims]
+        return [from_front(axis, dimensions) for axis in node._saved_dims]
     swapped = list(range(dimensions))
     if hasattr(node, "_saved_dim0"):
-        pair = [_from_front(axis, dimensions) for axis in (node._saved_dim0, node._saved_dim1)]
+        pair = [from_front(axis, dimensions) for axis in (node._saved_dim0, node._saved_dim1)]
         swapped[pair[0]], swapped[pair[1]] = pair[1], pair[0]
         return swapped
     return swapped[::-1]  # t(), of a matrix
 
 
-def _from_front(axis: int, dimensions: int) -> int:
+def from_front(axis: int, dimensions: int) -> int:
+    """An axis, or a place along one, counted from the front of so many."""
     if axis >= 2**63:  # a negative one comes back as unsigned
         axis -= 2**64
     return axis % dimensions
-
-
-def normalised_axes(node: Any) -> int:
-    """How many axes, the last ones, a layer_norm or rms_norm is taken over."""
-    return len(node._saved_normalized_shape)
-
-
-def padded_axes(node: Any) -> int:
-    """How many axes, the last ones, a padding may have moved."""
-    return len(node._saved_pad) // 2
 
 
 def picked_axes(node: Any) -> range:
@@ -153,18 +133,13 @@ def picked_axes(node: Any) -> range:
     return range(picked[0] if side_by_side else 0, picked[-1] + 1)
 
 
-def selected(node: Any, length: int) -> int:
-    """Which place along an axis of some length ``x[:, place]`` takes."""
-    return _from_front(node._saved_index, length)
-
-
-def other_operand(node: Any, position: int) -> torch.Tensor | None:
-    """What a product or quotient multiplies its operand at `position` with, or divides it by, or a gather's
-    index; None if the node does not keep it."""
-    if kind(node) == "Gather":
-        return cast("torch.Tensor", node._saved_index)
-    found: Any = node._saved_other if position == 0 else node._saved_self
-    return found if found is None or isinstance(found, torch.Tensor) else torch.tensor(found)
+def by_one_number(node: Any, position: int) -> bool:
+    """Whether a product or quotient multiplies its operand at `position` with one number of the graph, or
+    divides it by one."""
+    if kind(node) == "Div" and position != 0:
+        return False
+    other: Any = node._saved_other if position == 0 else node._saved_self
+    return other is not None and (not isinstance(other, torch.Tensor) or other.numel() == 1)
 
 
 def exponent(node: Any) -> float | None:
@@ -181,12 +156,6 @@ def binary_targets(node: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
     """Of a binary cross-entropy with logits: these, the targets, the weights of its entries and of the
     positives among them."""
     return node._saved_self, node._saved_target, node._saved_weight, node._saved_pos_weight
-
-
-def log_softmax_result(node: Any) -> torch.Tensor:
-    """log p, attached to the graph."""
-    result: torch.Tensor = node._saved_result
-    return result
 
 
 def softmax_axis(node: Node) -> int:
@@ -218,11 +187,6 @@ def is_error(node: Node) -> bool:
 def is_derivative(node: Node) -> bool:
     """Whether `node` is of a derivative that the forward took: it shows as a backward of a backward."""
     return node.name().count("Backward") > 1
-
-
-def is_derivative_of_layer_norm(node: Node) -> bool:
-    """Whether `node` is of a derivative of layer_norm."""
-    return node.name().startswith("NativeLayerNormBackwardBackward")
 
 
 def keeps_numbers(node: Any) -> bool:

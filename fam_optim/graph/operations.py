@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fam_optim.graph import nodes
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     Shape = Sequence[int]
-    Rule = Callable[[Node, int, int, Shape, Shape], int | None]
+    Rule = Callable[["_At"], int | None]
 
 
 def _kinds(names: str) -> set[str]:
@@ -82,11 +82,11 @@ def moved(
     if (elementwise or kind == "Slice") and tuple(operand) == tuple(result):
         return stride
     place = axis_of_digit(operand, stride, length)
-    rule = _aligned if elementwise else _RULES.get(kind)
+    rule: Rule | None = _aligned if elementwise else _RULES.get(kind)
     if place is None or rule is None:
         return None
     axis, inner = place
-    to = rule(node, position, axis, operand, result)
+    to = rule(_At(node, position, axis, operand, result))
     if to is None or not 0 <= to < len(result) or result[to] != operand[axis]:
         return None
     return inner * math.prod(result[to + 1 :])
@@ -103,115 +103,102 @@ def axis_of_digit(shape: Shape, stride: int, length: int) -> tuple[int, int] | N
     return None
 
 
-# A rule is given the node, which of its operands is looked at, an axis of that, and the shapes of operand and
-# result. It says which axis of the result goes along that axis, entry by entry.
+# A rule says which axis of the result goes along an axis of an operand, entry by entry; None if none does.
 
 
-def _aligned(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    return axis + len(result) - len(operand)
+class _At(NamedTuple):
+    """An axis of the operand at `position` of an operation, and the shapes of operand and result."""
+
+    node: Node
+    position: int
+    axis: int
+    operand: Shape
+    result: Shape
 
 
-def _beside(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+def _aligned(at: _At) -> int:
+    return at.axis + len(at.result) - len(at.operand)
+
+
+def _beside(at: _At) -> int | None:
     """Along some axes: the others are not touched."""
-    along = nodes.axes(node, len(operand))
-    if axis in along:
+    along = nodes.axes(at.node, len(at.operand))
+    if at.axis in along:
         return None
-    return axis if len(result) == len(operand) else axis - sum(a < axis for a in along)
+    return at.axis if len(at.result) == len(at.operand) else at.axis - sum(a < at.axis for a in along)
 
 
-def _permuted(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    return nodes.order(node, len(operand)).index(axis)
+def _stacked(at: _At) -> int:
+    (new,) = nodes.axes(at.node, len(at.result))
+    return at.axis + (at.axis >= new)
 
 
-def _stacked(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    (new,) = nodes.axes(node, len(result))
-    return axis + (axis >= new)
-
-
-def _indexed(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
+def _indexed(at: _At) -> int | None:
     """``x[:, index]``: the axes in front of those that are picked from, and those behind."""
-    picked = nodes.picked_axes(node)
-    if axis < picked.start:
-        return axis
-    return axis + len(result) - len(operand) if axis >= picked.stop else None
+    picked = nodes.picked_axes(at.node)
+    if at.axis < picked.start:
+        return at.axis
+    return _aligned(at) if at.axis >= picked.stop else None
 
 
-def _first(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    """Every entry of the first axis by itself: convolutions, pools, and the like."""
-    return 0 if position == 0 and axis == 0 else None
+def _product(*kept: dict[int, int] | None) -> Rule:
+    """For every operand, which of its axes are axes of the result; the others are summed over. None: it is
+    added to the result."""
+
+    def rule(at: _At) -> int | None:
+        if at.position >= len(kept):
+            return None
+        axes = kept[at.position]
+        return _aligned(at) if axes is None else axes.get(at.axis)
+
+    return rule
 
 
-def _product(*kept: dict[int, int]) -> Rule:
-    """For every operand, which of its axes are axes of the result; the others are summed over."""
-    return lambda node, position, axis, operand, result: (
-        kept[position].get(axis) if position < len(kept) else None
-    )
+def _but_the_last(at: _At, several: int) -> int | None:
+    """Along all axes but the last ones."""
+    return at.axis if at.axis < len(at.operand) - several else None
 
 
-def _plus(rule: Rule) -> Rule:
-    """The same with a first operand that is added to the result."""
-
-    def plus(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-        if position == 0:
-            return _aligned(node, position, axis, operand, result)
-        return rule(node, position - 1, axis, operand, result)
-
-    return plus
-
-
-def _normalised(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    return axis if position == 0 and axis < len(operand) - nodes.normalised_axes(node) else None
-
-
-def _batch_norm(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    return axis if position == 0 and not nodes.normalises_over_batch(node) else None
-
-
-def _padded(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    return axis if axis < len(operand) - nodes.padded_axes(node) else None
-
-
-def _attention(node: Node, position: int, axis: int, operand: Shape, result: Shape) -> int | None:
-    """Every head of every sample by itself."""
-    return axis if position < 3 and axis < len(operand) - 2 else None
-
-
-_MATRICES, _BATCHES = _product({0: 0}, {1: 1}), _product({0: 0, 1: 1}, {0: 0, 2: 2})
-_RULES: dict[str, Rule] = {
-    "Repeat": _aligned,
-    "Stack": _stacked,
-    "Index": _indexed,
-    "ConstantPadNd": _padded,
-    "NllLoss": _product({0: 0}),
-    "NllLoss2D": _product({0: 0, 2: 1, 3: 2}),
-    "Mm": _MATRICES,
-    "Addmm": _plus(_MATRICES),
-    "Mv": _product({0: 0}),
-    "Bmm": _BATCHES,
-    "Baddbmm": _plus(_BATCHES),
-}
-for _names, _rule in (
-    ("Permute Transpose T", _permuted),
+_BY_RULE: tuple[tuple[str, Rule], ...] = (
+    ("Repeat", _aligned),
+    ("Stack", _stacked),
+    ("Index", _indexed),
+    ("Permute Transpose T", lambda at: nodes.order(at.node, len(at.operand)).index(at.axis)),
+    ("ConstantPadNd", lambda at: _but_the_last(at, len(nodes.kept(at.node, "pad")) // 2)),
+    ("NllLoss Mv", _product({0: 0})),
+    ("NllLoss2D", _product({0: 0, 2: 1, 3: 2})),
+    ("Mm", _product({0: 0}, {1: 1})),
+    ("Addmm", _product(None, {0: 0}, {1: 1})),
+    ("Bmm", _product({0: 0, 1: 1}, {0: 0, 2: 2})),
+    ("Baddbmm", _product(None, {0: 0, 1: 1}, {0: 0, 2: 2})),
     (
         """Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect Flip Roll Softmax SafeSoftmax
         LogSoftmax Cumsum Cumprod Gather Sum Mean Prod Cat Glu Logsumexp Amax Amin Max Min Var Std
         LinalgVectorNorm Norm Sort Topk""",
         _beside,
     ),
-    (
+    (  # every entry of the first axis by itself
         """Convolution NativeGroupNorm Im2Col Col2Im PixelShuffle PixelUnshuffle MaxPool2DWithIndices
         MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
         AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
         UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ReflectionPad1D ReflectionPad2D
         ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D""",
-        _first,
+        _product({0: 0}),
     ),
-    ("NativeLayerNorm FusedRmsNorm", _normalised),
-    ("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm", _batch_norm),
     (
+        "NativeLayerNorm FusedRmsNorm",
+        lambda at: (
+            _but_the_last(at, len(nodes.kept(at.node, "normalized_shape"))) if at.position == 0 else None
+        ),
+    ),
+    (
+        "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",
+        lambda at: at.axis if at.position == 0 and not nodes.normalises_over_batch(at.node) else None,
+    ),
+    (  # every head of every sample by itself
         """ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention
         ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention""",
-        _attention,
+        lambda at: _but_the_last(at, 2) if at.position < 3 else None,
     ),
-):
-    _RULES.update(dict.fromkeys(_kinds(_names), _rule))
+)
+_RULES = {kind: rule for names, rule in _BY_RULE for kind in _kinds(names)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fam_optim.graph import calls, nodes, operations
+from fam_optim.graph import nodes, operations
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -59,14 +59,18 @@ def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
 
 def above(ends: Collection[Node], parents: Mapping[Node, Sequence[Node]]) -> frozenset[Node]:
     """The nodes from which one of `ends` can be reached, without `ends` unless reached from there."""
+    return frozenset(spread(ends, parents.__getitem__))
+
+
+def spread(starts: Iterable[Node], neighbours: Callable[[Node], Iterable[Any]]) -> set[Node]:
+    """The nodes that one comes to from some others, step by step; these only if one returns."""
     seen: set[Node] = set()
-    stack = list(ends)
+    stack = list(starts)
     while stack:
-        for node in parents[stack.pop()]:
-            if node not in seen:
-                seen.add(node)
-                stack.append(node)
-    return frozenset(seen)
+        new = set(neighbours(stack.pop())) - seen
+        seen |= new
+        stack += new
+    return seen
 
 
 def is_of_weights(node: Node) -> bool:
@@ -75,7 +79,7 @@ def is_of_weights(node: Node) -> bool:
     stack = [node]
     while stack:
         node = stack.pop()
-        if not nodes.is_leaf(node):
+        if nodes.leaf(node) is None:
             if nodes.kind(node) not in _OF_WEIGHTS:
                 return False
             stack += [below for below, _ in node.next_functions if below is not None]
@@ -99,8 +103,8 @@ def product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node 
         kind = nodes.kind(node)
         if kind in ("Addmm", "Mm"):
             second_factor, _ = node.next_functions[-1]
-            whole = second_factor is below and not transposed and calls.is_unscaled(node)
-            return node if whole else None
+            unscaled = kind == "Mm" or nodes.kept(node, "alpha") == 1
+            return node if second_factor is below and not transposed and unscaled else None
         if kind == "T" and transposed:
             transposed = False
         elif kind != "ToCopy":  # of autocast

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @contextmanager
@@ -23,34 +23,32 @@ def counted_once() -> Iterator[None]:
     again in a derivative, or where this thread reads what a checkpoint has not kept.
     """
     thread = threading.get_ident()
-    before: dict[int, _State] = {}
+    before: dict[int, Callable[[], None]] = {}
 
     def keep(module: Any, args: Any) -> None:
         if (nodes.in_derivative() or threading.get_ident() == thread) and id(module) not in before:
-            before[id(module)] = _State(module)
+            before[id(module)] = _restoring(module)
 
     handle = register_module_forward_pre_hook(keep)
     try:
         yield
     finally:
         handle.remove()
-        for state in before.values():
-            state.restore()
+        for restore in before.values():
+            restore()
 
 
-class _State:
-    """What a module counts: its buffers, and those of its attributes that are tensors or numbers."""
+def _restoring(module: Any) -> Callable[[], None]:
+    """What makes each buffer, and each attribute that is a tensor or a number, what it is now."""
+    buffers = dict(module._buffers)
+    attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
+    tensors = (t for t in (*buffers.values(), *attributes.values()) if isinstance(t, Tensor))
+    values = [(t, t.detach().clone()) for t in tensors]
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.buffers = dict(module._buffers)
-        self.attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
-        tensors = (*self.buffers.values(), *self.attributes.values())
-        self.values = [(t, t.detach().clone()) for t in tensors if isinstance(t, Tensor)]
-
-    def restore(self) -> None:
-        """Each is the object that it was, with the numbers that it had."""
-        self.module._buffers.update(self.buffers)
-        vars(self.module).update(self.attributes)
-        for tensor, value in self.values:
+    def restore() -> None:
+        module._buffers.update(buffers)
+        vars(module).update(attributes)
+        for tensor, value in values:
             tensor.data.copy_(value)  # past the count of versions, which says whether a graph is out of date
+
+    return restore

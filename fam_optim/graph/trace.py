@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from torch import nn
-
-_COMPILED = (
-    " A model that ran compiled before does not call the hook that observes the layer: call "
-    "torch.compiler.reset() after building FAM; with observe(), run the uncompiled model "
-    "(compiled._orig_mod), which shares its weights."
-)
 
 
 class LayerNotUsedError(RuntimeError):
@@ -75,74 +69,54 @@ def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
     return above({edge.node for tail in tails for edge in tail.edges}, tails[0].parents)
 
 
-def find_tail(loss: Tensor, layer: Observation | Tensor) -> Tail:
-    """The tail from `loss` to the outputs of `layer` (for a parameter: to the parameter itself).
-
-    Raises:
-        As `find_tails`.
-    """
-    (tail,) = find_tails(loss, [layer])
-    assert tail is not None
-    return tail
-
-
 def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
     """The tails from `loss` to the outputs of each layer; None where the loss does not depend on it.
+
+    That of a parameter ends at the parameter itself.
 
     Cost: one walk over the graph, whatever the number of layers.
 
     Raises:
         ValueError: if the loss is not a scalar.
         LayerNotUsedError: if it depends on none of the layers.
-        RuntimeError: if it is made of a derivative that was taken through one of them.
+        RuntimeError: if a record is out of date, if the loss depends on calls that were not recorded, or if
+            it is made of a derivative that was taken through a layer, or through nn.LayerNorm behind one.
     """
     check_scalar(loss)
-    parents, found = _walk(loss, layers)
-    if not found:
-        raise LayerNotUsedError(not_used(layers[0], parents))
-    _check(parents, found)
-    of_layers: list[list[_Found]] = [[] for _ in layers]
-    for one in found:
-        of_layers[one.number].append(one)
-    check_all_seen(
-        parents, [(layer, [f.use for f in of]) for layer, of in zip(layers, of_layers, strict=True)]
-    )
-    return [_tail(loss, *pair, parents) if pair[1] else None for pair in zip(layers, of_layers, strict=True)]
-
-
-def _tail(
-    loss: Tensor,
-    layer: Observation | Tensor,
-    found: Sequence[_Found],
-    parents: Mapping[Node, Sequence[Node]],
-) -> Tail:
-    of = layer.module if isinstance(layer, Observation) else layer
-    return Tail(of, loss, tuple(f.use for f in found), tuple(f.edge for f in found), parents)
-
-
-class _Found(NamedTuple):
-    """A use of a layer, by the layer's number, and where its output is made."""
-
-    number: int
-    use: Use
-    edge: GradientEdge
-
-
-def _walk(
-    loss: Tensor, layers: Sequence[Observation | Tensor]
-) -> tuple[dict[Node, list[Node]], list[_Found]]:
-    """Walks the graph below `loss`: each node's parents, and what was found, in graph order."""
-    observed = {id(layer.module): n for n, layer in enumerate(layers) if isinstance(layer, Observation)}
-    parameters = {id(layer): n for n, layer in enumerate(layers) if isinstance(layer, Tensor)}
     parents = parents_below(loss)
-    found = []
+    parts = [layer.module if isinstance(layer, Observation) else layer for layer in layers]
+    found = _uses(parents, parts)
+    ends = [edge.node for of_layer in found for _, edge in of_layer]
+    if not ends:
+        raise LayerNotUsedError(not_used(parts[0], parents))
+    derivatives = [node for node in parents if nodes.kind(node) == "NativeLayerNormBackward"]
+    if derivatives and not above(ends, parents).isdisjoint(derivatives):
+        raise RuntimeError(
+            "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
+            "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
+        )
+    uses = [tuple(use for use, _ in of_layer) for of_layer in found]
+    for use in (use for of_layer in uses for use in of_layer):
+        use.check()
+    check_all_seen(parents, layers, uses)
+    edges = [tuple(edge for _, edge in of_layer) for of_layer in found]
+    of_layers = zip(parts, uses, edges, strict=True)
+    return [Tail(part, loss, use, edge, parents) if use else None for part, use, edge in of_layers]
+
+
+def _uses(
+    parents: Collection[Node], layers: Sequence[nn.Module | Tensor]
+) -> list[list[tuple[Use, GradientEdge]]]:
+    """Of every layer the uses in a graph, and where their outputs are made, in the graph's order."""
+    numbers = {id(layer): number for number, layer in enumerate(layers)}
+    uses: list[list[tuple[Use, GradientEdge]]] = [[] for _ in layers]
     for node in parents:
         record, leaf = recorded_use(node), nodes.leaf(node)
-        if record is not None and id(record[0].module()) in observed and not record[0].is_released:
-            found.append(_Found(observed[id(record[0].module())], *record))
-        elif leaf is not None and id(leaf) in parameters:
-            found.append(_Found(parameters[id(leaf)], parameter_use(leaf), GradientEdge(node, 0)))
-    return parents, found
+        if record is not None and not record[0].is_released and id(record[0].module()) in numbers:
+            uses[numbers[id(record[0].module())]].append(record)
+        elif leaf is not None and id(leaf) in numbers:
+            uses[numbers[id(leaf)]].append((parameter_use(leaf), GradientEdge(node, 0)))
+    return uses
 
 
 def check_scalar(loss: Tensor) -> None:
@@ -163,41 +137,32 @@ def check_scalar(loss: Tensor) -> None:
         )
 
 
-def _check(parents: Mapping[Node, Sequence[Node]], found: Sequence[_Found]) -> None:
-    """Raises RuntimeError if a record is out of date, or torch has the derivatives behind it wrong."""
-    derivatives = [node for node in parents if nodes.is_derivative_of_layer_norm(node)]
-    if derivatives and not above([one.edge.node for one in found], parents).isdisjoint(derivatives):
-        raise RuntimeError(
-            "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
-            "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
-        )
-    for _, use, _ in found:
-        use.check()
-
-
-def not_used(layer: Observation | Tensor, graph: Collection[Node]) -> str:
+def not_used(layer: nn.Module | Tensor, graph: Collection[Node]) -> str:
     """Why the loss with this graph does not depend on a layer, for messages."""
     if any(map(nodes.is_reentrant_checkpoint, graph)):
-        of = layer.module if isinstance(layer, Observation) else layer
         return (
-            f"`loss` does not depend on `layer` {describe(of)} outside reentrant activation checkpoints, and "
-            "what happens in one is not in the graph. Checkpoint with use_reentrant=False, or leave the "
+            f"`loss` does not depend on `layer` {describe(layer)} outside reentrant activation checkpoints, "
+            "and what happens in one is not in the graph. Checkpoint with use_reentrant=False, or leave the "
             "layer out of the checkpoint."
         )
-    if isinstance(layer, Observation):
-        weight = layer.module._parameters.get("weight")
-        used = weight is not None and any(nodes.leaf(node) is weight for node in graph)
-        otherwise = (
-            ", although on its weight. If its owner uses the weight itself (nn.MultiheadAttention its "
-            "out_proj.weight, SwinV2 its qkv.weight), pass that weight, an nn.Parameter, as `layer` with "
-            "mode='hutchinson'. Otherwise expected"
+    if isinstance(layer, Tensor):
+        frozen = "" if layer.requires_grad else " It does not require gradients: call requires_grad_() first."
+        return f"`loss` does not depend on `layer`, a {describe(layer)}.{frozen}"
+    weight = layer._parameters.get("weight")
+    used = weight is not None and any(nodes.leaf(node) is weight for node in graph)
+    text = (
+        f"`loss` does not depend on an observed call of `layer` {describe(layer)}"
+        f"{', although on its weight' if used else ''}. Call the layer, as a module, in the forward that "
+        "made the loss, after FAM was built or inside `with observe(layer)`, and before the loss's backward."
+    )
+    if used:
+        text += (
+            " If its owner uses the weight itself (nn.MultiheadAttention its out_proj.weight, SwinV2 its "
+            "qkv.weight), pass that weight, an nn.Parameter, as `layer` with mode='hutchinson'."
         )
-        return (
-            f"`loss` does not depend on an observed call of `layer` {describe(layer.module)}"
-            f"{otherwise if used else '. Expected'} the layer to be called, as a module, in the forward that "
-            "made the loss, after FAM was built or inside `with observe(layer)`, and the loss not to have "
-            "been backpropagated and stepped already."
-            + (_COMPILED if any(map(nodes.is_compiled, graph)) else "")
+    if any(map(nodes.is_compiled, graph)):
+        text += (
+            " A model that ran compiled before does not call the hook that observes the layer: call "
+            "torch.compiler.reset() after building FAM; with observe(), run compiled._orig_mod."
         )
-    frozen = "" if layer.requires_grad else " It does not require gradients: call requires_grad_() first."
-    return f"`loss` does not depend on `layer`, a {describe(layer)}.{frozen}"
+    return text

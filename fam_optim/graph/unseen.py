@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd.graph import get_gradient_edge
 
 from fam_optim.graph import calls, nodes, operations
+from fam_optim.graph.reach import spread
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import describe
 
@@ -22,39 +23,40 @@ if TYPE_CHECKING:
 
     from fam_optim.layer.use import Use
 
+    Parents = Mapping[Node, Sequence[Node]]
 
-_DERIVATIVE = "derivative"
 _SAME_NUMBERS = operations.VIEWS | {"Expand", "torch::autograd::Identity"}
 
 
 def check_all_seen(
-    parents: Mapping[Node, Sequence[Node]], uses_of: Sequence[tuple[Observation | Tensor, Sequence[Use]]]
+    parents: Parents, layers: Sequence[Observation | Tensor], uses_of: Sequence[Sequence[Use]]
 ) -> None:
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
     through one, or on a parameter whose gradient is sparse.
 
     Args:
         parents: the nodes that use a node's result, for every node of the loss's graph.
-        uses_of: the layers, and their uses that were found.
+        layers, uses_of: the layers, and of each the uses that were found.
     """
-    recorded = _recorded_products(parents)
+    records = ((node, recorded_use(node)) for node in parents)
+    recorded = {calls.product_of_call(node) for node, found in records if found and not found[0].is_released}
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
-    weights_of = [_weights(layer, uses) if isinstance(layer, Observation) else [] for layer, uses in uses_of]
+    weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
-    constants = {} if all(weight.requires_grad for weight in every) else _constant_factors(parents)
-    by_name = {} if all(weight.grad_fn is None for weight in every) else _by_name(parents)
-    for (layer, uses), weights in zip(uses_of, weights_of, strict=True):
+    frozen = not all(weight.requires_grad for weight in every)
+    constants = _constant_factors(parents) if frozen else {}
+    # A derivative may have multiplied a frozen weight with constants.
+    derivative = frozen and any(map(nodes.is_derivative, parents))
+    by_name = _by_name(parents) if any(weight.grad_fn is not None for weight in every) else {}
+    for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            transposed = layer.stores_transposed
-            found = {
-                **_of_trained(_starts(weights, by_name), parents, layer),
-                **_of_frozen(weights, constants, transposed),
-            }
-            unseen = [through for product, through in found.items() if product not in recorded]
-            if any(unseen) or (_DERIVATIVE in constants and uses and not weights[0].requires_grad):
-                raise RuntimeError(_derivative(layer))
+            products = _of_trained(_starts(weights, by_name), parents, layer)
+            products |= _of_frozen(weights, constants, layer.stores_transposed)
+            unseen = [through for product, through in products.items() if product not in recorded]
+            if any(unseen) or (derivative and uses and not weights[0].requires_grad):
+                raise RuntimeError(_DERIVATIVE.format(describe(layer.module)))
             if unseen or any(map(layer.called_within, checkpoints)):
-                raise RuntimeError(_unseen(layer))
+                raise RuntimeError(_UNSEEN.format(describe(layer.module)))
         elif uses and any(map(nodes.has_sparse_gradient, parents[get_gradient_edge(layer).node])):
             raise RuntimeError(
                 f"`layer`, a {describe(layer)}, has a sparse gradient, which has no second derivative. Build "
@@ -62,37 +64,35 @@ def check_all_seen(
             )
 
 
-def _derivative(layer: Observation) -> str:
-    return (
-        "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential equation) "
-        f"that was taken through `layer` {describe(layer.module)}, whose weight counts beside its output; or "
-        "it multiplies with weight.t(), which looks the same (write z @ weight). Pass the weight itself, an "
-        "nn.Parameter that requires gradients, as `layer` with mode='hutchinson' or mode='full': these count "
-        "every use of it."
-    )
+_DERIVATIVE = (
+    "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential equation) that "
+    "was taken through `layer` {}, whose weight counts beside its output; or it multiplies with weight.t(), "
+    "which looks the same (write z @ weight). Pass the weight itself, an nn.Parameter that requires "
+    "gradients, as `layer` with mode='hutchinson' or mode='full', which count every use of it."
+)
+_UNSEEN = (
+    "`loss` depends on the weight of `layer` {} through a call that was not observed: layer.forward(...), a "
+    "function with its weight, a call within torch.func or a reentrant checkpoint, of another module that "
+    "shares the weight, or before the last step. Call the layer as a module, checkpoint with "
+    "use_reentrant=False, name all modules that share the weight, or pass the weight, an nn.Parameter, as "
+    "`layer` with mode='hutchinson', which counts every use."
+)
 
 
-def _unseen(layer: Observation) -> str:
-    return (
-        f"`loss` depends on the weight of `layer` {describe(layer.module)} through a call that was not "
-        "observed: layer.forward(...) or a function with its weight (nn.MultiheadAttention uses "
-        "out_proj.weight), a call within torch.func (vmap, grad, ...), in a reentrant checkpoint, of another "
-        "module that shares the weight, or before the last step. Call the layer as a module, checkpoint with "
-        "use_reentrant=False, name all modules that share the weight, or pass the weight, an nn.Parameter, "
-        "as `layer` with mode='hutchinson', which counts every use."
-    )
-
-
-def _recorded_products(parents: Mapping[Node, Sequence[Node]]) -> set[Node | None]:
-    """The products of all calls that were recorded, of whatever layer, and not forgotten."""
-    found = ((node, recorded_use(node)) for node in parents)
-    return {calls.product_of_call(node) for node, record in found if record and not record[0].is_released}
-
-
-def _weights(layer: Observation, uses: Sequence[Use]) -> list[Tensor]:
-    """The weights that the layer's calls were made with; its own if there were none."""
+def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
+    """The weights that a module's calls were made with; its own if there were none."""
+    if not isinstance(layer, Observation):
+        return []
     own = layer.module._parameters.get("weight")
     return [use.weight for use in uses] or ([] if own is None else [own])
+
+
+def _by_name(graph: Iterable[Node]) -> dict[str, list[Node]]:
+    found: dict[str, list[Node]] = {}
+    for node in graph:
+        if nodes.leaf(node) is None:
+            found.setdefault(node.name(), []).append(node)
+    return found
 
 
 def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
@@ -102,17 +102,7 @@ def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) ->
     return starts | alike
 
 
-def _by_name(graph: Iterable[Node]) -> dict[str, list[Node]]:
-    found: dict[str, list[Node]] = {}
-    for node in graph:
-        if not nodes.is_leaf(node):
-            found.setdefault(node.name(), []).append(node)
-    return found
-
-
-def _of_trained(
-    starts: Set[Node], parents: Mapping[Node, Sequence[Node]], layer: Observation
-) -> dict[Node, bool]:
+def _of_trained(starts: Set[Node], parents: Parents, layer: Observation) -> dict[Node, bool]:
     """Products ``phi W^T`` of weights that begin at `starts`, as the layer takes them, and ``delta W`` as a
     derivative through it does, with whether they are such.
 
@@ -133,8 +123,8 @@ def _of_trained(
                 stack.append((above, way))
             elif kind == "Convolution" and operands[1] is node:
                 found[above] = False
-            elif calls.is_derivative_of_convolution(above) and operands[2] is node:
-                found[above] = True
+            elif kind == "ConvolutionBackward" and operands[2] is node and nodes.shape(above, 0):
+                found[above] = True  # not one in the weight alone, whose first result has no shape
             elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node and operands[-2] not in starts:
                 by_torch = len(way) >= of_call and set(way) <= {"T"}
                 as_called = len(way) % 2 == of_call
@@ -143,50 +133,43 @@ def _of_trained(
     return found
 
 
-def _has_bias(product: Node, parents: Mapping[Node, Sequence[Node]], bias: Any) -> bool:
+def _has_bias(product: Node, parents: Parents, bias: Any) -> bool:
     """Whether a bias is added to a product; True if that cannot be told, as it has none or is frozen."""
     if bias is None or not bias.requires_grad:
         return True
+
+    def moved(node: Node) -> list[Node]:
+        return [above for above in parents.get(node, ()) if nodes.kind(above) in _SAME_NUMBERS]
+
+    def moved_or_added_to(node: Node) -> list[Node]:
+        once = [above for above in parents[node] if nodes.kind(above) == "Add"]
+        return [] if nodes.kind(node) == "Add" else [*moved(node), *once]
+
     begins = get_gradient_edge(bias).node
-    stack = [product]
-    while stack:
-        node = stack.pop()
-        if any(_origin(below) is begins for below, _ in node.next_functions):
-            return True
-        same = (above for above in parents[node] if nodes.kind(above) in _SAME_NUMBERS | {"Add"})
-        stack.extend(same if node is product or nodes.kind(node) != "Add" else ())
-    return False
-
-
-def _origin(node: Node | None) -> Node | None:
-    """What a node has all its numbers from."""
-    while node is not None and nodes.kind(node) in _SAME_NUMBERS:
-        node = node.next_functions[0][0]
-    return node
+    of_bias = {begins, *spread([begins], moved)}
+    sums = {product, *spread([product], moved_or_added_to)}
+    return any(below in of_bias for node in sums for below, _ in node.next_functions)
 
 
 def _of_frozen(
-    weights: Sequence[Tensor], constants: Mapping[object, Sequence[Node]], stored_transposed: bool
+    weights: Sequence[Tensor],
+    constants: Mapping[int | None, Sequence[tuple[Node, Tensor]]],
+    stored_transposed: bool,
 ) -> dict[Node, bool]:
     """The same of frozen weights, which leave no trace but where their numbers lie."""
     found = {}
-    for weight in weights:
-        for node in () if weight.requires_grad else constants.get(calls.place(weight), ()):
-            factor = calls.constant_factor(node)
-            assert factor is not None
+    for weight in (weight for weight in weights if not weight.requires_grad):
+        for node, factor in constants.get(calls.place(weight), ()):
             as_stored = factor.shape == weight.shape and factor.stride() == weight.stride()
             found[node] = nodes.kind(node) != "Convolution" and as_stored != stored_transposed
     return found
 
 
-def _constant_factors(parents: Iterable[Node]) -> dict[object, list[Node]]:
-    """Products with a constant, by where its numbers lie; by _DERIVATIVE those of derivatives, which may have
-    multiplied a frozen weight with constants."""
-    found: dict[object, list[Node]] = {}
-    for node in parents:
-        if nodes.is_derivative(node):
-            found.setdefault(_DERIVATIVE, []).append(node)
+def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[tuple[Node, Tensor]]]:
+    """Products with a constant, and that, by where its numbers lie."""
+    found: dict[int | None, list[tuple[Node, Tensor]]] = {}
+    for node in graph:
         factor = calls.constant_factor(node)
         if factor is not None:
-            found.setdefault(calls.place(factor), []).append(node)
+            found.setdefault(calls.place(factor), []).append((node, factor))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fam_optim.graph import calls, flags
 from fam_optim.layer.convolution import CONVOLUTIONS, TRANSPOSED, ConvTransposeUse, ConvUse
 from fam_optim.layer.use import (
     Conv1DUse,
+    LayerUse,
     LinearUse,
     Use,
     complex_weight,
@@ -19,9 +20,6 @@ from fam_optim.layer.use import (
     is_sharded,
     tensor_parallel,
 )
-
-if TYPE_CHECKING:
-    from fam_optim.layer.use import LayerUse
 
 
 def use_type(module: nn.Module) -> type[LayerUse]:
@@ -38,14 +36,15 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         raise TypeError(
             f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
-            "adapter's output to that of its base_layer and never forms the sum of their weights. Pass "
-            "layer.base_layer to regularise the flatness in the base weight alone, or write the adapter as a "
-            "parametrization of nn.Linear (torch.nn.utils.parametrize), whose sum is the weight then."
+            "adapter's output to that of its base_layer. Pass layer.base_layer to regularise the flatness in "
+            "the base weight alone, or write the adapter as a parametrization of nn.Linear "
+            "(torch.nn.utils.parametrize)."
         )
     raise TypeError(
         "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, transformers' Conv1D "
         f"or an nn.Parameter with at least two dimensions, got {describe(module)}, which is not known to be "
-        "linear in a weight matrix. Pass its weight, an nn.Parameter, with mode='hutchinson' instead."
+        "linear in a weight matrix. Pass its weight, an nn.Parameter, instead (as a penalty with "
+        "mode='hutchinson')."
     )
 
 
@@ -56,31 +55,27 @@ _KINDS: dict[type[nn.Module], type[LayerUse]] = {
 }
 
 
-def base_type(module: nn.Module) -> type[nn.Module] | None:
-    """The class that `module` is of, or is derived from, among those with a weight matrix."""
-    return next((base for base in _kinds() if isinstance(module, base)), None)
-
-
 def _kinds() -> dict[type[nn.Module], type[LayerUse]]:
     # Hugging Face's own Linear (GPT-2 has no other), without importing what the user has not.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return _KINDS if conv1d is None else {**_KINDS, conv1d: Conv1DUse}
 
 
+def base_type(module: nn.Module) -> type[nn.Module] | None:
+    """The class that `module` is of, or is derived from, among those with a weight matrix."""
+    return next((base for base in _kinds() if isinstance(module, base)), None)
+
+
 def overridden(module: nn.Module) -> str | None:
-    """What computes the module's output in place of its class's own forward, if anything does."""
+    """Which method of the module's class something else computes its output in place of, if any."""
     base: Any = base_type(module)
     for name in ("forward", "_conv_forward"):
         own = getattr(module, name, None)
         if own is None:
             continue
-        if name in vars(module):
-            return f"whose {name} was replaced on the instance,"
-        if getattr(type(module), name) is not getattr(base, name, None):
-            where = f"a {type(module).__module__}.{type(module).__qualname__}"
-            return f"{where}, overrides {base.__name__}.{name} and"
-        if own.__module__ != base.__module__:
-            return f"whose {base.__name__}.{name} was replaced by {own.__module__}.{own.__qualname__},"
+        replaced = name in vars(module) or own.__module__ != base.__module__
+        if replaced or getattr(type(module), name) is not getattr(base, name, None):
+            return f"{base.__name__}.{name}"
     return None
 
 
@@ -93,43 +88,46 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
     Args:
         seen: whether numbers were compared before: reading them waits for an accelerator, and is done once.
     """
-    if _is_same(use, cast("Tensor | None", module.bias), output, seen):
-        return None
+    try:
+        computed = use.forward(cast("Tensor | None", module.bias))
+    except RuntimeError:  # not even of fitting shapes
+        computed = None
+    if computed is not None and output.shape == computed.shape:
+        graph = computed.requires_grad and output.requires_grad
+        alike = not graph or calls.computed_alike(output, computed)
+        equal = seen and flags.reading_waits(computed)
+        equal = equal or torch.allclose(output.detach(), computed.detach(), rtol=0, atol=0, equal_nan=True)
+        if alike and equal:
+            return None
     base: Any = base_type(module)
-    how = overridden(module) or "has a hook that changes its output before FAM sees it, and"
+    method = overridden(module)
+    how = f"class or instance overrides {method}" if method else "output a hook changes before FAM sees it"
     return (
-        f"`layer` {describe(module)}, {how} computes something else than {base.__name__} does with this "
-        "weight and input, so its output need not be linear in its weight (quantisation-aware layers are "
-        f"not). Pass a plain {base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
+        f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, whose {how}, "
+        f"computes something else than {base.__name__} does with this weight and input, so its output need "
+        "not be linear in its weight (that of quantisation-aware layers is not). Pass a plain "
+        f"{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
     )
 
 
-def _is_same(use: LayerUse, bias: Tensor | None, output: Tensor, seen: bool) -> bool:
-    try:
-        computed = use.forward(bias)
-    except RuntimeError:  # not even of fitting shapes
-        return False
-    graph = computed.requires_grad and output.requires_grad
-    if output.shape != computed.shape or (graph and not calls.computed_alike(output, computed)):
-        return False
-    if seen and flags.reading_waits(computed):
-        return True
-    return torch.allclose(output.detach(), computed.detach(), rtol=0, atol=0, equal_nan=True)
+def check_matrix(weight: Tensor, name: str) -> None:
+    """Raises TypeError for a parameter that is no real matrix."""
+    if weight.dim() < 2:
+        raise TypeError(
+            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
+            f"{tuple(weight.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
+        )
+    if weight.is_complex():
+        raise TypeError(complex_weight(name, weight))
 
 
 def parameter_use(parameter: Tensor) -> Use:
     """The bare parameter as a weight matrix: rows along its first axis.
 
     Raises:
-        TypeError: if it has fewer than two dimensions.
+        TypeError: if it has fewer than two dimensions, is complex, or sharded.
     """
-    if parameter.dim() < 2:
-        raise TypeError(
-            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
-            f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
-        )
-    if parameter.is_complex():
-        raise TypeError(complex_weight(describe(parameter)))
+    check_matrix(parameter, describe(parameter))
     if is_sharded(parameter):
         raise TypeError(
             f"expected `layer` to be a whole weight, got a sharded one, a {describe(parameter)}. With FSDP2 "

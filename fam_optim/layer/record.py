@@ -1,10 +1,9 @@
 """Recording a layer's calls: what kappa needs to know of the forward that made the loss.
 
-Every call leaves a `Use` (the layer's input and weight) on the *graph node* of its output. The
-record therefore lives exactly as long as the graph: a forward whose loss is dropped takes its record
-along, and nothing piles up. From a loss, the calls that it depends on are found by walking down its
-graph (see `trace`); calls of other forwards, of recomputed checkpoints or of another model's loss are
-not in it. What is kept of a module is kept by its hook and by who observes it: there is no register.
+Every call leaves a `Use` (the layer's input and weight) on the *graph node* of its output. The record
+therefore lives exactly as long as the graph: a forward whose loss is dropped takes its record along, and
+nothing piles up. From a loss, the calls that it depends on are found by walking down its graph (`trace`).
+What is kept of a module is kept by its hook and by who observes it: there is no register.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Observation:
     def start(self) -> None:
         """Records the module's calls from now on."""
         if self._finalizer is None:
-            self._recorder = _recorder_of(self.module)
+            self._recorder = _recorder_of(self.module) or _Recorder(self.module)
             self._recorder.observers.add(self)
             # A forgotten observation must not leave its hook on the user's model.
             self._finalizer = weakref.finalize(self, self._recorder.leave)
@@ -164,7 +163,7 @@ class _Recorder:
     def leave(self) -> None:
         """Takes the hooks away when nobody observes the module any more."""
         module = self.module()
-        if module is not None and not list(self.observers) and _recorder_if_any(module) is self:
+        if module is not None and not list(self.observers) and _recorder_of(module) is self:
             hooks.detach(module)
             source = parametrization(module)
             if source is not None:
@@ -187,14 +186,9 @@ class _Recorder:
         # The only thing that torch.compile sees of it: evaluation is compiled in one piece.
         if torch.is_grad_enabled():
             return self._leave_use(module, args, kwargs, output)
-        if not torch.compiler.is_compiling():
-            self._note_without_graph()
+        if not torch.compiler.is_compiling() and nodes.made_so_far() not in self.without_graph:
+            self.without_graph.append(nodes.made_so_far())
         return None
-
-    def _note_without_graph(self) -> None:
-        made = nodes.made_so_far()
-        if made not in self.without_graph:
-            self.without_graph.append(made)
 
     @partial(opaque, reason=OBSERVED)
     def _leave_use(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
@@ -207,9 +201,8 @@ class _Recorder:
         # What is exported or traced has none either. A shallow copy has the module's hooks, and is no layer.
         transformed = torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled()
         exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if module is not self.module() or transformed or exported:
-            return None
-        if not isinstance(output, Tensor):  # of a forward that is not the class's
+        no_tensor = not isinstance(output, Tensor)  # of a forward that is not the class's
+        if module is not self.module() or transformed or exported or no_tensor:
             return None
         weight = self._weight_in_use(module)
         replaced = None
@@ -219,8 +212,9 @@ class _Recorder:
             output = replaced = output.detach().requires_grad_().clone()
         # The shape of a nested tensor cannot be asked for; such a call is refused later.
         shape = torch.Size() if output.is_nested else output.shape
-        use = use_type(module)(module, _input(args, kwargs), weight, shape)
-        if overridden(module) is not None or not hooks.is_first(module):
+        phi = args[0] if args else kwargs["x" if "x" in kwargs else "input"]
+        use = use_type(module)(module, phi, weight, shape)
+        if use.objection is None and (overridden(module) is not None or not hooks.is_first(module)):
             use.objection = objection(module, use, output, self._numbers_seen)
             self._numbers_seen = True
         # The edge, not the tensor: ReLU(inplace=True) behind the layer turns the tensor into its own
@@ -241,22 +235,12 @@ class _Recorder:
         if getattr(hooks.attached(source), "__self__", None) is not self:
             raise RuntimeError(
                 f"`layer` {describe(module)} was parametrised after it was observed. Register "
-                "parametrizations (weight_norm, spectral_norm, LoRA) before building FAM or entering "
-                "observe()."
+                "parametrizations before building FAM or entering observe()."
             )
         computed = vars(self._computed).pop("weight", None)
         return cast("Tensor", module.weight if computed is None else computed)
 
 
-def _recorder_if_any(module: nn.Module) -> _Recorder | None:
+def _recorder_of(module: nn.Module) -> _Recorder | None:
     recorder = getattr(hooks.attached(module), "__self__", None)
-    mine = isinstance(recorder, _Recorder) and recorder.module() is module
-    return recorder if mine else None
-
-
-def _recorder_of(module: nn.Module) -> _Recorder:
-    return _recorder_if_any(module) or _Recorder(module)
-
-
-def _input(args: Any, kwargs: Any) -> Tensor:
-    return cast("Tensor", args[0] if args else kwargs["x" if "x" in kwargs else "input"])
+    return recorder if isinstance(recorder, _Recorder) and recorder.module() is module else None

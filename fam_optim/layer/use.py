@@ -12,13 +12,14 @@ apply the operation to any other matrix; it knows no loss. The letters are
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fam_optim.layer.layout import Layout
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -33,6 +34,7 @@ class Use:
 
     Attributes:
         weight: the weight as used, attached to the graph, in the layer's own shape.
+        layout: how it is read as a matrix.
         shape: the shape of z.
         d, m: the shape of the weight matrix.
     """
@@ -40,27 +42,15 @@ class Use:
     channel = 0
     has_rows = False  # whether z falls into rows that see W through one input vector each
 
-    def __init__(self, weight: Tensor, shape: torch.Size | None = None) -> None:
+    def __init__(self, weight: Tensor, shape: torch.Size | None = None, layout: Layout | None = None) -> None:
         self.weight = weight
         self.shape = weight.shape if shape is None else shape
-
-    @property
-    def d(self) -> int:
-        """Rows of the weight matrix."""
-        return self.weight.shape[0]
-
-    @property
-    def m(self) -> int:
-        """Columns of the weight matrix."""
-        return math.prod(self.weight.shape[1:])
+        self.layout = layout or Layout(weight.shape)
+        self.d, self.m = self.layout.d, self.layout.m
 
     def matrix(self) -> Tensor:
         """The weight as W ``(d, m)``, in at least float32."""
-        return self.as_matrix(at_least_float32(self.weight))
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """What has the weight's own shape, or a derivative in it, as a matrix ``(d, m)``."""
-        return weight.flatten(1)
+        return self.layout.matrix(at_least_float32(self.weight))
 
     def lift(self, matrix: Tensor) -> Tensor:
         """``lin(phi; matrix)``: where a step of W along `matrix` ``(d, m)`` moves z."""
@@ -80,9 +70,15 @@ class Use:
 
 
 class LayerUse(Use):
-    """One call of a module, recorded in its forward. Holds its input, hence lives with the graph."""
+    """One call of a module, recorded in its forward. Holds its input, hence lives with the graph.
+
+    Attributes:
+        objection: why kappa cannot be computed of this call, if it cannot.
+        holders: who may still ask for kappa of it.
+    """
 
     has_rows = True
+    inputs_first = False
 
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
         if is_sharded(weight):  # FSDP2 has gathered its weights here, within the forward
@@ -93,11 +89,24 @@ class LayerUse(Use):
                 "weights that kappa still needs. Use FSDP2, torch.distributed.fsdp.fully_shard."
             )
         self.module = weakref.ref(module)
-        self.holders: weakref.WeakSet[object] = weakref.WeakSet()  # who may still ask for kappa of it
-        self.objection = _objection(module, phi, weight)
+        self.holders: weakref.WeakSet[object] = weakref.WeakSet()
+        self.objection: str | None = None
+        if weight.is_complex():
+            self.objection = complex_weight(f"`layer` {describe(module)}", weight)
+        elif phi.is_nested or phi.layout != torch.strided:
+            self.objection = (
+                f"the input of `layer` {describe(module)} is a nested or sparse tensor ({phi.layout}), whose "
+                "rows kappa does not know. Give the layer a plain tensor (x.to_dense(), "
+                "x.to_padded_tensor(0)), or pass its weight, an nn.Parameter, with mode='hutchinson'."
+            )
         self.phi = phi
         self._versions = phi._version, weight._version
-        super().__init__(weight, shape)
+        super().__init__(weight, shape, self.layout_of(module, weight))
+
+    @classmethod
+    def layout_of(cls, module: nn.Module, weight: Tensor) -> Layout:
+        """How a weight of the module is read as a matrix."""
+        return Layout(weight.shape, cls.inputs_first)
 
     def release(self, holder: object) -> None:
         """Lets go of the input when nobody needs it any more."""
@@ -128,7 +137,7 @@ class LayerUse(Use):
 
     def squared_norms(self) -> Tensor:
         """``||phi_row||^2`` for every row of z: ``lead``."""
-        raise NotImplementedError
+        return self.rows().square().sum(-1)
 
     def forward(self, bias: Tensor | None) -> Tensor:
         """z as the layer's class computes it from phi, the weight and `bias`."""
@@ -155,35 +164,14 @@ class LayerUse(Use):
             raise RuntimeError(
                 f"the weight of the observed layer {describe(self.module())} was modified in place after the "
                 "forward, so kappa of this loss cannot be computed any more. Compute it, or regularise, "
-                "before anything changes the weight: a step, load_state_dict, the swap of an average."
+                "before anything changes the weight (a step, load_state_dict)."
             )
         if self.phi._version != phi:
             raise RuntimeError(
-                f"the input of the observed layer {describe(self.module())} was modified in place after "
-                "the layer had used it, so kappa cannot be computed from it. Use an out-of-place "
-                "operation instead (x = x + layer(x), not x += layer(x))."
+                f"the input of the observed layer {describe(self.module())} was modified in place after the "
+                "layer had used it, so kappa cannot be computed from it. Use an out-of-place operation "
+                "instead (x = x + layer(x), not x += layer(x))."
             )
-
-
-def _objection(module: nn.Module, phi: Tensor, weight: Tensor) -> str | None:
-    """Why kappa cannot be computed of a call with such numbers."""
-    if weight.is_complex():
-        return complex_weight(f"`layer` {describe(module)}")
-    if phi.is_nested or phi.layout != torch.strided:
-        return (
-            f"the input of `layer` {describe(module)} is a nested or sparse tensor ({phi.layout}), whose "
-            "rows kappa does not know. Give the layer a plain tensor (x.to_dense(), x.to_padded_tensor(0), "
-            "x.values() of all rows), or pass its weight, an nn.Parameter, with mode='hutchinson'."
-        )
-    return None
-
-
-def complex_weight(what: str) -> str:
-    """Why a complex weight is refused."""
-    return (
-        f"expected a real weight, got a complex one ({what}), of which relative flatness is not defined. "
-        "Hold its real and imaginary part as two layers, or leave it out."
-    )
 
 
 class LinearUse(LayerUse):
@@ -203,28 +191,24 @@ class LinearUse(LayerUse):
     def rows(self) -> Tensor:
         return self.input
 
-    def squared_norms(self) -> Tensor:
-        return self.input.square().sum(-1)
-
 
 class Conv1DUse(LinearUse):
     """Hugging Face's Conv1D: the weight is stored as ``W^T (m, d)``."""
 
-    @property
-    def d(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def m(self) -> int:
-        return self.weight.shape[0]
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.mT
+    inputs_first = True
 
     def forward(self, bias: Tensor | None) -> Tensor:
         assert bias is not None
         flat = torch.addmm(bias, self.phi.view(-1, self.m), self.weight)
         return flat.view(*self.phi.shape[:-1], self.d)
+
+
+def complex_weight(what: str, weight: Tensor) -> str:
+    """Why a complex weight is refused."""
+    return (
+        f"expected a real weight, got that of {what} in {weight.dtype}, of which relative flatness is not "
+        "defined. Hold its real and imaginary part as two layers, or leave it out."
+    )
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -237,8 +221,7 @@ def tensor_parallel(module: nn.Module) -> str:
     """Why a layer that is tensor parallel is refused."""
     return (
         f"`layer` {describe(module)} is tensor parallel: no process has its whole weight, input and output, "
-        "which kappa needs. Leave the layer out of the plan of parallelize_module; what comes before it may "
-        "be tensor parallel. (Weights sharded by FSDP2, fully_shard, are supported.)"
+        "which kappa needs. Leave the layer out of the plan of parallelize_module. (FSDP2 is supported.)"
     )
 
 

@@ -1,69 +1,40 @@
-"""A weight as the matrix W ``(d, m)``, one row per output neuron, however its layer stores it."""
+"""A weight that the proximal step moves: a parameter, as the matrix W ``(d, m)`` of its layer."""
 
 from __future__ import annotations
 
 import math
-import sys
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fam_optim.layer.convolution import TRANSPOSED
+from fam_optim.layer.kinds import check_matrix, use_type
+from fam_optim.layer.layout import Layout
 from fam_optim.layer.use import at_least_float32, describe, is_sharded
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 
 class WeightMatrix:
     """A parameter, and where the rows and columns of W lie in it.
 
-    Args:
-        parameter: of any shape with at least two dimensions.
-        outputs: the axis along which the output neurons lie. The rows of W are the outputs, the columns
-            everything else.
-        groups: of a transposed convolution, whose outputs are counted within their group.
-        name: for messages.
-
     Attributes:
+        name: for messages.
+        layout: where its rows and columns lie.
         d, m: the shape of W.
     """
 
-    def __init__(self, parameter: nn.Parameter, name: str, outputs: int = 0, groups: int = 1) -> None:
-        self.parameter, self.name = parameter, name
-        self._outputs, self._groups = outputs, groups
-        self.d = parameter.shape[outputs] * groups
-        self.m = parameter.numel() // max(self.d, 1)
+    def __init__(self, parameter: nn.Parameter, name: str, layout: Layout) -> None:
+        self.parameter, self.name, self.layout = parameter, name, layout
+        self.d, self.m = layout.d, layout.m
 
     def of(self, t: Tensor) -> Tensor:
         """What has the parameter's shape as a matrix ``(d, m)``, in at least float32."""
-        if not self._outputs:
-            return at_least_float32(t).flatten(1)
-        by_group = at_least_float32(t).reshape(self._grouped)
-        return by_group.transpose(1, self._outputs + 1).reshape(self.d, self.m)
+        return self.layout.matrix(at_least_float32(t))
 
     def back(self, matrix: Tensor) -> Tensor:
         """A matrix ``(d, m)`` in the parameter's shape: the inverse of `of`."""
-        if not self._outputs:
-            return matrix.reshape(self.parameter.shape)
-        shape = list(self._grouped)
-        shape[1], shape[self._outputs + 1] = shape[self._outputs + 1], shape[1]
-        return matrix.reshape(shape).transpose(1, self._outputs + 1).reshape(self.parameter.shape)
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether a product takes the transpose of the parameter: it is stored as W itself."""
-        return self._outputs == 0
-
-    @property
-    def is_hooked(self) -> bool:
-        """Whether a hook of the user's changes the parameter's gradient, to freeze rows, say."""
-        return bool(self.parameter._backward_hooks)
-
-    @property
-    def _grouped(self) -> torch.Size:
-        first, *rest = self.parameter.shape
-        return type(self.parameter.shape)((self._groups, first // self._groups, *rest))
+        return self.layout.weight(matrix)
 
 
 def weight_matrix(layer: object) -> WeightMatrix:
@@ -79,28 +50,22 @@ def weight_matrix(layer: object) -> WeightMatrix:
     """
     name = describe(layer)
     if isinstance(layer, nn.Parameter):
-        return _checked(WeightMatrix(layer, name) if layer.dim() > 1 else None, layer, name)
+        return _checked(layer, name, None)
     if not isinstance(layer, nn.Module):
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
     module: nn.Module = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
-    outputs = _output_axis(module)
-    weight = None if outputs is None else module._parameters.get("weight")  # a scripted one has no get
-    if outputs is not None and is_computed(module):
+    layout_of = use_type(module).layout_of
+    if is_computed(module):
         raise TypeError(
             f"mode='proximal' moves weights, and that of `layer` {name} is computed at every call (a "
             "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "
             "use mode='hutchinson' with curvature='gauss_newton'."
         )
-    if outputs is None or not isinstance(weight, nn.Parameter):
-        raise TypeError(
-            "expected `layer` to be nn.Linear, a convolution, a transposed convolution, Hugging Face's "
-            f"Conv1D or an nn.Parameter with at least two dimensions, got {name}. Pass its weight, an "
-            "nn.Parameter with one row per output."
-        )
-    groups = int(getattr(module, "groups", 1)) if isinstance(module, TRANSPOSED) else 1
+    weight = module._parameters["weight"]
+    assert isinstance(weight, nn.Parameter)
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
-    return _checked(WeightMatrix(weight, name, outputs, groups), weight, name)
+    return _checked(weight, name, layout_of(module, weight))
 
 
 def is_computed(layer: object) -> bool:
@@ -110,29 +75,13 @@ def is_computed(layer: object) -> bool:
     return not plain and hasattr(module, "weight")
 
 
-def _output_axis(module: nn.Module) -> int | None:
-    """The axis of a module's weight along which its outputs lie; None if it has no weight matrix."""
-    if isinstance(module, TRANSPOSED):
-        return 1
-    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return 0
-    transformers: Any = sys.modules.get("transformers.pytorch_utils")
-    return 1 if transformers is not None and isinstance(module, transformers.Conv1D) else None
-
-
-def _checked(found: WeightMatrix | None, weight: Tensor, name: str) -> WeightMatrix:
-    if found is None or math.prod(weight.shape) == 0:
-        raise TypeError(
-            "expected `layer` to have a weight matrix (at least two dimensions, not empty), got a parameter "
-            f"of shape {tuple(weight.shape)}. Pass the layer's weight, not its bias or a norm's scale."
-        )
-    if weight.is_complex():
-        raise TypeError(
-            f"expected `layer` to have a real weight, got {name} with a {weight.dtype} one. Leave it out."
-        )
+def _checked(weight: nn.Parameter, name: str, layout: Layout | None) -> WeightMatrix:
+    check_matrix(weight, name)
+    if math.prod(weight.shape) == 0:
+        raise TypeError(f"expected `layer` to have a weight that is not empty, got {name}. Leave it out.")
     if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):
         raise TypeError(
             f"mode='proximal' needs the whole weight of `layer` {name} on every process, and this one is "
             "sharded (FSDP, tensor parallelism). Use DDP, or with FSDP2 mode='hutchinson'."
         )
-    return found
+    return WeightMatrix(weight, name, layout or Layout(weight.shape))

@@ -6,7 +6,7 @@ in WideResNet: ``recipes/paper/README.md`` says why. That of the 64 neurons is `
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def cifar100() -> Task:
         except OSError as error:
             remedy = f"connect once, or put the file into {torch.hub.get_dir()}/checkpoints"
             raise Missing(f"the weights of EfficientNet-B7 could not be fetched: {remedy}") from error
-        features = network.get_submodule("classifier.1").in_features
+        features = cast("nn.Linear", network.get_submodule("classifier.1")).in_features
         network.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(features, 256), nn.Linear(256, 100))
         return network
 

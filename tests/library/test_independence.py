@@ -14,7 +14,7 @@ from fam_optim import observe, relative_flatness
 from fam_optim.estimators.curvature import Curvature
 from fam_optim.estimators.rows import find_grouping, shown_axes
 from fam_optim.graph import independence
-from fam_optim.graph.trace import find_tail
+from fam_optim.graph.trace import Tail, find_tails
 from tests.cases import GRID, Case, each, observed
 from tests.special_cases import SPECIAL
 from tests.support import covering
@@ -22,7 +22,15 @@ from tests.support import covering
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fam_optim.layer.record import Observation
+
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+def tail_of_layer(loss: Tensor, layer: Observation) -> Tail:
+    (tail,) = find_tails(loss, [layer])
+    assert tail is not None
+    return tail
 
 
 def mixed(loss: Tensor, z: Tensor, axis: int) -> float:
@@ -123,7 +131,7 @@ def test_random_tails() -> None:
             loss = tail_of(z)
         if not loss.requires_grad or loss.numel() != 1 or not loss.isfinite():
             continue
-        tail = find_tail(loss, layer)
+        tail = tail_of_layer(loss, layer)
         (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
         path = [n.name() for n in tail.path]
         for axis in shown:
@@ -143,7 +151,7 @@ def test_cases() -> None:
 def check(case: Case) -> bool:
     """Whether groups are shown. If so, scaling directions by group scales the product likewise."""
     loss, (layer, *_) = observed(case.problem())
-    tail = find_tail(loss, layer)
+    tail = tail_of_layer(loss, layer)
     curvature = Curvature(tail, differentiable=False)
     grouping = find_grouping(curvature.tail, curvature.uses)
     if grouping is None or grouping.groups < 2:
@@ -176,7 +184,7 @@ def test_common_tails_are_shown(tail_of: Callable[[Tensor], Tensor]) -> None:
     linear = nn.Linear(3, 4)
     with observe(linear) as layer:
         loss = tail_of(linear(torch.randn(6, 3)))
-    tail = find_tail(loss, layer)
+    tail = tail_of_layer(loss, layer)
     (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
     assert list(shown) == [0]
     assert independence.independent(tail.path, tail.ends, 6)
@@ -226,7 +234,7 @@ def test_axes_of_sequences(axes: list[int], tail_of: Callable[[Tensor], Tensor])
     with observe(linear) as layer:
         z = linear(x)
         loss = tail_of(z).sin().square().mean()
-    tail = find_tail(loss, layer)
+    tail = tail_of_layer(loss, layer)
     (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
     assert list(shown) == axes
     for axis in shown:
@@ -238,7 +246,7 @@ def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
     convolution = nn.Conv1d(2, 4, 1)
     with observe(convolution) as layer:
         loss = convolution(torch.randn(2, 4)).softmax(1).square().sum()
-    tail = find_tail(loss, layer)
+    tail = tail_of_layer(loss, layer)
     assert independence.independent(tail.path, tail.ends, 4), "of channels it is true"
     grouping = find_grouping(tail, tail.uses)
     assert grouping is not None and grouping.axes == ()

@@ -169,3 +169,12 @@ def test_weight_of_a_quantisation_aware_layer_is_measured() -> None:
     fam.step(lambda: F.cross_entropy(net(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])))
     assert fam.last_kappa is not None and fam.last_kappa.isfinite() and fam.last_kappa != 0
     assert not torch.equal(layer.weight, before)
+
+
+def test_a_complex_layer_of_a_subclass_is_refused() -> None:
+    """It computes what its base does, and has no kappa all the same."""
+    layer = Same(4, 3, dtype=torch.complex128)
+    with observe(layer) as observed:
+        loss = layer(torch.ones(5, 4, dtype=torch.complex128)).abs().square().mean()
+    with pytest.raises(TypeError, match=r"a real weight.*torch\.complex128"):
+        relative_flatness(loss, observed)
