@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
 
-_KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div"}
+_KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div", "Gather"}
 
 
 class Head(NamedTuple):
@@ -113,4 +113,9 @@ def _followed(
     use, edge, stride, in_order = found
     shapes = nodes.shape(below, its_output), nodes.shape(node, output)
     to = operations.moved(node, kind, position, *shapes, stride, use.d)
-    return None if to is None else (use, edge, to, in_order and kind in operations.VIEWS)
+    if to is None:
+        return None
+    along = operations.axis_of_digit(shapes[1], to, use.d)
+    if kind == "Gather" and (along is None or not nodes.by_one_index(node, along[0])):
+        return None
+    return use, edge, to, in_order and kind in operations.VIEWS
