@@ -93,8 +93,7 @@ class Proximal(Regularizer):
         # Of the coming step's backwards, if it is due; others are nobody's business.
         self._ledger: Ledger | None = None
         if self.due:
-            weights = [w.parameter for w in self.weights]
-            self._ledger = Ledger(self.named_weights(), weights, sound=True)
+            self._ledger = Ledger(self.named_weights(), [w.parameter for w in self.weights], sound=True)
             self._ledger.watch()
 
     def gradients_zeroed(self) -> None:
@@ -118,9 +117,7 @@ class Proximal(Regularizer):
                 looked at too, so that this does not wait for a due step.
         """
         if self.due or (self.lam and not self.roots.recognised):
-            _look(self.roots, loss, self.seed + (self.steps << 20) if self.due else None)
-            if self._ledger is not None:
-                self._ledger.expect(loss)
+            _look(self.roots, self._ledger, loss, self.seed + (self.steps << 20) if self.due else None)
         return loss
 
     # Around the base's step: the proximal one
@@ -238,5 +235,7 @@ def _draw_seed(generator: torch.Generator) -> int:
 
 
 @partial(opaque, reason="fam_optim looks into the graph of the loss")
-def _look(roots: StepRoots, loss: Tensor, seed: int | None) -> None:
+def _look(roots: StepRoots, ledger: Ledger | None, loss: Tensor, seed: int | None) -> None:
     roots.see(loss, seed)
+    if ledger is not None:
+        ledger.expect(loss)
