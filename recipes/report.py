@@ -33,10 +33,7 @@ Run = dict[str, Any]
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Everything that the runs below a folder have measured, without their checkpoints.
-
-    Smoke tests count only where there is nothing else.
-    """
+    """All that the runs below a folder have measured; of smoke tests only where there is nothing else."""
     found: list[Run] = []
     for config in folder.rglob("config.json"):
         run = RunFolder(config.parent)

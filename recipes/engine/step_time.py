@@ -5,25 +5,16 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any
 
-import torch
-from torch import nn
-
 from recipes.engine.layers import select
+from recipes.engine.loop import Loop
 from recipes.engine.optimizers import Settings, build, plain, take_step
-from recipes.engine.task import Batch, Task
+from recipes.engine.task import Batch
 from recipes.shared.timing import alternate, relative, repeated
 
 STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; blocks, where some steps are dearer
 
 
-def relative_step_time(
-    task: Task,
-    settings: Settings,
-    model: nn.Module,
-    batches: Sequence[Batch],
-    device: torch.device,
-    smoke: bool = False,
-) -> dict[str, Any]:
+def relative_step_time(loop: Loop, settings: Settings, batches: Sequence[Batch]) -> dict[str, Any]:
     """Median and quartiles of the ratio of the two steps on the same batches, on copies of the model.
 
     The two take turns. A step that is dearer every so often is measured in blocks of so many.
@@ -33,12 +24,12 @@ def relative_step_time(
     size: int = settings.get("every") or settings.get("k") or 1
 
     def block(chosen: Settings) -> Callable[[], None]:
-        twin = copy.deepcopy(model).train()
-        optimizer, remaining = build(chosen, twin, select(twin, task.layers)), cycle(batches)
-        return repeated(lambda: take_step(optimizer, twin, task.loss, *next(remaining)), size)
+        twin = copy.deepcopy(loop.model).train()
+        optimizer, remaining = build(chosen, twin, select(twin, loop.task.layers)), cycle(batches)
+        return repeated(lambda: take_step(optimizer, twin, loop.task.loss, *next(remaining)), size)
 
-    rounds = 1 if smoke else STEPS if size == 1 else BLOCKS
+    rounds = 1 if loop.conditions.source.smoke else STEPS if size == 1 else BLOCKS
     calls = {"plain": block(plain(settings)), "own": block(settings)}
-    found = relative(alternate(calls, rounds, device), "plain")
+    found = relative(alternate(calls, rounds, loop.conditions.device), "plain")
     own = {"median": found["own"]["ratio"], "quartiles": found["own"]["quartiles"], "steps": rounds * size}
     return {**own, "plain_milliseconds": 1000 * found["plain"]["seconds"] / size}

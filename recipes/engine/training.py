@@ -60,15 +60,11 @@ def train(
 
 
 def rehearse(loop: Loop, settings: Settings) -> dict[str, Any]:
-    """Take some steps on copies of the model, and measure kappa of a batch, before a folder is begun.
-
-    Returns the relative time of the step.
-    """
+    """The relative time of the step, once kappa of a batch was measured: before a folder is begun."""
     timed = list(islice(loop.batches(0), TIMED_BATCHES))
     try:
         kappa(loop.task, loop.model, timed[:1])
-        device, smoke = loop.conditions.device, loop.conditions.source.smoke
-        return relative_step_time(loop.task, settings, loop.model, timed, device, smoke)
+        return relative_step_time(loop, settings, timed)
     except (RuntimeError, TypeError) as error:  # the library's, which say what to do instead
         raise ValueError(str(error)) from error
 

@@ -54,7 +54,9 @@ def pending(stage: str, options: Options) -> list[Trial]:
 
 def execute(trials: Sequence[Trial], workers: int) -> Iterator[dict[str, Any]]:
     """The results of the trials as they come in."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         try:
             yield from (done.result() for done in as_completed([pool.submit(run, trial) for trial in trials]))
         finally:
