@@ -128,8 +128,9 @@ def settled(results: Results, condition: Condition, method: str) -> bool:
 def tuning(results: Results) -> Iterator[Trial]:
     """The value of every method that is compared."""
     for condition in CONDITIONS:
+        own = where(results, task=condition.task, noise=condition.noise)
         for method in compared_on(condition):
-            yield from values(results, condition, method)
+            yield from values(own, condition, method)
 
 
 def chosen(results: Results, condition: Condition, method: str, **changes: Any) -> Trial:
@@ -167,7 +168,8 @@ def tested(
 ) -> Iterator[Trial]:
     """Tested trials of those of the methods whose tuning is complete."""
     for condition in wanted:
+        own = where(results, task=condition.task, noise=condition.noise)
         for method in compared_on(condition):
-            if method in methods and settled(results, condition, method):
-                one = chosen(results, condition, method, **changes)
+            if method in methods and settled(own, condition, method):
+                one = chosen(own, condition, method, **changes)
                 yield from (replace(one, seed=seed) for seed in seeds)
