@@ -189,6 +189,7 @@ def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping |
 
 
 def _has_few_rows(grouping: Grouping) -> bool:
-    """Whether a group's square takes fewer multiplications from the products of its rows than from its g
-    ``(d, m)``, and at most about twice those that the square of all groups' sum takes."""
-    return 2 * grouping.size <= min(grouping.uses[0].d, grouping.uses[0].m)
+    """Whether the groups' squares from the products of their rows take at most twice the multiplications that
+    the square of the groups' sum takes."""
+    d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
+    return size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m
