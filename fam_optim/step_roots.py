@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fam_optim.estimators.roots import added, joined, products_of_rows, sample_roots, scaled
-from fam_optim.graph import errors, nodes
+from fam_optim.graph import errors, flags, nodes
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import is_of_weights, reach
 from fam_optim.graph.recomputation import counted_once
@@ -47,6 +47,11 @@ class Taken:
     def note(self, gradient: Tensor) -> None:
         """Hook on the loss: its backward has begun, perhaps once more."""
         gradient = at_least_float32(gradient).reshape(())
+        if not flags.reading_waits(gradient) and bool(gradient < 0):  # elsewhere A is nan: no step
+            raise RuntimeError(
+                "what regularize() returned is backpropagated with a negative factor: the loss is to be "
+                "maximised, and is not convex. Regularise what is minimised."
+            )
         self.share = gradient if self.share is None else self.share + gradient
 
 

@@ -118,6 +118,14 @@ def test_a_loss_that_is_backpropagated_twice_counts_twice() -> None:
     assert_close(*results)
 
 
+def test_a_regularised_loss_that_is_maximised_is_refused() -> None:
+    optimizer = fam(model := net(), every=1)
+    loss = optimizer.regularize(loss_of(model, 0))
+    with pytest.raises(RuntimeError, match=r"negative factor.*Regularise what is minimised"):
+        (-loss).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_loss_that_was_refused_is_refused_again() -> None:
     optimizer = fam(model := net(), every=1)
     loss = loss_of(model, 0).exp()
