@@ -17,7 +17,6 @@ sampled outputs every 10 steps, Liu et al. 2024.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,8 @@ from fam_optim.compilation import opaque
 from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
 from fam_optim.estimators.running_mean import RunningMean, shape_of_mean, stack
 from fam_optim.gradients import Ledger
-from fam_optim.layer.weights import is_computed, weight_matrix
+from fam_optim.layer.use import describe
+from fam_optim.layer.weights import own_weight, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
 
@@ -123,16 +123,11 @@ class Proximal(Regularizer):
     # Around the base's step: the proximal one
 
     def check(self, trained: Iterable[Tensor]) -> None:
-        """Raises RuntimeError before a due step if a loss was seen and not backpropagated, or the reverse.
-
-        Warns:
-            UserWarning: if no parameter has a gradient.
-        """
+        """Raises RuntimeError before a due step if a loss was seen and not backpropagated, or the reverse, or
+        if FAM has other weights than the layers."""
         if not self.due:
             return
-        for layer in (layer() for layer in self._layers):
-            if is_computed(layer):
-                weight_matrix(layer)  # says why not
+        self._check_weights()
         if self.roots.only_pending:
             raise RuntimeError(
                 "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
@@ -145,12 +140,20 @@ class Proximal(Regularizer):
             )
         if self._ledger is not None:
             self._ledger.check()
-        if self.roots.is_empty and all(p.grad is None for p in trained):
-            warnings.warn(
-                "no parameter of this optimizer has a gradient. If the parameters of the model were replaced "
-                "(load_state_dict(assign=True), to_empty), this optimizer trains nothing: build it anew.",
-                stacklevel=2,
-            )
+
+    def _check_weights(self) -> None:
+        """Raises TypeError or RuntimeError if a layer has another weight than when FAM was built."""
+        held = {id(w.parameter) for w in self.weights}
+        for layer in [alive for layer in self._layers if (alive := layer()) is not None]:
+            weight = own_weight(layer)
+            if weight is None:
+                weight_matrix(layer)  # says why not
+            elif id(weight) not in held:
+                raise RuntimeError(
+                    f"the weight of `layer` {describe(layer)} was replaced after FAM was built (by "
+                    "load_state_dict(assign=True), to_empty(), tying), and FAM has the old one. Build FAM "
+                    "anew."
+                )
 
     def before_step(self) -> None:
         """Keeps W' of every weight, if the step is due."""

@@ -55,7 +55,7 @@ def weight_matrix(layer: object) -> WeightMatrix:
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
     module: nn.Module = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
     layout_of = use_type(module).layout_of
-    if is_computed(module):
+    if own_weight(module) is None:
         raise TypeError(
             f"mode='proximal' moves weights, and that of `layer` {name} is computed at every call (a "
             "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "
@@ -68,11 +68,10 @@ def weight_matrix(layer: object) -> WeightMatrix:
     return _checked(weight, name, layout_of(module, weight))
 
 
-def is_computed(layer: object) -> bool:
-    """Whether a module's weight is computed at every call."""
+def own_weight(layer: object) -> Tensor | None:
+    """The parameter that a layer's weight is now; None if it is computed at every call."""
     module: Any = getattr(layer, "_orig_mod", layer)
-    plain = not isinstance(layer, nn.Module) or module._parameters.get("weight") is not None
-    return not plain and hasattr(module, "weight")
+    return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")
 
 
 def _checked(weight: nn.Parameter, name: str, layout: Layout | None) -> WeightMatrix:

@@ -401,12 +401,16 @@ def test_lam_of_another_kind_is_not_loaded(saved: str) -> None:
 # ------------------------------------------------------------------------------------- what is refused
 
 
-def test_parameters_that_were_replaced_are_told() -> None:
+@pytest.mark.parametrize("which", ["all", "one"])
+def test_parameters_that_were_replaced_are_told(which: str) -> None:
     model = net()
     optimizer = fam(model, every=1)
     trained(model, optimizer, 2)
-    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
-    with pytest.warns(UserWarning, match=r"no parameter of this optimizer has a gradient.*assign=True"):
+    if which == "all":
+        model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    else:
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"`layer` Linear.* was replaced.*assign=True.*Build FAM anew"):
         trained(model, optimizer, 1)
 
 
