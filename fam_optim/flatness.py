@@ -52,10 +52,10 @@ class Settings:
     curvature: str = "hessian"
 
     def __post_init__(self) -> None:
-        for name, known in (("measure", MEASURES), ("mode", MODES), ("curvature", CURVATURES)):
+        for name, known in (("measure", sorted(MEASURES)), ("mode", MODES), ("curvature", CURVATURES)):
             if getattr(self, name) not in list(known):
                 raise ValueError(
-                    f"expected `{name}` to be one of {sorted(known)}, got {getattr(self, name)!r}."
+                    f"expected `{name}` to be one of {list(known)}, got {getattr(self, name)!r}."
                 )
         for name in ("normalize", "detach_hessian"):
             if not isinstance(getattr(self, name), bool):
