@@ -45,8 +45,8 @@ def test_a_check_leaves_the_model_as_it_was() -> None:
 def test_counts_of_a_head() -> None:
     """Many classes: the head takes three products, SAM six, FAM three more, a probe two more."""
     labels = ("plain", "SAM", "FAM exact", "FAM exact, detached", "FAM hutchinson")
-    product = 2 * 40 * 16 * 8
-    found = counted(head(classes=40, features=16, rows=8), *labels)
+    product = 2 * 100 * 16 * 8
+    found = counted(head(classes=100, features=16, rows=8), *labels)
     assert found == dict(zip(labels, (n * product for n in (3, 6, 6, 5, 5)), strict=True))
 
 
