@@ -46,7 +46,8 @@ class RunningMean:
         else:
             squared = a @ a.mT
             new = torch.lerp(before, squared, (1 - KEPT) * live.to(a))
-            t, kappa = Dense(new, w), (squared @ w * w).sum()
+            t = Dense(new, w)
+            kappa = (squared @ w * w).sum() if q > d else (a.mT @ w).square().sum()
         self.kept.update(zip(numbers, new, strict=True))
         return t, kappa
 
