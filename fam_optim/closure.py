@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from fam_optim.compilation import opaque
 from fam_optim.graph.trace import LayerNotUsedError
@@ -66,7 +67,8 @@ class WatchedClosure:
 
     def _evaluate(self) -> Any:
         self.evaluations += 1
-        before = [p.grad for p in self.trained()]
+        # Weakly, since the closure is to free these gradients.
+        before = [None if p.grad is None else TensorWeakRef(p.grad) for p in self.trained()]
         with torch.enable_grad(), BackwardInterception(self._seen) as backward:
             result = self.closure()
         if backward.seen:
@@ -80,9 +82,9 @@ class WatchedClosure:
         self.check()
         return self._value(result)
 
-    def _check_left(self, before: list[Tensor | None]) -> None:
+    def _check_left(self, before: list[TensorWeakRef | None]) -> None:
         """Raises RuntimeError if the closure has made gradients without a backward that was seen."""
-        pairs = zip((p.grad for p in self.trained()), before, strict=True)
+        pairs = zip((p.grad for p in self.trained()), (old and old() for old in before), strict=True)
         if any(g is not None and g is not old and bool(g.any()) for g, old in pairs):
             raise RuntimeError(
                 "the closure assigned gradients and called no backward, and its loss would be backpropagated "
