@@ -228,12 +228,12 @@ def without_penalties(loss: Tensor) -> Tensor:
     Raises:
         RuntimeError: if that cannot be told, since the graph has been freed by a backward.
     """
-    if loss.grad_fn is not None and _MARK in nodes.metadata(loss.grad_fn):
-        plain: Tensor = nodes.metadata(loss.grad_fn)[_MARK].plain
-        return plain
     marked = _marked(loss)
     if not marked:
         return loss
+    node, mark = marked[0]
+    if node is loss.grad_fn:
+        return mark.plain
     edges = [GradientEdge(node, 0) for node, _ in marked]
     try:
         shares = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)

@@ -11,7 +11,7 @@ import torch
 from fam_optim.estimators.roots import added, joined, products_of_rows, sample_roots, scaled
 from fam_optim.graph import errors, flags, nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import is_of_weights, reach
+from fam_optim.graph.reach import is_of_weights, reach, spread
 from fam_optim.graph.recomputation import counted_once
 from fam_optim.graph.trace import check_scalar
 from fam_optim.layer.use import at_least_float32
@@ -168,13 +168,12 @@ class StepRoots:
 
         By regularize(), of a loss that a closure then backpropagates, scaled perhaps, as Lightning's does.
         """
-        stack: list[Any] = [loss.grad_fn]
-        while stack:
-            node = stack.pop()
-            if self in nodes.metadata(node).get(_SEEN, ()):
-                return True
-            stack.extend(below for below, _ in node.next_functions if below and nodes.is_scalar(below))
-        return False
+
+        def scalars(node: Node) -> set[Any]:
+            return {below for below, _ in node.next_functions if below and nodes.is_scalar(below)}
+
+        root = cast("Node", loss.grad_fn)
+        return any(self in nodes.metadata(node).get(_SEEN, ()) for node in {root, *spread([root], scalars)})
 
     def total(self) -> tuple[dict[int, Tensor], set[int]]:
         """A ``(d, q)`` of what was backpropagated, by weight, and the weights whose A is made of rows."""

@@ -50,18 +50,18 @@ def weight_matrix(layer: object) -> WeightMatrix:
     """
     name = describe(layer)
     if isinstance(layer, nn.Parameter):
-        return _checked(layer, name, None)
+        return _checked(layer, name, Layout(layer.shape))
     if not isinstance(layer, nn.Module):
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
     module: nn.Module = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
     layout_of = use_type(module).layout_of
-    if own_weight(module) is None:
+    weight = own_weight(module)
+    if weight is None:
         raise TypeError(
             f"mode='proximal' moves weights, and that of `layer` {name} is computed at every call (a "
             "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "
             "use mode='hutchinson' with curvature='gauss_newton'."
         )
-    weight = module._parameters["weight"]
     assert isinstance(weight, nn.Parameter)
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
@@ -74,7 +74,7 @@ def own_weight(layer: object) -> Tensor | None:
     return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")
 
 
-def _checked(weight: nn.Parameter, name: str, layout: Layout | None) -> WeightMatrix:
+def _checked(weight: nn.Parameter, name: str, layout: Layout) -> WeightMatrix:
     check_matrix(weight, name)
     if math.prod(weight.shape) == 0:
         raise TypeError(f"expected `layer` to have a weight that is not empty, got {name}. Leave it out.")
@@ -83,4 +83,4 @@ def _checked(weight: nn.Parameter, name: str, layout: Layout | None) -> WeightMa
             f"mode='proximal' needs the whole weight of `layer` {name} on every process, and this one is "
             "sharded (FSDP, tensor parallelism). Use DDP, or with FSDP2 mode='hutchinson'."
         )
-    return WeightMatrix(weight, name, layout or Layout(weight.shape))
+    return WeightMatrix(weight, name, layout)
