@@ -26,19 +26,20 @@ EVERY = 10
 
 
 def build_regularizer(
-    layer: Any, lam: float | None, mode: str, every: int | None, given: dict[str, Any], **random: Any
+    layer: Any, lam: float | None, mode: str, every: int | None, of_penalty: dict[str, Any], **random: Any
 ) -> Regularizer:
     """The regulariser of a mode.
 
     Args:
         layer, lam, mode, every: as in `FAM`.
-        given: the settings of a penalty that were given: measure, curvature, normalize, detach_hessian.
+        of_penalty: measure, curvature, normalize, detach_hessian; None where not given.
         **random: n_samples and generator.
 
     Raises:
         ValueError: for what means nothing in this mode, and as `Penalty` and `Proximal`.
     """
     lam = checked_lam(LAM.get(mode, LAM_OF_A_PENALTY) if lam is None else lam)
+    given = {name: value for name, value in of_penalty.items() if value is not None}
     if mode != "proximal":
         if every is not None:
             raise ValueError(

@@ -44,13 +44,11 @@ class FAM(OptimizerWrapper):
         flatness of the layer, is smaller, `lam` times as far as the loss moved it in ten steps;
     4.  returns what the closure returned.
 
-    With the other modes, the paper's, the loss that is backpropagated is ``loss + lam * kappa``, at every
-    step.
+    With the other modes, the paper's, every step backpropagates ``loss + lam * kappa``.
 
-    The closure may leave backward to FAM (it returns the loss) or call ``loss.backward()`` itself, as
-    closures for LBFGS or Lightning do. Zeroing the gradients stays the caller's business, as with any
-    optimizer. Loops that want no closure call ``optimizer.regularize(loss).backward()`` and
-    ``optimizer.step()``.
+    A closure returns the loss and leaves backward to FAM, or calls ``loss.backward()`` itself, as those for
+    LBFGS or Lightning do. Zeroing the gradients stays the caller's business, as with any optimizer. Without a
+    closure: ``optimizer.regularize(loss).backward()``, then ``optimizer.step()``.
 
     Args:
         params: parameters or parameter groups, for the base optimizer.
@@ -119,9 +117,8 @@ class FAM(OptimizerWrapper):
             "normalize": normalize,
             "detach_hessian": detach_hessian,
         }
-        given = {name: value for name, value in of_penalty.items() if value is not None}
         random = {"n_samples": n_samples, "generator": generator}
-        regularizer = build_regularizer(layer, lam, mode, every, given, **random)
+        regularizer = build_regularizer(layer, lam, mode, every, of_penalty, **random)
         self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
         warn_untrained(regularizer, self._parameters())
 
@@ -142,8 +139,7 @@ class FAM(OptimizerWrapper):
 
         Args:
             model: its weight layers are those of `weight_layers`.
-            base_optimizer: as in `FAM`.
-            lam, every: as in `FAM`.
+            base_optimizer, lam, every: as in `FAM`.
             params: parameters or parameter groups for the base optimizer; by default all of the model's.
             **base_kwargs: for the base optimizer: lr, momentum, ...
 
@@ -232,10 +228,13 @@ class FAM(OptimizerWrapper):
         """
         if closure is None:
             return self._step_on_gradients()
-        functions = {"check": self._check, "zero_grad": self.zero_grad, "trained": self._parameters}
+        check = self._ready  # when the closure has run, and its backward has freed what it needed
+        if not self._is_torchs_own():  # it may move weights before
+            check = self._check
+            self.regularizer.before_step()
+        functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}
         evaluated = watched(closure, self.regularizer, **functions)
         backup = Backup(self) if self._may_reevaluate() else None
-        self.regularizer.before_step()
         try:
             result = self._base_step(evaluated)
         except BaseException:
@@ -256,8 +255,7 @@ class FAM(OptimizerWrapper):
                 "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
                 "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
             )
-        self._check()
-        self.regularizer.before_step()
+        self._ready()
         result = self._base_step()
         self.regularizer.after_step()
         return result
@@ -267,13 +265,16 @@ class FAM(OptimizerWrapper):
         if self.lam and self._trains():
             self.regularizer.check(self._parameters())
 
+    def _ready(self) -> None:
+        """The gradients are there, and the base is about to move the weights."""
+        self._check()
+        self.regularizer.before_step()
+
     def _may_reevaluate(self) -> bool:
         """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS
         does, and as any base may that is not torch's own, until a step of it has shown otherwise."""
-        own = type(self.base_optimizer).__module__.startswith("torch.optim.")
-        return (
-            isinstance(self.base_optimizer, LBFGS) or self._evaluations > 1 or not (own or self._evaluations)
-        )
+        lbfgs = isinstance(self.base_optimizer, LBFGS)
+        return lbfgs or self._evaluations > 1 or not (self._evaluations or self._is_torchs_own())
 
     def _trains(self) -> bool:
         """Whether a step moves anything: torch.distributed.checkpoint creates the state with one at lr 0."""

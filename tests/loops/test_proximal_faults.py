@@ -443,3 +443,47 @@ def test_complex_weights_are_refused() -> None:
     weight = nn.Parameter(torch.ones(3, 5, dtype=torch.complex128))
     with pytest.raises(TypeError, match=r"a real weight.*torch\.complex128"):
         FAM([weight], torch.optim.SGD, weight, mode="proximal", lr=0.1)
+
+
+# ---------------------------------------------------------------------------- W', where the base steps from
+
+
+class MovesFirst(torch.optim.SGD):
+    """Moves every weight, and then evaluates the closure and moves no more."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(0.1)
+        return closure()
+
+
+def test_a_base_that_moves_before_its_closure_has_moved() -> None:
+    model = net()
+    before = parameters(model)
+    optimizer = FAM.for_model(model, MovesFirst, lr=0.1, every=1)
+    optimizer.step(lambda: loss_of(model, 0))
+    for i, (old, new) in enumerate(zip(before, parameters(model), strict=True)):
+        pulled = i in (0, 2)  # the hidden layers' weights
+        assert torch.allclose(new, old + 0.1) != pulled
+
+
+def test_what_a_closure_does_to_weights_is_no_movement_of_the_base() -> None:
+    """Clipping, say. A loop without a closure has the same W'."""
+    results = []
+    for by_closure in (False, True):
+        model = net()
+        optimizer = fam(model, every=1)
+
+        def loss(model: nn.Module = model) -> Tensor:
+            with torch.no_grad():
+                model[0].weight.clamp_(-0.1, 0.1)  # type: ignore[index]
+            return loss_of(model, 0)
+
+        if by_closure:
+            optimizer.step(loss)
+        else:
+            optimizer.regularize(loss()).backward()
+            optimizer.step()
+        results.append(model)
+    assert_same(*results)
