@@ -140,7 +140,7 @@ def test_a_scaled_loss_has_the_kappa_of_the_loss() -> None:
         optimizer = fam(model := net(), every=1, lr=0.0)
         (scale * optimizer.regularize(loss_of(model, 0))).backward()
         optimizer.step()
-        kappas.append(optimizer.last_kappa)
+        kappas.append([optimizer.last_kappa])
     assert torch.equal(*kappas)
 
 
@@ -202,6 +202,22 @@ def test_losses_that_are_kept_do_not_keep_the_roots() -> None:
         optimizer.step()
         counts.append(matrices())
     assert counts[1] == counts[3]
+
+
+@pytest.mark.usefixtures("same_signs")
+def test_a_step_uses_up_its_curvature() -> None:
+    """Also where gradients are kept: the next due step's is that of its own losses."""
+    kappas = []
+    for kept in (False, True):
+        model = net()
+        optimizer = fam(model, every=1, lr=1e-300)  # the weights stay as they are
+        for step in (0, 1):
+            if not kept:
+                optimizer.zero_grad()
+            optimizer.regularize(loss_of(model, step)).backward()
+            optimizer.step()
+        kappas.append([optimizer.last_kappa])
+    assert_close(*kappas)
 
 
 def test_terms_that_are_not_convex_may_be_added_in_a_closure() -> None:
