@@ -1,4 +1,4 @@
-"""torch.compile: what it must not trace."""
+"""Functions that torch.compile must leave uncompiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer is built of, from the arguments that were given, or an error that says what is wrong."""
+"""Checks the arguments of FAM, and makes of them the base optimizer and the regulariser."""
 
 from __future__ import annotations
 

@@ -44,11 +44,11 @@ class FAM(OptimizerWrapper):
         flatness of the layer, is smaller, `lam` times as far as the loss moved it in ten steps;
     4.  returns what the closure returned.
 
-    With the other modes, the paper's, every step backpropagates ``loss + lam * kappa``.
+    The other modes are the paper's: every step backpropagates ``loss + lam * kappa``, loss and *penalty*.
 
-    A closure returns the loss and leaves backward to FAM, or calls ``loss.backward()`` itself, as those for
-    LBFGS or Lightning do. Zeroing the gradients stays the caller's business, as with any optimizer. Without a
-    closure: ``optimizer.regularize(loss).backward()``, then ``optimizer.step()``.
+    The closure returns the loss; it may call ``loss.backward()`` itself, as closures for LBFGS or Lightning
+    do. FAM does not zero the gradients. A loop without a closure calls
+    ``optimizer.regularize(loss).backward()`` and ``optimizer.step()``.
 
     Args:
         params: parameters or parameter groups, for the base optimizer.
@@ -57,8 +57,8 @@ class FAM(OptimizerWrapper):
             Conv1D, an nn.Parameter with one row per output (not with mode="exact"), or a sequence of these,
             such as all but the last, ``weight_layers(model)[:-1]``.
         lam: with mode="proximal" how far kappa pulls each weight, relative to the loss; 1 by default.
-            Otherwise the weight of kappa in the loss; 0.008 by default. At least 0, where a step is the
-            base's, bit for bit; may be changed at any time.
+            Otherwise the weight of kappa in the loss; 0.008 by default. With 0 a step is the base's, bit for
+            bit. May be changed at any time.
         mode: "proximal", or how the penalty's kappa is computed: "exact" (the default), "full" (forms the
             Hessian; tiny layers) or "hutchinson" (random probes, right on average).
         every: steps from one proximal step to the next; 10 by default (proximal alone).
@@ -76,8 +76,8 @@ class FAM(OptimizerWrapper):
     Attributes:
         lam: as above.
         base_optimizer: owns ``state``, ``param_groups`` and ``defaults``; FAM's are the same objects.
-        last_kappa: kappa of the last due step's loss, or as it last entered the penalty; detached, on the
-            device; None before.
+        last_kappa: kappa of the loss of the last proximal step, or as it last entered the penalty;
+            detached, on the device; None before.
         last_penalty: ``lam * kappa`` as it was last added to a loss; None with mode="proximal".
 
     Raises:
@@ -133,7 +133,7 @@ class FAM(OptimizerWrapper):
         params: Any = None,
         **base_kwargs: Any,
     ) -> FAM:
-        """The recommended settings: all weight layers but the last, ``mode="proximal"``.
+        """FAM with the recommended settings: all weight layers but the last, ``mode="proximal"``.
 
         >>> optimizer = FAM.for_model(model, torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -176,7 +176,7 @@ class FAM(OptimizerWrapper):
 
     @property
     def last_kappa(self) -> Tensor | None:
-        """kappa of the last due step's loss, or as it last entered the penalty; detached."""
+        """kappa of the loss of the last proximal step, or as it last entered the penalty; detached."""
         return self.regularizer.last_kappa
 
     @property
@@ -185,7 +185,7 @@ class FAM(OptimizerWrapper):
         return self.regularizer.last_penalty
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """What to backpropagate in place of a loss, in loops that call backward themselves.
+        """Returns what to backpropagate in place of a loss, in loops that call backward themselves.
 
         >>> scaler.scale(optimizer.regularize(loss)).backward()
         >>> scaler.step(optimizer)
@@ -198,8 +198,8 @@ class FAM(OptimizerWrapper):
             loss: the scalar loss of a forward since FAM was built, before its backward.
 
         Raises:
-            RuntimeError: if the loss depends on no layer, is none that the curvature is known of, and as
-                `relative_flatness`.
+            RuntimeError: if the loss depends on no layer, or is of a kind whose curvature is not known; and
+                as `relative_flatness`.
         """
         regularized = self.regularizer.regularize(loss)
         self.regularizer.given = True
@@ -213,10 +213,10 @@ class FAM(OptimizerWrapper):
     # The step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer, with what keeps the layers flat.
+        """One step of the base optimizer, which also keeps the layers flat.
 
         Args:
-            closure: runs the forward and returns the scalar loss, or also calls its backward. Without a
+            closure: runs the forward and returns the scalar loss; it may call backward too. Without a
                 closure the gradients must come from `regularize`.
 
         Returns:

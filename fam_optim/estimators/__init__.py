@@ -1,4 +1,4 @@
-"""Estimators ("modes"), one per file: from a tail and a factor F to ``<F F^T, T>``.
+"""How kappa ``<F F^T, T>`` is computed: a file for each way ("mode"). F is made of the weights (`measure`).
 
 full         forms H: the definition
 exact        the same number without H

@@ -2,7 +2,7 @@
 
 With phi_a the input that row a of z sees, and F's columns f,
 
-    <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>                      (DESIGN, 3)
+    <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>
 
 Where the layer feeds a softmax cross-entropy there is a closed form (`softmax`). Else two ways to the same
 number, the cheaper that provably applies is taken:

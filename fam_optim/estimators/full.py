@@ -1,4 +1,4 @@
-"""The definition: forms the Hessian of the loss in W, takes the trace of each block, contracts.
+"""kappa by its definition: forms the Hessian of the loss in W, takes the trace of each block, adds up.
 
     T[s,u] = Tr(H_{s,u}) = sum_t H[s,t,u,t],      <F F^T, T>               (paper, section 1)
 

@@ -1,4 +1,4 @@
-"""Vector-Jacobian products, from what a loss takes in to several layers: for Gauss-Newton curvature."""
+"""Vector-Jacobian products from a network's outputs to several layers: for Gauss-Newton curvature."""
 
 from __future__ import annotations
 

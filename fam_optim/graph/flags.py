@@ -1,4 +1,4 @@
-"""Numbers of the device, read without waiting for it."""
+"""Yes or no from a GPU, read without making the host wait for it."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@
 
 Which losses a loss is a sum of is read off the graph: between it and these there are only operations linear
 in them. Whatever else it is ends in an error.
-
-Source: DESIGN, 7.
 """
 
 from __future__ import annotations
