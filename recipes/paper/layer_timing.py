@@ -146,7 +146,11 @@ def timing_recipe(
                 yield row | also(label, problem, options)
 
     settings: dict[str, dict[str, Any]] = {
-        "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
+        "--rounds": {
+            "type": positive,
+            "default": 15,
+            "help": "timed calls of every method and size (default: 15)",
+        },
         "--device": {"type": device, "default": CPU, "help": "cpu (default), cuda, ..."},
     }
     return Recipe(name, doc, rows, tables, plot, settings, {"rounds": 3})
