@@ -1,4 +1,4 @@
-"""Shared by hessian_time and trace_time: networks by size, a check, what is timed on them, and the picture.
+"""Networks by size, what is timed on them, a check and the picture, for the paper's figures 4 and 5.
 
 Two families of networks, the measured layer ``(d, m)`` in brackets:
 

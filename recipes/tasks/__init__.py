@@ -1,4 +1,4 @@
-"""The experiments by name, and what a run has made of one."""
+"""The tasks by name, and the trained networks in a run's folder."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
