@@ -255,6 +255,11 @@ DECAYS: dict[str, Callable[[nn.Module], Tensor]] = {
     "scaled": lambda model: sum((0.5 * p).square().sum() for p in model.parameters()),
     "in one vector": lambda model: torch.cat([p.flatten() for p in model.parameters()]).square().sum(),
     "towards another point": lambda model: sum((p - 0.3).square().sum() for p in model.parameters()),
+    "of parts": lambda model: sum(q.square().sum() for p in model.parameters() for q in p.chunk(2)),
+    "of a slice": lambda model: model[0].weight[:2, 1:].square().sum(),
+    "of means": lambda model: sum(p.mean(0).square().sum() for p in model.parameters()),
+    "about their mean": lambda model: sum((p - p.mean()).square().sum() for p in model.parameters()),
+    "of some entries": lambda model: sum(p.where(p > 0, 0.0).square().sum() for p in model.parameters()),
     "with importances": lambda model: sum(
         (p.detach().abs() * (p - 0.3) ** 2).sum() for p in model.parameters()
     ),
