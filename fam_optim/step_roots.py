@@ -132,8 +132,6 @@ class StepRoots:
             if seed is None:
                 return
             self._gather()
-            if self._roots and all(self.weights[i].parameter.grad is None for i in self._roots):
-                self._empty()  # by model.zero_grad(), after a step that was not made
             # g has the same size on all processes, however many rows they have.
             rows = self.rows(reached) if alone else {}
             generator = partial(self._generator, seed)

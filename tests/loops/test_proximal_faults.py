@@ -47,6 +47,7 @@ def loss_of(model: nn.Module, step: int, n: int = 16) -> Tensor:
 ZEROS: dict[str, Callable[[nn.Module, FAM], None]] = {
     "optimizer": lambda model, optimizer: optimizer.zero_grad(),
     "model": lambda model, optimizer: model.zero_grad(),
+    "in place": lambda model, optimizer: model.zero_grad(set_to_none=False),
 }
 
 
@@ -99,6 +100,27 @@ def test_weights_of_micro_batches_after_regularize(n: int) -> None:
     first.step()
     second.step()
     assert_close(one, other)
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_micro_batches_whose_gradients_are_asked_for_are_all_counted(n: int) -> None:
+    """By torch.autograd.grad, which leaves none on the weights."""
+    results = []
+    for asked in (False, True):
+        model = net()
+        optimizer = fam(model, every=1)
+        weights, sums = list(model.parameters()), [torch.zeros_like(p) for p in model.parameters()]
+        for step in (0, 1):
+            loss = optimizer.regularize(loss_of(model, step, n))
+            if asked:
+                sums = [s + g for s, g in zip(sums, torch.autograd.grad(loss, weights), strict=True)]
+            else:
+                loss.backward()
+        for p, total in zip(weights, sums, strict=True):
+            p.grad = total if asked else p.grad
+        optimizer.step()
+        results.append(model)
+    assert_same(*results)
 
 
 @pytest.mark.usefixtures("same_signs")
