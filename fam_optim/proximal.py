@@ -133,7 +133,7 @@ class Proximal(Regularizer):
                 "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
                 "returned: optimizer.regularize(loss).backward()."
             )
-        if not self.roots.recognised:
+        if not self.roots.recognised and any(w.parameter.requires_grad for w in self.weights):
             raise RuntimeError(
                 f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "
                 "keep flat. Expected layers of the model that is trained, whose weights require gradients."
