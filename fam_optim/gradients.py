@@ -91,7 +91,7 @@ class Ledger:
         return all(p.grad is None for p in self._trained)
 
     def is_zeroed(self) -> bool:
-        """Whether gradients were there, and are gone: by model.zero_grad(), after a step that was not made."""
+        """Whether gradients were there, and are gone: after a step that was not made."""
         return self._added and not self._is_there()
 
     def _is_there(self, beside: Sequence[Tensor] = ()) -> bool:
