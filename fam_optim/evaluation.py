@@ -48,8 +48,8 @@ def dataset_relative_flatness(
             layer's device.
         measure, mode, curvature, normalize, n_samples, generator: as in `relative_flatness`.
         weight: ``weight(inputs, targets)`` is how many terms the batch's mean is over; by default its
-            samples, the length of the first tensor in inputs. Give it where the loss weighs samples, by
-            class say, or leaves some out:
+            samples, the length of the tensors in inputs. Give it where they have none in common, or where
+            the loss weighs samples, by class say, or leaves some out:
             ``lambda inputs, targets: (targets != -100).sum()`` for the tokens of a cross-entropy that ignores
             -100. Batches of weight 0 are left out.
 
@@ -196,23 +196,23 @@ def _device(layers: Sequence[Layer]) -> torch.device:
 
 
 def _samples(inputs: Any, targets: Any) -> int:
-    """The length of the first tensor of a batch's inputs that has one, in dicts, lists and tuples too."""
-    first = _first_tensor(inputs)
-    if first is None:
+    """The length that all tensors of a batch's inputs have, in dicts, lists and tuples too."""
+    lengths = set(_lengths(inputs))
+    if len(lengths) != 1:
         raise TypeError(
-            "expected the batch's inputs to have a tensor with a sample axis, by whose length the batch is "
-            f"weighed, got {type(inputs).__name__}. Pass weight=lambda inputs, targets: ..."
+            "expected the tensors in the batch's inputs to have one sample axis, by whose length the batch "
+            f"is weighed, got {type(inputs).__name__} with the lengths {sorted(lengths)}. Pass weight=lambda "
+            "inputs, targets: ..."
         )
-    return len(first)
+    return lengths.pop()
 
 
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch if batch.dim() else None
-    if not isinstance(batch, (Mapping, list, tuple)):
-        return None
-    items = batch.values() if isinstance(batch, Mapping) else batch
-    return next((found for item in items if (found := _first_tensor(item)) is not None), None)
+def _lengths(batch: Any) -> Iterator[int]:
+    if isinstance(batch, Tensor) and batch.dim():
+        yield len(batch)
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _lengths(item)
 
 
 def _to(batch: Any, device: torch.device) -> Any:

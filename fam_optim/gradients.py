@@ -47,6 +47,7 @@ class Ledger:
         self._hooked: set[int] = set()
         self._sound = sound  # whether all gradients there are, are of regularised losses
         self._expected = False  # whether the backward that is running is of one
+        self._added = False  # whether a backward has added to a gradient
         self._reached: list[Tensor] = []  # by it, before that was known
 
     @property
@@ -89,6 +90,10 @@ class Ledger:
         """Whether nothing that is trained has a gradient."""
         return all(p.grad is None for p in self._trained)
 
+    def is_zeroed(self) -> bool:
+        """Whether gradients were there, and are gone: after a step that was not made."""
+        return self._added and not self._is_there()
+
     def _is_there(self, beside: Sequence[Tensor] = ()) -> bool:
         weights = (w for w in self._weights if not any(w is b for b in beside))
         gradients = [w.grad for w in weights if w.grad is not None]
@@ -100,6 +105,7 @@ class Ledger:
         nodes.after_backward(self._end)
 
     def _note(self, weight: Tensor) -> None:
+        self._added = True
         if not self._expected:  # yet: it may also be of what was added to a regularised loss
             self._reached.append(weight)
             nodes.after_backward(self._end)

@@ -137,7 +137,7 @@ class Proximal(Regularizer):
                 "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
                 "returned: optimizer.regularize(loss).backward()."
             )
-        if not self.roots.recognised:
+        if not self.roots.recognised and any(w.parameter.requires_grad for w in self.weights):
             raise RuntimeError(
                 f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "
                 "keep flat. Expected layers of the model that is trained, whose weights require gradients."
@@ -243,6 +243,8 @@ def _draw_seed(generator: torch.Generator) -> int:
 
 @partial(opaque, reason="fam_optim looks into the graph of the loss")
 def _look(roots: StepRoots, ledger: Ledger | None, loss: Tensor, seed: int | None) -> None:
+    if ledger is not None and ledger.is_zeroed():
+        roots.gradients_zeroed()
     roots.see(loss, seed)
     if ledger is not None:
         ledger.expect(loss)

@@ -36,12 +36,13 @@ class Taken:
     """A of one loss.
 
     Attributes:
+        loss: as long as somebody has it, who may backpropagate it.
         roots: A by weight.
         share: how much of the loss was backpropagated, its own gradient; None before its backward begins.
     """
 
-    def __init__(self, roots: Roots) -> None:
-        self.roots = roots
+    def __init__(self, loss: Tensor, roots: Roots) -> None:
+        self.loss, self.roots = weakref.ref(loss), roots
         self.share: Tensor | None = None
 
     def note(self, gradient: Tensor) -> None:
@@ -80,8 +81,10 @@ class StepRoots:
         self._empty()
 
     def gradients_zeroed(self) -> None:
-        """Drops whatever was taken with the gradients: it is of a step that was not made."""
-        self._pending = [taken for taken in self._pending if taken.share is None]
+        """Forgets what was backpropagated: it is of a step that was not made, or will be once more."""
+        self._pending = [t for t in self._pending if t.share is None or t.loss() is not None]
+        for taken in self._pending:
+            taken.share = None
         self._empty()
 
     def _empty(self) -> None:
@@ -132,12 +135,11 @@ class StepRoots:
             if seed is None:
                 return
             self._gather()
-            if self._roots and all(self.weights[i].parameter.grad is None for i in self._roots):
-                self._empty()  # by model.zero_grad(), after a step that was not made
             # g has the same size on all processes, however many rows they have.
             rows = self.rows(reached) if alone else {}
             generator = partial(self._generator, seed)
-            taken = Taken(sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples))
+            roots = sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples)
+        taken = Taken(loss, roots)
         loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
         self._pending.append(taken)
         nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)

@@ -899,6 +899,13 @@ def test_a_batch_without_tensors_is_refused_with_the_remedy() -> None:
         dataset_relative_flatness(net, net, lambda o, t: CE(net(X), Y), [(0.5, Y)])
 
 
+@pytest.mark.parametrize("inputs", [{"classes": torch.ones(1), "x": X}, (X, torch.ones(4, 4))])
+def test_inputs_without_a_sample_axis_in_common_are_refused_with_the_remedy(inputs: Any) -> None:
+    net = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match=r"one sample axis.*lengths \[\d, \d\].*weight=lambda"):
+        dataset_relative_flatness(net, net, lambda o, t: CE(net(X), t), [(inputs, Y)])
+
+
 BATCHES: dict[str, tuple[type[Exception], str, Any]] = {
     "dicts": (TypeError, r"pairs \(inputs, targets\), got a dict.*batch\['x'\]", [{"x": X, "y": Y}]),
     "three tensors": (TypeError, r"pairs .* got a tuple of length 3", [(X, Y, Y)]),

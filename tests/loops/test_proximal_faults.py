@@ -47,6 +47,7 @@ def loss_of(model: nn.Module, step: int, n: int = 16) -> Tensor:
 ZEROS: dict[str, Callable[[nn.Module, FAM], None]] = {
     "optimizer": lambda model, optimizer: optimizer.zero_grad(),
     "model": lambda model, optimizer: model.zero_grad(),
+    "in place": lambda model, optimizer: model.zero_grad(set_to_none=False),
 }
 
 
@@ -101,6 +102,27 @@ def test_weights_of_micro_batches_after_regularize(n: int) -> None:
     assert_close(one, other)
 
 
+@pytest.mark.parametrize("n", [4, 16])
+def test_micro_batches_whose_gradients_are_asked_for_are_all_counted(n: int) -> None:
+    """By torch.autograd.grad, which leaves none on the weights."""
+    results = []
+    for asked in (False, True):
+        model = net()
+        optimizer = fam(model, every=1)
+        weights, sums = list(model.parameters()), [torch.zeros_like(p) for p in model.parameters()]
+        for step in (0, 1):
+            loss = optimizer.regularize(loss_of(model, step, n))
+            if asked:
+                sums = [s + g for s, g in zip(sums, torch.autograd.grad(loss, weights), strict=True)]
+            else:
+                loss.backward()
+        for p, total in zip(weights, sums, strict=True):
+            p.grad = total if asked else p.grad
+        optimizer.step()
+        results.append(model)
+    assert_same(*results)
+
+
 @pytest.mark.usefixtures("same_signs")
 def test_a_loss_that_is_backpropagated_twice_counts_twice() -> None:
     results = []
@@ -116,6 +138,42 @@ def test_a_loss_that_is_backpropagated_twice_counts_twice() -> None:
         optimizer.step()
         results.append(model)
     assert_close(*results)
+
+
+def test_a_loss_that_is_backpropagated_again_after_its_gradients_were_looked_at() -> None:
+    """They are measured, zeroed, and made once more for the step."""
+    results = []
+    for looked_at in (False, True):
+        optimizer = fam(model := net(), every=1)
+        loss = optimizer.regularize(loss_of(model, 0))
+        if looked_at:
+            loss.backward(retain_graph=True)
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert optimizer.last_kappa is not None
+        results.append(model)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_layers_may_be_frozen_at_first(closure: bool) -> None:
+    """The head is trained before the body; nothing that stands still is moved."""
+    optimizer = fam(model := net(), every=2)
+    hidden = [w.parameter for w in optimizer.regularizer.weights]
+    for step in range(4):
+        for weight in hidden:
+            weight.requires_grad_(step > 1)
+        before = [weight.detach().clone() for weight in hidden]
+        optimizer.zero_grad()
+        if closure:
+            optimizer.step(lambda step=step: loss_of(model, step))
+        else:
+            optimizer.regularize(loss_of(model, step)).backward()
+            optimizer.step()
+        moved = [not torch.equal(weight, old) for weight, old in zip(hidden, before, strict=True)]
+        assert all(moved) if step > 1 else not any(moved)
+        assert (optimizer.last_kappa is not None) == (step == 3)
 
 
 def test_a_regularised_loss_that_is_maximised_is_refused() -> None:
