@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from fam_optim.compilation import opaque
 from fam_optim.graph.trace import LayerNotUsedError
 from fam_optim.interception import BackwardInterception
 from fam_optim.penalty import Penalty, without_penalties
+from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

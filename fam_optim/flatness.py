@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fam_optim.estimators.curvature import Curvature
-from fam_optim.estimators.exact import exact
-from fam_optim.estimators.full import full
+from fam_optim.estimators.exact import exact, full
 from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.estimators.measure import MEASURES
 from fam_optim.estimators.softmax import closed_form
-from fam_optim.graph import calls, errors
-from fam_optim.graph.recomputation import counted_once
+from fam_optim.graph import errors
+from fam_optim.graph.reach import computed_alike
 from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
 from fam_optim.layers import distinct
 from fam_optim.parallel import lasting, local_derivatives
+from fam_optim.unnoticed import counted_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -230,7 +230,7 @@ def _matrix(tail: Tail) -> Tensor:
     """
     first = tail.uses[0].weight
     others = [use.weight for use in tail.uses if use.weight is not first]
-    if not all(calls.computed_alike(first, w) and torch.equal(first, w) for w in others):
+    if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):
         raise RuntimeError(
             "the calls of the layer that the loss depends on were made with different weights "
             "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "

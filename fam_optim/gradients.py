@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fam_optim.compilation import opaque
-from fam_optim.graph import flags, nodes
+from fam_optim import unnoticed
+from fam_optim.graph import nodes
 from fam_optim.layer.use import is_sharded
+from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -140,7 +141,7 @@ class FiniteGuard:
     """
 
     def __init__(self) -> None:
-        self._earlier: flags.AsyncFlag | None = None
+        self._earlier: unnoticed.AsyncFlag | None = None
 
     def check(self, penalty: Penalty, trained: Iterable[Tensor]) -> None:
         """Raises RuntimeError if a gradient is not finite, although the losses that were regularised are."""
@@ -159,13 +160,13 @@ class FiniteGuard:
             everywhere = sound.to(torch.float32)
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             sound = everywhere.bool()
-        if not flags.reading_waits(sound):
+        if not unnoticed.reading_waits(sound):
             if not bool(sound):
                 raise RuntimeError(_not_finite(penalty) + " No step was made, and nothing was changed.")
             return
         for gradient in gradients:
             gradient.masked_fill_(~sound.to(gradient.device), 0)
-        self._earlier = flags.AsyncFlag(sound)
+        self._earlier = unnoticed.AsyncFlag(sound)
 
 
 @partial(opaque, reason="fam_optim looks at the gradients before a step")
@@ -193,7 +194,7 @@ def _local(gradient: Tensor) -> Tensor:
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether all numbers are, ``()``, on the device of the first tensor; in one reading of each."""
     device = tensors[0].device
-    if flags.reading_waits(tensors[0]):  # few operations for many tensors; nan is passed on
+    if unnoticed.reading_waits(tensors[0]):  # few operations for many tensors; nan is passed on
         largest = torch._foreach_norm(list(tensors), ord=torch.inf)
         return torch.stack([n.to(device, torch.float32) for n in largest]).isfinite().all()
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).to(device) for t in tensors]

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.compilation import opaque
+from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
-from fam_optim.graph import flags, nodes
+from fam_optim.graph import nodes
 from fam_optim.graph.trace import check_scalar
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
 from fam_optim.regularizer import Regularizer
+from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -72,7 +73,7 @@ class Penalty(Regularizer):
         # Not the identity, which a later object may have again while this one's marks are still about.
         self._serial = next(_serial_numbers)
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
-        self._larger: flags.AsyncFlag | None = None  # on an accelerator, of the last penalty
+        self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator, of the last penalty
         self._warned = False
         self.forget()
 
@@ -211,8 +212,8 @@ class Penalty(Regularizer):
         if self._warned:
             return
         larger, earlier = penalty > loss.abs().reshape(()), self._larger
-        if flags.reading_waits(larger):
-            self._larger = flags.AsyncFlag(larger)
+        if unnoticed.reading_waits(larger):
+            self._larger = unnoticed.AsyncFlag(larger)
         if bool(larger) if self._larger is None else earlier is not None and earlier.read():
             self._warned = True
             warnings.warn(

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fam_optim import unnoticed
 from fam_optim.estimators.roots import added, joined, products_of_rows, sample_roots, scaled
-from fam_optim.graph import errors, flags, nodes
+from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import is_of_weights, reach, spread
-from fam_optim.graph.recomputation import counted_once
 from fam_optim.graph.trace import check_scalar
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
+from fam_optim.unnoticed import counted_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from fam_optim.estimators.roots import Roots
     from fam_optim.graph.reach import Reach
-    from fam_optim.layer.weights import WeightMatrix
+    from fam_optim.layer.kinds import WeightMatrix
 
 _SEEN = "fam_optim.seen"
 APART = 0x9E3779B97F4A7C15
@@ -47,7 +48,7 @@ class Taken:
     def note(self, gradient: Tensor) -> None:
         """Hook on the loss: its backward has begun, perhaps once more."""
         gradient = at_least_float32(gradient).reshape(())
-        if not flags.reading_waits(gradient) and bool(gradient < 0):  # elsewhere A is nan: no step
+        if not unnoticed.reading_waits(gradient) and bool(gradient < 0):  # elsewhere A is nan: no step
             raise RuntimeError(
                 "what regularize() returned is backpropagated with a negative factor: the loss is to be "
                 "maximised, and is not convex. Regularise what is minimised."

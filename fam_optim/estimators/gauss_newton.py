@@ -25,23 +25,95 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.estimators.jacobian import Jacobian, Pulled
 from fam_optim.estimators.rows import Grouping, row_uses, shown_axes
+from fam_optim.graph import errors, nodes
+from fam_optim.graph.corrections import corrected
 from fam_optim.graph.independence import SUM
-from fam_optim.layer.use import describe
+from fam_optim.graph.losses import cotangents, find_outputs, without_scale
+from fam_optim.graph.trace import path_of
+from fam_optim.layer.use import LOW_PRECISION, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from torch import Tensor
+
     from fam_optim.estimators.measure import Factor
     from fam_optim.graph.independence import Groups
     from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
 MAX_PRODUCTS = 1024
 """More vector-Jacobian products than this in one evaluation end in an error instead."""
+
+
+class Jacobian:
+    """Vector-Jacobian products from the outputs under a loss to the outputs z of several layers.
+
+    Cost of a product: one backward from the loss to the lowest layer; with its derivative two more.
+    """
+
+    def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
+        self.tails, self.differentiable = tails, differentiable
+        self.path = path_of(tails)
+        self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
+        if differentiable:
+            errors.check_differentiable(self.path)
+        self.outputs = find_outputs(
+            tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
+        )
+        self.uses = [
+            tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
+        ]
+
+    def pull(self, r: Sequence[Tensor]) -> list[list[Tensor]]:
+        """``delta = d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
+        edges, vectors, scale = cotangents(self.outputs, r)
+        right = corrected(self.path if self.differentiable else (), derivatives_to_come=1)
+        with errors.explained("derivatives"), right:
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                edges,
+                [edge for tail in self.tails for edge in tail.edges],
+                vectors,
+                create_graph=self.differentiable,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        if self.differentiable:
+            errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
+        deltas = iter(found)
+        return [[_delta(use, next(deltas), scale) for use in uses] for uses in self.uses]
+
+    def in_weights(self, layer: int, deltas: Sequence[Tensor]) -> Tensor:
+        """g ``(d, m)`` of a layer, by position, through all uses of its weight."""
+        of_uses = zip(self.uses[layer], self.tails[layer].edges, deltas, strict=True)
+        return torch.stack([self._in_weight(*of_use) for of_use in of_uses]).sum(0)
+
+    def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
+        node = edge.node
+        below, output = node.next_functions[1] if nodes.kind(node) == "Convolution" else (None, 0)
+        if below is None or nodes.results(node)[0].dtype in LOW_PRECISION:  # under autocast, say
+            return use.pull(delta)
+        # The forward's own node, which spares the convolution that `pull` builds a graph with.
+        (g,) = torch.autograd.grad(
+            edge,
+            GradientEdge(below, output),
+            delta.reshape(nodes.shape(node, edge.output_nr)),  # a batch of one, if it had none
+            create_graph=self.differentiable,
+            retain_graph=True,
+        )
+        return use.layout.matrix(g)
+
+
+def _delta(use: Use, g: Tensor | None, scale: Any) -> Tensor:
+    return (
+        use.matrix().detach().new_zeros(use.shape)
+        if g is None
+        else without_scale(g, scale).reshape(use.shape)
+    )
 
 
 def gauss_newton(
@@ -140,26 +212,20 @@ def _squares(
 
 
 def _square(
-    jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
+    jacobian: Jacobian, layer: int, deltas: Sequence[Tensor], factor: Factor, grouping: Grouping | None
 ) -> Tensor:
     """The same of one layer, by position."""
     if grouping is None:
-        return factor.square(jacobian.in_weights(layer, found))
-    delta = grouping.gather_outputs([f.delta for f in found])
+        return factor.square(jacobian.in_weights(layer, deltas))
+    delta = grouping.gather_outputs(deltas)
     if grouping.size > 1:
         phi = grouping.gather([use.rows() for use in grouping.uses])
         if _has_few_rows(grouping):
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    rows = [
-        f.product.reshape(*use.lead, -1)
-        for f, use in zip(found, grouping.uses, strict=True)
-        if f.product is not None
-    ]
-    product = grouping.gather(rows) if len(rows) == len(found) else None
-    scale, pulled = factor.pulled(delta, product)
-    return scale * (grouping.squared_norms()[:, 0] * pulled[:, 0].square().sum(1)).sum()
+    scale, pulled = factor.pulled(delta[:, 0])
+    return scale * (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
 
 
 def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -176,8 +242,8 @@ def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
     """``<F F^T, T>`` with T from every column of S by itself."""
     traces: list[Any] = [0.0] * len(factors)
     for r in _columns(jacobian, [_by_group(output.shape, ()) for output in jacobian.outputs]):
-        for layer, found in enumerate(jacobian.pull(r)):
-            g = jacobian.in_weights(layer, found)
+        for layer, deltas in enumerate(jacobian.pull(r)):
+            g = jacobian.in_weights(layer, deltas)
             traces[layer] = traces[layer] + g @ g.T
     return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 

@@ -9,18 +9,18 @@ space, a random probe, or the covariance under a softmax. All of them carry grad
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from fam_optim.estimators.variance import trace_of_covariance, variance_of_indicator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Draw = Callable[[tuple[int, ...]], Tensor]  # independent signs of a shape
+
+SMALL = 1 << 16
+"""Up to so many numbers in the differences of all pairs of class vectors, these are what takes least time."""
 
 
 def doubled(t: Tensor) -> Tensor:
@@ -60,17 +60,9 @@ class Neuronwise:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
         return 1.0, signs @ self.matrix.T
 
-    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
-        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``.
-
-        `product` is ``x W``, if somebody has formed it.
-        """
-        if product is None:
-            return 1.0, rows @ self.matrix
-        if product.requires_grad:
-            return 1.0, product
-        attached: Tensor = _KnownProduct.apply(rows, self.matrix, product)
-        return 1.0, attached
+    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
+        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``."""
+        return 1.0, rows @ self.matrix
 
     def inner(self, rows: Tensor) -> Tensor:
         """``<F^T x_a, F^T x_b>`` of the rows x of each group ``(..., n, d)``: ``(..., n, n)``."""
@@ -102,26 +94,11 @@ class Neuronwise:
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         """``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
 
-        Here the traces of the covariance of the class vectors w_k under p.
+        Cost: one product ``(n, d) x (d, m)`` and two in the backward, or less.
         """
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
-        return trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
-
-
-class _KnownProduct(torch.autograd.Function):
-    """``x W`` of a constant x, as somebody has formed it, with its gradient in W."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, product: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return product.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return None, x.flatten(0, -2).mT @ grad.flatten(0, -2), None
+        return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype)).dot(by_row.to(dtype))
 
 
 class Layerwise:
@@ -141,7 +118,7 @@ class Layerwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, signs  # not ||W|| in v: the norm has no derivative at W = 0
 
-    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
+    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, rows
 
     def inner(self, rows: Tensor) -> Tensor:
@@ -154,7 +131,36 @@ class Layerwise:
         return self.square_norm, draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
-        return self.square_norm * variance_of_indicator(log_p, by_row)
+        q, _ = _without_top(log_p)
+        rest = q.sum(1)
+        # 1 - ||p||^2, without a difference of what is near 1
+        return self.square_norm * (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
+
+
+def _trace_of_covariance(log_p: Tensor, w: Tensor) -> Tensor:
+    """``sum_k p_k ||w_k - mu||^2``, mu the mean of the class vectors w under p, for each p: ``(n,)``.
+
+    With t the most probable class, q the probabilities of the others, and delta = mu - w_t, it is
+
+        sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
+
+    in which nothing cancels where the largest probability rounds to one. Moving all class vectors alike
+    changes nothing, so what they have in common, which may be large beside their differences, goes first.
+    """
+    if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
+        p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
+        return ((p @ distances) * p).sum(1) / 2
+    q, top = _without_top(log_p)
+    rest, centred = q.sum(1), w - w.detach().mean(0)
+    squares, w_top = centred.square().sum(1), centred[top]
+    delta = q @ centred - rest[:, None] * w_top
+    return q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
+
+
+def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """p with its largest entry set to zero, and where that was ``(n,)``."""
+    top = log_p.argmax(1)
+    return log_p.exp().scatter(1, top[:, None], 0.0), top
 
 
 def _identity(matrix: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.graph import errors, flags, nodes, operations
+from fam_optim import unnoticed
+from fam_optim.graph import errors, nodes, operations
 from fam_optim.graph.reach import spread
 from fam_optim.layer.use import at_least_float32
 
@@ -30,16 +31,14 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 
-def linear_in(
-    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
-) -> tuple[list[Node], bool] | None:
-    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`, and
-    whether the coefficients are constants; None if it is not linear in such.
+def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> list[Node] | None:
+    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
+    is not linear in such.
 
     Args:
         path: the nodes from which one of `ends` can be reached, and these.
     """
-    found, constant = [], True
+    found = []
     root = loss.grad_fn
     assert root is not None
     stack = [(root, loss.output_nr)]
@@ -56,11 +55,10 @@ def linear_in(
         on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
         if not operations.is_linear(kind, on_path):
             return None
-        constant = constant and all(below is None or below in path for below, _ in inputs)
         new: Any = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
         seen.update(new)
         stack += new
-    return found, constant
+    return found
 
 
 class Output(NamedTuple):
@@ -94,7 +92,7 @@ def find_outputs(
         RuntimeError: if the loss is not known to be convex in them.
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
-    known, _ = terms or ([], True)
+    known = terms or []
     with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
@@ -108,7 +106,7 @@ def find_outputs(
         )
     for a in (output.a.detach() for output in outputs):
         # On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
-        if not flags.reading_waits(a) and bool((a < -_rounding(a)).any()):
+        if not unnoticed.reading_waits(a) and bool((a < -_rounding(a)).any()):
             raise RuntimeError(
                 "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some "
                 "sample or class counts with a negative weight. Use mode='hutchinson' with "
@@ -138,6 +136,11 @@ def cotangents(
         scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
         vectors = [scale * v for v in vectors]
     return edges, [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)], scale
+
+
+def without_scale(g: Tensor, scale: Any) -> Tensor:
+    """A derivative of what `cotangents` has scaled, in at least float32."""
+    return at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
 
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
@@ -174,10 +177,10 @@ class Softmax(NamedTuple):
     a: Tensor
 
 
-def softmax_of(node: Any, loss: Tensor, differentiable: bool, constant: bool = False) -> Softmax:
-    """What a loss takes that is linear in a log_softmax, with constant coefficients or not."""
+def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
+    """What a loss takes that is linear in a log_softmax."""
     dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
-    coefficient = at_least_float32(_coefficient(node, loss, differentiable and not constant))
+    coefficient = at_least_float32(_coefficient(node, loss, differentiable))
     a = -coefficient.sum(dim, keepdim=True)
     return Softmax(_operand(node, 0), log_p if differentiable else log_p.detach(), dim, a)
 

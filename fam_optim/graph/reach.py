@@ -1,4 +1,4 @@
-"""From a loss down to the weights that it depends on, in one walk over its graph."""
+"""Walks over the graph: what a loss depends on, what lies between, whether two tensors were made alike."""
 
 from __future__ import annotations
 
@@ -90,24 +90,23 @@ _OF_WEIGHTS = operations.VIEWS | operations.PERMUTATIONS | operations.ADDITIONS
 _OF_WEIGHTS |= {"Mul", "Div", "Cat", "Stack"}
 
 
-def product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node | None:
-    """The product ``z = phi W^T`` of a Linear layer on vectors, phi ``(N, m)``, if it is W's only use.
+def computed_alike(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors were computed by the same operations from the same tensors, as far as the graph
+    shows it."""
+    if left is right or not (left.requires_grad or right.requires_grad):
+        return True
+    return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)
 
-    Args:
-        leaf: the node of the weight.
-        transposed: whether the weight is stored as W ``(d, m)``, and so transposed on its way.
-    """
-    below = leaf
-    while len(reached.parents[below]) == 1:
-        (node,) = reached.parents[below]
-        kind = nodes.kind(node)
-        if kind in ("Addmm", "Mm"):
-            second_factor, _ = node.next_functions[-1]
-            unscaled = kind == "Mm" or nodes.kept(node, "alpha") == 1
-            return node if second_factor is below and not transposed and unscaled else None
-        if kind == "T" and transposed:
-            transposed = False
-        elif kind != "ToCopy":  # of autocast
-            return None
-        below = node
-    return None
+
+def same_graph(left: Node | None, right: Node | None) -> bool:
+    """Whether two graphs are of the same operations, down to nodes that they share."""
+    if left is right:
+        return True
+    if left is None or right is None or left.name() != right.name():
+        return False
+    below = list(zip(left.next_functions, right.next_functions, strict=False))
+    return (
+        len(left.next_functions) == len(right.next_functions) > 0
+        and nodes.settings(left) == nodes.settings(right)
+        and all(a[1] == b[1] and same_graph(a[0], b[0]) for a, b in below)
+    )

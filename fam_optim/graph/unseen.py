@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.autograd.graph import get_gradient_edge
 
-from fam_optim.graph import calls, nodes, operations
-from fam_optim.graph.reach import spread
+from fam_optim.graph import nodes, operations
+from fam_optim.graph.reach import same_graph, spread
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import describe
 
@@ -39,7 +40,7 @@ def check_all_seen(
         layers, uses_of: the layers, and of each the uses that were found.
     """
     records = ((node, recorded_use(node)) for node in parents)
-    recorded = {calls.product_of_call(node) for node, found in records if found and not found[0].is_released}
+    recorded = {_product_of_call(node) for node, found in records if found and not found[0].is_released}
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
@@ -98,7 +99,7 @@ def _by_name(graph: Iterable[Node]) -> dict[str, list[Node]]:
 def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
     """Where trained weights begin; of those that are computed at every call, wherever this was done alike."""
     starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
-    alike = {n for start in starts for n in by_name.get(start.name(), ()) if calls.same_graph(n, start)}
+    alike = {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
     return starts | alike
 
 
@@ -159,7 +160,7 @@ def _of_frozen(
     """The same of frozen weights, which leave no trace but where their numbers lie."""
     found = {}
     for weight in (weight for weight in weights if not weight.requires_grad):
-        for node, factor in constants.get(calls.place(weight), ()):
+        for node, factor in constants.get(_place(weight), ()):
             as_stored = factor.shape == weight.shape and factor.stride() == weight.stride()
             found[node] = nodes.kind(node) != "Convolution" and as_stored != stored_transposed
     return found
@@ -169,7 +170,39 @@ def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[tuple[Node
     """Products with a constant, and that, by where its numbers lie."""
     found: dict[int | None, list[tuple[Node, Tensor]]] = {}
     for node in graph:
-        factor = calls.constant_factor(node)
+        factor = _constant_factor(node)
         if factor is not None:
-            found.setdefault(calls.place(factor), []).append((node, factor))
+            found.setdefault(_place(factor), []).append((node, factor))
     return found
+
+
+def _product_of_call(end: Node) -> Node | None:
+    """The product with the weight below the node that makes a layer's output; None if it is not found."""
+    node: Node | None = end
+    # The bias is added by itself where the input is not contiguous.
+    while node is not None and nodes.kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias", "Add"):
+        node = node.next_functions[0][0]
+    return node if node is not None and nodes.kind(node) in ("Addmm", "Mm", "Convolution") else None
+
+
+_SECOND_FACTORS = {
+    "Mm": ("mat2", 1),
+    "Bmm": ("mat2", 1),
+    "Addmm": ("mat2", 2),
+    "Convolution": ("weight", 1),
+    "ConvolutionBackward": ("weight", 2),
+}
+"""What a product keeps its second factor as, and which of its operands that is."""
+
+
+def _constant_factor(node: Node) -> Tensor | None:
+    """The second factor of a product, if that is a constant."""
+    name, position = _SECOND_FACTORS.get(nodes.kind(node), ("", 0))
+    if not name or node.next_functions[position][0] is not None:
+        return None
+    return nodes.at_hand(node, name)
+
+
+def _place(t: Tensor) -> int | None:
+    """Where a tensor's numbers begin; None of a tensor that holds them in others (sharded, quantised)."""
+    return t.data_ptr() if type(t.data) is torch.Tensor else None
