@@ -25,14 +25,13 @@ from fam_optim.graph.reach import computed_alike
 from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
-from fam_optim.layers import distinct
+from fam_optim.layers import Layer, distinct
 from fam_optim.parallel import lasting, local_derivatives
 from fam_optim.unnoticed import counted_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    Layer = Observation | nn.Parameter
     Layers = Layer | Sequence[Layer]
 
 MODES = ("exact", "full", "hutchinson")

@@ -13,12 +13,9 @@ from torch import Tensor
 from fam_optim import unnoticed
 from fam_optim.graph import nodes
 from fam_optim.layer.use import is_sharded
-from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from fam_optim.penalty import Penalty
 
 
 class Ledger:
@@ -133,55 +130,50 @@ class FiniteGuard:
     """No step on a penalty that is not finite while the loss is.
 
     Higher derivatives can be infinite where the first is not: of a norm or a standard deviation at 0, in
-    torch's way of computing them. Gradients of a penalty that can be so are looked at before the step. On
-    the CPU the step is refused. On an accelerator, so as not to wait for it, the gradients become zero where
-    they lie, and the next step is refused.
+    torch's way of computing them. So gradients are looked at before the step. On the CPU the step is refused.
+    On an accelerator, so as not to wait for it, the gradients become zero where they lie, and the next step
+    is refused.
+
+    Args:
+        names: the layers, for messages.
 
     Cost: one reading of the gradients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: str) -> None:
+        self._names = names
         self._earlier: unnoticed.AsyncFlag | None = None
 
-    def check(self, penalty: Penalty, trained: Iterable[Tensor]) -> None:
+    def check(self, losses: Sequence[Tensor], trained: Iterable[Tensor]) -> None:
         """Raises RuntimeError if a gradient is not finite, although the losses that were regularised are."""
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
-            raise RuntimeError(_not_finite(penalty) + " An earlier step was made on zero gradients instead.")
-        if penalty.losses:
-            _look(self, penalty, trained)
-
-    def look(self, penalty: Penalty, trained: Iterable[Tensor]) -> None:
-        """The same, of gradients that are there."""
+            raise RuntimeError(self._not_finite("An earlier step was made on zero gradients instead."))
+        if not losses:
+            return
         whole = [p.grad for p in trained if p.grad is not None]
         gradients = [g for g in map(_local, whole) if g.numel()]
-        sound = ~_all_finite(penalty.losses) | _all_finite(gradients or penalty.losses)
+        sound = ~_all_finite(losses) | _all_finite(gradients or losses)
         if any(map(is_sharded, whole)):  # all processes refuse, or none
             everywhere = sound.to(torch.float32)
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             sound = everywhere.bool()
-        if not unnoticed.reading_waits(sound):
-            if not bool(sound):
-                raise RuntimeError(_not_finite(penalty) + " No step was made, and nothing was changed.")
-            return
-        for gradient in gradients:
-            gradient.masked_fill_(~sound.to(gradient.device), 0)
-        self._earlier = unnoticed.AsyncFlag(sound)
+        if unnoticed.reading_waits(sound):
+            for gradient in gradients:
+                gradient.masked_fill_(~sound.to(gradient.device), 0)
+            self._earlier = unnoticed.AsyncFlag(sound)
+        elif not bool(sound):
+            raise RuntimeError(self._not_finite("No step was made, and nothing was changed."))
 
-
-@partial(opaque, reason="fam_optim looks at the gradients before a step")
-def _look(guard: FiniteGuard, penalty: Penalty, trained: Iterable[Tensor]) -> None:
-    guard.look(penalty, trained)
-
-
-def _not_finite(penalty: Penalty) -> str:
-    return (
-        f"the gradient of loss + lam * kappa (`layer` {penalty.names}) is not finite, although the loss is: "
-        "higher derivatives of what follows the layer are infinite, or torch computes them as nan, where the "
-        "first is finite (a norm, a standard deviation or a root at 0, as of a row of zeros). Use "
-        "detach_hessian=True if kappa itself is finite, keep what is under the root away from 0 "
-        "(F.normalize(x + eps), (x.square().sum() + eps).sqrt()), or regularise a layer behind it."
-    )
+    def _not_finite(self, done: str) -> str:
+        return (
+            f"the gradient of loss + lam * kappa (`layer` {self._names}) is not finite, although the loss "
+            "is: higher derivatives of what follows the layer are infinite, or torch computes them as nan, "
+            "where the first is finite (a norm, a standard deviation or a root at 0, as of a row of zeros). "
+            "Use detach_hessian=True if kappa itself is finite, keep what is under the root away from 0 "
+            "(F.normalize(x + eps), (x.square().sum() + eps).sqrt()), or regularise a layer behind it. "
+            f"{done}"
+        )
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fam_optim.layer.use import describe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fam_optim.flatness import Layer
+Layer = Observation | nn.Parameter
 
 
 def weight_layers(model: nn.Module) -> list[nn.Module | nn.Parameter]:

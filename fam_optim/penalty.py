@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
-    from fam_optim.flatness import Layer
+    from fam_optim.layers import Layer
 
 _MARK = "fam_optim.regularized"
 _serial_numbers = itertools.count()
@@ -83,7 +83,7 @@ class Penalty(Regularizer):
             if isinstance(layer, Observation):
                 layer.start()
         self.ledger = Ledger(self.named_weights(), trained)
-        self._guard = FiniteGuard()
+        self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         return [(name_of(layer), weights_of(layer)) for layer in self.layers]
@@ -106,7 +106,7 @@ class Penalty(Regularizer):
                 "step()."
             )
         self.ledger.check()
-        self._guard.check(self, trained)
+        self._guard.check(self.losses, trained)
 
     def after_step(self) -> None:
         self.forget()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fam_optim.estimators.curvature import inner
-from fam_optim.estimators.rows import find_grouping
+from fam_optim.graph.independence import find_grouping
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from fam_optim.estimators.curvature import Curvature
     from fam_optim.estimators.measure import Factor
-    from fam_optim.estimators.rows import Grouping
+    from fam_optim.graph.independence import Grouping
 
 MAX_PRODUCTS = 1024
 """More Hessian-vector products than this in one evaluation end in an error instead."""

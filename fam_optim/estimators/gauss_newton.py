@@ -28,10 +28,9 @@ import torch
 from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.estimators.rows import Grouping, row_uses, shown_axes
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected
-from fam_optim.graph.independence import SUM
+from fam_optim.graph.independence import SUM, Grouping, row_uses, shown_axes
 from fam_optim.graph.losses import cotangents, find_outputs, without_scale
 from fam_optim.graph.trace import path_of
 from fam_optim.layer.use import LOW_PRECISION, describe
@@ -183,7 +182,7 @@ def _shared(
             {shown[0][axis].strides.get((edge.node, edge.output_nr), SUM) for edge in output.edges}
             for output in jacobian.outputs
         ]
-        if len(lengths) > 1 or any(len(of) > 1 or min(of) <= SUM for of in strides):
+        if len(lengths) > 1 or any(len(of) > 1 or SUM in of for of in strides):
             continue
         axes.append(axis)
         for of_output, (stride,) in zip(digits, strides, strict=True):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fam_optim.estimators.measure import doubled
-from fam_optim.estimators.rows import Grouping, find_grouping
+from fam_optim.graph.independence import Grouping, find_grouping
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -117,7 +117,6 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_beta": ("softplus written out", lambda: F.softplus(ROW, 2.0), 2),
     "_saved_threshold": ("softplus written out", lambda: F.softplus(ROW), 20),
     "_saved_indices": ("which axes are picked from", lambda: ROW[:, torch.tensor([0])], None),
-    "_saved_index": ("which group a selection takes", lambda: ROW[1], 1),
     "_saved_sparse": ("sparse gradients", lambda: F.embedding(torch.tensor([0, 1]), ROW), False),
     "_saved_pad": ("which axes a padding moves", lambda: F.pad(ROW, (1, 2)), (1, 2)),
     "_saved_other": ("factors", lambda: ROW * ROW.exp(), None),
