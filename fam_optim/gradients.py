@@ -163,7 +163,7 @@ class FiniteGuard:
                 gradient.masked_fill_(~sound.to(gradient.device), 0)
             self._earlier = unnoticed.AsyncFlag(sound)
         elif not bool(sound):
-            raise RuntimeError(self._not_finite("No step was made, and nothing was changed."))
+            raise RuntimeError(self._not_finite("No step was made on it."))
 
     def _not_finite(self, done: str) -> str:
         return (

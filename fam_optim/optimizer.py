@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch.optim import LBFGS, Optimizer
-
-from fam_optim.backup import Backup
 from fam_optim.closure import watched
 from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from fam_optim.regularizer import Regularizer
 
@@ -165,7 +163,6 @@ class FAM(OptimizerWrapper):
         self._wrap(base_optimizer)
         self.regularizer = regularizer
         regularizer.start(self._parameters())
-        self._evaluations = 0  # of a closure, at most in one step
 
     # The regulariser
 
@@ -227,23 +224,15 @@ class FAM(OptimizerWrapper):
             What the closure returned, the plain loss; without a closure what the base returns.
 
         Raises:
-            RuntimeError: if nothing was regularised. If the closure raises, weights and optimizer state
-                are as before the step.
+            RuntimeError: if nothing was regularised. If the closure raises, weights and optimizer state are
+                as before the step, but with a base that moves them between two evaluations (LBFGS).
         """
         if closure is None:
             return self._step_on_gradients()
         functions = {"check": self._check, "zero_grad": self.zero_grad, "trained": self._parameters}
         evaluated = watched(closure, self.regularizer, **functions)
-        backup = Backup(self) if self._may_reevaluate() else None
         self.regularizer.before_step()
-        try:
-            result = self._base_step(evaluated)
-        except BaseException:
-            if backup is not None:
-                backup.restore()
-            raise
-        finally:
-            self._evaluations = max(self._evaluations, evaluated.evaluations)
+        result = self._base_step(evaluated)
         self.regularizer.after_step()
         return evaluated.returned if evaluated.evaluations else result
 
@@ -266,14 +255,6 @@ class FAM(OptimizerWrapper):
         """Raises RuntimeError if no step may be made on the gradients that are there."""
         if self.lam and self._trains():
             self.regularizer.check(self._parameters())
-
-    def _may_reevaluate(self) -> bool:
-        """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS
-        does, and as any base may that is not torch's own, until a step of it has shown otherwise."""
-        own = type(self.base_optimizer).__module__.startswith("torch.optim.")
-        return (
-            isinstance(self.base_optimizer, LBFGS) or self._evaluations > 1 or not (own or self._evaluations)
-        )
 
     def _trains(self) -> bool:
         """Whether a step moves anything: torch.distributed.checkpoint creates the state with one at lr 0."""
