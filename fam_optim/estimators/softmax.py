@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
 
-_KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div"}
+_KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div", "Gather"}
 
 
 def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor | None:
@@ -147,4 +147,7 @@ def _followed(
     use, edge, stride, in_order = found
     shapes = nodes.shape(below, its_output), nodes.shape(node, output)
     to = operations.moved(node, kind, position, *shapes, stride, use.d)
-    return None if to is None else (use, edge, to, in_order and kind in operations.VIEWS)
+    along = None if to is None else operations.axis_of_digit(shapes[1], to, use.d)
+    if to is None or (kind == "Gather" and (along is None or not nodes.by_one_index(node, along[0]))):
+        return None
+    return use, edge, to, in_order and kind in operations.VIEWS

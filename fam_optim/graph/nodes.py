@@ -142,6 +142,12 @@ def by_one_number(node: Any, position: int) -> bool:
     return other is not None and (not isinstance(other, torch.Tensor) or other.numel() == 1)
 
 
+def by_one_index(node: Any, axis: int) -> bool:
+    """Whether all entries along an axis of a gather's result are picked by one index of the graph."""
+    index: torch.Tensor = node._saved_index
+    return index.shape[axis] == 1 or index.stride(axis) == 0
+
+
 def exponent(node: Any) -> float | None:
     """The exponent of a power; None if it is a tensor, which may be learned."""
     return float(node._saved_exponent) if node.name() == "PowBackward0" else None
