@@ -15,7 +15,7 @@ from fam_optim.graph import nodes
 from fam_optim.layer.use import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 
 class Ledger:
@@ -61,14 +61,15 @@ class Ledger:
         new = [w for w in self._weights if id(w) not in self._hooked and w.is_leaf]
         if new:
             self._hooked.update(map(id, new))
-            note = partial(_note, weakref.ref(self))
+            note = partial(_if_alive, weakref.WeakMethod(self._note))
             handles = [w.register_post_accumulate_grad_hook(note) for w in new]
             weakref.finalize(self, _remove, handles)
 
     def expect(self, loss: Tensor) -> None:
         """Notes that a backward from `loss` is in order."""
         self.watch()
-        loss.register_hook(partial(_begin, weakref.ref(self)))  # type: ignore[no-untyped-call]
+        begin = partial(_if_alive, weakref.WeakMethod(self._begin))
+        loss.register_hook(begin)  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raises RuntimeError if a gradient is there of a loss that was not regularised."""
@@ -92,12 +93,14 @@ class Ledger:
         gradients = [w.grad for w in weights if w.grad is not None]
         return any(bool(g.any()) for g in gradients)  # only zero_grad(set_to_none=False) makes this wait
 
-    def _begin(self) -> None:
+    def _begin(self, gradient: Tensor) -> None:
+        """Hook on a loss: its backward begins."""
         self._sound = self._sound or not self._is_there(beside=self._reached)
         self._expected = True
         nodes.after_backward(self._end)
 
     def _note(self, weight: Tensor) -> None:
+        """Hook on a weight: a backward has added to its gradient."""
         if not self._expected:  # yet: it may also be of what was added to a regularised loss
             self._reached.append(weight)
             nodes.after_backward(self._end)
@@ -107,18 +110,10 @@ class Ledger:
         self._expected, self._reached = False, []
 
 
-def _begin(ledger: weakref.ref[Ledger], gradient: Tensor) -> None:
-    """Hook on a loss: its backward begins."""
-    alive = ledger()
+def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor) -> None:
+    alive = hook()
     if alive is not None:
-        alive._begin()
-
-
-def _note(ledger: weakref.ref[Ledger], weight: Tensor) -> None:
-    """Hook on a weight: a backward has added to its gradient."""
-    alive = ledger()
-    if alive is not None:
-        alive._note(weight)
+        alive(tensor)
 
 
 def _remove(handles: Iterable[Any]) -> None:

@@ -75,7 +75,7 @@ class Penalty(Regularizer):
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
         self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator, of the last penalty
         self._warned = False
-        self.forget()
+        self.after_step()
 
     def start(self, trained: Iterable[Tensor]) -> None:
         """Observes the layers and the gradients of those of their weights that are trained, from now on."""
@@ -108,9 +108,6 @@ class Penalty(Regularizer):
         self.ledger.check()
         self._guard.check(self.losses, trained)
 
-    def after_step(self) -> None:
-        self.forget()
-
     def state(self) -> dict[str, Any]:
         generator = self.settings.generator
         return {"generator": None if generator is None else generator.get_state()}
@@ -126,7 +123,7 @@ class Penalty(Regularizer):
     def __repr__(self) -> str:
         return f"mode={self.settings.mode!r}, lam={self.lam}, layer={self.names}"
 
-    def forget(self) -> None:
+    def after_step(self) -> None:
         # What was recorded of a step's forwards goes, although the user may keep their losses.
         observed = {id(layer.module): layer for layer in self.layers if isinstance(layer, Observation)}
         for use in list(self._used):

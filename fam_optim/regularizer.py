@@ -68,10 +68,6 @@ class Regularizer:
         """Called when it has moved them."""
         raise NotImplementedError
 
-    def forget(self) -> None:
-        """Drops what is known of losses, as after a step."""
-        raise NotImplementedError
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside lam."""
         raise NotImplementedError

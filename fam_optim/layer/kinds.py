@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any, cast
 
@@ -163,23 +162,17 @@ class WeightMatrix:
 
 
 def weight_matrix(layer: object) -> WeightMatrix:
-    """The weight of a module, or a bare parameter, as a matrix.
-
-    Args:
-        layer: nn.Linear, a convolution or transposed convolution, Hugging Face's Conv1D, a subclass of these,
-            or an nn.Parameter, whose rows lie along its first axis.
+    """The weight of a module, or a bare parameter, whose rows lie along its first axis, as a matrix.
 
     Raises:
-        TypeError: for anything else, for a weight that is computed at every call (a parametrization,
+        TypeError: for a layer without one, for a weight that is computed at every call (a parametrization,
             pruning), and for one that is not whole on this process (FSDP, tensor parallelism).
     """
     name = describe(layer)
-    if isinstance(layer, nn.Parameter):
-        return _checked(layer, name, Layout(layer.shape))
-    if not isinstance(layer, nn.Module):
+    if not isinstance(layer, (nn.Module, nn.Parameter)):
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
-    module: nn.Module = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
-    layout_of = use_type(module).layout_of
+    module: Any = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
+    kind = None if isinstance(layer, nn.Parameter) else use_type(module)
     weight = own_weight(module)
     if weight is None:
         raise TypeError(
@@ -187,25 +180,21 @@ def weight_matrix(layer: object) -> WeightMatrix:
             "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "
             "use mode='hutchinson' with curvature='gauss_newton'."
         )
-    assert isinstance(weight, nn.Parameter)
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
-    return _checked(weight, name, layout_of(module, weight))
-
-
-def own_weight(layer: object) -> Tensor | None:
-    """The parameter that a layer's weight is now; None if it is computed at every call."""
-    module: Any = getattr(layer, "_orig_mod", layer)
-    return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")
-
-
-def _checked(weight: nn.Parameter, name: str, layout: Layout) -> WeightMatrix:
     check_matrix(weight, name)
-    if math.prod(weight.shape) == 0:
+    if weight.numel() == 0:
         raise TypeError(f"expected `layer` to have a weight that is not empty, got {name}. Leave it out.")
     if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):
         raise TypeError(
             f"mode='proximal' needs the whole weight of `layer` {name} on every process, and this one is "
             "sharded (FSDP, tensor parallelism). Use DDP, or with FSDP2 mode='hutchinson'."
         )
+    layout = Layout(weight.shape) if kind is None else kind.layout_of(module, weight)
     return WeightMatrix(weight, name, layout)
+
+
+def own_weight(layer: object) -> nn.Parameter | None:
+    """The parameter that a layer's weight is now; None if it is computed at every call."""
+    module: Any = getattr(layer, "_orig_mod", layer)
+    return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")

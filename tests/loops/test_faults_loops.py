@@ -1075,7 +1075,7 @@ C = nn.Linear(4, 3, dtype=torch.complex128)
 ODD: dict[str, tuple[type[Exception], str, Callable[[nn.Sequential], Any]]] = {
     "FAM around FAM": (
         TypeError,
-        r"a plain optimizer, got a FAM.*layer=\[",
+        r"a plain torch.optim.Optimizer, got a FAM.*layer=\[",
         lambda m: FAM(m.parameters(), lambda p: fam_on(m, m[2]), m[0]),
     ),
     "a number for a loss": (TypeError, "scalar tensor, got float", lambda m: fam_on(m, m[2]).regularize(1.0)),
