@@ -1,4 +1,4 @@
-"""FAM: relative flatness aware minimisation for PyTorch (Adilova et al., 2023)."""
+"""FAM keeps the layers of a network flat while any PyTorch optimizer trains it (Adilova et al., 2023)."""
 
 from fam_optim.evaluation import dataset_relative_flatness, layer_flatness
 from fam_optim.flatness import relative_flatness

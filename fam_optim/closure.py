@@ -68,7 +68,8 @@ class WatchedClosure:
     def _evaluate(self) -> Any:
         self.evaluations += 1
         # Weakly, since the closure is to free these gradients.
-        before = [None if p.grad is None else TensorWeakRef(p.grad) for p in self.trained()]
+        trained = self.trained() if self.regularizer.looks else ()
+        before = [(p, None if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
         with torch.enable_grad(), BackwardInterception(self._seen) as backward:
             result = self.closure()
         if backward.seen:
@@ -82,10 +83,10 @@ class WatchedClosure:
         self.check()
         return self._value(result)
 
-    def _check_left(self, before: list[TensorWeakRef | None]) -> None:
+    def _check_left(self, before: list[tuple[Tensor, TensorWeakRef | None]]) -> None:
         """Raises RuntimeError if the closure has made gradients without a backward that was seen."""
-        pairs = zip((p.grad for p in self.trained()), (old and old() for old in before), strict=True)
-        if any(g is not None and g is not old and bool(g.any()) for g, old in pairs):
+        made = (p.grad for p, old in before if p.grad is not None and p.grad is not (old and old()))
+        if any(bool(g.any()) for g in made):
             raise RuntimeError(
                 "the closure assigned gradients and called no backward, and its loss would be backpropagated "
                 "once more. Expected it to leave gradients alone, to call loss.backward(), or to take them "

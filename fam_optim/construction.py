@@ -1,4 +1,4 @@
-"""What an optimizer is built of, from the arguments that were given, or an error that says what is wrong."""
+"""Checks the arguments of FAM, and makes of them the base optimizer and the regulariser."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ LAM, LAM_OF_A_PENALTY, EVERY = 1.0, 8e-3, 10
 
 
 def build_regularizer(
-    layer: Any, lam: float | None, mode: str, every: int | None, given: dict[str, Any], **random: Any
+    layer: Any, lam: float | None, mode: str, every: int | None, of_penalty: dict[str, Any], **random: Any
 ) -> Regularizer:
     """The regulariser of a mode, or ValueError for what means nothing in it.
 
     Args:
         layer, lam, mode, every: as in `FAM`.
-        given: the settings of a penalty that were given: measure, curvature, normalize, detach_hessian.
+        of_penalty: measure, curvature, normalize, detach_hessian; None where not given.
         **random: n_samples and generator.
     """
     if lam is None:
         lam = LAM if mode == "proximal" else LAM_OF_A_PENALTY
     lam = checked_lam(lam)
+    given = {name: value for name, value in of_penalty.items() if value is not None}
     if mode != "proximal":
         if every is not None:
             raise ValueError(

@@ -33,11 +33,11 @@ def dataset_relative_flatness(
     generator: torch.Generator | None = None,
     weight: Callable[[Any, Any], float] | None = None,
 ) -> Tensor:
-    """kappa of the empirical risk ``1/n sum_i loss_i`` over a data set, without a graph.
+    """kappa of the mean loss over a data set, as a number without a graph.
 
     kappa is linear in the loss, so it is the mean over the batches, weighted by their sizes. The model
-    is evaluated in eval mode (dropout off, BatchNorm on its running statistics, as the function that the
-    data set's risk is a function of); afterwards every module is in the mode it was found in.
+    is in eval mode meanwhile (dropout off, BatchNorm on its running statistics), and then in the mode it was
+    found in.
 
     Args:
         model: called on each batch's inputs.
@@ -94,9 +94,9 @@ def layer_flatness(
 
     >>> print(layer_flatness(model, torch.nn.functional.cross_entropy, loader))
 
-    It is an unbiased estimate of kappa with Gauss-Newton curvature, which is never negative and the same
-    number as with the Hessian on last layers and in networks of piecewise linear functions. The model is
-    evaluated in eval mode.
+    It is an unbiased estimate of kappa with Gauss-Newton curvature, which is never negative. On last
+    layers and in networks of piecewise linear functions (ReLU) this is the Hessian's kappa. The model is in
+    eval mode meanwhile.
 
     Args:
         model, loss_fn, loader: as in `dataset_relative_flatness`.

@@ -19,11 +19,8 @@ Layer = Observation | nn.Parameter
 def weight_layers(model: nn.Module) -> list[nn.Module | nn.Parameter]:
     """The layers of a model that FAM can regularise, in the order in which the model has them.
 
-    So "all" is ``weight_layers(model)``, "all but the last" ``weight_layers(model)[:-1]``, "the last two"
-    ``weight_layers(model)[-2:]``, if the model names its layers in the order in which it calls them.
-
-    >>> hidden = weight_layers(model)[:-1]
-    >>> FAM(model.parameters(), torch.optim.SGD, hidden, mode="hutchinson", curvature="gauss_newton", lr=0.1)
+    >>> hidden = weight_layers(model)[:-1]  # if the model calls its layers in the order in which it has them
+    >>> FAM(model.parameters(), torch.optim.SGD, hidden, mode="proximal", lr=0.1)
 
     Args:
         model: any module; itself too, if it is such a layer.

@@ -42,13 +42,11 @@ class FAM(OptimizerWrapper):
         flatness of the layer, is smaller, `lam` times as far as the loss moved it in ten steps;
     4.  returns what the closure returned.
 
-    With the other modes, the paper's, the loss that is backpropagated is ``loss + lam * kappa``, at every
-    step.
+    The other modes are the paper's: every step backpropagates ``loss + lam * kappa``, loss and *penalty*.
 
-    The closure may leave backward to FAM (it returns the loss) or call ``loss.backward()`` itself, as
-    closures for LBFGS or Lightning do. Zeroing the gradients stays the caller's business, as with any
-    optimizer. Loops that want no closure call ``optimizer.regularize(loss).backward()`` and
-    ``optimizer.step()``.
+    The closure returns the loss; it may call ``loss.backward()`` itself, as closures for LBFGS or Lightning
+    do. FAM does not zero the gradients. A loop without a closure calls
+    ``optimizer.regularize(loss).backward()`` and ``optimizer.step()``.
 
     Args:
         params: parameters or parameter groups, for the base optimizer.
@@ -57,8 +55,8 @@ class FAM(OptimizerWrapper):
             Conv1D, an nn.Parameter with one row per output (not with mode="exact"), or a sequence of these,
             such as all but the last, ``weight_layers(model)[:-1]``.
         lam: with mode="proximal" how far kappa pulls each weight, relative to the loss; 1 by default.
-            Otherwise the weight of kappa in the loss; 0.008 by default. At least 0, where a step is the
-            base's, bit for bit; may be changed at any time.
+            Otherwise the weight of kappa in the loss; 0.008 by default. With 0 a step is the base's, bit for
+            bit. May be changed at any time.
         mode: "proximal", or how the penalty's kappa is computed: "exact" (the default), "full" (forms the
             Hessian; tiny layers) or "hutchinson" (random probes, right on average).
         every: steps from one proximal step to the next; 10 by default (proximal alone).
@@ -76,8 +74,8 @@ class FAM(OptimizerWrapper):
     Attributes:
         lam: as above.
         base_optimizer: owns ``state``, ``param_groups`` and ``defaults``; FAM's are the same objects.
-        last_kappa: kappa of the last due step's loss, or as it last entered the penalty; detached, on the
-            device; None before.
+        last_kappa: kappa of the loss of the last proximal step, or as it last entered the penalty;
+            detached, on the device; None before.
         last_penalty: ``lam * kappa`` as it was last added to a loss; None with mode="proximal".
 
     Raises:
@@ -117,9 +115,8 @@ class FAM(OptimizerWrapper):
             "normalize": normalize,
             "detach_hessian": detach_hessian,
         }
-        given = {name: value for name, value in of_penalty.items() if value is not None}
         random = {"n_samples": n_samples, "generator": generator}
-        regularizer = build_regularizer(layer, lam, mode, every, given, **random)
+        regularizer = build_regularizer(layer, lam, mode, every, of_penalty, **random)
         self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
         warn_untrained(regularizer, self._parameters())
 
@@ -134,14 +131,13 @@ class FAM(OptimizerWrapper):
         params: Any = None,
         **base_kwargs: Any,
     ) -> FAM:
-        """The recommended settings: all weight layers but the last, ``mode="proximal"``.
+        """FAM with the recommended settings: all weight layers but the last, ``mode="proximal"``.
 
         >>> optimizer = FAM.for_model(model, torch.optim.SGD, lr=0.05, momentum=0.9)
 
         Args:
             model: its weight layers are those of `weight_layers`.
-            base_optimizer: as in `FAM`.
-            lam, every: as in `FAM`.
+            base_optimizer, lam, every: as in `FAM`.
             params: parameters or parameter groups for the base optimizer; by default all of the model's.
             **base_kwargs: for the base optimizer: lr, momentum, ...
 
@@ -177,7 +173,7 @@ class FAM(OptimizerWrapper):
 
     @property
     def last_kappa(self) -> Tensor | None:
-        """kappa of the last due step's loss, or as it last entered the penalty; detached."""
+        """kappa of the loss of the last proximal step, or as it last entered the penalty; detached."""
         return self.regularizer.last_kappa
 
     @property
@@ -186,7 +182,7 @@ class FAM(OptimizerWrapper):
         return self.regularizer.last_penalty
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """What to backpropagate in place of a loss, in loops that call backward themselves.
+        """Returns what to backpropagate in place of a loss, in loops that call backward themselves.
 
         >>> scaler.scale(optimizer.regularize(loss)).backward()
         >>> scaler.step(optimizer)
@@ -199,8 +195,8 @@ class FAM(OptimizerWrapper):
             loss: the scalar loss of a forward since FAM was built, before its backward.
 
         Raises:
-            RuntimeError: if the loss depends on no layer, is none that the curvature is known of, and as
-                `relative_flatness`.
+            RuntimeError: if the loss depends on no layer, or is of a kind whose curvature is not known; and
+                as `relative_flatness`.
         """
         regularized = self.regularizer.regularize(loss)
         self.regularizer.given = True
@@ -214,10 +210,10 @@ class FAM(OptimizerWrapper):
     # The step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer, with what keeps the layers flat.
+        """One step of the base optimizer, which also keeps the layers flat.
 
         Args:
-            closure: runs the forward and returns the scalar loss, or also calls its backward. Without a
+            closure: runs the forward and returns the scalar loss; it may call backward too. Without a
                 closure the gradients must come from `regularize`.
 
         Returns:
@@ -229,9 +225,12 @@ class FAM(OptimizerWrapper):
         """
         if closure is None:
             return self._step_on_gradients()
-        functions = {"check": self._check, "zero_grad": self.zero_grad, "trained": self._parameters}
+        check = self._ready  # when the closure has run, and its backward has freed what it needed
+        if not self._is_torchs_own():  # it may move weights before
+            check = self._check
+            self.regularizer.before_step()
+        functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}
         evaluated = watched(closure, self.regularizer, **functions)
-        self.regularizer.before_step()
         result = self._base_step(evaluated)
         self.regularizer.after_step()
         return evaluated.returned if evaluated.evaluations else result
@@ -245,8 +244,7 @@ class FAM(OptimizerWrapper):
                 "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
                 "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
             )
-        self._check()
-        self.regularizer.before_step()
+        self._ready()
         result = self._base_step()
         self.regularizer.after_step()
         return result
@@ -255,6 +253,11 @@ class FAM(OptimizerWrapper):
         """Raises RuntimeError if no step may be made on the gradients that are there."""
         if self.lam and self._trains():
             self.regularizer.check(self._parameters())
+
+    def _ready(self) -> None:
+        """The gradients are there, and the base is about to move the weights."""
+        self._check()
+        self.regularizer.before_step()
 
     def _trains(self) -> bool:
         """Whether a step moves anything: torch.distributed.checkpoint creates the state with one at lr 0."""

@@ -106,16 +106,20 @@ class Proximal(Regularizer):
         """Whether the coming step is followed by a proximal one."""
         return self.lam > 0 and (self.steps + 1) % self.every == 0
 
+    @property
+    def looks(self) -> bool:
+        """Due steps' losses are looked at, and the first, so that no refusal waits for a due step."""
+        return self.due or (self.lam > 0 and not self.roots.recognised)
+
     # Before the loss's backward: A
 
     def regularize(self, loss: Tensor) -> Tensor:
         """Takes A of a loss that is about to be backpropagated, if the step is due; returns the loss.
 
         Raises:
-            RuntimeError: if the loss is not known to be convex in the network's outputs. The first loss is
-                looked at too, so that this does not wait for a due step.
+            RuntimeError: if the loss is not known to be convex in the network's outputs.
         """
-        if self.due or (self.lam and not self.roots.recognised):
+        if self.looks:
             _look(self.roots, self._ledger, loss, self.seed + (self.steps << 20) if self.due else None)
         return loss
 

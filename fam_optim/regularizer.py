@@ -47,6 +47,11 @@ class Regularizer:
         """What was last added to a loss, detached; None before, and where nothing is added."""
         return None
 
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at the coming step's losses; the other steps are the base optimizer's alone."""
+        return True
+
     def start(self, trained: Iterable[Tensor]) -> None:
         """Called once, before the first forward, with the base optimizer's parameters."""
 

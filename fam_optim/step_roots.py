@@ -1,4 +1,4 @@
-"""A of the losses of one step: of its micro-batches, and of the processes that share the batch."""
+"""The root A of a step's curvature, from all its micro-batches and all processes that share the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: complete trainings with FAM and its neighbours, one entry point per question.
+"""Experiments with FAM and other methods, each run by one command.
 
-``python -m recipes.quickstart`` is the first to run. The recipes import ``fam_optim``, never the reverse.
+``python -m recipes.quickstart`` is the first. The recipes import ``fam_optim``, never the reverse.
 """

@@ -1,10 +1,10 @@
-"""How flat every layer of a trained network is: kappa as bars by layer, and over training.
+"""Draws how flat every layer of a trained network is: kappa by layer, and over the training.
 
-    python -m recipes.flatness runs/quickstart/sgd/seed0 runs/quickstart/fam/seed0
-    python -m recipes.train quickstart --optimizer fam --mode proximal --keep 2    # keeps every second epoch
+    python -m recipes.train quickstart --optimizer sgd fam --keep 2 --out runs/kept    # keeps networks
+    python -m recipes.flatness runs/kept/quickstart/*/seed0
 
-kappa is that of Gauss-Newton curvature, on the first training samples. Where a folder has networks of several
-epochs, a second panel shows kappa by epoch, of the first such run.
+kappa (small is flat) has Gauss-Newton curvature, on the first training samples. If a run has kept networks of
+several epochs, a second panel shows kappa by epoch, for the first such run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,9 +1,9 @@
-"""SGD, weight decay, SAM and FAM side by side on real data, clean and with 40 % label noise, on a CPU.
+"""Trains a small network with SGD, weight decay, SAM and FAM, with clean and with 40 % wrong labels.
 
-    python -m recipes.quickstart                    # results in runs/quickstart: table, JSON, pictures
+    python -m recipes.quickstart                    # tables, JSON and pictures in runs/quickstart
     python -m recipes.quickstart --noise 0.2 --seeds 0 1 2 --epochs 50
 
-What a run with three seeds gave, and on which hardware, is in the README.
+It takes minutes on a CPU. recipes/README.md shows what three seeds gave.
 """
 
 from collections.abc import Sequence
@@ -41,10 +41,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line."""
     common, smoke = ("--seeds", "--device"), "one seed, two epochs, few images"
     parser = command.parser("quickstart", __doc__, *common, out=Path("runs/quickstart"), smoke=smoke)
-    parser.add_argument("--epochs", type=command.positive, default=20)
+    parser.add_argument("--epochs", type=command.positive, default=20, help="(default: %(default)s)")
     noise = {**command.SEVERAL, "type": command.fraction, "default": [0.0, 0.4]}
-    parser.add_argument("--noise", **noise, help="fractions of wrong labels")
-    parser.add_argument("--train-size", type=command.positive, default=2000, help="training images")
+    parser.add_argument("--noise", **noise, help="fractions of wrong labels (default: 0 0.4)")
+    size = "training images (default: %(default)s)"
+    parser.add_argument("--train-size", type=command.positive, default=2000, help=size)
     options = parser.parse_args(arguments)
     least, most, size = (
         quickstart().batch_size,

@@ -1,10 +1,10 @@
-"""Turn run folders into one small JSON, tables and pictures.
+"""Turns runs of recipes.train into tables, pictures and one JSON file.
 
     python -m recipes.report runs/cifar10                                # into runs/cifar10/report.*
     python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
 
 A task's table has what was measured after the last epoch, and the leading metric at the epoch that was best
-on validation data. An experiment of the paper has a second table with the paper's numbers.
+on validation data. An experiment of the paper has a second table, with the paper's numbers.
 """
 
 import statistics
@@ -113,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Collect, save, print, draw."""
     reader = parser("report", __doc__)
     reader.add_argument("source", type=Path, help="a folder with runs, or the JSON of an earlier report")
-    reader.add_argument("--out", type=Path, help="stem of the files, such as recipes/results/cifar10")
+    reader.add_argument(
+        "--out", type=Path, help="path of the files without their endings (default: SOURCE/report)"
+    )
     options = reader.parse_args(arguments)
     source: Path = options.source
     stem: Path = options.out or (source / "report" if source.is_dir() else source.with_suffix(""))

@@ -1,11 +1,11 @@
-"""Train a task with one optimizer or several, with one seed or several.
+"""Trains a task (a network on a data set) with one or several optimizers and seeds.
 
-    python -m recipes.train cifar10 --optimizer sgd sam fam --seeds 0 1 2     # the paper's settings
-    python -m recipes.train cifar10 --optimizer fam --mode proximal           # FAM as recommended
+    python -m recipes.train quickstart --optimizer sgd fam --mode proximal    # FAM as recommended
+    python -m recipes.train cifar10 --download --optimizer sgd sam fam --seeds 0 1 2    # the paper's settings
     python -m recipes.train skulls --optimizer fam --lam 0 0.0006 0.002 0.02 0.1 0.7
 
-Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0. Options not given
-are the task's: the paper's settings. With ``--mode proximal`` they are FAM's own.
+Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0. An option that is
+not given has the task's value, which is the paper's if the task is. With --mode proximal FAM has its own.
 """
 
 import dataclasses
@@ -25,25 +25,46 @@ from recipes.shared.command import SEVERAL, Options
 from recipes.shared.tables import console as make_console
 from recipes.tasks import TASKS, load_task
 
-SWEPT = ("lr", "weight_decay", "lam", "rho")  # these take several values, each a run of its own
+SWEPT = {  # these take several values, each a run of its own
+    "lr": "learning rates",
+    "weight_decay": "weight decays",
+    "lam": "FAM's strengths",
+    "rho": "SAM's radii",
+}
 CHOSEN = ("every", "normalize", "detach_hessian")  # these take one, and are FAM's alone
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--optimizer": {**SEVERAL, "choices": optimizers.OPTIMIZERS, "default": ["fam"]},
-    "--epochs": {"type": command.positive},
-    "--batch-size": {"type": command.positive},
-    **{f"--{name.replace('_', '-')}": {**SEVERAL, "type": command.number} for name in SWEPT},
-    "--layer": {"nargs": "+", "metavar": "NAME", "help": "module names, or: all, hidden, last, first"},
-    "--curvature": {"choices": ("hessian", "gauss_newton")},
-    "--measure": {"choices": ("neuronwise", "layerwise")},
-    "--mode": {"choices": ("exact", "hutchinson", "full", "proximal")},
-    "--every": {"type": command.positive, "help": "steps between two proximal ones"},
-    "--n-samples": {"type": command.positive, "help": "random vectors of an estimate"},
-    "--normalize": {"action": BooleanOptionalAction, "help": "divide kappa by m"},
-    "--detach-hessian": {"action": BooleanOptionalAction, "help": "as the released code"},
-    "--download": {"action": "store_true", "help": "fetch (or generate) data that are missing"},
-    "--workers": {"type": int, "default": 0, "help": "processes that load the samples"},
-    "--resume": {"action": "store_true", "help": "go on with the runs that were begun"},
-    "--keep": {"type": command.positive, "metavar": "N", "help": "every Nth epoch's network too"},
+    "--optimizer": {
+        **SEVERAL,
+        "choices": optimizers.OPTIMIZERS,
+        "default": ["fam"],
+        "metavar": "NAME",
+        "help": f"{', '.join(optimizers.OPTIMIZERS)} (default: fam)",
+    },
+    "--epochs": {"type": command.positive, "help": "in place of the task's"},
+    "--batch-size": {"type": command.positive, "help": "in place of the task's"},
+    **{
+        f"--{name.replace('_', '-')}": {**SEVERAL, "type": command.number, "help": f"{what}; a run for each"}
+        for name, what in SWEPT.items()
+    },
+    "--layer": {
+        "nargs": "+",
+        "metavar": "NAME",
+        "help": "modules that are kept flat, or: all, hidden, last, 'last but one', first",
+    },
+    "--curvature": {"choices": ("hessian", "gauss_newton"), "help": "of the penalty"},
+    "--measure": {"choices": ("neuronwise", "layerwise"), "help": "of the penalty"},
+    "--mode": {
+        "choices": ("exact", "hutchinson", "full", "proximal"),
+        "help": "proximal: FAM as recommended; the others: the paper's penalty",
+    },
+    "--every": {"type": command.positive, "help": "steps from one proximal step to the next"},
+    "--n-samples": {"type": command.positive, "help": "random vectors in an estimate of kappa"},
+    "--normalize": {"action": BooleanOptionalAction, "help": "divide kappa by a layer's number of inputs"},
+    "--detach-hessian": {"action": BooleanOptionalAction, "help": "hold the penalty's Hessian constant"},
+    "--download": {"action": "store_true", "help": "fetch or generate data that are missing"},
+    "--workers": {"type": int, "default": 0, "help": "processes that load the samples (default: 0)"},
+    "--resume": {"action": "store_true", "help": "go on with runs that were stopped"},
+    "--keep": {"type": command.positive, "metavar": "N", "help": "save the network every N epochs"},
 }
 
 

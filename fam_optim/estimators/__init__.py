@@ -1,1 +1,1 @@
-"""Estimators ("modes"): from a tail and a factor F to ``<F F^T, T>``."""
+"""How kappa ``<F F^T, T>`` is computed: ways ("modes"), from a factor F made of the weights (`measure`)."""

@@ -2,7 +2,7 @@
 
 A layer is linear in its weight, so moving W along V moves its output z by ``u = lin(phi; V)`` and
 
-    <V, H V> = <u, Hess_z(L) u>                                                      (DESIGN, 3)
+    <V, H V> = <u, Hess_z(L) u>
 
 goes through the tail alone, whatever lies below the layer. Where one call of the layer feeds another,
 phi itself moves with V and the second derivative of that move along the gradient comes on top.

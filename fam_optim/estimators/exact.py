@@ -6,7 +6,7 @@ slow and general, shares no shortcut with the other estimators and checks them i
 `exact` is the same number without H, and never an approximation. With phi_a the input that row a of z sees,
 and F's columns f,
 
-    <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>                      (DESIGN, 3)
+    <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>
 
 Where the layer feeds a softmax cross-entropy there is a closed form (`softmax`). Else two ways to the same
 number, the cheaper that provably applies is taken:

@@ -16,7 +16,7 @@ rows do not interact, or samples, the sum of their squares has less variance tha
     of a row        ||F^T g||^2 = ||phi||^2 ||F^T delta||^2                       takes no (d, m) tensor
     of a sample     ||F^T g||^2 = sum_ab <phi_a, phi_b> <F^T delta_a, F^T delta_b>,  or from its g if cheaper
 
-Source: DESIGN, 7; for cross-entropy the expected squared gradient over labels drawn from the model.
+For cross-entropy it is the expected squared gradient over labels drawn from the model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""T, the running mean over due steps of ``A A^T``, and the minimum ``(I + 2 c T)^-1 W`` that it gives.
+"""T over the due steps of a training (every tenth, say): the running mean of ``A A^T``, and the minimum
+``(I + 2 c T)^-1 W`` that it gives, for several weights.
 
 ``T <- 3/4 T + 1/4 A A^T``, or, where four A are smaller together than T ``(d, d)``, the mean over the last
 four. Only its direction counts: a factor, such as a correction at the start, is undone by the length of the

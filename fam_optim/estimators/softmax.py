@@ -4,7 +4,7 @@ If L is linear in the log-probabilities of the layer's rows, ``L = sum_i sum_k c
 ``a_i = -sum_k c_ik`` (1/N, a class weight, 0 where a target is ignored; smoothing changes nothing)
 
     Hess_{z_i}(L) = a_i (diag p_i - p_i p_i^T)
-    <F F^T, T>    = sum_i a_i ||phi_i||^2 <F F^T, diag p_i - p_i p_i^T>               (DESIGN, 3)
+    <F F^T, T>    = sum_i a_i ||phi_i||^2 <F F^T, diag p_i - p_i p_i^T>
 
 the squared feature norm times the variance of the class vectors under p. If the softmax is taken of
 ``y_j = c_j z_i(j) + const`` (shifted tokens, a temperature, a prior on the classes), row j counts with

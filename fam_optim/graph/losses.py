@@ -8,8 +8,6 @@
 
 Which losses a loss is a sum of is read off the graph: between it and these there are only operations linear
 in them. Whatever else it is ends in an error.
-
-Source: DESIGN, 7.
 """
 
 from __future__ import annotations
@@ -243,8 +241,8 @@ def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
 
 
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
-    """Whether what a node makes is a loss, a norm or a distance, added to, scaled, moved, clipped, or a
-    function of it: its square is no squared error of the network's outputs. (Of a trained product it is.)"""
+    """Whether what a node makes is a loss, a norm or a distance, added to, scaled, moved, clipped, picked, or
+    a function of it: its square is no squared error of the network's outputs. (Of a trained product it is.)"""
 
     def passed_on(node: Node) -> Set[Any]:
         kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
@@ -252,7 +250,9 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
         by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
         unary = len(operands) == 1 or kind in ("Maximum", "Minimum")
         function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # which makes p of log p
-        passes = function or (operations.is_linear(kind, on_path) and not by_weight)
+        passes = (
+            function or kind in operations.PICKS or (operations.is_linear(kind, on_path) and not by_weight)
+        )
         return operands & path if passes else set()
 
     return any(nodes.kind(n) in operations.DISTANCES for n in {node, *spread([node], passed_on)})

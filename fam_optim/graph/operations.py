@@ -51,8 +51,13 @@ ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits"}
 """A loss of every entry, their sum, or their mean."""
 
 DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
-DISTANCES |= _kinds("CdistForward EuclideanDist")
-"""What says how far something is off: a loss, a norm or a distance, or the last step of one written out."""
+DISTANCES |= _kinds("CdistForward EuclideanDist Pdist Hypot Std Var StdMean VarMean LogSigmoid CtcLoss")
+DISTANCES |= _kinds("MultiMarginLoss MultilabelMarginLoss")
+"""What says how far something is off: a loss, a norm, a distance or a spread, or the last step of one written
+out."""
+
+PICKS = _kinds("Max Min Amax Amin Aminmax Median Nanmedian Kthvalue Sort Topk Cummax Cummin")
+"""Some of the entries of the operand, chosen by their size."""
 
 
 def is_linear(kind: str, positions: Sequence[int]) -> bool:

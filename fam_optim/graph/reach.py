@@ -86,8 +86,8 @@ def is_of_weights(node: Node) -> bool:
     return True
 
 
-_OF_WEIGHTS = operations.VIEWS | operations.PERMUTATIONS | operations.ADDITIONS
-_OF_WEIGHTS |= {"Mul", "Div", "Cat", "Stack"}
+_OF_WEIGHTS = operations.LINEAR | {"Mul", "Div"}
+_OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSelect"}  # looked up, as by data
 
 
 def computed_alike(left: Tensor, right: Tensor) -> bool:

@@ -1,12 +1,12 @@
-"""What a step costs, relative to the same step of the plain base optimizer.
+"""Measures what a training step costs with FAM and SAM, relative to a step of plain SGD.
 
     python -m recipes.benchmark                                 # every row
     python -m recipes.benchmark --tasks "resnet18 hidden"       # one row; others in the results stay
     python -m recipes.benchmark --accelerator                   # a GPU's rows, in ten minutes
 
-The candidates of a row take turns in one process, in an order that rotates; every block of steps is compared
-with the plain one of the same round, so that a busy machine slows both. Before anything is timed, the exact
-kappa is compared with the mean of its random estimates.
+A row is a network, a column a training step. The steps of a row take turns in one process, and each is
+compared with the plain step of the same round, so that a busy machine slows both. Before anything is timed,
+the exact kappa is compared with the mean of its random estimates.
 """
 
 import copy
@@ -51,10 +51,12 @@ def parse(arguments: Sequence[str] | None) -> Options:
         *("benchmark", __doc__, "--device", "--plot"), out=Path("runs/benchmark"), smoke=smoke, listed=listed
     )
     for option, names, metavar in (("--tasks", CASES, "ROW"), ("--candidates", CANDIDATES, "COLUMN")):
-        reader.add_argument(option, **SEVERAL, choices=names, default=list(names), metavar=metavar)
-    reader.add_argument("--seconds", type=positive, default=60, help="of the rounds of a row, about")
-    reader.add_argument("--probes", type=positive, default=32, help="of the check")
-    reader.add_argument("--threads", type=positive, default=2)
+        reader.add_argument(
+            option, **SEVERAL, choices=names, default=list(names), metavar=metavar, help="(default: all)"
+        )
+    reader.add_argument("--seconds", type=positive, default=60, help="for a row, about (default: 60)")
+    reader.add_argument("--probes", type=positive, default=32, help="estimates in the check (default: 32)")
+    reader.add_argument("--threads", type=positive, default=2, help="CPU threads (default: 2)")
     worth = "what is worth measuring on a GPU, in at most ten minutes"
     reader.add_argument("--accelerator", action="store_true", help=worth)
     options = reader.parse_args(arguments)

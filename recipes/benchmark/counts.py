@@ -1,7 +1,7 @@
-"""The operations behind the benchmark: multiplications of a step, relative to the plain step's.
+"""Counts the multiplications of a training step with FAM and SAM, relative to a step of plain SGD.
 
-Counted are matrix products and convolutions, forward and backward, with every candidate's share of its dear
-steps. Where entrywise operations or the calls themselves take the time, the measured ratio is the higher one.
+Counted are those of matrix products and convolutions, forward and backward; a step that does more every tenth
+time counts with its mean. Where other operations take the time, the measured ratio is higher.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,15 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
         yield {"task": name, "candidates": found}
 
 
-OPTIONS = {"--tasks": {**SEVERAL, "choices": CASES, "default": list(CASES), "metavar": "TASK"}}
+OPTIONS = {
+    "--tasks": {
+        **SEVERAL,
+        "choices": CASES,
+        "default": list(CASES),
+        "metavar": "ROW",
+        "help": "(default: all)",
+    }
+}
 main = Recipe("benchmark.counts", __doc__, measure, tables, None, OPTIONS, {"tasks": ["tiny 16x16"]}).main
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The spread of a random estimate of kappa: its error, that of its gradient, and what it costs.
+"""Measures the error of a random estimate of kappa and of its gradient, and the time that they take.
 
     python -m recipes.benchmark.estimators --curvature gauss_newton --out runs/gauss_newton
 
@@ -138,9 +138,13 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--draws": {"type": positive, "default": 300, "help": "of every estimator"},
-    "--curvature": {"choices": ("hessian", "gauss_newton"), "default": "hessian"},
-    "--steps": {"type": positive, "default": 300, "help": "of training, for the trained network"},
+    "--draws": {"type": positive, "default": 300, "help": "estimates of each kind (default: 300)"},
+    "--curvature": {
+        "choices": ("hessian", "gauss_newton"),
+        "default": "hessian",
+        "help": "(default: hessian)",
+    },
+    "--steps": {"type": positive, "default": 300, "help": "of the training before (default: 300)"},
 }
 main = Recipe("benchmark.estimators", __doc__, measure, table, plot, OPTIONS, {"draws": 4, "steps": 3}).main
 

@@ -1,4 +1,4 @@
-"""How the cost of kappa grows with a last layer: its classes d, its inputs m and the rows N of a batch.
+"""Measures how the cost of kappa grows with a last layer's classes d and inputs m, and with the batch size N.
 
 One of the three sizes grows. Timed is the gradient of ``loss + kappa`` in the layer's weights and inputs, in
 alternation with that of the loss alone; memory is the peak. The exponents are fitted to the largest sizes.
@@ -120,7 +120,9 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
         yield from sweep(mode, letter, options)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"--rounds": {"type": positive, "default": 7}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--rounds": {"type": positive, "default": 7, "help": "timed calls of each size (default: 7)"}
+}
 main = Recipe("benchmark.scaling", __doc__, measure, table, plot, OPTIONS, {"rounds": 2}).main
 
 if __name__ == "__main__":

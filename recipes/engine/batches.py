@@ -1,4 +1,4 @@
-"""Batches for the recipes: in an order of their epoch's, or in the samples' own, and where the model is."""
+"""Batches on the model's device: in a new order for every epoch, or in the order of the samples."""
 
 from collections.abc import Callable
 from typing import Any

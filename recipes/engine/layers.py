@@ -1,4 +1,4 @@
-"""Whose flatness counts: a network's layers by their module names, or "all", "hidden" and so on of them."""
+"""Chooses the layers that are kept flat: by module names, or "all", "hidden" and so on."""
 
 from collections.abc import Sequence
 from typing import Any

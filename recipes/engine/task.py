@@ -1,4 +1,4 @@
-"""What a recipe has to say about an experiment; ``recipes.engine.loop`` trains it.
+"""A task: the data, network, loss and settings of an experiment, which ``recipes.engine.loop`` trains.
 
 A task is data: where its samples come from, the network and the layer whose flatness counts, the loss, what
 is evaluated, and the settings of its optimizers. A new experiment is a new ``Task``, not a new script.

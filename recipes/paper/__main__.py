@@ -33,7 +33,7 @@ def tables() -> list[Table]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables as Markdown, or write them."""
     reader = parser("paper", __doc__)
-    reader.add_argument("--out", type=Path, metavar="FILE", help="write them there")
+    reader.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: print)")
     out: Path | None = reader.parse_args(arguments).out
     text = markdown(*tables())
     print(text) if out is None else out.write_text(text)

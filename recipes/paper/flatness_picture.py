@@ -1,4 +1,4 @@
-"""What kappa means, as a picture: the extra loss when the layer's input is perturbed, and kappa's parabola.
+"""Draws what kappa means: the extra loss when noise is added to a layer's input, and kappa's parabola.
 
     python -m recipes.paper.flatness_picture runs/quickstart/*/seed0      # runs of recipes.train, on the CPU
 
@@ -109,7 +109,11 @@ def plot(results: Mapping[str, Any]) -> Figure:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **OF_RUNS,
-    "--draws": {"type": positive, "default": 10, "help": "of the noise, per strength; from 2 on"},
+    "--draws": {
+        "type": positive,
+        "default": 10,
+        "help": "of the noise, for each strength; at least 2 (default: 10)",
+    },
 }
 main = Recipe("paper.flatness_picture", __doc__, measure, table, plot, OPTIONS, {"draws": 2}).main
 

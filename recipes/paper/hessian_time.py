@@ -1,4 +1,4 @@
-"""The time of the Hessian of one layer's weights by the layer's size (figure 4 of the paper).
+"""Measures the time of the Hessian of one layer's weights by the layer's size (figure 4 of the paper).
 
 Compared, on the networks of recipes.paper.layer_timing, forward included:
 

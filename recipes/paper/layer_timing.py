@@ -1,4 +1,4 @@
-"""Shared by hessian_time and trace_time: networks by size, a check, what is timed on them, and the picture.
+"""Networks by size, what is timed on them, a check and the picture, for the paper's figures 4 and 5.
 
 Two families of networks, the measured layer ``(d, m)`` in brackets:
 
@@ -146,7 +146,11 @@ def timing_recipe(
                 yield row | also(label, problem, options)
 
     settings: dict[str, dict[str, Any]] = {
-        "--rounds": {"type": positive, "default": 15, "help": "timed calls of every method and size"},
+        "--rounds": {
+            "type": positive,
+            "default": 15,
+            "help": "timed calls of every method and size (default: 15)",
+        },
         "--device": {"type": device, "default": CPU, "help": "cpu (default), cuda, ..."},
     }
     return Recipe(name, doc, rows, tables, plot, settings, {"rounds": 3})

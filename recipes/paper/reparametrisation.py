@@ -1,4 +1,4 @@
-"""Rescaling a network without changing its function leaves kappa as it is, and changes the Hessian's trace.
+"""Shows that rescaling a network without changing its function changes the Hessian's trace, but not kappa.
 
 A ReLU network is trained with SGD on Fashion-MNIST. Then its hidden layer's weight and bias are multiplied
 by alpha and the last layer's weight is divided by alpha, which leaves its function as it is, since
@@ -112,8 +112,8 @@ def plot(results: Mapping[str, Any]) -> Figure:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--epochs": {"type": positive, "default": 10},
-    "--images": {"type": positive, "default": 4000, "help": "of the training set"},
+    "--epochs": {"type": positive, "default": 10, "help": "(default: 10)"},
+    "--images": {"type": positive, "default": 4000, "help": "training images (default: 4000)"},
 }
 main = Recipe(
     "paper.reparametrisation", __doc__, sweep, table, plot, OPTIONS, {"images": 500, "epochs": 1}

@@ -1,4 +1,4 @@
-"""The time of the trace of one layer's Hessian, and the estimator's error (figure 5 of the paper).
+"""Measures the time of the trace of one layer's Hessian, and an estimate's error (figure 5 of the paper).
 
 Compared, on the networks of recipes.paper.layer_timing, forward included:
 

@@ -68,14 +68,18 @@ class Distinct(argparse.Action):
 
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": Distinct}
 COMMON: dict[str, dict[str, Any]] = {  # options that several recipes have
-    "--seeds": {**SEVERAL, "type": int, "default": [0], "help": "of weights, order, split and noise"},
+    "--seeds": {**SEVERAL, "type": int, "default": [0], "help": "random seeds; a run for each (default: 0)"},
     "--device": {
         "type": device,
         "default": "cuda" if torch.cuda.is_available() else "cpu",
         "help": "cpu, cuda, ... (default: %(default)s)",
     },
-    "--data": {"type": Path, "default": Path("data"), "help": "folder of the data sets"},
-    "--plot": {"type": Path, "metavar": "JSON", "help": "measure nothing, show these results"},
+    "--data": {
+        "type": Path,
+        "default": Path("data"),
+        "help": "folder of the data sets (default: %(default)s)",
+    },
+    "--plot": {"type": Path, "metavar": "JSON", "help": "measure nothing, show these saved results"},
 }
 
 
@@ -87,14 +91,14 @@ def parser(
     smoke: str = "",
     listed: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
-    """For ``python -m recipes.<name>``: its docstring's first line, and below the options what is listed.
+    """For ``python -m recipes.<name>``: its docstring, and below the options what is listed.
 
     It has these common options, ``--out`` where a folder is given, and ``--smoke`` with what that does.
     """
     lines = [f"  {key}\n      {what}" for key, what in (listed or {}).items()]
     reader = argparse.ArgumentParser(
         prog=f"python -m recipes.{name}",
-        description=(doc or "").split("\n")[0],
+        description=doc,
         epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -102,9 +106,11 @@ def parser(
     for option in common:
         reader.add_argument(option, **COMMON[option])
     if out is not None:
-        reader.add_argument("--out", type=Path, default=out, help="folder of the results")
+        reader.add_argument(
+            "--out", type=Path, default=out, help="folder of the results (default: %(default)s)"
+        )
     if smoke:
-        told = f"{smoke}: a test, no result, in the folder smoke below --out"
+        told = f"a quick test with {smoke}; its results mean nothing, and go to OUT/smoke"
         reader.add_argument("--smoke", action="store_true", help=told)
     return reader
 
@@ -163,8 +169,8 @@ class Recipe:
         reader = parser(
             self.name, self.doc, "--plot", out=Path("runs") / self.stem, smoke="the smallest sizes"
         )
-        reader.add_argument("--threads", type=positive, default=1, help="of torch")
-        reader.add_argument("--seed", type=int, default=0)
+        reader.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
+        reader.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
         for name, settings in self.options.items():
             reader.add_argument(name, **settings)
         options = reader.parse_args(arguments)

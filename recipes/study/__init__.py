@@ -1,1 +1,1 @@
-"""Does the proximal step hold? The study behind ``recipes/study/README.md``: one command, restartable."""
+"""The comparison of FAM with other methods, in one command; ``recipes/study/README.md`` shows its results."""

@@ -1,9 +1,11 @@
-"""Does it hold? Trains the study's networks on all cores, and reports on what was measured.
+"""Trains the study's networks with FAM, SAM and other methods on all cores, and makes tables and pictures.
 
-python -m recipes.study                                  # everything; stop and start again at will
-python -m recipes.study --stages defaults --tasks digits # a part of it
-python -m recipes.study --cost                           # time of a step, on a quiet machine
-python -m recipes.study --report recipes/results/study   # tables and pictures from saved results
+    python -m recipes.study                                     # everything; stop and start again at will
+    python -m recipes.study --stages defaults --tasks digits    # a part of it
+    python -m recipes.study --cost                              # time of a step, on a quiet machine
+    python -m recipes.study --report recipes/results/study      # tables and pictures from saved results
+
+recipes/study/README.md says what came out.
 """
 
 import json
@@ -108,13 +110,18 @@ def parse(arguments: Sequence[str] | None) -> Options:
         listed[f"task {task}"] = "; ".join(names)
     parser = command.parser("study", __doc__, out=Path("runs/study"), listed=listed)
     for option, choices in (("--stages", list(STAGES)), ("--tasks", list(TASKS))):
-        metavar = option[2:-1].upper()
-        parser.add_argument(option, nargs="+", choices=choices, default=choices, metavar=metavar)
-    workers = "networks trained at a time"
+        common: dict[str, Any] = {"metavar": option[2:-1].upper(), "help": "(default: all)"}
+        parser.add_argument(option, nargs="+", choices=choices, default=choices, **common)
+    workers = "networks trained at a time (default: number of CPU cores)"
     parser.add_argument("--workers", type=command.positive, default=os.cpu_count() or 1, help=workers)
-    parser.add_argument("--cost", action="store_true", help="time steps, train nothing")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="report on these, train nothing")
-    parser.add_argument("--smoke", action="store_true", help="one epoch of each kind: a test, no result")
+    parser.add_argument("--cost", action="store_true", help="measure the time of a step, train nothing")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="make tables and pictures of these results, train nothing",
+    )
+    parser.add_argument("--smoke", action="store_true", help="a quick test: one epoch of each kind")
     return parser.parse_args(arguments)
 
 

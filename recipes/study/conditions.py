@@ -1,4 +1,4 @@
-"""What is learned, by whom and with which seeds: the conditions, and a trial of one."""
+"""The study's conditions, each a task with a part of its labels wrong, their seeds, and a trial of one."""
 
 from functools import cache
 from typing import Any, NamedTuple

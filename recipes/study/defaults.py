@@ -87,7 +87,7 @@ def defaults(results: Results) -> Iterator[Trial]:
 
 
 def other_rates(results: Results) -> Iterator[Trial]:
-    """The same at other learning rates of SGD."""
+    """Every method at its default, at other learning rates of SGD."""
     for seed, (task, noise, lr), method in product(conditions.LATER_SEEDS, OTHER_RATES, ("base", *KEY)):
         settings = {"lr": lr, "variant": "other rate", "tested": True}
         yield trial(of(task, noise), method, DEFAULTS[method], seed, **settings)
@@ -127,7 +127,7 @@ def rate(results: Results, condition: Condition) -> float:
 
 
 def step(results: Results) -> Iterator[Trial]:
-    """lam and every of the proximal step where they were chosen, by validation."""
+    """lam and every on the tasks where they were chosen, by validation."""
     wanted = [c for c in cheap_first() if c.task not in NOT_CHOSEN_ON]
     for condition, seed in product(with_a_rate(results, wanted), TUNING_SEEDS):
         for settings, (lam, every) in product(bases(results, condition), GRID):
@@ -135,7 +135,7 @@ def step(results: Results) -> Iterator[Trial]:
 
 
 def confirmation(results: Results) -> Iterator[Trial]:
-    """The same where nothing was chosen, by test scores of fresh seeds; and the base alone."""
+    """lam and every where nothing was chosen, by test scores of fresh seeds; and the base alone."""
     for seed, (task, noise, changes) in product(FRESH_SEEDS, CONFIRMED_ON):
         for condition in with_a_rate(results, [of(task, noise)]):
             settings = {**changes, "lr": rate(results, condition), "variant": "confirmation", "tested": True}
@@ -145,7 +145,7 @@ def confirmation(results: Results) -> Iterator[Trial]:
 
 
 def ablations(results: Results) -> Iterator[Trial]:
-    """Other forms of the step, by validation."""
+    """Other forms of the proximal step, by validation."""
     wanted = with_a_rate(results, [of(*key) for key in ABLATED_ON])
     for seed, condition, (name, form) in product(TUNING_SEEDS, wanted, FORMS.items()):
         settings = {"lr": rate(results, condition), "variant": "ablations"}

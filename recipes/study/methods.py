@@ -1,4 +1,4 @@
-"""What is compared. Every method has one value, which is tuned; all else is the tuned SGD's.
+"""The methods that the study compares. Each has one value that is searched; all else is the searched SGD's.
 
 Noise on the inputs of a layer is the finite sample of FAM's penalty. With eps standard normal and
 ``phi' = phi + sigma ||phi|| eps`` at one row phi for each sample,

@@ -126,7 +126,7 @@ def settled(results: Results, condition: Condition, method: str) -> bool:
 
 
 def tuning(results: Results) -> Iterator[Trial]:
-    """The value of every method that is compared."""
+    """Searches the value of every method that is compared."""
     for condition in CONDITIONS:
         own = where(results, task=condition.task, noise=condition.noise)
         for method in compared_on(condition):
@@ -147,17 +147,17 @@ def chosen(results: Results, condition: Condition, method: str, **changes: Any) 
 
 
 def comparison(results: Results) -> Iterator[Trial]:
-    """Every method with what was chosen for it, and fresh seeds."""
+    """Every method with the values chosen for it, and fresh seeds."""
     yield from tested(results, CONDITIONS, [*COMPARED], SEEDS)
 
 
 def more_seeds(results: Results) -> Iterator[Trial]:
-    """Five more of the same."""
+    """Five more seeds of "comparison"."""
     yield from tested(results, CONDITIONS, SHORTLIST, conditions.MORE_SEEDS)
 
 
 def longer(results: Results) -> Iterator[Trial]:
-    """The shortlist trained for longer and shorter than it was tuned for."""
+    """Some methods trained for longer and shorter than they were tuned for."""
     for condition, times in product((conditions.of(*key) for key in LONGER), TIMES):
         epochs = round(times * conditions.usual(condition.task).epochs)
         yield from tested(results, [condition], SHORTLIST, SEEDS, epochs=epochs)

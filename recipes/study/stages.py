@@ -1,4 +1,4 @@
-"""The stages: functions from all that was measured so far to the trials that are wanted.
+"""The study's stages: each looks at what was measured so far, and says which trials are still wanted.
 
 A stage that chooses is asked again until it wants nothing more.
 """

@@ -1,4 +1,4 @@
-"""The experiments by name, and what a run has made of one."""
+"""The tasks by name, and the trained networks in a run's folder."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,31 +21,42 @@ class Entry(NamedTuple):
 
 
 SMALL, DIGITS = "a small convolutional network on", "a convolutional network, pretrained on Fashion-MNIST, on"
+SHIPPED = "2,000 shipped images of Fashion-MNIST"
 TASKS = {
-    "quickstart": Entry(f"{SMALL} 2,000 shipped images of Fashion-MNIST", "small.quickstart"),
-    "quickstart-noise40": Entry("the same with 40 % wrong labels", "small.quickstart", {"noise": 0.4}),
+    "quickstart": Entry(f"{SMALL} {SHIPPED}", "small.quickstart"),
+    "quickstart-noise40": Entry(
+        f"{SMALL} {SHIPPED}, 40 % of the labels wrong", "small.quickstart", {"noise": 0.4}
+    ),
     "fashion-mnist-small": Entry(f"{SMALL} all images of Fashion-MNIST", "small.fashion_mnist_small"),
     "fashion-mnist-small-tuning": Entry(
-        "10,000 of them, to choose lam and rho with", "small.fashion_mnist_small", {"tuning": True}
+        f"{SMALL} 10,000 images of Fashion-MNIST, to choose lam and rho",
+        "small.fashion_mnist_small",
+        {"tuning": True},
     ),
     "cifar10": Entry("ResNet-18 on CIFAR10 (paper, Table 1)", "vision.cifar10"),
     "cifar100": Entry("a pretrained EfficientNet-B7 on CIFAR100 (paper, Table 1)", "vision.cifar100"),
     "svhn": Entry("WideResNet-28-10 on SVHN (paper, Table 1)", "vision.svhn"),
     "fashion-mnist": Entry("WideResNet-28-10 on Fashion-MNIST (paper, Table 1)", "vision.fashion_mnist"),
     "skulls": Entry("a 3D autoencoder completes skulls with a defect (paper, Table 2)", "skulls.skulls"),
-    "skulls-small": Entry("the same on 20 small generated shells", "skulls.skulls", {"small": True}),
+    "skulls-small": Entry(
+        "a 3D autoencoder completes 20 small generated shells", "skulls.skulls", {"small": True}
+    ),
     "rte": Entry("BERT fine-tuned on GLUE's RTE (paper, Table 3, Figure 3)", "text.rte"),
     "reviews": Entry("MiniLM, a pretrained BERT, fine-tuned on sentences of film reviews", "text.reviews"),
     "mnist1d": Entry("a perceptron on MNIST-1D, generated curves", "small.mnist1d"),
-    "mnist1d-layernorm": Entry("the same with LayerNorm and GELU", "small.mnist1d", {"normalised": True}),
+    "mnist1d-layernorm": Entry(
+        "a perceptron with LayerNorm and GELU on MNIST-1D", "small.mnist1d", {"normalised": True}
+    ),
     "digits": Entry("a perceptron on scikit-learn's digits", "small.digits"),
     "diabetes": Entry("a perceptron on scikit-learn's diabetes, a regression", "small.diabetes"),
     "finetune-200": Entry(f"{DIGITS} 200 digits", "small.finetuning", {"samples": 200}),
     "finetune-1000": Entry(f"{DIGITS} 1,000 digits", "small.finetuning", {"samples": 1000}),
-    "fashion": Entry("a smaller one on the quick start's images", "small.fashion", {"network": "batchnorm"}),
-    "fashion-nobatchnorm": Entry("... without BatchNorm", "small.fashion", {"network": "no batchnorm"}),
-    "fashion-vit": Entry("a vision transformer on them", "small.fashion", {"network": "transformer"}),
-    "fashion-resnet": Entry("a ResNet on them", "small.fashion", {"network": "resnet"}),
+    "fashion": Entry(f"{SMALL} {SHIPPED}, in the study", "small.fashion", {"network": "batchnorm"}),
+    "fashion-nobatchnorm": Entry(
+        f"{SMALL} {SHIPPED}, without BatchNorm", "small.fashion", {"network": "no batchnorm"}
+    ),
+    "fashion-vit": Entry(f"a vision transformer on {SHIPPED}", "small.fashion", {"network": "transformer"}),
+    "fashion-resnet": Entry(f"a ResNet on {SHIPPED}", "small.fashion", {"network": "resnet"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""A seed's share of the samples, and label noise: the same for two methods that are given the same seed."""
+"""Splits the samples and makes labels wrong, by seed: the same for all methods with one seed."""
 
 import torch
 from torch import Tensor

@@ -140,7 +140,7 @@ def test_a_scaled_loss_has_the_kappa_of_the_loss() -> None:
         optimizer = fam(model := net(), every=1, lr=0.0)
         (scale * optimizer.regularize(loss_of(model, 0))).backward()
         optimizer.step()
-        kappas.append(optimizer.last_kappa)
+        kappas.append([optimizer.last_kappa])
     assert torch.equal(*kappas)
 
 
@@ -204,6 +204,22 @@ def test_losses_that_are_kept_do_not_keep_the_roots() -> None:
     assert counts[1] == counts[3]
 
 
+@pytest.mark.usefixtures("same_signs")
+def test_a_step_uses_up_its_curvature() -> None:
+    """Also where gradients are kept: the next due step's is that of its own losses."""
+    kappas = []
+    for kept in (False, True):
+        model = net()
+        optimizer = fam(model, every=1, lr=1e-300)  # the weights stay as they are
+        for step in (0, 1):
+            if not kept:
+                optimizer.zero_grad()
+            optimizer.regularize(loss_of(model, step)).backward()
+            optimizer.step()
+        kappas.append([optimizer.last_kappa])
+    assert_close(*kappas)
+
+
 def test_terms_that_are_not_convex_may_be_added_in_a_closure() -> None:
     """The remedy that the refusal names: their curvature is left out."""
     results = []
@@ -239,6 +255,11 @@ DECAYS: dict[str, Callable[[nn.Module], Tensor]] = {
     "scaled": lambda model: sum((0.5 * p).square().sum() for p in model.parameters()),
     "in one vector": lambda model: torch.cat([p.flatten() for p in model.parameters()]).square().sum(),
     "towards another point": lambda model: sum((p - 0.3).square().sum() for p in model.parameters()),
+    "of parts": lambda model: sum(q.square().sum() for p in model.parameters() for q in p.chunk(2)),
+    "of a slice": lambda model: model[0].weight[:2, 1:].square().sum(),
+    "of means": lambda model: sum(p.mean(0).square().sum() for p in model.parameters()),
+    "about their mean": lambda model: sum((p - p.mean()).square().sum() for p in model.parameters()),
+    "of some entries": lambda model: sum(p.where(p > 0, 0.0).square().sum() for p in model.parameters()),
     "with importances": lambda model: sum(
         (p.detach().abs() * (p - 0.3) ** 2).sum() for p in model.parameters()
     ),
@@ -443,3 +464,47 @@ def test_complex_weights_are_refused() -> None:
     weight = nn.Parameter(torch.ones(3, 5, dtype=torch.complex128))
     with pytest.raises(TypeError, match=r"a real weight.*torch\.complex128"):
         FAM([weight], torch.optim.SGD, weight, mode="proximal", lr=0.1)
+
+
+# ---------------------------------------------------------------------------- W', where the base steps from
+
+
+class MovesFirst(torch.optim.SGD):
+    """Moves every weight, and then evaluates the closure and moves no more."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(0.1)
+        return closure()
+
+
+def test_a_base_that_moves_before_its_closure_has_moved() -> None:
+    model = net()
+    before = parameters(model)
+    optimizer = FAM.for_model(model, MovesFirst, lr=0.1, every=1)
+    optimizer.step(lambda: loss_of(model, 0))
+    for i, (old, new) in enumerate(zip(before, parameters(model), strict=True)):
+        pulled = i in (0, 2)  # the hidden layers' weights
+        assert torch.allclose(new, old + 0.1) != pulled
+
+
+def test_what_a_closure_does_to_weights_is_no_movement_of_the_base() -> None:
+    """Clipping, say. A loop without a closure has the same W'."""
+    results = []
+    for by_closure in (False, True):
+        model = net()
+        optimizer = fam(model, every=1)
+
+        def loss(model: nn.Module = model) -> Tensor:
+            with torch.no_grad():
+                model[0].weight.clamp_(-0.1, 0.1)  # type: ignore[index]
+            return loss_of(model, 0)
+
+        if by_closure:
+            optimizer.step(loss)
+        else:
+            optimizer.regularize(loss()).backward()
+            optimizer.step()
+        results.append(model)
+    assert_same(*results)

@@ -1,7 +1,7 @@
-"""What a SAM wrapper does in the loops of the README's table, seen with one version of pytorch_optimizer.
+"""What a SAM wrapper does in the loops of the manual's table, seen with one version of pytorch_optimizer.
 
-FAM's column of that table is tested elsewhere; ``test_readme`` checks that each of its tests exists. These
-are facts of another package: a newer version may do better, and is not tested.
+FAM's column of that table is tested elsewhere. These are facts of another package: a newer version may do
+better, and is not tested.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pytorch_optimizer.base.exception import NoClosureError
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(
-    version("pytorch_optimizer") != "4.1.0", reason="the README's table was seen with pytorch_optimizer 4.1.0"
+    version("pytorch_optimizer") != "4.1.0", reason="the manual's table was seen with pytorch_optimizer 4.1.0"
 )
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
