@@ -226,7 +226,7 @@ class FAM(OptimizerWrapper):
         if closure is None:
             return self._step_on_gradients()
         check = self._ready  # when the closure has run, and its backward has freed what it needed
-        if not self._is_torchs_own():  # it may move weights before
+        if not type(self.base_optimizer).__module__.startswith("torch.optim."):  # may move weights before
             check = self._check
             self.regularizer.before_step()
         functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}

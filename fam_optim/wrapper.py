@@ -139,10 +139,6 @@ class OptimizerWrapper(Optimizer):
         finally:
             base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = hooks
 
-    def _is_torchs_own(self) -> bool:
-        """Whether the base is one of torch's classes, which move no weight before the closure has run."""
-        return type(self.base_optimizer).__module__.startswith("torch.optim.")
-
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 

@@ -242,7 +242,8 @@ def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
 
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
     """Whether what a node makes is a loss, a norm or a distance, added to, scaled, moved, clipped, picked, or
-    a function of it: its square is no squared error of the network's outputs. (Of a trained product it is.)"""
+    a function of it: its square is no squared error of the network's outputs. (A trained product's is one.)
+    """
 
     def passed_on(node: Node) -> Set[Any]:
         kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
@@ -250,10 +251,8 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
         by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
         unary = len(operands) == 1 or kind in ("Maximum", "Minimum")
         function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # which makes p of log p
-        passes = (
-            function or kind in operations.PICKS or (operations.is_linear(kind, on_path) and not by_weight)
-        )
-        return operands & path if passes else set()
+        linear = operations.is_linear(kind, on_path) and not by_weight
+        return operands & path if function or linear or kind in operations.PICKS else set()
 
     return any(nodes.kind(n) in operations.DISTANCES for n in {node, *spread([node], passed_on)})
 
