@@ -158,7 +158,7 @@ class FiniteGuard:
                 gradient.masked_fill_(~sound.to(gradient.device), 0)
             self._earlier = unnoticed.AsyncFlag(sound)
         elif not bool(sound):
-            raise RuntimeError(self._not_finite("No step was made on it."))
+            raise RuntimeError(self._not_finite("No step was made, and nothing was changed."))
 
     def _not_finite(self, done: str) -> str:
         return (

@@ -5,13 +5,16 @@ Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
+
+from torch.optim import LBFGS
 
 from fam_optim.closure import watched
 from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
 from fam_optim.layers import weight_layers
-from fam_optim.wrapper import OptimizerWrapper
+from fam_optim.wrapper import OptimizerWrapper, undone_if_it_fails
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -159,6 +162,7 @@ class FAM(OptimizerWrapper):
         self._wrap(base_optimizer)
         self.regularizer = regularizer
         regularizer.start(self._parameters())
+        self._evaluations = 0  # of a closure, at most in one step
 
     # The regulariser
 
@@ -220,18 +224,20 @@ class FAM(OptimizerWrapper):
             What the closure returned, the plain loss; without a closure what the base returns.
 
         Raises:
-            RuntimeError: if nothing was regularised. If the closure raises, weights and optimizer state are
-                as before the step, but with a base that moves them between two evaluations (LBFGS).
+            RuntimeError: if nothing was regularised. If the closure raises, weights and optimizer state
+                are as before the step.
         """
         if closure is None:
             return self._step_on_gradients()
         check = self._ready  # when the closure has run, and its backward has freed what it needed
-        if not type(self.base_optimizer).__module__.startswith("torch.optim."):  # may move weights before
+        if not self._is_torchs_own():  # it may move weights before
             check = self._check
             self.regularizer.before_step()
         functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}
         evaluated = watched(closure, self.regularizer, **functions)
-        result = self._base_step(evaluated)
+        with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
+            result = self._base_step(evaluated)
+        self._evaluations = max(self._evaluations, evaluated.evaluations)
         self.regularizer.after_step()
         return evaluated.returned if evaluated.evaluations else result
 
@@ -258,6 +264,12 @@ class FAM(OptimizerWrapper):
         """The gradients are there, and the base is about to move the weights."""
         self._check()
         self.regularizer.before_step()
+
+    def _may_reevaluate(self) -> bool:
+        """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS
+        does, and as any base may that is not torch's own, until a step of it has shown otherwise."""
+        lbfgs = isinstance(self.base_optimizer, LBFGS)
+        return lbfgs or self._evaluations > 1 or not (self._evaluations or self._is_torchs_own())
 
     def _trains(self) -> bool:
         """Whether a step moves anything: torch.distributed.checkpoint creates the state with one at lr 0."""

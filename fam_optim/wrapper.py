@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -139,8 +142,28 @@ class OptimizerWrapper(Optimizer):
         finally:
             base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = hooks
 
+    def _is_torchs_own(self) -> bool:
+        """Whether the base is one of torch's classes, which move no weight before the closure has run."""
+        return type(self.base_optimizer).__module__.startswith("torch.optim.")
+
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+
+@contextmanager
+def undone_if_it_fails(optimizer: Optimizer) -> Iterator[None]:
+    """Puts weights and state back as they were, if the step in this context raises; at the cost of a copy."""
+    weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    state = {p: copy.deepcopy(of_one) for p, of_one in optimizer.state.items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, weight in weights:
+                parameter.copy_(weight)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        raise
 
 
 def _or(result: Any, default: Any) -> Any:

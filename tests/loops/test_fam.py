@@ -425,8 +425,8 @@ def test_hooks_fire_once_and_see_fam() -> None:
 # Nothing is lost, nothing grows
 
 
-@pytest.mark.parametrize("base", ["momentum", "Adam", "LBFGS"])
-def test_failing_closure_leaves_everything_as_it_was(base: str) -> None:
+@pytest.mark.parametrize(("base", "fail_at"), [("momentum", 1), ("Adam", 1), ("LBFGS", 1), ("LBFGS", 3)])
+def test_failing_closure_leaves_everything_as_it_was(base: str, fail_at: int) -> None:
     make, kwargs = BASES[base]
     model, reference = Net("relu"), Net("relu")
     fam = FAM(model.parameters(), make, model.head, LAM, **kwargs)
@@ -435,15 +435,21 @@ def test_failing_closure_leaves_everything_as_it_was(base: str) -> None:
     returns_loss(reference, clean, *batch(0))
     before, hooks = state_of(model), len(model.head._forward_hooks)
     state = copy.deepcopy(fam.state_dict())
+    calls = 0
 
     def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
         fam.zero_grad()
         x, y = batch(1)
-        F.cross_entropy(model(x), y)
-        raise OSError("no more data")
+        loss = F.cross_entropy(model(x), y)
+        if calls == fail_at:
+            raise OSError("no more data")
+        return loss
 
     with pytest.raises(OSError, match="no more data"):
         fam.step(closure)
+    assert calls == fail_at
     assert_same(state_of(model), before, "weights")
     assert len(model.head._forward_hooks) == hooks
     assert pickle.dumps(fam.state_dict()["param_groups"]) == pickle.dumps(state["param_groups"])
