@@ -167,7 +167,7 @@ class PenalizedClosure(WatchedClosure):
     def _regularized(self, loss: Tensor) -> Tensor:
         if not self.penalty.lam:
             return loss
-        regularized = self.penalty.add(loss)
+        regularized = self.penalty.regularize(loss)
         plain = without_penalties(regularized)  # while there is a graph to ask
         self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
@@ -195,7 +195,8 @@ class PenalizedClosure(WatchedClosure):
         objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
         unit = torch.where(backpropagated == 0, 1, value / backpropagated)
-        self.penalty.rescale(unit)
+        if self.penalty.last_kappa is not None:
+            self.penalty.last_kappa = self.penalty.last_kappa * unit
         value = value + unit * (objective - backpropagated)
         return float(value) if isinstance(result, float) else value
 

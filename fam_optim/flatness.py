@@ -158,8 +158,15 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     precision = torch.autocast(device, enabled=False) if is_cast else nullcontext()
     with torch.enable_grad(), precision, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
-            return _gauss_newton(tails, settings)
-        return [_flatness(tail, settings) for tail in tails]
+            factors = [MEASURES[settings.measure](_matrix(tail)) for tail in tails]
+            differentiable, random = not settings.detach_hessian, (settings.n_samples, settings.generator)
+            found = gauss_newton(tails, factors, settings.mode, *random, differentiable=differentiable)
+            values = list(map(errors.once_differentiable, found))
+        else:
+            values = [_flatness(tail, settings) for tail in tails]
+        if not settings.normalize:
+            return values
+        return [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
 
 
 @contextmanager
@@ -201,24 +208,8 @@ def _flatness(tail: Tail, settings: Settings) -> Tensor:
                 if settings.mode == "exact"
                 else hutchinson(curvature, factor, settings.n_samples, settings.generator)
             )
-    if settings.normalize:
-        kappa = kappa / tail.uses[0].m
     why = errors.undifferentiable(tail.path) if differentiable else None
     return kappa if why is None else errors.without_gradient(kappa, why)
-
-
-def _gauss_newton(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
-    values = gauss_newton(
-        tails,
-        [MEASURES[settings.measure](_matrix(tail)) for tail in tails],
-        settings.mode,
-        differentiable=not settings.detach_hessian,
-        n_samples=settings.n_samples,
-        generator=settings.generator,
-    )
-    if settings.normalize:
-        values = [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
-    return list(map(errors.once_differentiable, values))
 
 
 def _matrix(tail: Tail) -> Tensor:

@@ -90,12 +90,7 @@ class Penalty(Regularizer):
 
     @property
     def last_penalty(self) -> Tensor | None:
-        """``lam * kappa`` as it was last added to a loss, detached; None before."""
         return None if self.last_kappa is None else self.last_lam * self.last_kappa
-
-    def regularize(self, loss: Tensor) -> Tensor:
-        """`add`; the loss itself where lam is 0."""
-        return self.add(loss) if self.lam else loss
 
     @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self, trained: Iterable[Tensor]) -> None:
@@ -132,14 +127,16 @@ class Penalty(Regularizer):
         self.touched = self.given = False
         self.losses: list[Tensor] = []
 
-    def add(self, loss: Tensor) -> Tensor:
-        """``loss + lam * kappa``, kappa over the layers that the loss depends on; the loss itself if this
-        penalty is in it already.
+    def regularize(self, loss: Tensor) -> Tensor:
+        """``loss + lam * kappa``, kappa over the layers that the loss depends on; the loss itself if lam is 0
+        or this penalty is in it already.
 
         Raises:
             LayerNotUsedError: if it depends on none of them.
             RuntimeError: if part of the loss was regularised before, and part was not.
         """
+        if not self.lam:
+            return loss
         check_scalar(loss)
         mark = self._mark_to_extend(loss)
         if self._serial in mark.penalties:
@@ -160,11 +157,6 @@ class Penalty(Regularizer):
         nodes.metadata(regularized.grad_fn)[_MARK] = _Mark(mark.plain, penalties)
         self.ledger.expect(regularized)
         return regularized
-
-    def rescale(self, unit: Tensor) -> None:
-        """Puts what is logged of the last penalty into the unit of another loss."""
-        if self.last_kappa is not None:
-            self.last_kappa = self.last_kappa * unit
 
     def _mark_to_extend(self, loss: Tensor) -> _Mark:
         """The loss that kappa is to be computed of, and the penalties that are in it.

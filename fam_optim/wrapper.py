@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,10 +151,18 @@ class OptimizerWrapper(Optimizer):
 
 
 @contextmanager
-def undone_if_it_fails(optimizer: Optimizer) -> Iterator[None]:
+def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
     """Puts weights and state back as they were, if the step in this context raises; at the cost of a copy."""
     weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-    state = {p: copy.deepcopy(of_one) for p, of_one in optimizer.state.items()}
+    # LBFGS only appends to its history and drops from it, so that this need not be copied.
+    lists = (
+        value
+        for of_one in optimizer.state.values()
+        for value in (of_one.values() if isinstance(optimizer.base_optimizer, LBFGS) else ())
+        if isinstance(value, list)
+    )
+    shared = {id(t): t for history in lists for t in history}
+    state = {p: copy.deepcopy(of_one, dict(shared)) for p, of_one in optimizer.state.items()}
     try:
         yield
     except BaseException:

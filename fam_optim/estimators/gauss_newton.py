@@ -119,10 +119,10 @@ def gauss_newton(
     tails: Sequence[Tail],
     factors: Sequence[Factor],
     mode: str,
-    *,
-    differentiable: bool,
     n_samples: int,
     generator: torch.Generator | None,
+    *,
+    differentiable: bool,
 ) -> list[Tensor]:
     """``<F F^T, T_G>`` of every layer, never negative.
 
