@@ -36,8 +36,6 @@ class WatchedClosure:
     """The closure of one step, whose losses a regulariser sees before they are backpropagated.
 
     Args:
-        closure: the user's.
-        regularizer: what sees them.
         check: called after an evaluation: refuses gradients that no step may be made on.
         zero_grad: empties the gradients.
         trained: the base optimizer's parameters.
@@ -202,12 +200,11 @@ class PenalizedClosure(WatchedClosure):
 
 
 class _Backward(NamedTuple):
-    """One backward of a closure's: the node of its loss, the loss's value without penalties, and that of what
-    was backpropagated in its place."""
+    """One backward of a closure's."""
 
-    node: Node | None
-    plain: Tensor
-    objective: Tensor
+    node: Node | None  # of its loss
+    plain: Tensor  # the loss's value without penalties
+    objective: Tensor  # that of what was backpropagated in its place
 
 
 def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: Any) -> WatchedClosure:
@@ -231,15 +228,11 @@ _torchs_own: Any = None
 
 
 class BackwardInterception:
-    """Within this context a backward of this thread's backpropagates ``transform(loss)``.
-
-    Attributes:
-        seen: whether backward was called at all.
-    """
+    """Within this context a backward of this thread's backpropagates ``transform(loss)``."""
 
     def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
         self.transform = transform
-        self.seen = False
+        self.seen = False  # whether backward was called at all
 
     def __enter__(self) -> BackwardInterception:
         global _entered, _torchs_own

@@ -213,11 +213,8 @@ def _flatness(tail: Tail, settings: Settings) -> Tensor:
 
 
 def _matrix(tail: Tail) -> Tensor:
-    """W, one for all calls, in no lower precision than the loss.
-
-    Raises:
-        RuntimeError: unless all calls computed it alike, from the same parameters to the same numbers.
-    """
+    """W, one for all calls, in no lower precision than the loss; RuntimeError unless all calls computed it
+    alike, from the same parameters to the same numbers."""
     first = tail.uses[0].weight
     others = [use.weight for use in tail.uses if use.weight is not first]
     if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):

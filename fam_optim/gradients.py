@@ -23,12 +23,7 @@ class Ledger:
 
     It sees every backward that reaches a trained weight of the layers, whoever calls it and how, and knows
     which of them are of a loss that FAM has handed out. What else is done to gradients (clipping, scaling,
-    averaging, zeroing) is nobody's business.
-
-    Args:
-        named_weights: the names of the layers that are regularised, with their weights.
-        trained: the base optimizer's parameters.
-        sound: whether what gradients there are already may stay.
+    averaging, zeroing) is nobody's business. If it is `sound`, gradients that are there already may stay.
     """
 
     def __init__(
@@ -128,11 +123,6 @@ class FiniteGuard:
     torch's way of computing them. So gradients are looked at before the step. On the CPU the step is refused.
     On an accelerator, so as not to wait for it, the gradients become zero where they lie, and the next step
     is refused.
-
-    Args:
-        names: the layers, for messages.
-
-    Cost: one reading of the gradients.
     """
 
     def __init__(self, names: str) -> None:

@@ -36,11 +36,10 @@ _serial_numbers = itertools.count()
 
 
 class _Mark(NamedTuple):
-    """On the node of a regularised loss: the loss without penalties, and the penalties added to it,
-    detached, by the serial number of who added them."""
+    """What is noted on the node of a regularised loss."""
 
-    plain: Tensor
-    penalties: Mapping[int, Tensor]
+    plain: Tensor  # the loss without penalties
+    penalties: Mapping[int, Tensor]  # that were added to it, detached, by the serial number of who added them
 
 
 class Penalty(Regularizer):
@@ -213,11 +212,8 @@ class Penalty(Regularizer):
 
 
 def without_penalties(loss: Tensor) -> Tensor:
-    """A loss without the penalties that are in it, whatever was done to regularised losses since.
-
-    Raises:
-        RuntimeError: if that cannot be told, since the graph has been freed by a backward.
-    """
+    """A loss without the penalties that are in it, whatever was done to regularised losses since, or
+    RuntimeError if that cannot be told, since a backward has freed the graph."""
     marked = _marked(loss)
     if not marked:
         return loss

@@ -34,16 +34,11 @@ APART = 0x9E3779B97F4A7C15
 
 
 class Taken:
-    """A of one loss.
-
-    Attributes:
-        roots: A by weight.
-        share: how much of the loss was backpropagated, its own gradient; None before its backward begins.
-    """
+    """A of one loss."""
 
     def __init__(self, roots: Roots) -> None:
         self.roots = roots
-        self.share: Tensor | None = None
+        self.share: Tensor | None = None  # of the loss that was backpropagated: its own gradient
 
     def note(self, gradient: Tensor) -> None:
         """Hook on the loss: its backward has begun, perhaps once more."""
@@ -58,10 +53,6 @@ class Taken:
 
 class StepRoots:
     """A of the losses of one step, of all micro-batches and processes.
-
-    Args:
-        weights: by number.
-        n_samples: signs of a loss.
 
     Attributes:
         recognised: whether a loss that depends on one of the weights has been seen.
@@ -112,10 +103,7 @@ class StepRoots:
 
     def see(self, loss: Tensor, seed: int | None) -> None:
         """Takes A of a loss that is about to be backpropagated, with the signs of a seed; without one it is
-        only looked whether the loss can be taken A of.
-
-        Raises:
-            RuntimeError: if the loss is not known to be convex in the network's outputs.
+        only looked whether the loss can be taken A of, or RuntimeError.
         """
         check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])

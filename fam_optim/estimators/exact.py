@@ -45,10 +45,7 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
     """``<F F^T, T>`` without forming H.
 
     Cost: ``min(d, m)`` Hessian-vector products through the tail where the rows of z do not interact, more
-    where they do.
-
-    Raises:
-        RuntimeError: if that would take more than `MAX_PRODUCTS` products.
+    where they do; RuntimeError if that is more than `MAX_PRODUCTS`.
     """
     tail = curvature.tail
     m = tail.uses[0].m
@@ -103,10 +100,7 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
 
 
 def full(curvature: Curvature, factor: Factor) -> Tensor:
-    """``<F F^T, T>`` from the whole Hessian of one layer.
-
-    Cost: ``d * m`` Hessian-vector products through the tail and ``O((d m)^2)`` memory.
-    """
+    """``<F F^T, T>`` from the whole Hessian, by ``d * m`` products, in ``O((d m)^2)`` memory."""
     weight = curvature.uses[0].matrix()
     rows = []
     for index in range(weight.numel()):

@@ -127,11 +127,8 @@ def gauss_newton(
     """``<F F^T, T_G>`` of every layer, never negative.
 
     Cost: for all layers together one vector-Jacobian product per probe (hutchinson), or per output of a
-    sample where samples do not interact, else per output of the batch (exact).
-
-    Raises:
-        RuntimeError: if the loss is not known to be convex in the outputs; in mode exact, if it would take
-            more than `MAX_PRODUCTS` products.
+    sample where samples do not interact, else per output of the batch (exact). RuntimeError if that is more
+    than `MAX_PRODUCTS`, or the loss is not known to be convex in the outputs.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
     if all(0 in output.shape for output in jacobian.outputs):  # no rows, or a loss linear in the outputs
@@ -254,7 +251,6 @@ def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping |
 
 
 def _has_few_rows(grouping: Grouping) -> bool:
-    """Whether the groups' squares from the products of their rows take at most twice the multiplications that
-    the square of the groups' sum takes."""
+    """Whether squares from the products of rows cost at most twice what the square of their sum does."""
     d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
     return size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m

@@ -39,10 +39,7 @@ def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator 
 def hutchinson(
     curvature: Curvature, factor: Factor, n_samples: int, generator: torch.Generator | None
 ) -> Tensor:
-    """The mean of `n_samples` probes.
-
-    Cost: one Hessian-vector product through the tail per probe.
-    """
+    """The mean of `n_samples` probes, each of one Hessian-vector product through the tail."""
     draw = partial(rademacher, like=curvature.gradient[0], generator=generator)
     rows = find_grouping(curvature.tail, curvature.uses)
     if rows is not None and rows.size == 1:

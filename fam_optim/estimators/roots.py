@@ -36,15 +36,10 @@ if TYPE_CHECKING:
 
 
 class Root(NamedTuple):
-    """A of one loss and one draw of signs.
+    """A of one loss and one draw of signs."""
 
-    Attributes:
-        delta: ``g^T (m, d)``; or, of rows that do not interact, delta ``(N, d)``.
-        phi: of such rows, ``(N, m)``.
-    """
-
-    delta: Tensor
-    phi: Tensor | None = None
+    delta: Tensor  # g^T (m, d); or, of rows that do not interact, delta (N, d)
+    phi: Tensor | None = None  # of such rows, (N, m)
 
     def matrix(self) -> Tensor:
         """A ``(d, q)``."""
@@ -73,15 +68,11 @@ def sample_roots(
     generator: Callable[[torch.device], torch.Generator],
     n_samples: int,
 ) -> Roots:
-    """A of every weight that a loss depends on.
+    """A of every weight that a loss depends on, one backward from its outputs to the weights for each sample.
 
     Args:
-        reached: the way from the loss to the weights.
-        outputs: what the loss is a convex function of.
         products: where A is made of rows, as `products_of_rows` found it.
         generator: of the signs, by device.
-
-    Cost: a backward from the outputs to the weights for each sample.
     """
     numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
@@ -131,9 +122,7 @@ def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[in
 def _product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node | None:
     """The product ``z = phi W^T`` of a Linear layer on vectors, phi ``(N, m)``, if it is W's only use.
 
-    Args:
-        leaf: the node of the weight.
-        transposed: whether the weight is stored as W ``(d, m)``, and so transposed on its way.
+    W is transposed on its way if it is stored as ``(d, m)``.
     """
     below = leaf
     while len(reached.parents[below]) == 1:

@@ -19,15 +19,11 @@ FACTORS = 4
 
 
 class Dense:
-    """T as a matrix ``(d, d)``, with W ``(d, m)``.
-
-    Attributes:
-        pull: ``||T W||_F``.
-    """
+    """T as a matrix ``(d, d)``, with W ``(d, m)``."""
 
     def __init__(self, t: Tensor, w: Tensor) -> None:
         self.t, self.w = t, w
-        self.pull = frobenius(t @ w)
+        self.pull = frobenius(t @ w)  # ||T W||_F
 
     def solve(self, twice_c: Tensor) -> Tensor:
         """``(I + 2 c T)^-1 W``."""
@@ -35,17 +31,13 @@ class Dense:
 
 
 class LowRank:
-    """T as ``A A^T``, A ``(d, q)`` with fewer columns than rows, with W ``(d, m)``.
-
-    Attributes:
-        pull: ``||T W||_F``.
-    """
+    """T as ``A A^T``, A ``(d, q)`` with fewer columns than rows, with W ``(d, m)``."""
 
     def __init__(self, a: Tensor, w: Tensor) -> None:
         self.a, self.w = a, w
         self.gram, self.at_w = a.mT @ a, a.mT @ w
         squared = (self.at_w * (self.gram @ self.at_w)).sum((-2, -1))
-        self.pull = squared.clamp_min(0).sqrt()
+        self.pull = squared.clamp_min(0).sqrt()  # ||T W||_F
 
     def solve(self, twice_c: Tensor) -> Tensor:
         """``(I + 2 c T)^-1 W = W - 2 c A (I + 2 c A^T A)^-1 A^T W``."""
@@ -54,21 +46,14 @@ class LowRank:
 
 
 class RunningMean:
-    """The means of some weights.
-
-    Attributes:
-        kept: by weight, T ``(d, d)``, or the last A side by side ``(d, 4 q)``, zero at the start.
-    """
+    """The means of some weights."""
 
     def __init__(self) -> None:
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}  # T (d, d), or the last A side by side (d, 4 q), zero at the start
 
     def add(self, numbers: list[int], a: Tensor, w: Tensor, live: Tensor) -> tuple[Dense | LowRank, Tensor]:
         """The means of weights of one shape with ``A A^T`` in them, A ``(weights, d, q)``, beside their W;
-        and ``||A^T W||_F^2``, the sum over the weights.
-
-        Args:
-            live: by weight, whether A counts; where it does not, A is zero and the mean stays.
+        and ``||A^T W||_F^2``, the sum over the weights. Where A is not `live` it is zero, and the mean stays.
         """
         d, q = a.shape[-2:]
         shape = shape_of_mean(d, q)

@@ -64,18 +64,12 @@ def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
 
 
 class Head(NamedTuple):
-    """One softmax of one use's output.
-
-    Attributes:
-        softmax: what the loss takes in.
-        use, edge: the layer's use that it belongs to, and where that makes z.
-        in_order: whether log p is known to have the rows of z, in their order and unscaled.
-    """
+    """One softmax of one use's output."""
 
     softmax: Softmax
     use: LayerUse
-    edge: GradientEdge
-    in_order: bool
+    edge: GradientEdge  # where z is made
+    in_order: bool  # whether log p is known to have the rows of z, in their order and unscaled
 
 
 def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
@@ -99,11 +93,9 @@ def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
 
 
 def _to_softmax(head: Head, by_row: Tensor) -> Tensor:
-    """One number per row of z, to where that row is in front of the softmax, times the square of the row's
-    factor there.
+    """One number per row of z, to where that row is in front of the softmax, times the square of its factor.
 
-    A number is moved, and multiplied with the factor once, by the transpose of the derivative of what lies
-    between the two.
+    The transpose of the derivative of what lies between the two moves it, and multiplies it with the factor.
     """
     at_z = by_row.unsqueeze(head.use.channel).expand(head.use.shape)
     edge, log_p, dim, _ = head.softmax

@@ -3,12 +3,10 @@
 A row is one vector that the layer put out: a sample, a token, a position of a convolution. Rows that do not
 interact have no mixed second derivatives, so one Hessian-vector product serves all of them.
 
-Groups lie along an axis of what a layer puts out. Where an entry lies along that axis is one digit of its
-number, so the digit can be followed through reshapes, permutations and whatever leaves its axis alone
-(`operations`). As long as every entry is computed from those of its own digit, groups are apart. Where they
-are first put together it must be by adding, and from there to the loss everything must be linear: then the
-loss is a sum over the groups. Nothing is looked at but names, shapes and axes. What is not known proves
-nothing.
+Groups lie along an axis of z. Where an entry lies along it is one digit of its number, which can be followed
+through reshapes, permutations and whatever leaves its axis alone (`operations`). As long as every entry is
+computed from those of its own digit, groups are apart. Where they are first put together it must be by
+adding, and from there to the loss everything must be linear. What is not known proves nothing.
 """
 
 from __future__ import annotations
@@ -50,14 +48,10 @@ class Groups(NamedTuple):
 
 
 def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups:
-    """Follows groups, `length` many, from some layers to the loss.
+    """Follows groups, `length` many, along a path from some layers, their own nodes included, to the loss.
 
     Args:
-        path: the nodes between the layers and the loss, the layers' own included.
         starts: where z is made, and the stride of the groups' digit there.
-        length: how many groups.
-
-    Cost: a few microseconds per node, no arithmetic.
     """
     strides: dict[Result, int] = {}
     mixing: list[Node] = []
@@ -75,15 +69,10 @@ def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups
 
 
 def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) -> bool:
-    """Whether the graph shows that the `groups` runs of z do not interact; False proves nothing.
+    """Whether the graph shows that `groups` runs of z do not interact; False proves nothing.
 
-    z is the output of a layer, or of several uses of several layers, each of which is cut into as many runs,
-    one after the other in the order of its entries.
-
-    Args:
-        between: the nodes between z and the loss.
-        ends: those that make z.
-        groups: how many runs.
+    Every z that one of `ends` makes is cut into as many runs, one after the other in the order of its
+    entries; `between` are the nodes from there to the loss.
     """
     starts = {(end, 0): nodes.shape(end, 0).numel() // groups for end in ends}
     return not follow(between | ends, starts, groups).dependent & ends
@@ -123,10 +112,8 @@ def _operands_first(path: Set[Node]) -> Iterable[Node]:
 class Grouping:
     """A partition of the rows of all uses of a layer into ``groups`` equal groups of ``size`` rows.
 
-    Args:
-        uses: the layer's uses.
-        axes: the axes of z's rows along which groups lie: (0,) for samples; all of them: every row of one use
-            is a group; none: there is one group. Of several uses the rows at one place are in one group.
+    Groups lie along some axes of z's rows: (0,) for samples; all of them: every row of one use is a group;
+    none: there is one group. Of several uses the rows at one place are in one group.
     """
 
     def __init__(self, uses: Sequence[LayerUse], axes: Sequence[int]) -> None:
@@ -179,12 +166,8 @@ def shown_axes(
 ) -> list[dict[int, Groups]]:
     """For every layer the axes of its rows along which these do not interact, and what the graph shows.
 
-    Rows that interact along no axis do not interact at all.
-
-    Args:
-        path: the nodes of all tails, the layers' own included.
-
-    Cost: a walk over the path for every length of an axis.
+    Rows that interact along no axis do not interact at all. The path is that of all tails, the layers' own
+    nodes included; it is walked once for every length of an axis.
     """
     layers: dict[tuple[int, int], list[int]] = {}  # by number and length of an axis that they have
     for number, (tail, of_layer) in enumerate(zip(tails, uses, strict=True)):

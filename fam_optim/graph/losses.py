@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
 def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> list[Node] | None:
     """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
-    is not linear in such.
-
-    Args:
-        path: the nodes from which one of `ends` can be reached, and these.
+    is not linear in such. The path is that to `ends`, these included.
     """
     found = []
     root = loss.grad_fn
@@ -78,16 +75,12 @@ class Output(NamedTuple):
 def find_outputs(
     loss: Tensor, path: frozenset[Node], ends: frozenset[Node], *, differentiable: bool
 ) -> list[Output]:
-    """The outputs that the loss is a convex function of, as far as it depends on some layers.
+    """The outputs that the loss is a convex function of, as far as it depends on some layers, or RuntimeError
+    if it is not known to be.
 
     Args:
-        loss: the scalar.
-        path: the nodes between the loss and the layers, the layers' own included.
-        ends: the layers' own.
+        path, ends: the nodes between the loss and the layers, the layers' own included; and these.
         differentiable: whether what is returned carries gradients.
-
-    Raises:
-        RuntimeError: if the loss is not known to be convex in them.
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
     known = terms or []
@@ -161,18 +154,12 @@ def _root_of(weights: Tensor) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """``-sum_k c_k log p_k``, p the softmax of o along one axis.
+    """``-sum_k c_k log p_k``, p the softmax of o along one axis."""
 
-    Attributes:
-        edge: where o is made.
-        log_p, dim: as the graph keeps it, in no lower precision than float32; the axis of its classes.
-        a: the sum of c.
-    """
-
-    edge: GradientEdge
-    log_p: Tensor
-    dim: int
-    a: Tensor
+    edge: GradientEdge  # where o is made
+    log_p: Tensor  # as the graph keeps it, in no lower precision than float32
+    dim: int  # the axis of its classes
+    a: Tensor  # the sum of c
 
 
 def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
@@ -194,10 +181,8 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
 
 
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
-    """A loss that is a sum over the entries of o, a being its second derivative in each.
-
-    Args:
-        sides: the operands that o is the difference of, by position, and their signs.
+    """A loss that is a sum over the entries of o, a being its second derivative in each. The sides are the
+    operands that o is the difference of, by position, with their signs.
     """
 
     def root(r: Tensor) -> list[Tensor]:

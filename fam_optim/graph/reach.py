@@ -15,17 +15,11 @@ if TYPE_CHECKING:
 
 
 class Reach(NamedTuple):
-    """What a loss reaches.
+    """What a loss reaches."""
 
-    Attributes:
-        path: the nodes from which a weight can be reached.
-        leaves: the node that accumulates a weight's gradient, for every weight that was reached.
-        parents: the nodes that use a node's result, for every node of the graph.
-    """
-
-    path: frozenset[Node]
-    leaves: dict[Tensor, Node]
-    parents: dict[Node, list[Node]]
+    path: frozenset[Node]  # from which a weight can be reached
+    leaves: dict[Tensor, Node]  # of the weights that were reached, where their gradients accumulate
+    parents: dict[Node, list[Node]]  # those that use a node's result, for every node of the graph
 
 
 def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:

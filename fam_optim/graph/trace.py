@@ -32,21 +32,13 @@ class LayerNotUsedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Tail:
-    """What lies between a loss and the outputs z of one layer.
-
-    Attributes:
-        layer: the module, or the parameter.
-        loss: the scalar.
-        uses: the layer's uses that the loss depends on.
-        edges: where to differentiate with respect to their outputs, in the same order.
-        parents: of every node that was visited, those that are computed from it.
-    """
+    """What lies between a loss and the outputs z of one layer."""
 
     layer: nn.Module | Tensor
     loss: Tensor
-    uses: tuple[Use, ...]
-    edges: tuple[GradientEdge, ...]
-    parents: Mapping[Node, Sequence[Node]] = field(repr=False)
+    uses: tuple[Use, ...]  # of the layer, that the loss depends on
+    edges: tuple[GradientEdge, ...]  # where to differentiate with respect to their outputs
+    parents: Mapping[Node, Sequence[Node]] = field(repr=False)  # of every node of the loss's graph
 
     @property
     def ends(self) -> frozenset[Node]:
@@ -70,14 +62,11 @@ def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
 
 
 def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
-    """The tails from `loss` to the outputs of each layer; None where the loss does not depend on it.
+    """The tails from `loss` to the outputs of each layer, in one walk; None where it does not depend on it.
 
     That of a parameter ends at the parameter itself.
 
-    Cost: one walk over the graph, whatever the number of layers.
-
     Raises:
-        ValueError: if the loss is not a scalar.
         LayerNotUsedError: if it depends on none of the layers.
         RuntimeError: if a record is out of date, if the loss depends on calls that were not recorded, or if
             it is made of a derivative that was taken through a layer, or through nn.LayerNorm behind one.

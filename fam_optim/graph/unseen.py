@@ -33,11 +33,7 @@ def check_all_seen(
     parents: Parents, layers: Sequence[Observation | Tensor], uses_of: Sequence[Sequence[Use]]
 ) -> None:
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
-    through one, or on a parameter whose gradient is sparse.
-
-    Args:
-        parents: the nodes that use a node's result, for every node of the loss's graph.
-        layers, uses_of: the layers, and of each the uses that were found.
+    through one, or on a parameter whose gradient is sparse; `uses_of` are the uses that were found of each.
     """
     records = ((node, recorded_use(node)) for node in parents)
     recorded = {_product_of_call(node) for node, found in records if found and not found[0].is_released}

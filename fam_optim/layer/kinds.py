@@ -26,11 +26,8 @@ from fam_optim.layer.use import (
 
 
 def use_type(module: nn.Module) -> type[LayerUse]:
-    """The kind of `Use` that describes `module`'s forward.
-
-    Raises:
-        TypeError: if the module is not known to be linear in a weight matrix of its own.
-    """
+    """The kind of `Use` that describes `module`'s forward; TypeError if that is not known to be linear in a
+    weight matrix of its own."""
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(tensor_parallel(module))
     base = base_type(module)
@@ -83,13 +80,10 @@ def overridden(module: nn.Module) -> str | None:
 
 
 def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> str | None:
-    """Why kappa cannot be computed of a call, whose output is not what the module's class computes.
+    """Why kappa cannot be computed of a call: its output is not what the module's class computes, by the same
+    operations on the same tensors, to the same numbers. (That of fake quantisation is not.)
 
-    That is by the same operations on the same tensors, to the same numbers, here and now. (Fake quantisation
-    is not.)
-
-    Args:
-        seen: whether numbers were compared before: reading them waits for an accelerator, and is done once.
+    Numbers that were `seen` before are not compared again on an accelerator, which would have to wait.
     """
     try:
         computed = use.forward(cast("Tensor | None", module.bias))
@@ -125,11 +119,7 @@ def check_matrix(weight: Tensor, name: str) -> None:
 
 
 def parameter_use(parameter: Tensor) -> Use:
-    """The bare parameter as a weight matrix: rows along its first axis.
-
-    Raises:
-        TypeError: if it has fewer than two dimensions, is complex, or sharded.
-    """
+    """The bare parameter as a weight matrix, rows along its first axis; TypeError if it is none."""
     check_matrix(parameter, describe(parameter))
     if is_sharded(parameter):
         raise TypeError(
@@ -140,13 +130,7 @@ def parameter_use(parameter: Tensor) -> Use:
 
 
 class WeightMatrix:
-    """A parameter that the proximal step moves, as the matrix W ``(d, m)`` of its layer.
-
-    Attributes:
-        name: for messages.
-        layout: where its rows and columns lie.
-        d, m: the shape of W.
-    """
+    """A parameter that the proximal step moves, as the matrix W ``(d, m)`` of its layer."""
 
     def __init__(self, parameter: nn.Parameter, name: str, layout: Layout) -> None:
         self.parameter, self.name, self.layout = parameter, name, layout

@@ -40,9 +40,6 @@ class Observation:
 
     Args:
         module: the layer, as in `observe`.
-
-    Attributes:
-        module: the layer; of a compiled one the module that was compiled.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -148,8 +145,6 @@ class _Recorder:
     """A module's hooks, and what they know: one for all who observe the module.
 
     Attributes:
-        module: what it records the calls of.
-        observers: who wants to know of them.
         without_graph: how many graph nodes this thread had made at calls without one, lately.
     """
 

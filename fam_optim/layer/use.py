@@ -32,10 +32,8 @@ def at_least_float32(t: Tensor) -> Tensor:
 class Layout(NamedTuple):
     """A weight's own shape, and how it is read as W: one row per output neuron, its columns everything else.
 
-    Attributes:
-        shape: ``(d, ...)``, or ``(inputs, d / groups, ...)``.
-        inputs_first: whether it is the latter: of a transposed convolution, of Hugging Face's Conv1D.
-        groups: of a transposed convolution, whose outputs are counted within their group.
+    The shape is ``(d, ...)``, or, of a transposed convolution or Hugging Face's Conv1D, ``(inputs, outputs of
+    a group, ...)``.
     """
 
     shape: torch.Size
@@ -61,8 +59,7 @@ class Layout(NamedTuple):
         return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """A matrix ``(d, m)`` as the weight is stored: the inverse of `matrix`. With fewer rows the weight of
-        fewer outputs."""
+        """A matrix ``(d, m)`` as the weight is stored; with fewer rows the weight of fewer outputs."""
         inputs, *rest = self.shape
         if not self.inputs_first:
             return matrix.reshape(-1, *rest)
