@@ -1,6 +1,6 @@
 """Draws how flat every layer of a trained network is: kappa by layer, and over the training.
 
-    python -m recipes.train quickstart --optimizer sgd fam --keep 2 --out runs/kept    # keeps networks
+    python -m recipes.train quickstart --optimizer sgd fam --mode proximal --keep 2 --out runs/kept
     python -m recipes.flatness runs/kept/quickstart/*/seed0
 
 kappa (small is flat) has Gauss-Newton curvature, on the first training samples. If a run has kept networks of

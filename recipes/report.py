@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reader = parser("report", __doc__)
     reader.add_argument("source", type=Path, help="a folder with runs, or the JSON of an earlier report")
     reader.add_argument(
-        "--out", type=Path, help="path of the files without their endings (default: SOURCE/report)"
+        "--out", type=Path, help="path of the files without their endings (default: beside SOURCE)"
     )
     options = reader.parse_args(arguments)
     source: Path = options.source

@@ -1,8 +1,8 @@
 """Measures how the cost of kappa grows with a last layer's classes d and inputs m, and with the batch size N.
 
-One of the three sizes grows. Timed is the gradient of ``loss + kappa`` in the layer's weights and inputs, in
-alternation with that of the loss alone; memory is the peak. The exponents are fitted to the largest sizes.
-The predictions count the operations:
+One of the three sizes grows at a time. Timed is the gradient of ``loss + kappa`` in the layer's weights and
+inputs, in turns with that of the loss alone; memory is the peak. The exponents are fitted to the largest
+sizes. The predictions count the operations:
 
                   time                memory
     exact         N m d               N m + d m + N d    closed form of the softmax; by pairs of classes, in
@@ -10,7 +10,7 @@ The predictions count the operations:
     hutchinson    N m d               N m + d m + N d    a probe is a product of the layer's own size
     full          d m  times  N m d   d m (d m + N d)    forms the Hessian by d m products, whose graphs stay
 
-An exponent below the prediction is a size at which other terms, or the calls themselves, still count.
+Where an exponent is below the prediction, other terms, or the calls themselves, still count at these sizes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

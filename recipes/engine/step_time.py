@@ -11,13 +11,13 @@ from recipes.engine.optimizers import Settings, build, plain, take_step
 from recipes.engine.task import Batch
 from recipes.shared.timing import alternate, relative, repeated
 
-STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; blocks, where some steps are dearer
+STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; blocks, where some cost more
 
 
 def relative_step_time(loop: Loop, settings: Settings, batches: Sequence[Batch]) -> dict[str, Any]:
     """Median and quartiles of the ratio of the two steps on the same batches, on copies of the model.
 
-    The two take turns. A step that is dearer every so often is measured in blocks of so many.
+    The two take turns. A step that costs more every so often is measured in blocks of so many.
     """
     if settings == plain(settings):
         return {"median": 1.0, "quartiles": [1.0, 1.0], "steps": 0}

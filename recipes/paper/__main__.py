@@ -1,6 +1,6 @@
-"""The paper's numbers beside ours, on one page.
+"""Prints the paper's numbers beside ours.
 
-    python -m recipes.paper --out recipes/results/paper.md      # without --out they are printed
+    python -m recipes.paper --out recipes/results/paper.md      # into a file
 
 Ours are those of the results that lie beside the recipes.
 """
