@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from fam_optim.graph.trace import LayerNotUsedError
+from fam_optim.graph.reach import LayerNotUsedError
 from fam_optim.penalty import Penalty, without_penalties
 from fam_optim.unnoticed import opaque
 

@@ -17,7 +17,7 @@ from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
-from fam_optim.graph.trace import check_scalar
+from fam_optim.graph.reach import check_scalar
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of

@@ -12,8 +12,7 @@ from fam_optim import unnoticed
 from fam_optim.estimators.roots import added, joined, products_of_rows, sample_roots, scaled
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import is_of_weights, reach, spread
-from fam_optim.graph.trace import check_scalar
+from fam_optim.graph.reach import check_scalar, is_of_weights, reach, spread
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
 from fam_optim.unnoticed import counted_once

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
+
 from fam_optim.graph import nodes, operations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from torch import Tensor
     from torch.autograd.graph import Node
+
+
+class LayerNotUsedError(RuntimeError):
+    """The loss does not depend on the layer."""
 
 
 class Reach(NamedTuple):
@@ -32,6 +37,24 @@ def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
     of_leaves = ((nodes.leaf(node), node) for node in parents)
     leaves = {wanted[id(leaf)]: node for leaf, node in of_leaves if id(leaf) in wanted}
     return Reach(above(leaves.values(), parents), leaves, parents)
+
+
+def check_scalar(loss: Tensor) -> None:
+    """Raises TypeError, ValueError or LayerNotUsedError unless `loss` is a single number with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"expected `loss` to be a scalar tensor, got {type(loss).__name__}.")
+    if loss.is_complex():
+        raise TypeError(f"expected `loss` to be real, got {loss.dtype}. Take its .abs() or .real.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"expected `loss` to be a scalar, got shape {tuple(loss.shape)}. Reduce it first, "
+            "for example with .mean()."
+        )
+    if loss.grad_fn is None:
+        raise LayerNotUsedError(
+            "expected `loss` to depend on the layer, got one without a graph: it was computed under "
+            "torch.no_grad() or inference_mode(), detached, or from nothing that requires gradients."
+        )
 
 
 def parents_below(loss: Tensor) -> dict[Node, list[Node]]:

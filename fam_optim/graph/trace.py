@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
-from fam_optim.graph.reach import above, parents_below
+from fam_optim.graph.reach import LayerNotUsedError, above, check_scalar, parents_below
 from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from torch import nn
-
-
-class LayerNotUsedError(RuntimeError):
-    """The loss does not depend on the layer."""
 
 
 @dataclass(frozen=True)
@@ -106,24 +102,6 @@ def _uses(
         elif leaf is not None and id(leaf) in numbers:
             uses[numbers[id(leaf)]].append((parameter_use(leaf), GradientEdge(node, 0)))
     return uses
-
-
-def check_scalar(loss: Tensor) -> None:
-    """Raises TypeError, ValueError or LayerNotUsedError unless `loss` is a single number with a graph."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"expected `loss` to be a scalar tensor, got {type(loss).__name__}.")
-    if loss.is_complex():
-        raise TypeError(f"expected `loss` to be real, got {loss.dtype}. Take its .abs() or .real.")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"expected `loss` to be a scalar, got shape {tuple(loss.shape)}. Reduce it first, "
-            "for example with .mean()."
-        )
-    if loss.grad_fn is None:
-        raise LayerNotUsedError(
-            "expected `loss` to depend on the layer, got one without a graph: it was computed under "
-            "torch.no_grad() or inference_mode(), detached, or from nothing that requires gradients."
-        )
 
 
 def not_used(layer: nn.Module | Tensor, graph: Collection[Node]) -> str:
