@@ -22,9 +22,11 @@ For cross-entropy it is the expected squared gradient over labels drawn from the
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.hutchinson import rademacher
@@ -33,12 +35,10 @@ from fam_optim.graph.corrections import corrected
 from fam_optim.graph.independence import SUM, Grouping, row_uses, shown_axes
 from fam_optim.graph.losses import cotangents, find_outputs, without_scale
 from fam_optim.graph.trace import path_of
-from fam_optim.layer.use import LOW_PRECISION, describe
+from fam_optim.layer.use import LOW_PRECISION, LinearUse, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
 
     from fam_optim.estimators.measure import Factor
     from fam_optim.graph.independence import Groups
@@ -67,15 +67,17 @@ class Jacobian:
         self.uses = [
             tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
         ]
+        self._below = self._edges_below()
 
-    def pull(self, r: Sequence[Tensor]) -> list[list[Tensor]]:
-        """``delta = d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
+    def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
+        """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
         edges, vectors, scale = cotangents(self.outputs, r)
+        at_z = [edge for tail in self.tails for edge in tail.edges]
         right = corrected(self.path if self.differentiable else (), derivatives_to_come=1)
         with errors.explained("derivatives"), right:
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 edges,
-                [edge for tail in self.tails for edge in tail.edges],
+                [*at_z, *self._below.values()],
                 vectors,
                 create_graph=self.differentiable,
                 retain_graph=True,
@@ -83,13 +85,15 @@ class Jacobian:
             )
         if self.differentiable:
             errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
-        deltas = iter(found)
-        return [[_delta(use, next(deltas), scale) for use in uses] for uses in self.uses]
+        unscaled = [None if g is None else without_scale(g, scale) for g in found]
+        products = dict(zip(self._below, unscaled[len(at_z) :], strict=True))
+        deltas = iter(unscaled)
+        return [[_pulled(use, next(deltas), products.get(use)) for use in uses] for uses in self.uses]
 
-    def in_weights(self, layer: int, deltas: Sequence[Tensor]) -> Tensor:
+    def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
         """g ``(d, m)`` of a layer, by position, through all uses of its weight."""
-        of_uses = zip(self.uses[layer], self.tails[layer].edges, deltas, strict=True)
-        return torch.stack([self._in_weight(*of_use) for of_use in of_uses]).sum(0)
+        of_uses = zip(self.uses[layer], self.tails[layer].edges, found, strict=True)
+        return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
 
     def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
         node = edge.node
@@ -106,13 +110,33 @@ class Jacobian:
         )
         return use.layout.matrix(g)
 
+    def _edges_below(self) -> dict[Use, GradientEdge]:
+        """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
+        vectors, if nothing else reads it, in full precision."""
+        readers = Counter(edge for node in self.path | self.ends for edge in node.next_functions)
+        below: dict[Use, GradientEdge] = {}
+        for tail, uses in zip(self.tails, self.uses, strict=True):
+            for use, edge in zip(uses, tail.edges, strict=True):
+                position = {"Addmm": 1, "Mm": 0}.get(nodes.kind(edge.node))  # of phi
+                if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
+                    continue
+                node, output = edge.node.next_functions[position]
+                if node is not None and node in self.path and readers[node, output] == 1:
+                    below[use] = GradientEdge(node, output)
+        return below
 
-def _delta(use: Use, g: Tensor | None, scale: Any) -> Tensor:
-    return (
-        use.matrix().detach().new_zeros(use.shape)
-        if g is None
-        else without_scale(g, scale).reshape(use.shape)
-    )
+
+class Pulled(NamedTuple):
+    """A derivative at one use: ``delta``, in the shape of z, and ``delta W`` if that was formed anyway."""
+
+    delta: Tensor
+    product: Tensor | None
+
+
+def _pulled(use: Use, delta: Tensor | None, product: Tensor | None) -> Pulled:
+    if delta is None:
+        return Pulled(use.matrix().detach().new_zeros(use.shape), None)
+    return Pulled(delta.reshape(use.shape), product)
 
 
 def gauss_newton(
@@ -208,19 +232,19 @@ def _squares(
 
 
 def _square(
-    jacobian: Jacobian, layer: int, deltas: Sequence[Tensor], factor: Factor, grouping: Grouping | None
+    jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
 ) -> Tensor:
     """The same of one layer, by position."""
     if grouping is None:
-        return factor.square(jacobian.in_weights(layer, deltas))
-    delta = grouping.gather_outputs(deltas)
+        return factor.square(jacobian.in_weights(layer, found))
+    delta = grouping.gather_outputs([f.delta for f in found])
     if grouping.size > 1:
         phi = grouping.gather([use.rows() for use in grouping.uses])
         if _has_few_rows(grouping):
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    scale, pulled = factor.pulled(delta[:, 0])
+    scale, pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
     return scale * (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
 
 
@@ -238,8 +262,8 @@ def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
     """``<F F^T, T>`` with T from every column of S by itself."""
     traces: list[Any] = [0.0] * len(factors)
     for r in _columns(jacobian, [_by_group(output.shape, ()) for output in jacobian.outputs]):
-        for layer, deltas in enumerate(jacobian.pull(r)):
-            g = jacobian.in_weights(layer, deltas)
+        for layer, found in enumerate(jacobian.pull(r)):
+            g = jacobian.in_weights(layer, found)
             traces[layer] = traces[layer] + g @ g.T
     return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 

@@ -9,10 +9,11 @@ space, a random probe, or the covariance under a softmax. All of them carry grad
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,9 +61,13 @@ class Neuronwise:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
         return 1.0, signs @ self.matrix.T
 
-    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
-        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``."""
-        return 1.0, rows @ self.matrix
+    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
+        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(n, d)``; `product` is ``x W``, if
+        somebody has formed it."""
+        if product is None:
+            return 1.0, rows @ self.matrix
+        attached: Tensor = product if product.requires_grad else _Formed.apply(rows, self.matrix, product)
+        return 1.0, attached
 
     def inner(self, rows: Tensor) -> Tensor:
         """``<F^T x_a, F^T x_b>`` of the rows x of each group ``(..., n, d)``: ``(..., n, n)``."""
@@ -101,6 +106,21 @@ class Neuronwise:
         return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype)).dot(by_row.to(dtype))
 
 
+class _Formed(torch.autograd.Function):
+    """``x W`` of a constant x, as somebody has formed it, with its gradient in W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, product: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return product.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return None, x.mT @ grad, None
+
+
 class Layerwise:
     """F = ||W||_F I ``(d, d)``; its methods are those of `Neuronwise`."""
 
@@ -118,7 +138,7 @@ class Layerwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, signs  # not ||W|| in v: the norm has no derivative at W = 0
 
-    def pulled(self, rows: Tensor) -> tuple[Tensor | float, Tensor]:
+    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, rows
 
     def inner(self, rows: Tensor) -> Tensor:
