@@ -103,7 +103,7 @@ class Neuronwise:
         """
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
-        return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype)).dot(by_row.to(dtype))
+        return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
 
 
 class _Formed(torch.autograd.Function):
@@ -157,29 +157,78 @@ class Layerwise:
         return self.square_norm * (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
 
 
-def _trace_of_covariance(log_p: Tensor, w: Tensor) -> Tensor:
-    """``sum_k p_k ||w_k - mu||^2``, mu the mean of the class vectors w under p, for each p: ``(n,)``.
+def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
+    """``sum_i b_i c_i``, ``()``, c_i the trace of the covariance of the class vectors w under p_i."""
+    if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
+        p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
+        return ((p @ distances) * p).sum(1).dot(by_row) / 2
+    trace: Tensor = _Trace.apply(log_p, w, by_row)
+    return trace
 
-    With t the most probable class, q the probabilities of the others, and delta = mu - w_t, it is
 
-        sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
+class _Trace(torch.autograd.Function):
+    """The trace with its gradient written out, which keeps nothing of the size of log p but log p:
+
+    dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
+    dc/dw_k     = 2 p_k (w_k - mu)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, weight: Tensor, by_row: Tensor) -> Any:
+        parts = _parts_of_trace(log_p, weight)
+        ctx.save_for_backward(log_p, weight, by_row, *parts)
+        return parts[-1].dot(by_row)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        log_p, weight, by_row, w, squares, top, rest, delta, c = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, scale, log_p, weight, by_row)
+        in_log_p, in_w, in_by_row = ctx.needs_input_grad
+        mean, b = w[top] + delta, (scale * by_row)[:, None]
+        weighted = log_p.exp().scatter_(1, top[:, None], 0.0).mul_(b)
+        by_log_p = by_w = None
+        if in_w:
+            by_w = (2 * weighted.sum(0)[:, None] * w).addmm_(weighted.T, mean, alpha=-2)
+            by_w.index_add_(0, top, (rest - 1)[:, None] * b * delta, alpha=2)
+        if in_log_p:
+            # ||w_k - mu||^2 - ||delta||^2, of which ||w_t||^2 + 2 <w_t, delta> does not depend on k
+            beside = squares[top] + 2 * (w[top] * delta).sum(1)
+            by_log_p = torch.addmm(squares, mean, w.T, alpha=-2).add_(beside[:, None]).mul_(weighted)
+        return by_log_p, by_w, scale * c if in_by_row else None
+
+
+def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradient, in operations that can be differentiated again."""
+    # Views, so that the derivative in W is not also the one through log p, which is computed from W.
+    views = [t.view_as(t) for t in inputs]
+    needed = [t for t, asked in zip(views, ctx.needs_input_grad, strict=True) if asked]
+    log_p, w, by_row = views
+    trace = _parts_of_trace(log_p, w)[-1].dot(by_row)
+    found = iter(torch.autograd.grad(trace, needed, scale, create_graph=True))
+    return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
+
+
+def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """With t the most probable class, q the probabilities of the others, mu the mean, delta = mu - w_t: the
+    class vectors and their squares, t, the sum of q, delta, and
+
+        c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
 
     in which nothing cancels where the largest probability rounds to one. Moving all class vectors alike
     changes nothing, so what they have in common, which may be large beside their differences, goes first.
     """
-    if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
-        p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
-        return ((p @ distances) * p).sum(1) / 2
     q, top = _without_top(log_p)
-    rest, centred = q.sum(1), w - w.detach().mean(0)
-    squares, w_top = centred.square().sum(1), centred[top]
-    delta = q @ centred - rest[:, None] * w_top
-    return q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
+    rest, w = q.sum(1), w - w.detach().mean(0)
+    squares, w_top = w.square().sum(1), w[top]
+    delta = q @ w - rest[:, None] * w_top
+    c = q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
+    return w, squares, top, rest, delta, c
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """p with its largest entry set to zero, and where that was ``(n,)``."""
-    top = log_p.argmax(1)
+    top = log_p.max(1).indices  # half the time of argmax on the CPU
     return log_p.exp().scatter(1, top[:, None], 0.0), top
 
 
