@@ -4,10 +4,15 @@ The user's closure either returns the loss and leaves backward to FAM, or calls 
 loss or several, scaled or not; a backward that it calls runs on the loss with its penalty. A base that reads
 what a closure returns (LBFGS's line search, Polyak's step size) must find the function whose gradient it
 gets, the user the plain loss.
+
+`torch.autograd.backward`, which every ``Tensor.backward`` calls, is replaced while a closure runs, and lets
+this thread's closure change the loss. (A TorchFunctionMode would see ``Tensor.backward`` alone, and costs a
+microsecond for every operation.)
 """
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from fam_optim.compilation import opaque
-from fam_optim.graph.trace import LayerNotUsedError
-from fam_optim.interception import BackwardInterception
+from fam_optim.graph.reach import LayerNotUsedError
 from fam_optim.penalty import Penalty, without_penalties
+from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,8 +36,6 @@ class WatchedClosure:
     """The closure of one step, whose losses a regulariser sees before they are backpropagated.
 
     Args:
-        closure: the user's.
-        regularizer: what sees them.
         check: called after an evaluation: refuses gradients that no step may be made on.
         zero_grad: empties the gradients.
         trained: the base optimizer's parameters.
@@ -62,10 +64,8 @@ class WatchedClosure:
         self.evaluations = 0
         self.returned: Any = None
 
+    @partial(opaque, reason="fam_optim looks into the graph that the closure builds")
     def __call__(self) -> Any:
-        return _untraced(self._evaluate)
-
-    def _evaluate(self) -> Any:
         self.evaluations += 1
         # Weakly, since the closure is to free these gradients.
         trained = self.trained() if self.regularizer.looks else ()
@@ -75,16 +75,22 @@ class WatchedClosure:
         if backward.seen:
             self._check_seen()
         elif result is not None or not self._may_only_step():
-            _check_returned(result)
-            self._check_left(before)
+            self._check_unseen(result, before)
             if self.evaluations > 1:  # the base tries again, from gradients that are still the last try's
                 self.zero_grad()
             self._regularized(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
         self.check()
         return self._value(result)
 
-    def _check_left(self, before: list[tuple[Tensor, TensorWeakRef | None]]) -> None:
-        """Raises RuntimeError if the closure has made gradients without a backward that was seen."""
+    def _check_unseen(self, result: Any, before: list[tuple[Tensor, TensorWeakRef | None]]) -> None:
+        """Raises RuntimeError if a closure that called no backward returned no loss or has made gradients."""
+        if not isinstance(result, Tensor) or result.grad_fn is None:
+            raise RuntimeError(
+                "expected the closure to return the loss as a tensor with its graph, or to call "
+                f"loss.backward() itself; it called no backward and returned {result!r}. (In Lightning's "
+                "manual optimisation, call self.manual_backward(optimizer.regularize(loss)) before "
+                "optimizer.step().)"
+            )
         made = (p.grad for p, old in before if p.grad is not None and p.grad is not (old and old()))
         if any(bool(g.any()) for g in made):
             raise RuntimeError(
@@ -122,10 +128,10 @@ class PenalizedClosure(WatchedClosure):
         self.penalty = penalty
         self._missed: LayerNotUsedError | None = None
 
-    def _evaluate(self) -> Any:
+    def __call__(self) -> Any:
         self._backwards: list[_Backward] = []
         self.penalty.touched = False
-        return super()._evaluate()
+        return super().__call__()
 
     def _check_seen(self) -> None:
         if self.penalty.lam and not self.penalty.touched:
@@ -159,7 +165,7 @@ class PenalizedClosure(WatchedClosure):
     def _regularized(self, loss: Tensor) -> Tensor:
         if not self.penalty.lam:
             return loss
-        regularized = self.penalty.add(loss)
+        regularized = self.penalty.regularize(loss)
         plain = without_penalties(regularized)  # while there is a graph to ask
         self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
@@ -187,18 +193,18 @@ class PenalizedClosure(WatchedClosure):
         objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
         unit = torch.where(backpropagated == 0, 1, value / backpropagated)
-        self.penalty.rescale(unit)
+        if self.penalty.last_kappa is not None:
+            self.penalty.last_kappa = self.penalty.last_kappa * unit
         value = value + unit * (objective - backpropagated)
         return float(value) if isinstance(result, float) else value
 
 
 class _Backward(NamedTuple):
-    """One backward of a closure's: the node of its loss, the loss's value without penalties, and that of what
-    was backpropagated in its place."""
+    """One backward of a closure's."""
 
-    node: Node | None
-    plain: Tensor
-    objective: Tensor
+    node: Node | None  # of its loss
+    plain: Tensor  # the loss's value without penalties
+    objective: Tensor  # that of what was backpropagated in its place
 
 
 def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: Any) -> WatchedClosure:
@@ -208,15 +214,61 @@ def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: A
     return WatchedClosure(closure, regularizer, **functions)
 
 
-@partial(opaque, reason="fam_optim looks into the graph that the closure builds")
-def _untraced(evaluate: Callable[[], Any]) -> Any:
-    return evaluate()
+class _Active(threading.local):
+    """The interceptions that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[BackwardInterception] = []
 
 
-def _check_returned(result: Any) -> None:
-    if not isinstance(result, Tensor) or result.grad_fn is None:
-        raise RuntimeError(
-            "expected the closure to return the loss as a tensor with its graph, or to call "
-            f"loss.backward() itself; it called no backward and returned {result!r}. (In Lightning's manual "
-            "optimisation, call self.manual_backward(optimizer.regularize(loss)) before optimizer.step().)"
-        )
+_active = _Active()
+_lock = threading.Lock()
+_entered = 0
+_torchs_own: Any = None
+
+
+class BackwardInterception:
+    """Within this context a backward of this thread's backpropagates ``transform(loss)``."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
+        self.transform = transform
+        self.seen = False  # whether backward was called at all
+
+    def __enter__(self) -> BackwardInterception:
+        global _entered, _torchs_own
+        with _lock:
+            if not _entered:
+                _torchs_own, torch.autograd.backward = torch.autograd.backward, _backward
+            _entered += 1
+        _active.stack.append(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _entered
+        _active.stack.pop()
+        with _lock:
+            _entered -= 1
+            if not _entered:
+                torch.autograd.backward = _torchs_own
+
+
+def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for `torch.autograd.backward`: the innermost interception's turn, then the next one's."""
+    if not _active.stack:  # all have had theirs, or it is another thread's backward
+        return _torchs_own(tensors, grad_tensors, *args, **kwargs)
+    interception = _active.stack.pop()
+    try:
+        interception.seen = True
+        return _backward(interception.transform(_one_loss(tensors, grad_tensors)), None, *args, **kwargs)
+    finally:
+        _active.stack.append(interception)
+
+
+def _one_loss(tensors: Any, gradients: Any) -> Tensor:
+    """The scalar whose backward is that of several tensors, each from the gradient that it was given."""
+    tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    gradients = (gradients,) if gradients is None or isinstance(gradients, Tensor) else tuple(gradients)
+    gradients += (None,) * (len(tensors) - len(gradients))
+    first, *others = (t if g is None else (t * g).sum() for t, g in zip(tensors, gradients, strict=True))
+    total: Tensor = sum(others, first)
+    return total

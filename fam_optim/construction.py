@@ -20,25 +20,22 @@ if TYPE_CHECKING:
 
     from fam_optim.regularizer import Regularizer
 
-LAM = {"proximal": 1.0}  # by mode
-LAM_OF_A_PENALTY = 8e-3
-EVERY = 10
+LAM, LAM_OF_A_PENALTY, EVERY = 1.0, 8e-3, 10
 
 
 def build_regularizer(
     layer: Any, lam: float | None, mode: str, every: int | None, of_penalty: dict[str, Any], **random: Any
 ) -> Regularizer:
-    """The regulariser of a mode.
+    """The regulariser of a mode, or ValueError for what means nothing in it.
 
     Args:
         layer, lam, mode, every: as in `FAM`.
         of_penalty: measure, curvature, normalize, detach_hessian; None where not given.
         **random: n_samples and generator.
-
-    Raises:
-        ValueError: for what means nothing in this mode, and as `Penalty` and `Proximal`.
     """
-    lam = checked_lam(LAM.get(mode, LAM_OF_A_PENALTY) if lam is None else lam)
+    if lam is None:
+        lam = LAM if mode == "proximal" else LAM_OF_A_PENALTY
+    lam = checked_lam(lam)
     given = {name: value for name, value in of_penalty.items() if value is not None}
     if mode != "proximal":
         if every is not None:
@@ -68,32 +65,20 @@ def checked_lam(lam: Any) -> float:
 
 
 def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -> Optimizer:
-    """The base optimizer.
-
-    Raises:
-        TypeError: if it is none.
-    """
-    if isinstance(base_optimizer, Optimizer):
-        raise TypeError(
-            "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got an "
-            f"instance of {type(base_optimizer).__name__}. Pass the class and its arguments: "
-            f"FAM(params, {type(base_optimizer).__name__}, layer, lr=...)."
-        )
-    if not callable(base_optimizer):
+    """The base optimizer, or TypeError if it is none."""
+    built = isinstance(base_optimizer, Optimizer)
+    if built or not callable(base_optimizer):
+        kind = type(base_optimizer).__name__ if built else "SGD"
         raise TypeError(
             "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got "
-            f"{base_optimizer!r}."
+            f"{f'an instance of {kind}' if built else repr(base_optimizer)}. Pass the class and its "
+            f"arguments: FAM(params, {kind}, layer, lr=...)."
         )
     base = base_optimizer(params, **base_kwargs)
-    if not isinstance(base, Optimizer):
+    if not isinstance(base, Optimizer) or isinstance(base, OptimizerWrapper):
         raise TypeError(
-            "expected `base_optimizer` to make a torch.optim.Optimizer, got a "
-            f"{type(base).__name__} from {base_optimizer!r}."
-        )
-    if isinstance(base, OptimizerWrapper):
-        raise TypeError(
-            f"expected `base_optimizer` to make a plain optimizer, got a {type(base).__name__}. One keeps "
-            "several layers flat: layer=[...]."
+            f"expected `base_optimizer` to make a plain torch.optim.Optimizer, got a {type(base).__name__} "
+            f"from {base_optimizer!r}. (One FAM keeps several layers flat: layer=[...].)"
         )
     return base
 

@@ -16,7 +16,7 @@ from fam_optim.layers import as_layers, named, named_weight_layers, weights_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from fam_optim.flatness import Layer
+    from fam_optim.layers import Layer
 
 
 def dataset_relative_flatness(

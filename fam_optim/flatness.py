@@ -15,24 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from fam_optim.estimators.curvature import Curvature
-from fam_optim.estimators.exact import exact
-from fam_optim.estimators.full import full
+from fam_optim.estimators.exact import exact, full
 from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
 from fam_optim.estimators.measure import MEASURES
 from fam_optim.estimators.softmax import closed_form
-from fam_optim.graph import calls, errors
-from fam_optim.graph.recomputation import counted_once
+from fam_optim.graph import errors
+from fam_optim.graph.reach import computed_alike
 from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
-from fam_optim.layers import distinct
+from fam_optim.layers import Layer, distinct
 from fam_optim.parallel import lasting, local_derivatives
+from fam_optim.unnoticed import counted_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    Layer = Observation | nn.Parameter
     Layers = Layer | Sequence[Layer]
 
 MODES = ("exact", "full", "hutchinson")
@@ -159,8 +158,15 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     precision = torch.autocast(device, enabled=False) if is_cast else nullcontext()
     with torch.enable_grad(), precision, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
-            return _gauss_newton(tails, settings)
-        return [_flatness(tail, settings) for tail in tails]
+            factors = [MEASURES[settings.measure](_matrix(tail)) for tail in tails]
+            differentiable, random = not settings.detach_hessian, (settings.n_samples, settings.generator)
+            found = gauss_newton(tails, factors, settings.mode, *random, differentiable=differentiable)
+            values = list(map(errors.once_differentiable, found))
+        else:
+            values = [_flatness(tail, settings) for tail in tails]
+        if not settings.normalize:
+            return values
+        return [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
 
 
 @contextmanager
@@ -202,35 +208,16 @@ def _flatness(tail: Tail, settings: Settings) -> Tensor:
                 if settings.mode == "exact"
                 else hutchinson(curvature, factor, settings.n_samples, settings.generator)
             )
-    if settings.normalize:
-        kappa = kappa / tail.uses[0].m
     why = errors.undifferentiable(tail.path) if differentiable else None
     return kappa if why is None else errors.without_gradient(kappa, why)
 
 
-def _gauss_newton(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
-    values = gauss_newton(
-        tails,
-        [MEASURES[settings.measure](_matrix(tail)) for tail in tails],
-        settings.mode,
-        differentiable=not settings.detach_hessian,
-        n_samples=settings.n_samples,
-        generator=settings.generator,
-    )
-    if settings.normalize:
-        values = [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
-    return list(map(errors.once_differentiable, values))
-
-
 def _matrix(tail: Tail) -> Tensor:
-    """W, one for all calls, in no lower precision than the loss.
-
-    Raises:
-        RuntimeError: unless all calls computed it alike, from the same parameters to the same numbers.
-    """
+    """W, one for all calls, in no lower precision than the loss; RuntimeError unless all calls computed it
+    alike, from the same parameters to the same numbers."""
     first = tail.uses[0].weight
     others = [use.weight for use in tail.uses if use.weight is not first]
-    if not all(calls.computed_alike(first, w) and torch.equal(first, w) for w in others):
+    if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):
         raise RuntimeError(
             "the calls of the layer that the loss depends on were made with different weights "
             "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "

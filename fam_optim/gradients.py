@@ -10,14 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fam_optim.compilation import opaque
-from fam_optim.graph import flags, nodes
+from fam_optim import unnoticed
+from fam_optim.graph import nodes
 from fam_optim.layer.use import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from fam_optim.penalty import Penalty
+    from collections.abc import Callable, Iterable, Sequence
 
 
 class Ledger:
@@ -25,12 +23,7 @@ class Ledger:
 
     It sees every backward that reaches a trained weight of the layers, whoever calls it and how, and knows
     which of them are of a loss that FAM has handed out. What else is done to gradients (clipping, scaling,
-    averaging, zeroing) is nobody's business.
-
-    Args:
-        named_weights: the names of the layers that are regularised, with their weights.
-        trained: the base optimizer's parameters.
-        sound: whether what gradients there are already may stay.
+    averaging, zeroing) is nobody's business. If it is `sound`, gradients that are there already may stay.
     """
 
     def __init__(
@@ -64,14 +57,15 @@ class Ledger:
         new = [w for w in self._weights if id(w) not in self._hooked and w.is_leaf]
         if new:
             self._hooked.update(map(id, new))
-            note = partial(_note, weakref.ref(self))
+            note = partial(_if_alive, weakref.WeakMethod(self._note))
             handles = [w.register_post_accumulate_grad_hook(note) for w in new]
             weakref.finalize(self, _remove, handles)
 
     def expect(self, loss: Tensor) -> None:
         """Notes that a backward from `loss` is in order."""
         self.watch()
-        loss.register_hook(partial(_begin, weakref.ref(self)))  # type: ignore[no-untyped-call]
+        begin = partial(_if_alive, weakref.WeakMethod(self._begin))
+        loss.register_hook(begin)  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raises RuntimeError if a gradient is there of a loss that was not regularised."""
@@ -99,12 +93,14 @@ class Ledger:
         gradients = [w.grad for w in weights if w.grad is not None]
         return any(bool(g.any()) for g in gradients)  # only zero_grad(set_to_none=False) makes this wait
 
-    def _begin(self) -> None:
+    def _begin(self, gradient: Tensor) -> None:
+        """Hook on a loss: its backward begins."""
         self._sound = self._sound or not self._is_there(beside=self._reached)
         self._expected = True
         nodes.after_backward(self._end)
 
     def _note(self, weight: Tensor) -> None:
+        """Hook on a weight: a backward has added to its gradient."""
         self._added = True
         if not self._expected:  # yet: it may also be of what was added to a regularised loss
             self._reached.append(weight)
@@ -115,18 +111,10 @@ class Ledger:
         self._expected, self._reached = False, []
 
 
-def _begin(ledger: weakref.ref[Ledger], gradient: Tensor) -> None:
-    """Hook on a loss: its backward begins."""
-    alive = ledger()
+def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor) -> None:
+    alive = hook()
     if alive is not None:
-        alive._begin()
-
-
-def _note(ledger: weakref.ref[Ledger], weight: Tensor) -> None:
-    """Hook on a weight: a backward has added to its gradient."""
-    alive = ledger()
-    if alive is not None:
-        alive._note(weight)
+        alive(tensor)
 
 
 def _remove(handles: Iterable[Any]) -> None:
@@ -138,55 +126,45 @@ class FiniteGuard:
     """No step on a penalty that is not finite while the loss is.
 
     Higher derivatives can be infinite where the first is not: of a norm or a standard deviation at 0, in
-    torch's way of computing them. Gradients of a penalty that can be so are looked at before the step. On
-    the CPU the step is refused. On an accelerator, so as not to wait for it, the gradients become zero where
-    they lie, and the next step is refused.
-
-    Cost: one reading of the gradients.
+    torch's way of computing them. So gradients are looked at before the step. On the CPU the step is refused.
+    On an accelerator, so as not to wait for it, the gradients become zero where they lie, and the next step
+    is refused.
     """
 
-    def __init__(self) -> None:
-        self._earlier: flags.AsyncFlag | None = None
+    def __init__(self, names: str) -> None:
+        self._names = names
+        self._earlier: unnoticed.AsyncFlag | None = None
 
-    def check(self, penalty: Penalty, trained: Iterable[Tensor]) -> None:
+    def check(self, losses: Sequence[Tensor], trained: Iterable[Tensor]) -> None:
         """Raises RuntimeError if a gradient is not finite, although the losses that were regularised are."""
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
-            raise RuntimeError(_not_finite(penalty) + " An earlier step was made on zero gradients instead.")
-        if penalty.losses:
-            _look(self, penalty, trained)
-
-    def look(self, penalty: Penalty, trained: Iterable[Tensor]) -> None:
-        """The same, of gradients that are there."""
+            raise RuntimeError(self._not_finite("An earlier step was made on zero gradients instead."))
+        if not losses:
+            return
         whole = [p.grad for p in trained if p.grad is not None]
         gradients = [g for g in map(_local, whole) if g.numel()]
-        sound = ~_all_finite(penalty.losses) | _all_finite(gradients or penalty.losses)
+        sound = ~_all_finite(losses) | _all_finite(gradients or losses)
         if any(map(is_sharded, whole)):  # all processes refuse, or none
             everywhere = sound.to(torch.float32)
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             sound = everywhere.bool()
-        if not flags.reading_waits(sound):
-            if not bool(sound):
-                raise RuntimeError(_not_finite(penalty) + " No step was made, and nothing was changed.")
-            return
-        for gradient in gradients:
-            gradient.masked_fill_(~sound.to(gradient.device), 0)
-        self._earlier = flags.AsyncFlag(sound)
+        if unnoticed.reading_waits(sound):
+            for gradient in gradients:
+                gradient.masked_fill_(~sound.to(gradient.device), 0)
+            self._earlier = unnoticed.AsyncFlag(sound)
+        elif not bool(sound):
+            raise RuntimeError(self._not_finite("No step was made, and nothing was changed."))
 
-
-@partial(opaque, reason="fam_optim looks at the gradients before a step")
-def _look(guard: FiniteGuard, penalty: Penalty, trained: Iterable[Tensor]) -> None:
-    guard.look(penalty, trained)
-
-
-def _not_finite(penalty: Penalty) -> str:
-    return (
-        f"the gradient of loss + lam * kappa (`layer` {penalty.names}) is not finite, although the loss is: "
-        "higher derivatives of what follows the layer are infinite, or torch computes them as nan, where the "
-        "first is finite (a norm, a standard deviation or a root at 0, as of a row of zeros). Use "
-        "detach_hessian=True if kappa itself is finite, keep what is under the root away from 0 "
-        "(F.normalize(x + eps), (x.square().sum() + eps).sqrt()), or regularise a layer behind it."
-    )
+    def _not_finite(self, done: str) -> str:
+        return (
+            f"the gradient of loss + lam * kappa (`layer` {self._names}) is not finite, although the loss "
+            "is: higher derivatives of what follows the layer are infinite, or torch computes them as nan, "
+            "where the first is finite (a norm, a standard deviation or a root at 0, as of a row of zeros). "
+            "Use detach_hessian=True if kappa itself is finite, keep what is under the root away from 0 "
+            "(F.normalize(x + eps), (x.square().sum() + eps).sqrt()), or regularise a layer behind it. "
+            f"{done}"
+        )
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -199,7 +177,7 @@ def _local(gradient: Tensor) -> Tensor:
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether all numbers are, ``()``, on the device of the first tensor; in one reading of each."""
     device = tensors[0].device
-    if flags.reading_waits(tensors[0]):  # few operations for many tensors; nan is passed on
+    if unnoticed.reading_waits(tensors[0]):  # few operations for many tensors; nan is passed on
         largest = torch._foreach_norm(list(tensors), ord=torch.inf)
         return torch.stack([n.to(device, torch.float32) for n in largest]).isfinite().all()
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).to(device) for t in tensors]

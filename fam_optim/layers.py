@@ -13,7 +13,7 @@ from fam_optim.layer.use import describe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fam_optim.flatness import Layer
+Layer = Observation | nn.Parameter
 
 
 def weight_layers(model: nn.Module) -> list[nn.Module | nn.Parameter]:
@@ -64,11 +64,7 @@ def _weights_in(module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]
 
 
 def named(model: nn.Module, layer: Any) -> Any:
-    """`layer`, with names in `model` ("fc", "blocks.0.attn.in_proj_weight") replaced by what they name.
-
-    Raises:
-        ValueError: if there is nothing of that name.
-    """
+    """`layer`, with names in `model` ("fc", "blocks.0.attn.in_proj_weight") replaced by what they name."""
     if isinstance(layer, (list, tuple)):
         return [named(model, one) for one in layer]
     if not isinstance(layer, str):
@@ -81,11 +77,8 @@ def named(model: nn.Module, layer: Any) -> Any:
 
 
 def as_layers(layer: Any) -> tuple[Layer, ...]:
-    """What the user named as `layer`: modules to be observed, and parameters.
-
-    Raises:
-        TypeError, ValueError: for anything else, nothing, or the same layer twice.
-    """
+    """What the user named as `layer`: modules to be observed, and parameters; TypeError or ValueError for
+    anything else, nothing, or the same layer twice."""
     several = layer if isinstance(layer, (list, tuple)) else (layer,)
     if not several:
         raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")

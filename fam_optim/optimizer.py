@@ -5,22 +5,23 @@ Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS
 
-from fam_optim.backup import Backup
 from fam_optim.closure import watched
 from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
 from fam_optim.layers import weight_layers
-from fam_optim.wrapper import OptimizerWrapper
+from fam_optim.wrapper import OptimizerWrapper, undone_if_it_fails
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from fam_optim.regularizer import Regularizer
 
@@ -234,15 +235,9 @@ class FAM(OptimizerWrapper):
             self.regularizer.before_step()
         functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}
         evaluated = watched(closure, self.regularizer, **functions)
-        backup = Backup(self) if self._may_reevaluate() else None
-        try:
+        with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
-        except BaseException:
-            if backup is not None:
-                backup.restore()
-            raise
-        finally:
-            self._evaluations = max(self._evaluations, evaluated.evaluations)
+        self._evaluations = max(self._evaluations, evaluated.evaluations)
         self.regularizer.after_step()
         return evaluated.returned if evaluated.evaluations else result
 

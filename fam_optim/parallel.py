@@ -48,11 +48,8 @@ def _in_process_group() -> bool:
 
 
 def known(owner: Any, name: str) -> Any:
-    """An attribute that torch does not promise: of a module, by its name, or of an object.
-
-    Raises:
-        RuntimeError: if it is not there. What is done with it would then not be done, without a word.
-    """
+    """An attribute that torch does not promise, of a module, by its name, or of an object; RuntimeError if it
+    is not there: what is done with it would not be done, without a word."""
     found = getattr(sys.modules.get(owner) if isinstance(owner, str) else owner, name, None)
     if found is None:
         raise RuntimeError(
@@ -126,11 +123,7 @@ def _is_freed(weight: Tensor) -> bool:
 
 
 class Replicas:
-    """The processes that train copies of the same weights, each on a share of the batch.
-
-    Args:
-        parameters: the weights.
-    """
+    """The processes that train copies of the same weights, each on a share of the batch."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters

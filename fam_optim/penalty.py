@@ -13,33 +13,33 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.compilation import opaque
+from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
-from fam_optim.graph import flags, nodes
-from fam_optim.graph.trace import check_scalar
+from fam_optim.graph import nodes
+from fam_optim.graph.reach import check_scalar
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
 from fam_optim.regularizer import Regularizer
+from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch.autograd.graph import Node
 
-    from fam_optim.flatness import Layer
+    from fam_optim.layers import Layer
 
 _MARK = "fam_optim.regularized"
 _serial_numbers = itertools.count()
 
 
 class _Mark(NamedTuple):
-    """On the node of a regularised loss: the loss without penalties, and the penalties added to it,
-    detached, by the serial number of who added them."""
+    """What is noted on the node of a regularised loss."""
 
-    plain: Tensor
-    penalties: Mapping[int, Tensor]
+    plain: Tensor  # the loss without penalties
+    penalties: Mapping[int, Tensor]  # that were added to it, detached, by the serial number of who added them
 
 
 class Penalty(Regularizer):
@@ -72,9 +72,9 @@ class Penalty(Regularizer):
         # Not the identity, which a later object may have again while this one's marks are still about.
         self._serial = next(_serial_numbers)
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
-        self._larger: flags.AsyncFlag | None = None  # on an accelerator, of the last penalty
+        self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator, of the last penalty
         self._warned = False
-        self.forget()
+        self.after_step()
 
     def start(self, trained: Iterable[Tensor]) -> None:
         """Observes the layers and the gradients of those of their weights that are trained, from now on."""
@@ -82,19 +82,14 @@ class Penalty(Regularizer):
             if isinstance(layer, Observation):
                 layer.start()
         self.ledger = Ledger(self.named_weights(), trained)
-        self._guard = FiniteGuard()
+        self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         return [(name_of(layer), weights_of(layer)) for layer in self.layers]
 
     @property
     def last_penalty(self) -> Tensor | None:
-        """``lam * kappa`` as it was last added to a loss, detached; None before."""
         return None if self.last_kappa is None else self.last_lam * self.last_kappa
-
-    def regularize(self, loss: Tensor) -> Tensor:
-        """`add`; the loss itself where lam is 0."""
-        return self.add(loss) if self.lam else loss
 
     @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self, trained: Iterable[Tensor]) -> None:
@@ -105,10 +100,7 @@ class Penalty(Regularizer):
                 "step()."
             )
         self.ledger.check()
-        self._guard.check(self, trained)
-
-    def after_step(self) -> None:
-        self.forget()
+        self._guard.check(self.losses, trained)
 
     def state(self) -> dict[str, Any]:
         generator = self.settings.generator
@@ -125,7 +117,7 @@ class Penalty(Regularizer):
     def __repr__(self) -> str:
         return f"mode={self.settings.mode!r}, lam={self.lam}, layer={self.names}"
 
-    def forget(self) -> None:
+    def after_step(self) -> None:
         # What was recorded of a step's forwards goes, although the user may keep their losses.
         observed = {id(layer.module): layer for layer in self.layers if isinstance(layer, Observation)}
         for use in list(self._used):
@@ -134,14 +126,16 @@ class Penalty(Regularizer):
         self.touched = self.given = False
         self.losses: list[Tensor] = []
 
-    def add(self, loss: Tensor) -> Tensor:
-        """``loss + lam * kappa``, kappa over the layers that the loss depends on; the loss itself if this
-        penalty is in it already.
+    def regularize(self, loss: Tensor) -> Tensor:
+        """``loss + lam * kappa``, kappa over the layers that the loss depends on; the loss itself if lam is 0
+        or this penalty is in it already.
 
         Raises:
             LayerNotUsedError: if it depends on none of them.
             RuntimeError: if part of the loss was regularised before, and part was not.
         """
+        if not self.lam:
+            return loss
         check_scalar(loss)
         mark = self._mark_to_extend(loss)
         if self._serial in mark.penalties:
@@ -162,11 +156,6 @@ class Penalty(Regularizer):
         nodes.metadata(regularized.grad_fn)[_MARK] = _Mark(mark.plain, penalties)
         self.ledger.expect(regularized)
         return regularized
-
-    def rescale(self, unit: Tensor) -> None:
-        """Puts what is logged of the last penalty into the unit of another loss."""
-        if self.last_kappa is not None:
-            self.last_kappa = self.last_kappa * unit
 
     def _mark_to_extend(self, loss: Tensor) -> _Mark:
         """The loss that kappa is to be computed of, and the penalties that are in it.
@@ -211,8 +200,8 @@ class Penalty(Regularizer):
         if self._warned:
             return
         larger, earlier = penalty > loss.abs().reshape(()), self._larger
-        if flags.reading_waits(larger):
-            self._larger = flags.AsyncFlag(larger)
+        if unnoticed.reading_waits(larger):
+            self._larger = unnoticed.AsyncFlag(larger)
         if bool(larger) if self._larger is None else earlier is not None and earlier.read():
             self._warned = True
             warnings.warn(
@@ -223,11 +212,8 @@ class Penalty(Regularizer):
 
 
 def without_penalties(loss: Tensor) -> Tensor:
-    """A loss without the penalties that are in it, whatever was done to regularised losses since.
-
-    Raises:
-        RuntimeError: if that cannot be told, since the graph has been freed by a backward.
-    """
+    """A loss without the penalties that are in it, whatever was done to regularised losses since, or
+    RuntimeError if that cannot be told, since a backward has freed the graph."""
     marked = _marked(loss)
     if not marked:
         return loss

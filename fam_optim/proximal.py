@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fam_optim.compilation import opaque
-from fam_optim.estimators.resolvent import Dense, LowRank, frobenius
-from fam_optim.estimators.running_mean import RunningMean, shape_of_mean, stack
+from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
+from fam_optim.layer.kinds import own_weight, weight_matrix
 from fam_optim.layer.use import describe
-from fam_optim.layer.weights import own_weight, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
+from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

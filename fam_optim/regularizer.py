@@ -16,18 +16,12 @@ class Regularizer:
     It is one object beside the optimizer, since trainers wrap optimizers in a class that inherits from
     theirs: methods and setters are then called with the wrapper for self, which reads the optimizer's
     attributes but writes its own (Lightning-AI/pytorch-lightning, core/optimizer.py).
-
-    Attributes:
-        lam: how strongly, at least 0.
-        last_kappa: kappa, detached, as it was last computed for a step; None before.
-        given: whether FAM.regularize was called since the last step.
     """
 
-    lam: float
-    last_kappa: Tensor | None
-    given: bool
-    _saved: ClassVar[tuple[str, ...]]
-    """The attributes that a copy or pickle keeps. `_prepare` makes the others."""
+    lam: float  # how strongly, at least 0
+    last_kappa: Tensor | None  # detached, as it was last computed for a step; None before
+    given: bool  # whether FAM.regularize was called since the last step
+    _saved: ClassVar[tuple[str, ...]]  # what a copy or pickle keeps; `_prepare` makes the other attributes
 
     def _prepare(self) -> None:
         """Makes what a new, copied or unpickled one needs beside the attributes that are saved."""
@@ -71,10 +65,6 @@ class Regularizer:
 
     def after_step(self) -> None:
         """Called when it has moved them."""
-        raise NotImplementedError
-
-    def forget(self) -> None:
-        """Drops what is known of losses, as after a step."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:

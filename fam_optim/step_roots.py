@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fam_optim import unnoticed
 from fam_optim.estimators.roots import added, joined, products_of_rows, sample_roots, scaled
-from fam_optim.graph import errors, flags, nodes
+from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import is_of_weights, reach, spread
-from fam_optim.graph.recomputation import counted_once
-from fam_optim.graph.trace import check_scalar
+from fam_optim.graph.reach import check_scalar, is_of_weights, reach, spread
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
+from fam_optim.unnoticed import counted_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fam_optim.estimators.roots import Roots
     from fam_optim.graph.reach import Reach
-    from fam_optim.layer.weights import WeightMatrix
+    from fam_optim.layer.kinds import WeightMatrix
 
 _SEEN = "fam_optim.seen"
 APART = 0x9E3779B97F4A7C15
@@ -33,22 +33,16 @@ APART = 0x9E3779B97F4A7C15
 
 
 class Taken:
-    """A of one loss.
-
-    Attributes:
-        loss: as long as somebody has it, who may backpropagate it.
-        roots: A by weight.
-        share: how much of the loss was backpropagated, its own gradient; None before its backward begins.
-    """
+    """A of one loss, which is held weakly: as long as somebody has it, it may be backpropagated."""
 
     def __init__(self, loss: Tensor, roots: Roots) -> None:
         self.loss, self.roots = weakref.ref(loss), roots
-        self.share: Tensor | None = None
+        self.share: Tensor | None = None  # of the loss that was backpropagated: its own gradient
 
     def note(self, gradient: Tensor) -> None:
         """Hook on the loss: its backward has begun, perhaps once more."""
         gradient = at_least_float32(gradient).reshape(())
-        if not flags.reading_waits(gradient) and bool(gradient < 0):  # elsewhere A is nan: no step
+        if not unnoticed.reading_waits(gradient) and bool(gradient < 0):  # elsewhere A is nan: no step
             raise RuntimeError(
                 "what regularize() returned is backpropagated with a negative factor: the loss is to be "
                 "maximised, and is not convex. Regularise what is minimised."
@@ -58,10 +52,6 @@ class Taken:
 
 class StepRoots:
     """A of the losses of one step, of all micro-batches and processes.
-
-    Args:
-        weights: by number.
-        n_samples: signs of a loss.
 
     Attributes:
         recognised: whether a loss that depends on one of the weights has been seen.
@@ -114,10 +104,7 @@ class StepRoots:
 
     def see(self, loss: Tensor, seed: int | None) -> None:
         """Takes A of a loss that is about to be backpropagated, with the signs of a seed; without one it is
-        only looked whether the loss can be taken A of.
-
-        Raises:
-            RuntimeError: if the loss is not known to be convex in the network's outputs.
+        only looked whether the loss can be taken A of, or RuntimeError.
         """
         check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])

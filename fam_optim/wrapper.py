@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import LBFGS, Optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,6 +148,30 @@ class OptimizerWrapper(Optimizer):
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+
+@contextmanager
+def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
+    """Puts weights and state back as they were, if the step in this context raises; at the cost of a copy."""
+    weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    # LBFGS only appends to its history and drops from it, so that this need not be copied.
+    lists = (
+        value
+        for of_one in optimizer.state.values()
+        for value in (of_one.values() if isinstance(optimizer.base_optimizer, LBFGS) else ())
+        if isinstance(value, list)
+    )
+    shared = {id(t): t for history in lists for t in history}
+    state = {p: copy.deepcopy(of_one, dict(shared)) for p, of_one in optimizer.state.items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, weight in weights:
+                parameter.copy_(weight)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        raise
 
 
 def _or(result: Any, default: Any) -> Any:

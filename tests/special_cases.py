@@ -186,7 +186,7 @@ CALLS: dict[str, Callable[[nn.Module, Problem], Tensor]] = {
     "call_on_sequence_first": sequence_first,
     "call_inside_checkpoint": checkpointed,
     "weight_used_elsewhere": autoencoder,
-    "weight_used_in_the_tail": lambda f, p: CE(torch.tanh(once(f, p)) @ f.weight @ f.weight.T, p.y),
+    "weight_used_in_the_tail": lambda f, p: CE(torch.tanh(once(f, p)) @ f.weight, p.y),
     "gated_by_itself": lambda f, p: CE(once(f, p) * torch.sigmoid(once(f, p).flip(1)), p.y),
     "weights_from_features": lambda f, p: (features(p)[:, 0].sigmoid() * per_row(once(f, p), p)).mean(),
     "targets_from_features": lambda f, p: CE(once(f, p), features(p)[:, :3].exp()),

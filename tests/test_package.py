@@ -103,6 +103,23 @@ def test_the_library_needs_torch_alone() -> None:
     assert found - sys.stdlib_module_names == {"torch", "fam_optim"}
 
 
+def test_imports_of_the_library_have_no_circle() -> None:
+    """Not even those for types: every file can be read after the files that it names."""
+    paths = list((ROOT / "fam_optim").rglob("*.py"))
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    above: dict[str, set[str]] = {}
+    for path, name in names.items():
+        above[name.removesuffix(".__init__")] = imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                files = {f"{node.module}.{alias.name}" for alias in node.names} & set(names.values())
+                imported |= files or {node.module}
+    while above:
+        lowest = {name for name, imported in above.items() if imported.isdisjoint(above)}
+        assert lowest, f"in a circle: {sorted(above)}"
+        above = {name: imported for name, imported in above.items() if name not in lowest}
+
+
 @pytest.mark.slow
 def test_metadata(installed: Path) -> None:
     (folder,) = installed.glob("fam_optim-*.dist-info")

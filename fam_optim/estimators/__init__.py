@@ -1,7 +1,1 @@
-"""How kappa ``<F F^T, T>`` is computed: a file for each way ("mode"). F is made of the weights (`measure`).
-
-full         forms H: the definition
-exact        the same number without H
-softmax      its closed form where the layer feeds a softmax cross-entropy
-hutchinson   unbiased, from random probes
-"""
+"""How kappa ``<F F^T, T>`` is computed: ways ("modes"), from a factor F made of the weights (`measure`)."""

@@ -33,9 +33,7 @@ class Curvature:
 
     Attributes:
         uses: the layer's uses; z-shaped lists have one tensor for each.
-        differentiable: whether products carry gradients to every parameter, or are constants.
         gradient: dL/dz, whose derivatives the products are; in float16 a multiple of it.
-        half: whether anything on the way is float16, whose rounding is then that of the products.
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
@@ -55,12 +53,11 @@ class Curvature:
             self.uses = tuple(use.detached() for use in self.uses)
 
     def _fit_into_float16(self) -> None:
-        """Multiplies the loss by a power of two and divides the products by it, which changes nothing but
-        that float16 holds them: derivatives of a sure softmax over a batch are below its range.
+        """Multiplies the loss by a power of two and divides the products by it, so that float16 holds them:
+        derivatives of a sure softmax over a batch are below its range.
 
-        The largest entry of the gradient, or of the product with a direction of unit size, becomes about
-        one: there is as much room above as below then, for the derivatives of the products too.
-        Measured without waiting for the device.
+        The largest entry of the gradient, or of the product with a direction of unit size, becomes about one:
+        there is as much room above as below then. Measured without waiting for the device.
         """
         self._scale = torch.full_like(self.tail.loss, 2.0**7)
         self.gradient = self._pull([self.tail.loss], [self._scale], create_graph=True)

@@ -1,6 +1,10 @@
-"""kappa without the Hessian, and never an approximation.
+"""kappa exactly, with the Hessian or without it.
 
-With phi_a the input that row a of z sees, and F's columns f,
+`full` is the definition: it forms H, takes ``T[s,u] = Tr(H_{s,u})`` and contracts (paper, section 1). It is
+slow and general, shares no shortcut with the other estimators and checks them in the tests.
+
+`exact` is the same number without H, and never an approximation. With phi_a the input that row a of z sees,
+and F's columns f,
 
     <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>
 
@@ -20,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fam_optim.estimators.curvature import inner
-from fam_optim.estimators.rows import find_grouping
+from fam_optim.graph.independence import find_grouping
 from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
     from fam_optim.estimators.curvature import Curvature
     from fam_optim.estimators.measure import Factor
-    from fam_optim.estimators.rows import Grouping
+    from fam_optim.graph.independence import Grouping
 
 MAX_PRODUCTS = 1024
 """More Hessian-vector products than this in one evaluation end in an error instead."""
@@ -41,10 +45,7 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
     """``<F F^T, T>`` without forming H.
 
     Cost: ``min(d, m)`` Hessian-vector products through the tail where the rows of z do not interact, more
-    where they do.
-
-    Raises:
-        RuntimeError: if that would take more than `MAX_PRODUCTS` products.
+    where they do; RuntimeError if that is more than `MAX_PRODUCTS`.
     """
     tail = curvature.tail
     m = tail.uses[0].m
@@ -96,3 +97,15 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
             moved = curvature.hvp(grouping.scatter(at))
             total = total + inner(grouping.scatter(products * u), moved)
     return total
+
+
+def full(curvature: Curvature, factor: Factor) -> Tensor:
+    """``<F F^T, T>`` from the whole Hessian, by ``d * m`` products, in ``O((d m)^2)`` memory."""
+    weight = curvature.uses[0].matrix()
+    rows = []
+    for index in range(weight.numel()):
+        unit = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        unit.view(-1)[index] = 1
+        rows.append(curvature.times(unit))
+    hessian = torch.stack(rows).reshape(*weight.shape, *weight.shape)
+    return (factor.gram() * torch.einsum("stut->su", hessian)).sum()

@@ -22,16 +22,20 @@ For cross-entropy it is the expected squared gradient over labels drawn from the
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.estimators.jacobian import Jacobian, Pulled
-from fam_optim.estimators.rows import Grouping, row_uses, shown_axes
-from fam_optim.graph.independence import SUM
-from fam_optim.layer.use import describe
+from fam_optim.graph import errors, nodes
+from fam_optim.graph.corrections import corrected
+from fam_optim.graph.independence import SUM, Grouping, row_uses, shown_axes
+from fam_optim.graph.losses import cotangents, find_outputs, without_scale
+from fam_optim.graph.trace import path_of
+from fam_optim.layer.use import LOW_PRECISION, LinearUse, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,28 +43,116 @@ if TYPE_CHECKING:
     from fam_optim.estimators.measure import Factor
     from fam_optim.graph.independence import Groups
     from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
 MAX_PRODUCTS = 1024
 """More vector-Jacobian products than this in one evaluation end in an error instead."""
+
+
+class Jacobian:
+    """Vector-Jacobian products from the outputs under a loss to the outputs z of several layers.
+
+    Cost of a product: one backward from the loss to the lowest layer; with its derivative two more.
+    """
+
+    def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
+        self.tails, self.differentiable = tails, differentiable
+        self.path = path_of(tails)
+        self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
+        if differentiable:
+            errors.check_differentiable(self.path)
+        self.outputs = find_outputs(
+            tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
+        )
+        self.uses = [
+            tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
+        ]
+        self._below = self._edges_below()
+
+    def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
+        """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
+        edges, vectors, scale = cotangents(self.outputs, r)
+        at_z = [edge for tail in self.tails for edge in tail.edges]
+        right = corrected(self.path if self.differentiable else (), derivatives_to_come=1)
+        with errors.explained("derivatives"), right:
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                edges,
+                [*at_z, *self._below.values()],
+                vectors,
+                create_graph=self.differentiable,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        if self.differentiable:
+            errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
+        unscaled = [None if g is None else without_scale(g, scale) for g in found]
+        products = dict(zip(self._below, unscaled[len(at_z) :], strict=True))
+        deltas = iter(unscaled)
+        return [[_pulled(use, next(deltas), products.get(use)) for use in uses] for uses in self.uses]
+
+    def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
+        """g ``(d, m)`` of a layer, by position, through all uses of its weight."""
+        of_uses = zip(self.uses[layer], self.tails[layer].edges, found, strict=True)
+        return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
+
+    def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
+        node = edge.node
+        below, output = node.next_functions[1] if nodes.kind(node) == "Convolution" else (None, 0)
+        if below is None or nodes.results(node)[0].dtype in LOW_PRECISION:  # under autocast, say
+            return use.pull(delta)
+        # The forward's own node, which spares the convolution that `pull` builds a graph with.
+        (g,) = torch.autograd.grad(
+            edge,
+            GradientEdge(below, output),
+            delta.reshape(nodes.shape(node, edge.output_nr)),  # a batch of one, if it had none
+            create_graph=self.differentiable,
+            retain_graph=True,
+        )
+        return use.layout.matrix(g)
+
+    def _edges_below(self) -> dict[Use, GradientEdge]:
+        """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
+        vectors, if nothing else reads it, in full precision."""
+        readers = Counter(edge for node in self.path | self.ends for edge in node.next_functions)
+        below: dict[Use, GradientEdge] = {}
+        for tail, uses in zip(self.tails, self.uses, strict=True):
+            for use, edge in zip(uses, tail.edges, strict=True):
+                position = {"Addmm": 1, "Mm": 0}.get(nodes.kind(edge.node))  # of phi
+                if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
+                    continue
+                node, output = edge.node.next_functions[position]
+                if node is not None and node in self.path and readers[node, output] == 1:
+                    below[use] = GradientEdge(node, output)
+        return below
+
+
+class Pulled(NamedTuple):
+    """A derivative at one use: ``delta``, in the shape of z, and ``delta W`` if that was formed anyway."""
+
+    delta: Tensor
+    product: Tensor | None
+
+
+def _pulled(use: Use, delta: Tensor | None, product: Tensor | None) -> Pulled:
+    if delta is None:
+        return Pulled(use.matrix().detach().new_zeros(use.shape), None)
+    return Pulled(delta.reshape(use.shape), product)
 
 
 def gauss_newton(
     tails: Sequence[Tail],
     factors: Sequence[Factor],
     mode: str,
-    *,
-    differentiable: bool,
     n_samples: int,
     generator: torch.Generator | None,
+    *,
+    differentiable: bool,
 ) -> list[Tensor]:
     """``<F F^T, T_G>`` of every layer, never negative.
 
     Cost: for all layers together one vector-Jacobian product per probe (hutchinson), or per output of a
-    sample where samples do not interact, else per output of the batch (exact).
-
-    Raises:
-        RuntimeError: if the loss is not known to be convex in the outputs; in mode exact, if it would take
-            more than `MAX_PRODUCTS` products.
+    sample where samples do not interact, else per output of the batch (exact). RuntimeError if that is more
+    than `MAX_PRODUCTS`, or the loss is not known to be convex in the outputs.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
     if all(0 in output.shape for output in jacobian.outputs):  # no rows, or a loss linear in the outputs
@@ -111,7 +203,7 @@ def _shared(
             {shown[0][axis].strides.get((edge.node, edge.output_nr), SUM) for edge in output.edges}
             for output in jacobian.outputs
         ]
-        if len(lengths) > 1 or any(len(of) > 1 or min(of) <= SUM for of in strides):
+        if len(lengths) > 1 or any(len(of) > 1 or SUM in of for of in strides):
             continue
         axes.append(axis)
         for of_output, (stride,) in zip(digits, strides, strict=True):
@@ -152,14 +244,8 @@ def _square(
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    rows = [
-        f.product.reshape(*use.lead, -1)
-        for f, use in zip(found, grouping.uses, strict=True)
-        if f.product is not None
-    ]
-    product = grouping.gather(rows) if len(rows) == len(found) else None
-    scale, pulled = factor.pulled(delta, product)
-    return scale * (grouping.squared_norms()[:, 0] * pulled[:, 0].square().sum(1)).sum()
+    scale, pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
+    return scale * (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
 
 
 def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -189,7 +275,6 @@ def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping |
 
 
 def _has_few_rows(grouping: Grouping) -> bool:
-    """Whether the groups' squares from the products of their rows take at most twice the multiplications that
-    the square of the groups' sum takes."""
+    """Whether squares from the products of rows cost at most twice what the square of their sum does."""
     d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
     return size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m

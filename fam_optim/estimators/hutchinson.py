@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fam_optim.estimators.measure import doubled
-from fam_optim.estimators.rows import Grouping, find_grouping
+from fam_optim.graph.independence import Grouping, find_grouping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +39,7 @@ def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator 
 def hutchinson(
     curvature: Curvature, factor: Factor, n_samples: int, generator: torch.Generator | None
 ) -> Tensor:
-    """The mean of `n_samples` probes.
-
-    Cost: one Hessian-vector product through the tail per probe.
-    """
+    """The mean of `n_samples` probes, each of one Hessian-vector product through the tail."""
     draw = partial(rademacher, like=curvature.gradient[0], generator=generator)
     rows = find_grouping(curvature.tail, curvature.uses)
     if rows is not None and rows.size == 1:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fam_optim.estimators.variance import trace_of_covariance, variance_of_indicator
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Draw = Callable[[tuple[int, ...]], Tensor]  # independent signs of a shape
+
+SMALL = 1 << 16
+"""Up to so many numbers in the differences of all pairs of class vectors, these are what takes least time."""
 
 
 def doubled(t: Tensor) -> Tensor:
@@ -60,16 +61,12 @@ class Neuronwise:
         """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
         return 1.0, signs @ self.matrix.T
 
-    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
-        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(..., d)``.
-
-        `product` is ``x W``, if somebody has formed it.
-        """
+    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
+        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(n, d)``; `product` is ``x W``, if
+        somebody has formed it."""
         if product is None:
             return 1.0, rows @ self.matrix
-        if product.requires_grad:
-            return 1.0, product
-        attached: Tensor = _KnownProduct.apply(rows, self.matrix, product)
+        attached: Tensor = product if product.requires_grad else _Formed.apply(rows, self.matrix, product)
         return 1.0, attached
 
     def inner(self, rows: Tensor) -> Tensor:
@@ -102,14 +99,14 @@ class Neuronwise:
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         """``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
 
-        Here the traces of the covariance of the class vectors w_k under p.
+        Cost: one product ``(n, d) x (d, m)`` and two in the backward, or less.
         """
         # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
-        return trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
+        return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
 
 
-class _KnownProduct(torch.autograd.Function):
+class _Formed(torch.autograd.Function):
     """``x W`` of a constant x, as somebody has formed it, with its gradient in W."""
 
     @staticmethod
@@ -121,7 +118,7 @@ class _KnownProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
-        return None, x.flatten(0, -2).mT @ grad.flatten(0, -2), None
+        return None, x.mT @ grad, None
 
 
 class Layerwise:
@@ -141,7 +138,7 @@ class Layerwise:
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, signs  # not ||W|| in v: the norm has no derivative at W = 0
 
-    def pulled(self, rows: Tensor, product: Tensor | None = None) -> tuple[Tensor | float, Tensor]:
+    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, rows
 
     def inner(self, rows: Tensor) -> Tensor:
@@ -154,7 +151,85 @@ class Layerwise:
         return self.square_norm, draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
-        return self.square_norm * variance_of_indicator(log_p, by_row)
+        q, _ = _without_top(log_p)
+        rest = q.sum(1)
+        # 1 - ||p||^2, without a difference of what is near 1
+        return self.square_norm * (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
+
+
+def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
+    """``sum_i b_i c_i``, ``()``, c_i the trace of the covariance of the class vectors w under p_i."""
+    if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
+        p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
+        return ((p @ distances) * p).sum(1).dot(by_row) / 2
+    trace: Tensor = _Trace.apply(log_p, w, by_row)
+    return trace
+
+
+class _Trace(torch.autograd.Function):
+    """The trace with its gradient written out, which keeps nothing of the size of log p but log p:
+
+    dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
+    dc/dw_k     = 2 p_k (w_k - mu)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, weight: Tensor, by_row: Tensor) -> Any:
+        parts = _parts_of_trace(log_p, weight)
+        ctx.save_for_backward(log_p, weight, by_row, *parts)
+        return parts[-1].dot(by_row)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        log_p, weight, by_row, w, squares, top, rest, delta, c = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, scale, log_p, weight, by_row)
+        in_log_p, in_w, in_by_row = ctx.needs_input_grad
+        mean, b = w[top] + delta, (scale * by_row)[:, None]
+        weighted = log_p.exp().scatter_(1, top[:, None], 0.0).mul_(b)
+        by_log_p = by_w = None
+        if in_w:
+            by_w = (2 * weighted.sum(0)[:, None] * w).addmm_(weighted.T, mean, alpha=-2)
+            by_w.index_add_(0, top, (rest - 1)[:, None] * b * delta, alpha=2)
+        if in_log_p:
+            # ||w_k - mu||^2 - ||delta||^2, of which ||w_t||^2 + 2 <w_t, delta> does not depend on k
+            beside = squares[top] + 2 * (w[top] * delta).sum(1)
+            by_log_p = torch.addmm(squares, mean, w.T, alpha=-2).add_(beside[:, None]).mul_(weighted)
+        return by_log_p, by_w, scale * c if in_by_row else None
+
+
+def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradient, in operations that can be differentiated again."""
+    # Views, so that the derivative in W is not also the one through log p, which is computed from W.
+    views = [t.view_as(t) for t in inputs]
+    needed = [t for t, asked in zip(views, ctx.needs_input_grad, strict=True) if asked]
+    log_p, w, by_row = views
+    trace = _parts_of_trace(log_p, w)[-1].dot(by_row)
+    found = iter(torch.autograd.grad(trace, needed, scale, create_graph=True))
+    return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
+
+
+def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """With t the most probable class, q the probabilities of the others, mu the mean, delta = mu - w_t: the
+    class vectors and their squares, t, the sum of q, delta, and
+
+        c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
+
+    in which nothing cancels where the largest probability rounds to one. Moving all class vectors alike
+    changes nothing, so what they have in common, which may be large beside their differences, goes first.
+    """
+    q, top = _without_top(log_p)
+    rest, w = q.sum(1), w - w.detach().mean(0)
+    squares, w_top = w.square().sum(1), w[top]
+    delta = q @ w - rest[:, None] * w_top
+    c = q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
+    return w, squares, top, rest, delta, c
+
+
+def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """p with its largest entry set to zero, and where that was ``(n,)``."""
+    top = log_p.max(1).indices  # half the time of argmax on the CPU
+    return log_p.exp().scatter(1, top[:, None], 0.0), top
 
 
 def _identity(matrix: Tensor) -> Tensor:

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.estimators.jacobian import without_scale
-from fam_optim.graph import calls, errors, nodes
+from fam_optim.graph import errors, nodes
 from fam_optim.graph.independence import independent
-from fam_optim.graph.losses import cotangents
-from fam_optim.graph.reach import above, product_on_vectors
+from fam_optim.graph.losses import cotangents, without_scale
+from fam_optim.graph.reach import above
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
@@ -33,19 +32,14 @@ if TYPE_CHECKING:
 
     from fam_optim.graph.losses import Output
     from fam_optim.graph.reach import Reach
-    from fam_optim.layer.weights import WeightMatrix
+    from fam_optim.layer.kinds import WeightMatrix
 
 
 class Root(NamedTuple):
-    """A of one loss and one draw of signs.
+    """A of one loss and one draw of signs."""
 
-    Attributes:
-        delta: ``g^T (m, d)``; or, of rows that do not interact, delta ``(N, d)``.
-        phi: of such rows, ``(N, m)``.
-    """
-
-    delta: Tensor
-    phi: Tensor | None = None
+    delta: Tensor  # g^T (m, d); or, of rows that do not interact, delta (N, d)
+    phi: Tensor | None = None  # of such rows, (N, m)
 
     def matrix(self) -> Tensor:
         """A ``(d, q)``."""
@@ -74,15 +68,11 @@ def sample_roots(
     generator: Callable[[torch.device], torch.Generator],
     n_samples: int,
 ) -> Roots:
-    """A of every weight that a loss depends on.
+    """A of every weight that a loss depends on, one backward from its outputs to the weights for each sample.
 
     Args:
-        reached: the way from the loss to the weights.
-        outputs: what the loss is a convex function of.
         products: where A is made of rows, as `products_of_rows` found it.
         generator: of the signs, by device.
-
-    Cost: a backward from the outputs to the weights for each sample.
     """
     numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
@@ -103,7 +93,7 @@ def sample_roots(
             g = without_scale(g, scale)
             if i in products:
                 # A copy: what is fed from a buffer may be overwritten before the step.
-                root = Root(g, at_least_float32(calls.first_factor(products[i])).clone())
+                root = Root(g, at_least_float32(_first_factor(products[i])).clone())
             else:
                 root = Root(weights[i].of(g.to_dense() if g.is_sparse else g).mT)
             roots.setdefault(i, []).append(root)
@@ -120,13 +110,39 @@ def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[in
         leaf = reached.leaves.get(w.parameter)
         if leaf is None or w.parameter._backward_hooks:
             continue
-        product = product_on_vectors(leaf, reached, transposed=not w.layout.inputs_first)
+        product = _product_on_vectors(leaf, reached, transposed=not w.layout.inputs_first)
         if product is not None and 0 < nodes.shape(product, 0)[0] < min(w.d, w.m):
             products[i] = product
     sizes = {nodes.shape(product, 0)[0] for product in products.values()}
     ends = frozenset(products.values())
     apart = len(sizes) == 1 and independent(above(ends, reached.parents), ends, sizes.pop())
     return products if apart else {}
+
+
+def _product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node | None:
+    """The product ``z = phi W^T`` of a Linear layer on vectors, phi ``(N, m)``, if it is W's only use.
+
+    W is transposed on its way if it is stored as ``(d, m)``.
+    """
+    below = leaf
+    while len(reached.parents[below]) == 1:
+        (node,) = reached.parents[below]
+        kind = nodes.kind(node)
+        if kind in ("Addmm", "Mm"):
+            second_factor, _ = node.next_functions[-1]
+            unscaled = kind == "Mm" or nodes.kept(node, "alpha") == 1
+            return node if second_factor is below and not transposed and unscaled else None
+        if kind == "T" and transposed:
+            transposed = False
+        elif kind != "ToCopy":  # of autocast
+            return None
+        below = node
+    return None
+
+
+def _first_factor(node: Node) -> Any:
+    """What an Addmm or Mm multiplies with its second factor, whose derivative needs it: a tensor."""
+    return nodes.kept(node, "mat1") if nodes.kind(node) == "Addmm" else nodes.kept(node, "self")
 
 
 def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:

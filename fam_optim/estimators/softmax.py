@@ -9,22 +9,34 @@ If L is linear in the log-probabilities of the layer's rows, ``L = sum_i sum_k c
 the squared feature norm times the variance of the class vectors under p. If the softmax is taken of
 ``y_j = c_j z_i(j) + const`` (shifted tokens, a temperature, a prior on the classes), row j counts with
 ``c_j^2 ||phi_i(j)||^2``.
+
+Whether it is so is read off the graph: between the loss and log_softmax there must be only operations linear
+in the latter, and between log_softmax and the layer's output only ones that move rows, scale them or shift
+them. Whatever is not recognised goes the general way.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fam_optim.graph.heads import find_heads, to_softmax
+from fam_optim.graph import errors, nodes, operations
+from fam_optim.graph.losses import Softmax, linear_in, softmax_of
+from fam_optim.layer.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Set
+
     from torch import Tensor
+    from torch.autograd.graph import GradientEdge, Node
 
     from fam_optim.estimators.measure import Factor
-    from fam_optim.graph.heads import Head
     from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
+
+_KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div", "Gather"}
 
 
 def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor | None:
@@ -33,7 +45,7 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
     Cost: for the neuronwise measure one product ``(rows, d) x (d, m)``, and two in the backward; the
     largest tensors have the size of the logits. No (rows, d, d) and no (d, d) tensor.
     """
-    heads = find_heads(tail, differentiable=differentiable)
+    heads = _find_heads(tail, differentiable=differentiable)
     if heads is None:
         return None
     values = [_of_head(head, factor, differentiable) for head in heads]
@@ -43,9 +55,91 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
 def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
     norms = (head.use if differentiable else head.use.detached()).squared_norms()
     if not head.in_order:
-        norms = to_softmax(head, norms)
+        norms = _to_softmax(head, norms)
     a = head.softmax.a.flatten() * (norms if differentiable else norms.detach()).flatten()
     log_p, dim = head.softmax.log_p, head.softmax.dim
     # The tensor itself where it is a matrix already, since a view is a node of the graph.
     rows = log_p if dim == log_p.dim() - 1 else log_p.movedim(dim, -1)
     return factor.variance(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), a)
+
+
+class Head(NamedTuple):
+    """One softmax of one use's output."""
+
+    softmax: Softmax
+    use: LayerUse
+    edge: GradientEdge  # where z is made
+    in_order: bool  # whether log p is known to have the rows of z, in their order and unscaled
+
+
+def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
+    """The tail as softmax heads, or None if it is anything else."""
+    ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
+    path = tail.path | tail.ends
+    softmaxes = None if tail.nested else linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
+    heads = []
+    for node in softmaxes or ():
+        found = _followed(*node.next_functions[0], path, ends)
+        if found is None:
+            return None
+        use, edge, stride, in_order = found
+        shape, dim = nodes.shape(node, 0), nodes.softmax_axis(node)
+        if shape[dim] != use.d or operations.axis_of_digit(shape, stride, use.d) != (dim, 1):
+            return None
+        with errors.explained("derivatives"):
+            softmax = softmax_of(node, tail.loss, differentiable)
+        heads.append(Head(softmax, use, edge, in_order))
+    return heads or None
+
+
+def _to_softmax(head: Head, by_row: Tensor) -> Tensor:
+    """One number per row of z, to where that row is in front of the softmax, times the square of its factor.
+
+    The transpose of the derivative of what lies between the two moves it, and multiplies it with the factor.
+    """
+    at_z = by_row.unsqueeze(head.use.channel).expand(head.use.shape)
+    edge, log_p, dim, _ = head.softmax
+    with torch.enable_grad():
+        zeros = torch.zeros(log_p.shape, dtype=by_row.dtype, device=by_row.device, requires_grad=True)
+        made = nodes.results(edge.node)[edge.output_nr].dtype
+        (back,) = torch.autograd.grad(edge, head.edge, zeros.to(made), create_graph=True, retain_graph=True)
+        back = at_least_float32(back).reshape(head.use.shape)
+        moved, factor = (
+            torch.autograd.grad(back, zeros, at.to(back.dtype), create_graph=True)[0]
+            for at in (at_z, torch.ones_like(at_z))
+        )
+    return at_least_float32(moved * factor).select(dim, 0)
+
+
+def _followed(
+    node: Any, output: int, path: Set[Node], ends: Mapping[Node, tuple[Use, GradientEdge]]
+) -> tuple[LayerUse, GradientEdge, int, bool] | None:
+    """The use whose z a result is made of, row by row: all d outputs of a row together, times one number.
+
+    Returns:
+        The use and its edge, the stride of the outputs in the result (`operations.moved`), and whether rows
+        and outputs are where z has them; None if it is made in any other way.
+    """
+    if node in ends:
+        use, edge = ends[node]
+        if not (isinstance(use, LayerUse) and use.has_rows):
+            return None
+        behind = use.shape[use.channel % len(use.shape) + 1 :]
+        return use, edge, math.prod(behind), not behind
+    kind = nodes.kind(node)
+    inputs: Any = nodes.inputs_of(node, output)
+    on_path = [i for i, (operand, _) in enumerate(inputs) if operand in path]
+    if len(on_path) != 1 or kind not in _KINDS:
+        return None
+    (position,) = on_path
+    below, its_output = inputs[position]
+    found = _followed(below, its_output, path, ends)
+    if found is None or (kind in ("Mul", "Div") and not nodes.by_one_number(node, position)):
+        return None
+    use, edge, stride, in_order = found
+    shapes = nodes.shape(below, its_output), nodes.shape(node, output)
+    to = operations.moved(node, kind, position, *shapes, stride, use.d)
+    along = None if to is None else operations.axis_of_digit(shapes[1], to, use.d)
+    if to is None or (kind == "Gather" and (along is None or not nodes.by_one_index(node, along[0]))):
+        return None
+    return use, edge, to, in_order and kind in operations.VIEWS

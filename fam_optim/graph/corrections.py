@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def corrected(path: Iterable[Node], *, derivatives_to_come: int) -> Iterator[None]:
-    """Makes a differentiable backward right to all orders, where torch's own is not.
-
-    Within this context the results of the nodes concerned are replaced by the same gradient, written out, see
-    the functions below.
+    """Makes a differentiable backward along a path right to all orders, where torch's own is not: the results
+    of the nodes concerned are replaced by the same gradient, written out.
 
     Args:
-        path: the nodes that the backward passes.
         derivatives_to_come: how often its result will be differentiated, once or twice.
     """
     handles = []

@@ -94,12 +94,8 @@ def check_differentiable(path: Iterable[Node]) -> None:
 def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]) -> None:
     """Raises RuntimeError for an autograd.Function that drops out of a second derivative.
 
-    torch takes its second derivative for zero without a word, or leaves an error on the graph where a
-    derivative in z may not pass.
-
-    Args:
-        path, ends: the nodes between loss and z, and those that make z.
-        gradient: the first derivative in z.
+    torch takes that for zero without a word, or leaves an error on the graph where a derivative in z may not
+    pass. `gradient` is the first derivative in z, `path` the nodes between loss and z, which `ends` make.
     """
     functions = [node for node in path if nodes.is_function(node)]
     if not functions:
@@ -123,11 +119,8 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
 
 
 def _drops_out(node: Node, outputs: Set[int]) -> bool:
-    """Whether a function's backward keeps numbers, and what it computes does not depend on them.
-
-    Args:
-        outputs: the numbers of its results that are used; others may be no numbers at all.
-    """
+    """Whether a function's backward keeps numbers, and what it computes does not depend on them; of outputs
+    that are used, since others may be no numbers at all."""
     if not nodes.keeps_numbers(node):
         return False
     made = [nodes.results(node)[i] for i in outputs]

@@ -1,38 +1,45 @@
-"""Proof, from the graph alone, that groups of rows do not interact between some layers and the loss.
+"""Rows of a layer's output, and proof, from the graph alone, that groups of them do not interact behind it.
 
-The groups lie along an axis of what a layer puts out. Where an entry lies along that axis is one digit of its
-number, so the digit can be followed through reshapes, permutations and whatever leaves its axis alone
-(`operations`). As long as every entry is computed from those of its own digit, groups are apart. Where they
-are first put together it must be by adding, and from there to the loss everything must be linear: then the
-loss is a sum over the groups. Nothing is looked at but names, shapes and axes. What is not known proves
-nothing.
+A row is one vector that the layer put out: a sample, a token, a position of a convolution. Rows that do not
+interact have no mixed second derivatives, so one Hessian-vector product serves all of them.
+
+Groups lie along an axis of z. Where an entry lies along it is one digit of its number, which can be followed
+through reshapes, permutations and whatever leaves its axis alone (`operations`). As long as every entry is
+computed from those of its own digit, groups are apart. Where they are first put together it must be by
+adding, and from there to the loss everything must be linear. What is not known proves nothing.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import spread
+from fam_optim.layer.use import LayerUse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Set
+    from collections.abc import Iterable, Mapping, Sequence, Set
 
+    from torch import Tensor
     from torch.autograd.graph import Node
+
+    from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
     Result = tuple[Node, int]
 
 SUM = 0
-"""In place of a stride: every entry is a sum of functions of one group each. Where all entries are computed
-from group i alone, it is ``-1 - i``."""
+"""In place of a stride: every entry is a sum of functions of one group each."""
 
 
 class Groups(NamedTuple):
     """What the graph shows about groups.
 
     Attributes:
-        strides: by node and number of its result, the stride of the digit (`operations.moved`), or what
-            stands in its place: see `SUM`.
+        strides: by node and number of its result, the stride of the digit (`operations.moved`), or `SUM`.
         dependent: nodes between which and the loss groups may interact.
     """
 
@@ -41,14 +48,10 @@ class Groups(NamedTuple):
 
 
 def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups:
-    """Follows groups, `length` many, from some layers to the loss.
+    """Follows groups, `length` many, along a path from some layers, their own nodes included, to the loss.
 
     Args:
-        path: the nodes between the layers and the loss, the layers' own included.
         starts: where z is made, and the stride of the groups' digit there.
-        length: how many groups.
-
-    Cost: a few microseconds per node, no arithmetic.
     """
     strides: dict[Result, int] = {}
     mixing: list[Node] = []
@@ -66,15 +69,10 @@ def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups
 
 
 def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) -> bool:
-    """Whether the graph shows that the `groups` runs of z do not interact; False proves nothing.
+    """Whether the graph shows that `groups` runs of z do not interact; False proves nothing.
 
-    z is the output of a layer, or of several uses of several layers, each of which is cut into as many runs,
-    one after the other in the order of its entries.
-
-    Args:
-        between: the nodes between z and the loss.
-        ends: those that make z.
-        groups: how many runs.
+    Every z that one of `ends` makes is cut into as many runs, one after the other in the order of its
+    entries; `between` are the nodes from there to the loss.
     """
     starts = {(end, 0): nodes.shape(end, 0).numel() // groups for end in ends}
     return not follow(between | ends, starts, groups).dependent & ends
@@ -83,12 +81,10 @@ def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) ->
 def _after(
     node: Node, output: int, operands: list[tuple[int, Result]], strides: Mapping[Result, int], length: int
 ) -> int | None:
-    """The digit's stride in a result, or what stands in its place; None where groups may interact."""
+    """The digit's stride in a result, or `SUM`; None where groups may interact."""
     kind, result = nodes.kind(node), nodes.shape(node, output)
     before = {strides[edge] for _, edge in operands}
-    if len(before) == 1 and min(before) < SUM:
-        return min(before)
-    if min(before) > SUM:
+    if SUM not in before:
         shapes = [(i, nodes.shape(*edge), strides[edge]) for i, edge in operands]
         after = {operations.moved(node, kind, i, shape, result, s, length) for i, shape, s in shapes}
         if len(after) == 1 and None not in after:
@@ -96,10 +92,6 @@ def _after(
         entrywise = kind in operations.ENTRYWISE_LOSSES and len({shape for _, shape, _ in shapes}) == 1
         if entrywise and len(before) == 1 and result.numel() == 1:
             return SUM
-        if kind == "Select" and (place := operations.axis_of_digit(shapes[0][1], shapes[0][2], length)):
-            axis, inner = place
-            selected = nodes.from_front(nodes.kept(node, "index"), shapes[0][1][axis])
-            return -1 - selected // inner % length
     return SUM if operations.is_linear(kind, [i for i, _ in operands]) else None
 
 
@@ -115,3 +107,97 @@ def _operands_first(path: Set[Node]) -> Iterable[Node]:
             else:
                 done[stack.pop()] = None
     return done
+
+
+class Grouping:
+    """A partition of the rows of all uses of a layer into ``groups`` equal groups of ``size`` rows.
+
+    Groups lie along some axes of z's rows: (0,) for samples; all of them: every row of one use is a group;
+    none: there is one group. Of several uses the rows at one place are in one group.
+    """
+
+    def __init__(self, uses: Sequence[LayerUse], axes: Sequence[int]) -> None:
+        self.uses = uses
+        self.axes = tuple(axes)
+        self.groups = math.prod(uses[0].lead[axis] for axis in self.axes)
+        self._sizes = [math.prod(use.lead[a] for a in range(len(use.lead)) if a not in axes) for use in uses]
+        self.size = sum(self._sizes)
+
+    def gather(self, by_row: Sequence[Tensor]) -> Tensor:
+        """One tensor ``(*lead, ...)`` per use, to ``(groups, size, ...)``."""
+        front = list(range(len(self.axes)))
+        split = [
+            t.movedim(self.axes, front).reshape(self.groups, size, *t.shape[len(use.lead) :])
+            for t, use, size in zip(by_row, self.uses, self._sizes, strict=True)
+        ]
+        return torch.cat(split, 1)
+
+    def scatter(self, grouped: Tensor) -> list[Tensor]:
+        """``(groups, size, k)`` to one tensor in z's shape per use, k being 1 or d."""
+        front = list(range(len(self.axes)))
+        scattered = []
+        for part, use in zip(torch.split(grouped, self._sizes, 1), self.uses, strict=True):
+            others = [length for axis, length in enumerate(use.lead) if axis not in self.axes]
+            lengths = [use.lead[axis] for axis in self.axes]
+            rows = part.reshape(*lengths, *others, part.shape[-1]).movedim(front, self.axes)
+            scattered.append(rows.movedim(-1, use.channel))
+        return scattered
+
+    def gather_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
+        """One tensor in z's shape per use, to ``(groups, size, d)``."""
+        return self.gather([t.movedim(use.channel, -1) for t, use in zip(outputs, self.uses, strict=True)])
+
+    def squared_norms(self) -> Tensor:
+        """``||phi_a||^2`` ``(groups, size)``."""
+        return self.gather([use.squared_norms() for use in self.uses])
+
+
+def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
+    """The finest grouping of a layer's rows whose groups the graph shows not to interact."""
+    of_rows = row_uses(tail, uses)
+    if of_rows is None:
+        return None
+    (axes,) = shown_axes([tail], [uses], tail.path | tail.ends)
+    return Grouping(of_rows, list(axes))
+
+
+def shown_axes(
+    tails: Sequence[Tail], uses: Sequence[Sequence[Use]], path: Set[Node]
+) -> list[dict[int, Groups]]:
+    """For every layer the axes of its rows along which these do not interact, and what the graph shows.
+
+    Rows that interact along no axis do not interact at all. The path is that of all tails, the layers' own
+    nodes included; it is walked once for every length of an axis.
+    """
+    layers: dict[tuple[int, int], list[int]] = {}  # by number and length of an axis that they have
+    for number, (tail, of_layer) in enumerate(zip(tails, uses, strict=True)):
+        leads = [use.lead for use in row_uses(tail, of_layer) or ()]
+        for axis, lengths in enumerate(zip(*leads, strict=False)):
+            if len(set(lengths)) == 1:
+                layers.setdefault((axis, lengths[0]), []).append(number)
+    shown: list[dict[int, Groups]] = [{} for _ in tails]
+    for (axis, length), numbers in sorted(layers.items()):
+        groups = Groups({}, frozenset())
+        if length > 1:
+            starts = {
+                (edge.node, edge.output_nr): _stride(use, axis)
+                for number in numbers
+                for use, edge in zip(uses[number], tails[number].edges, strict=True)
+            }
+            groups = follow(path, starts, length)
+        for number in numbers:
+            if tails[number].ends.isdisjoint(groups.dependent):
+                shown[number][axis] = groups
+    return shown
+
+
+def row_uses(tail: Tail, uses: Sequence[Use]) -> list[LayerUse] | None:
+    """The uses of the tail's layer, if each output vector belongs to one input vector."""
+    of_rows = [use for use in uses if isinstance(use, LayerUse) and use.has_rows]
+    return None if len(of_rows) < len(uses) or tail.nested else of_rows
+
+
+def _stride(use: Use, axis: int) -> int:
+    """By how much the number of an entry of z grows with its place along an axis of the rows."""
+    channel = use.channel % len(use.shape)
+    return math.prod(use.shape[axis + (axis >= channel) + 1 :])

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fam_optim.graph import errors, flags, nodes, operations
+from fam_optim import unnoticed
+from fam_optim.graph import errors, nodes, operations
 from fam_optim.graph.reach import spread
 from fam_optim.layer.use import at_least_float32
 
@@ -28,16 +29,11 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 
-def linear_in(
-    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
-) -> tuple[list[Node], bool] | None:
-    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`, and
-    whether the coefficients are constants; None if it is not linear in such.
-
-    Args:
-        path: the nodes from which one of `ends` can be reached, and these.
+def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> list[Node] | None:
+    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
+    is not linear in such. The path is that to `ends`, these included.
     """
-    found, constant = [], True
+    found = []
     root = loss.grad_fn
     assert root is not None
     stack = [(root, loss.output_nr)]
@@ -54,11 +50,10 @@ def linear_in(
         on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
         if not operations.is_linear(kind, on_path):
             return None
-        constant = constant and all(below is None or below in path for below, _ in inputs)
         new: Any = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
         seen.update(new)
         stack += new
-    return found, constant
+    return found
 
 
 class Output(NamedTuple):
@@ -80,19 +75,15 @@ class Output(NamedTuple):
 def find_outputs(
     loss: Tensor, path: frozenset[Node], ends: frozenset[Node], *, differentiable: bool
 ) -> list[Output]:
-    """The outputs that the loss is a convex function of, as far as it depends on some layers.
+    """The outputs that the loss is a convex function of, as far as it depends on some layers, or RuntimeError
+    if it is not known to be.
 
     Args:
-        loss: the scalar.
-        path: the nodes between the loss and the layers, the layers' own included.
-        ends: the layers' own.
+        path, ends: the nodes between the loss and the layers, the layers' own included; and these.
         differentiable: whether what is returned carries gradients.
-
-    Raises:
-        RuntimeError: if the loss is not known to be convex in them.
     """
     terms = linear_in(loss, path, ends, _KINDS.keys())
-    known, _ = terms or ([], True)
+    known = terms or []
     with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
@@ -106,7 +97,7 @@ def find_outputs(
         )
     for a in (output.a.detach() for output in outputs):
         # On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
-        if not flags.reading_waits(a) and bool((a < -_rounding(a)).any()):
+        if not unnoticed.reading_waits(a) and bool((a < -_rounding(a)).any()):
             raise RuntimeError(
                 "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some "
                 "sample or class counts with a negative weight. Use mode='hutchinson' with "
@@ -138,6 +129,11 @@ def cotangents(
     return edges, [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)], scale
 
 
+def without_scale(g: Tensor, scale: Any) -> Tensor:
+    """A derivative of what `cotangents` has scaled, in at least float32."""
+    return at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
+
+
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
     """dL/d(the node's result)."""
     if node is loss.grad_fn:
@@ -158,24 +154,18 @@ def _root_of(weights: Tensor) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """``-sum_k c_k log p_k``, p the softmax of o along one axis.
+    """``-sum_k c_k log p_k``, p the softmax of o along one axis."""
 
-    Attributes:
-        edge: where o is made.
-        log_p, dim: as the graph keeps it, in no lower precision than float32; the axis of its classes.
-        a: the sum of c.
-    """
-
-    edge: GradientEdge
-    log_p: Tensor
-    dim: int
-    a: Tensor
+    edge: GradientEdge  # where o is made
+    log_p: Tensor  # as the graph keeps it, in no lower precision than float32
+    dim: int  # the axis of its classes
+    a: Tensor  # the sum of c
 
 
-def softmax_of(node: Any, loss: Tensor, differentiable: bool, constant: bool = False) -> Softmax:
-    """What a loss takes that is linear in a log_softmax, with constant coefficients or not."""
+def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
+    """What a loss takes that is linear in a log_softmax."""
     dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
-    coefficient = at_least_float32(_coefficient(node, loss, differentiable and not constant))
+    coefficient = at_least_float32(_coefficient(node, loss, differentiable))
     a = -coefficient.sum(dim, keepdim=True)
     return Softmax(_operand(node, 0), log_p if differentiable else log_p.detach(), dim, a)
 
@@ -191,10 +181,8 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
 
 
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
-    """A loss that is a sum over the entries of o, a being its second derivative in each.
-
-    Args:
-        sides: the operands that o is the difference of, by position, and their signs.
+    """A loss that is a sum over the entries of o, a being its second derivative in each. The sides are the
+    operands that o is the difference of, by position, with their signs.
     """
 
     def root(r: Tensor) -> list[Tensor]:
@@ -238,8 +226,9 @@ def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
 
 
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
-    """Whether what a node makes is a loss, a norm or a distance, added to, scaled, moved, clipped, picked,
-    or a function of it: its square is no squared error of the outputs. (Of a trained product it is.)"""
+    """Whether what a node makes is a loss, a norm or a distance, added to, scaled, moved, clipped, picked, or
+    a function of it: its square is no squared error of the network's outputs. (A trained product's is one.)
+    """
 
     def passed_on(node: Node) -> Set[Any]:
         kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
@@ -247,9 +236,8 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
         by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
         unary = len(operands) == 1 or kind in ("Maximum", "Minimum")
         function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # which makes p of log p
-        function = function or kind in operations.PICKS
-        passes = function or (operations.is_linear(kind, on_path) and not by_weight)
-        return operands & path if passes else set()
+        linear = operations.is_linear(kind, on_path) and not by_weight
+        return operands & path if function or linear or kind in operations.PICKS else set()
 
     return any(nodes.kind(n) in operations.DISTANCES for n in {node, *spread([node], passed_on)})
 

@@ -72,13 +72,11 @@ def is_linear(kind: str, positions: Sequence[int]) -> bool:
 def moved(
     node: Node, kind: str, position: int, operand: Shape, result: Shape, stride: int, length: int
 ) -> int | None:
-    """Where an operation takes a digit of the indices of its operand at `position`; None if it may lose it.
+    """The stride in an operation's result of a digit of the indices of its operand at `position`; None if the
+    operation may lose it.
 
     Number the entries of a tensor in order. The digit of entry e is ``e // stride % length``. It is kept if
     what an entry of the result is computed from has that entry's digit.
-
-    Returns:
-        The stride of the digit in the result.
     """
     if kind in VIEWS:
         return stride if math.prod(operand) == math.prod(result) else None

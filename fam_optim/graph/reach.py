@@ -1,31 +1,30 @@
-"""From a loss down to the weights that it depends on, in one walk over its graph."""
+"""Walks over the graph: what a loss depends on, what lies between, whether two tensors were made alike."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
+
 from fam_optim.graph import nodes, operations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from torch import Tensor
     from torch.autograd.graph import Node
 
 
+class LayerNotUsedError(RuntimeError):
+    """The loss does not depend on the layer."""
+
+
 class Reach(NamedTuple):
-    """What a loss reaches.
+    """What a loss reaches."""
 
-    Attributes:
-        path: the nodes from which a weight can be reached.
-        leaves: the node that accumulates a weight's gradient, for every weight that was reached.
-        parents: the nodes that use a node's result, for every node of the graph.
-    """
-
-    path: frozenset[Node]
-    leaves: dict[Tensor, Node]
-    parents: dict[Node, list[Node]]
+    path: frozenset[Node]  # from which a weight can be reached
+    leaves: dict[Tensor, Node]  # of the weights that were reached, where their gradients accumulate
+    parents: dict[Node, list[Node]]  # those that use a node's result, for every node of the graph
 
 
 def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
@@ -38,6 +37,24 @@ def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
     of_leaves = ((nodes.leaf(node), node) for node in parents)
     leaves = {wanted[id(leaf)]: node for leaf, node in of_leaves if id(leaf) in wanted}
     return Reach(above(leaves.values(), parents), leaves, parents)
+
+
+def check_scalar(loss: Tensor) -> None:
+    """Raises TypeError, ValueError or LayerNotUsedError unless `loss` is a single number with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"expected `loss` to be a scalar tensor, got {type(loss).__name__}.")
+    if loss.is_complex():
+        raise TypeError(f"expected `loss` to be real, got {loss.dtype}. Take its .abs() or .real.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"expected `loss` to be a scalar, got shape {tuple(loss.shape)}. Reduce it first, "
+            "for example with .mean()."
+        )
+    if loss.grad_fn is None:
+        raise LayerNotUsedError(
+            "expected `loss` to depend on the layer, got one without a graph: it was computed under "
+            "torch.no_grad() or inference_mode(), detached, or from nothing that requires gradients."
+        )
 
 
 def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
@@ -90,24 +107,23 @@ _OF_WEIGHTS = operations.LINEAR | {"Mul", "Div"}
 _OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSelect"}  # looked up, as by data
 
 
-def product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node | None:
-    """The product ``z = phi W^T`` of a Linear layer on vectors, phi ``(N, m)``, if it is W's only use.
+def computed_alike(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors were computed by the same operations from the same tensors, as far as the graph
+    shows it."""
+    if left is right or not (left.requires_grad or right.requires_grad):
+        return True
+    return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)
 
-    Args:
-        leaf: the node of the weight.
-        transposed: whether the weight is stored as W ``(d, m)``, and so transposed on its way.
-    """
-    below = leaf
-    while len(reached.parents[below]) == 1:
-        (node,) = reached.parents[below]
-        kind = nodes.kind(node)
-        if kind in ("Addmm", "Mm"):
-            second_factor, _ = node.next_functions[-1]
-            unscaled = kind == "Mm" or nodes.kept(node, "alpha") == 1
-            return node if second_factor is below and not transposed and unscaled else None
-        if kind == "T" and transposed:
-            transposed = False
-        elif kind != "ToCopy":  # of autocast
-            return None
-        below = node
-    return None
+
+def same_graph(left: Node | None, right: Node | None) -> bool:
+    """Whether two graphs are of the same operations, down to nodes that they share."""
+    if left is right:
+        return True
+    if left is None or right is None or left.name() != right.name():
+        return False
+    below = list(zip(left.next_functions, right.next_functions, strict=False))
+    return (
+        len(left.next_functions) == len(right.next_functions) > 0
+        and nodes.settings(left) == nodes.settings(right)
+        and all(a[1] == b[1] and same_graph(a[0], b[0]) for a, b in below)
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
-from fam_optim.graph.reach import above, parents_below
+from fam_optim.graph.reach import LayerNotUsedError, above, check_scalar, parents_below
 from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
@@ -26,27 +26,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class LayerNotUsedError(RuntimeError):
-    """The loss does not depend on the layer."""
-
-
 @dataclass(frozen=True)
 class Tail:
-    """What lies between a loss and the outputs z of one layer.
-
-    Attributes:
-        layer: the module, or the parameter.
-        loss: the scalar.
-        uses: the layer's uses that the loss depends on.
-        edges: where to differentiate with respect to their outputs, in the same order.
-        parents: of every node that was visited, those that are computed from it.
-    """
+    """What lies between a loss and the outputs z of one layer."""
 
     layer: nn.Module | Tensor
     loss: Tensor
-    uses: tuple[Use, ...]
-    edges: tuple[GradientEdge, ...]
-    parents: Mapping[Node, Sequence[Node]] = field(repr=False)
+    uses: tuple[Use, ...]  # of the layer, that the loss depends on
+    edges: tuple[GradientEdge, ...]  # where to differentiate with respect to their outputs
+    parents: Mapping[Node, Sequence[Node]] = field(repr=False)  # of every node of the loss's graph
 
     @property
     def ends(self) -> frozenset[Node]:
@@ -70,14 +58,11 @@ def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
 
 
 def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
-    """The tails from `loss` to the outputs of each layer; None where the loss does not depend on it.
+    """The tails from `loss` to the outputs of each layer, in one walk; None where it does not depend on it.
 
     That of a parameter ends at the parameter itself.
 
-    Cost: one walk over the graph, whatever the number of layers.
-
     Raises:
-        ValueError: if the loss is not a scalar.
         LayerNotUsedError: if it depends on none of the layers.
         RuntimeError: if a record is out of date, if the loss depends on calls that were not recorded, or if
             it is made of a derivative that was taken through a layer, or through nn.LayerNorm behind one.
@@ -117,24 +102,6 @@ def _uses(
         elif leaf is not None and id(leaf) in numbers:
             uses[numbers[id(leaf)]].append((parameter_use(leaf), GradientEdge(node, 0)))
     return uses
-
-
-def check_scalar(loss: Tensor) -> None:
-    """Raises TypeError, ValueError or LayerNotUsedError unless `loss` is a single number with a graph."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"expected `loss` to be a scalar tensor, got {type(loss).__name__}.")
-    if loss.is_complex():
-        raise TypeError(f"expected `loss` to be real, got {loss.dtype}. Take its .abs() or .real.")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"expected `loss` to be a scalar, got shape {tuple(loss.shape)}. Reduce it first, "
-            "for example with .mean()."
-        )
-    if loss.grad_fn is None:
-        raise LayerNotUsedError(
-            "expected `loss` to depend on the layer, got one without a graph: it was computed under "
-            "torch.no_grad() or inference_mode(), detached, or from nothing that requires gradients."
-        )
 
 
 def not_used(layer: nn.Module | Tensor, graph: Collection[Node]) -> str:

@@ -6,12 +6,13 @@ beside ``z = lin(phi; W)``, and only the weight sees both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch.autograd.graph import get_gradient_edge
 
-from fam_optim.graph import calls, nodes, operations
-from fam_optim.graph.reach import spread
+from fam_optim.graph import nodes, operations
+from fam_optim.graph.reach import same_graph
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import describe
 
@@ -32,14 +33,10 @@ def check_all_seen(
     parents: Parents, layers: Sequence[Observation | Tensor], uses_of: Sequence[Sequence[Use]]
 ) -> None:
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
-    through one, or on a parameter whose gradient is sparse.
-
-    Args:
-        parents: the nodes that use a node's result, for every node of the loss's graph.
-        layers, uses_of: the layers, and of each the uses that were found.
+    through one, or on a parameter whose gradient is sparse; `uses_of` are the uses that were found of each.
     """
     records = ((node, recorded_use(node)) for node in parents)
-    recorded = {calls.product_of_call(node) for node, found in records if found and not found[0].is_released}
+    recorded = {_product_of_call(node) for node, found in records if found and not found[0].is_released}
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
@@ -47,10 +44,13 @@ def check_all_seen(
     constants = _constant_factors(parents) if frozen else {}
     # A derivative may have multiplied a frozen weight with constants.
     derivative = frozen and any(map(nodes.is_derivative, parents))
-    by_name = _by_name(parents) if any(weight.grad_fn is not None for weight in every) else {}
+    by_name: dict[str, list[Node]] = {}
+    for node in parents if any(weight.grad_fn is not None for weight in every) else ():
+        if nodes.leaf(node) is None:
+            by_name.setdefault(node.name(), []).append(node)
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            products = _of_trained(_starts(weights, by_name), parents, layer)
+            products = _of_trained(_starts(weights, by_name), parents, layer.stores_transposed)
             products |= _of_frozen(weights, constants, layer.stores_transposed)
             unseen = [through for product, through in products.items() if product not in recorded]
             if any(unseen) or (derivative and uses and not weights[0].requires_grad):
@@ -87,30 +87,22 @@ def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
     return [use.weight for use in uses] or ([] if own is None else [own])
 
 
-def _by_name(graph: Iterable[Node]) -> dict[str, list[Node]]:
-    found: dict[str, list[Node]] = {}
-    for node in graph:
-        if nodes.leaf(node) is None:
-            found.setdefault(node.name(), []).append(node)
-    return found
-
-
 def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
     """Where trained weights begin; of those that are computed at every call, wherever this was done alike."""
     starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
-    alike = {n for start in starts for n in by_name.get(start.name(), ()) if calls.same_graph(n, start)}
+    alike = {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
     return starts | alike
 
 
-def _of_trained(starts: Set[Node], parents: Parents, layer: Observation) -> dict[Node, bool]:
-    """Products ``phi W^T`` of weights that begin at `starts`, as the layer takes them, and ``delta W`` as a
+def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) -> dict[Node, bool]:
+    """Products ``phi W^T`` of weights that begin at `starts`, as a layer takes them, and ``delta W`` as a
     derivative through it does, with whether they are such.
 
-    A call's W^T is made by t(), and what a derivative takes from that by more. Written by hand, W.T, a
-    product is a call if the layer's bias is added. Not ``z W`` nor ``W W^T``: other uses, which do not count.
+    A call's W^T is made by t(), and what a derivative takes from that by more. Not ``z W`` nor ``W W^T``:
+    other uses, which do not count.
     """
     found = {}
-    of_call = 0 if layer.stores_transposed else 1  # how many t() it takes
+    of_call = 0 if stored_transposed else 1  # how many t() it takes
     stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()
@@ -127,28 +119,9 @@ def _of_trained(starts: Set[Node], parents: Parents, layer: Observation) -> dict
                 found[above] = True  # not one in the weight alone, whose first result has no shape
             elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node and operands[-2] not in starts:
                 by_torch = len(way) >= of_call and set(way) <= {"T"}
-                as_called = len(way) % 2 == of_call
-                if by_torch or (as_called and _has_bias(above, parents, layer.module.bias)):
+                if by_torch or len(way) % 2 == of_call:
                     found[above] = len(way) > of_call
     return found
-
-
-def _has_bias(product: Node, parents: Parents, bias: Any) -> bool:
-    """Whether a bias is added to a product; True if that cannot be told, as it has none or is frozen."""
-    if bias is None or not bias.requires_grad:
-        return True
-
-    def moved(node: Node) -> list[Node]:
-        return [above for above in parents.get(node, ()) if nodes.kind(above) in _SAME_NUMBERS]
-
-    def moved_or_added_to(node: Node) -> list[Node]:
-        once = [above for above in parents[node] if nodes.kind(above) == "Add"]
-        return [] if nodes.kind(node) == "Add" else [*moved(node), *once]
-
-    begins = get_gradient_edge(bias).node
-    of_bias = {begins, *spread([begins], moved)}
-    sums = {product, *spread([product], moved_or_added_to)}
-    return any(below in of_bias for node in sums for below, _ in node.next_functions)
 
 
 def _of_frozen(
@@ -159,17 +132,43 @@ def _of_frozen(
     """The same of frozen weights, which leave no trace but where their numbers lie."""
     found = {}
     for weight in (weight for weight in weights if not weight.requires_grad):
-        for node, factor in constants.get(calls.place(weight), ()):
+        for node, factor in constants.get(_place(weight), ()):
             as_stored = factor.shape == weight.shape and factor.stride() == weight.stride()
             found[node] = nodes.kind(node) != "Convolution" and as_stored != stored_transposed
     return found
 
 
+_SECOND_FACTORS = {
+    "Mm": ("mat2", 1),
+    "Bmm": ("mat2", 1),
+    "Addmm": ("mat2", 2),
+    "Convolution": ("weight", 1),
+    "ConvolutionBackward": ("weight", 2),
+}
+"""What a product keeps its second factor as, and which of its operands that is."""
+
+
 def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[tuple[Node, Tensor]]]:
-    """Products with a constant, and that, by where its numbers lie."""
+    """Products whose second factor is a constant, and that, by where its numbers lie."""
     found: dict[int | None, list[tuple[Node, Tensor]]] = {}
     for node in graph:
-        factor = calls.constant_factor(node)
-        if factor is not None:
-            found.setdefault(calls.place(factor), []).append((node, factor))
+        name, position = _SECOND_FACTORS.get(nodes.kind(node), ("", 0))
+        if name and node.next_functions[position][0] is None:
+            factor = nodes.at_hand(node, name)
+            if factor is not None:
+                found.setdefault(_place(factor), []).append((node, factor))
     return found
+
+
+def _place(t: Tensor) -> int | None:
+    """Where a tensor's numbers begin; None of a tensor that holds them in others (sharded, quantised)."""
+    return t.data_ptr() if type(t.data) is torch.Tensor else None
+
+
+def _product_of_call(end: Node) -> Node | None:
+    """The product with the weight below the node that makes a layer's output; None if it is not found."""
+    node: Node | None = end
+    # The bias is added by itself where the input is not contiguous.
+    while node is not None and nodes.kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias", "Add"):
+        node = node.next_functions[0][0]
+    return node if node is not None and nodes.kind(node) in ("Addmm", "Mm", "Convolution") else None

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim.layer.layout import Layout
-from fam_optim.layer.use import LayerUse
+from fam_optim.layer.use import LayerUse, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The kinds of layers that are linear in a weight matrix, and why others are refused."""
+"""Which modules and parameters have a weight matrix W ``(d, m)``, and why others are refused."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fam_optim.graph import calls, flags
+from fam_optim import unnoticed
+from fam_optim.graph.reach import computed_alike
 from fam_optim.layer.convolution import CONVOLUTIONS, TRANSPOSED, ConvTransposeUse, ConvUse
 from fam_optim.layer.use import (
     Conv1DUse,
     LayerUse,
+    Layout,
     LinearUse,
     Use,
+    at_least_float32,
     complex_weight,
     describe,
     is_sharded,
@@ -23,11 +26,8 @@ from fam_optim.layer.use import (
 
 
 def use_type(module: nn.Module) -> type[LayerUse]:
-    """The kind of `Use` that describes `module`'s forward.
-
-    Raises:
-        TypeError: if the module is not known to be linear in a weight matrix of its own.
-    """
+    """The kind of `Use` that describes `module`'s forward; TypeError if that is not known to be linear in a
+    weight matrix of its own."""
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(tensor_parallel(module))
     base = base_type(module)
@@ -80,13 +80,10 @@ def overridden(module: nn.Module) -> str | None:
 
 
 def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> str | None:
-    """Why kappa cannot be computed of a call, whose output is not what the module's class computes.
+    """Why kappa cannot be computed of a call: its output is not what the module's class computes, by the same
+    operations on the same tensors, to the same numbers. (That of fake quantisation is not.)
 
-    That is by the same operations on the same tensors, to the same numbers, here and now. (Fake quantisation
-    is not.)
-
-    Args:
-        seen: whether numbers were compared before: reading them waits for an accelerator, and is done once.
+    Numbers that were `seen` before are not compared again on an accelerator, which would have to wait.
     """
     try:
         computed = use.forward(cast("Tensor | None", module.bias))
@@ -94,8 +91,8 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
         computed = None
     if computed is not None and output.shape == computed.shape:
         graph = computed.requires_grad and output.requires_grad
-        alike = not graph or calls.computed_alike(output, computed)
-        equal = seen and flags.reading_waits(computed)
+        alike = not graph or computed_alike(output, computed)
+        equal = seen and unnoticed.reading_waits(computed)
         equal = equal or torch.allclose(output.detach(), computed.detach(), rtol=0, atol=0, equal_nan=True)
         if alike and equal:
             return None
@@ -122,11 +119,7 @@ def check_matrix(weight: Tensor, name: str) -> None:
 
 
 def parameter_use(parameter: Tensor) -> Use:
-    """The bare parameter as a weight matrix: rows along its first axis.
-
-    Raises:
-        TypeError: if it has fewer than two dimensions, is complex, or sharded.
-    """
+    """The bare parameter as a weight matrix, rows along its first axis; TypeError if it is none."""
     check_matrix(parameter, describe(parameter))
     if is_sharded(parameter):
         raise TypeError(
@@ -134,3 +127,58 @@ def parameter_use(parameter: Tensor) -> Use:
             "(fully_shard) pass the module that owns it, in any mode. Tensor parallelism is not supported."
         )
     return Use(parameter)
+
+
+class WeightMatrix:
+    """A parameter that the proximal step moves, as the matrix W ``(d, m)`` of its layer."""
+
+    def __init__(self, parameter: nn.Parameter, name: str, layout: Layout) -> None:
+        self.parameter, self.name, self.layout = parameter, name, layout
+        self.d, self.m = layout.d, layout.m
+
+    def of(self, t: Tensor) -> Tensor:
+        """What has the parameter's shape as a matrix ``(d, m)``, in at least float32."""
+        return self.layout.matrix(at_least_float32(t))
+
+    def back(self, matrix: Tensor) -> Tensor:
+        """A matrix ``(d, m)`` in the parameter's shape: the inverse of `of`."""
+        return self.layout.weight(matrix)
+
+
+def weight_matrix(layer: object) -> WeightMatrix:
+    """The weight of a module, or a bare parameter, whose rows lie along its first axis, as a matrix.
+
+    Raises:
+        TypeError: for a layer without one, for a weight that is computed at every call (a parametrization,
+            pruning), and for one that is not whole on this process (FSDP, tensor parallelism).
+    """
+    name = describe(layer)
+    if not isinstance(layer, (nn.Module, nn.Parameter)):
+        raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
+    module: Any = getattr(layer, "_orig_mod", layer)  # torch.compile(module)
+    kind = None if isinstance(layer, nn.Parameter) else use_type(module)
+    weight = own_weight(module)
+    if weight is None:
+        raise TypeError(
+            f"mode='proximal' moves weights, and that of `layer` {name} is computed at every call (a "
+            "parametrization, weight_norm, pruning). Leave this layer out, remove the parametrization, or "
+            "use mode='hutchinson' with curvature='gauss_newton'."
+        )
+    if isinstance(weight, nn.UninitializedParameter):
+        raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
+    check_matrix(weight, name)
+    if weight.numel() == 0:
+        raise TypeError(f"expected `layer` to have a weight that is not empty, got {name}. Leave it out.")
+    if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):
+        raise TypeError(
+            f"mode='proximal' needs the whole weight of `layer` {name} on every process, and this one is "
+            "sharded (FSDP, tensor parallelism). Use DDP, or with FSDP2 mode='hutchinson'."
+        )
+    layout = Layout(weight.shape) if kind is None else kind.layout_of(module, weight)
+    return WeightMatrix(weight, name, layout)
+
+
+def own_weight(layer: object) -> nn.Parameter | None:
+    """The parameter that a layer's weight is now; None if it is computed at every call."""
+    module: Any = getattr(layer, "_orig_mod", layer)
+    return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")

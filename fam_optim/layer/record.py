@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.utils import parametrize
 
-from fam_optim.compilation import OBSERVED, opaque
 from fam_optim.graph import nodes
 from fam_optim.layer import hooks
 from fam_optim.layer.kinds import objection, overridden, use_type
 from fam_optim.layer.use import Conv1DUse, LayerUse, describe
+from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
     from fam_optim.layer.use import Use
 
 _KEY = "fam_optim.use"
+_OBSERVED = (
+    "fam_optim observes the calls of this layer, which breaks the graph. For fullgraph=True compile what "
+    "comes before the layer, model.body.compile(fullgraph=True); otherwise nothing need be changed"
+)
 
 
 class Observation:
@@ -36,9 +40,6 @@ class Observation:
 
     Args:
         module: the layer, as in `observe`.
-
-    Attributes:
-        module: the layer; of a compiled one the module that was compiled.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -144,8 +145,6 @@ class _Recorder:
     """A module's hooks, and what they know: one for all who observe the module.
 
     Attributes:
-        module: what it records the calls of.
-        observers: who wants to know of them.
         without_graph: how many graph nodes this thread had made at calls without one, lately.
     """
 
@@ -176,7 +175,7 @@ class _Recorder:
         if torch.is_grad_enabled():
             self._keep(weight)
 
-    @partial(opaque, reason=OBSERVED)
+    @partial(opaque, reason=_OBSERVED)
     def _keep(self, weight: Tensor) -> None:
         self._computed.weight = weight
 
@@ -190,7 +189,7 @@ class _Recorder:
             self.without_graph.append(nodes.made_so_far())
         return None
 
-    @partial(opaque, reason=OBSERVED)
+    @partial(opaque, reason=_OBSERVED)
     def _leave_use(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if "_is_replica" in vars(module):
             raise RuntimeError(

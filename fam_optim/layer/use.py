@@ -12,14 +12,14 @@ apply the operation to any other matrix; it knows no loss. The letters are
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import weakref
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from fam_optim.layer.layout import Layout
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -27,6 +27,44 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 def at_least_float32(t: Tensor) -> Tensor:
     """`t` in float32 if it is in a lower precision: second derivatives underflow in half precision."""
     return t.float() if t.dtype in LOW_PRECISION else t
+
+
+class Layout(NamedTuple):
+    """A weight's own shape, and how it is read as W: one row per output neuron, its columns everything else.
+
+    The shape is ``(d, ...)``, or, of a transposed convolution or Hugging Face's Conv1D, ``(inputs, outputs of
+    a group, ...)``.
+    """
+
+    shape: torch.Size
+    inputs_first: bool = False
+    groups: int = 1
+
+    @property
+    def d(self) -> int:
+        """Rows of W."""
+        return self.shape[1] * self.groups if self.inputs_first else self.shape[0]
+
+    @property
+    def m(self) -> int:
+        """Columns of W."""
+        first, second, *kernel = self.shape
+        return math.prod((first // self.groups if self.inputs_first else second, *kernel))
+
+    def matrix(self, t: Tensor) -> Tensor:
+        """What has the weight's own shape as a matrix ``(d, m)``."""
+        if not self.inputs_first:
+            return t.flatten(1)
+        by_group = t.reshape(self.groups, -1, *t.shape[1:])
+        return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """A matrix ``(d, m)`` as the weight is stored; with fewer rows the weight of fewer outputs."""
+        inputs, *rest = self.shape
+        if not self.inputs_first:
+            return matrix.reshape(-1, *rest)
+        by_group = matrix.reshape(self.groups, -1, inputs // self.groups, *rest[1:])
+        return by_group.transpose(1, 2).flatten(0, 1)
 
 
 class Use:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fam_optim import FAM
-from fam_optim.estimators.resolvent import Dense
-from fam_optim.estimators.running_mean import KEPT
+from fam_optim.estimators.running_mean import KEPT, Dense
 from fam_optim.proximal import Proximal
 from fam_optim.step_roots import StepRoots
 

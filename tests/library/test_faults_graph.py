@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fam_optim import FAM, observe, relative_flatness, weight_layers
-from fam_optim.estimators import variance
-from fam_optim.graph import flags
+from fam_optim import FAM, observe, relative_flatness, unnoticed, weight_layers
+from fam_optim.estimators import measure as measures
 from fam_optim.graph.trace import find_tails
 from tests.support import TORCH
 
@@ -271,7 +270,7 @@ def test_hessian_vector_products_of_kappa(
     settings: dict[str, Any], number: int, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As AdaHessian and Sophia take them: right where kappa can be differentiated twice, else refused."""
-    monkeypatch.setattr(variance, "SMALL", variance.SMALL if few else 0)
+    monkeypatch.setattr(measures, "SMALL", measures.SMALL if few else 0)
     m = perceptron()
     parameters = list(m.parameters())
     torch.manual_seed(2)
@@ -514,7 +513,7 @@ def test_negative_weights(what: str, negative: float, monkeypatch: pytest.Monkey
 
     with pytest.raises(RuntimeError, match="counts with a negative weight"):
         value()
-    monkeypatch.setattr(flags, "reading_waits", lambda tensor: True)
+    monkeypatch.setattr(unnoticed, "reading_waits", lambda tensor: True)
     assert value().isnan()
 
 
@@ -625,7 +624,7 @@ def test_nothing_to_learn_from(
 
 @pytest.mark.parametrize("few", [True, False], ids=["few classes", "many classes"])
 def test_class_vectors_with_much_in_common(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variance, "SMALL", variance.SMALL if few else 0)
+    monkeypatch.setattr(measures, "SMALL", measures.SMALL if few else 0)
     torch.manual_seed(0)
     weight, x, y = torch.randn(10, 64) + 2e4, (torch.randn(8, 64) * 1e-3).float(), torch.arange(8)
     for classes in (slice(0, 10), slice(None)):

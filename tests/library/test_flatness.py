@@ -219,7 +219,7 @@ def test_exact_agrees_with_the_definition(case: Case) -> None:
 @pytest.fixture
 def many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The closed form that is meant for many classes, also where there are few."""
-    monkeypatch.setattr("fam_optim.estimators.variance.SMALL", 0)
+    monkeypatch.setattr("fam_optim.estimators.measure.SMALL", 0)
 
 
 @by_name(covering([case for case in EXACT if "ce" in case.name], each))

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fam_optim import FAM, dataset_relative_flatness, observe, relative_flatness, weight_layers
+from fam_optim import FAM, dataset_relative_flatness, observe, relative_flatness, unnoticed, weight_layers
 from fam_optim.estimators import gauss_newton as module
-from fam_optim.graph import flags
 from tests import reference
 
 if TYPE_CHECKING:
@@ -344,7 +343,7 @@ def test_a_loss_that_is_not_known_is_refused(loss: Callable[[Tensor], Tensor], m
 
 @pytest.mark.parametrize("later", [False, True])
 def test_negative_weights_are_refused(later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flags, "reading_waits", lambda tensor: later)
+    monkeypatch.setattr(unnoticed, "reading_waits", lambda tensor: later)
     net, x = problem("perceptron")
 
     def kappa(weight: float) -> Tensor:

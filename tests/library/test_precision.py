@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fam_optim import FAM, observe, relative_flatness
-from fam_optim.graph import flags
+from fam_optim import FAM, observe, relative_flatness, unnoticed
 from tests import reference
 from tests.support import Batch, assert_same, crossed, samples, seeded
 
@@ -189,7 +188,7 @@ def test_many_classes_keep_their_digits(
     dtype: torch.dtype, surplus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The closed form has two ways; the other tests are small, and take that for few classes."""
-    monkeypatch.setattr("fam_optim.estimators.variance.SMALL", 0)
+    monkeypatch.setattr("fam_optim.estimators.measure.SMALL", 0)
     setting = trained("mlp", surplus)
     check(setting, setting.layers[-1], dtype, "exact", F.cross_entropy, parameters_too=False)
 
@@ -526,7 +525,7 @@ def test_the_guard_sees_a_reading() -> None:
 def test_a_step_reads_nothing_on_the_host_once_its_tail_is_known(
     layer: int, mode: str, curvature: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flags, "reading_waits", lambda tensor: True)  # as on an accelerator
+    monkeypatch.setattr(unnoticed, "reading_waits", lambda tensor: True)  # as on an accelerator
     net = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 4))
     fam = FAM(net.parameters(), torch.optim.SGD, net[layer], LAM, mode, curvature=curvature, lr=0.1)
     x, y = four_classes(0, torch.float32)

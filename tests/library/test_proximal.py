@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fam_optim import FAM, weight_layers
 from fam_optim.estimators import roots
-from fam_optim.estimators.resolvent import Dense, LowRank
+from fam_optim.estimators.running_mean import Dense, LowRank
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import reach
-from fam_optim.layer.weights import weight_matrix
+from fam_optim.layer.kinds import weight_matrix
 from tests import reference
 from tests.cases import GRID, Case
 from tests.library.test_gauss_newton import LOSSES, TINY, by_network_and_loss, problem, weighted

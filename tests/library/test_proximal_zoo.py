@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fam_optim import FAM, weight_layers
 from fam_optim.estimators import roots
-from fam_optim.layer.weights import WeightMatrix, weight_matrix
+from fam_optim.layer.kinds import WeightMatrix, weight_matrix
 from tests.zoo import IGNORED, ROWS, Row
 
 LR, LAM = 1e-3, 0.5

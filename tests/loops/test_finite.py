@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim import FAM
-from fam_optim.graph import flags
+from fam_optim import FAM, unnoticed
 
 Y = torch.tensor([0, 1, 2, 0])
 
@@ -92,7 +91,7 @@ def test_on_an_accelerator_the_step_is_on_zeros_and_the_next_is_refused(
     style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits for the device to know."""
-    monkeypatch.setattr(flags, "reading_waits", lambda tensor: True)
+    monkeypatch.setattr(unnoticed, "reading_waits", lambda tensor: True)
     model = Normalised()
     fam = FAM(model.parameters(), torch.optim.SGD, model.layer, 0.1, "hutchinson", lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]

@@ -1,11 +1,14 @@
-"""A checkpoint runs a part of the forward again at every derivative, and what it counts must count once."""
+"""What keeps kappa's computation unnoticed: torch.compile does not trace it, nobody waits for the device, and
+modules that a checkpoint runs again count once."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -13,6 +16,45 @@ from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+_Function = TypeVar("_Function", bound="Callable[..., Any]")
+_KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
+
+
+def opaque(function: _Function, reason: str) -> _Function:
+    """`function`, which torch.compile does not trace: a compiled graph breaks at its call.
+
+    What it got and returns are then tensors with a graph, whatever is compiled around it. With
+    fullgraph=True that is an error, which quotes the reason.
+    """
+    disable: Any = torch.compiler.disable  # untyped
+    untraced: _Function = disable(function, **({"reason": reason} if _KNOWS_REASON else {}))
+    return untraced
+
+
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether to read the tensor's numbers is to wait until an accelerator has computed them."""
+    return tensor.device.type != "cpu"
+
+
+class AsyncFlag:
+    """A boolean scalar, on its way from an accelerator to the host."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._arrived: Any = None
+        if flag.device.type == "cpu":
+            self._host = flag
+            return
+        self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._host.copy_(flag, non_blocking=True)
+        self._arrived = torch.get_device_module(flag.device).Event()
+        self._arrived.record()
+
+    def read(self) -> bool | None:
+        """Its value; None if it has not arrived yet."""
+        if self._arrived is not None and not self._arrived.query():
+            return None
+        return bool(self._host.tolist())  # of memory of the host: nothing is dispatched
 
 
 @contextmanager
