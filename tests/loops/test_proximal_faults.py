@@ -198,7 +198,7 @@ def test_a_scaled_loss_has_the_kappa_of_the_loss() -> None:
         optimizer = fam(model := net(), every=1, lr=0.0)
         (scale * optimizer.regularize(loss_of(model, 0))).backward()
         optimizer.step()
-        kappas.append([optimizer.last_kappa])
+        kappas.append(optimizer.last_kappa)
     assert torch.equal(*kappas)
 
 
