@@ -156,6 +156,17 @@ def test_a_loss_that_is_backpropagated_again_after_its_gradients_were_looked_at(
     assert_same(*results)
 
 
+def test_skipped_steps_pile_nothing_up() -> None:
+    optimizer = fam(model := net(), every=1)
+    counts = []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = optimizer.regularize(loss_of(model, step))
+        loss.backward()
+        counts.append(matrices())
+    assert counts[2] == counts[5]
+
+
 @pytest.mark.parametrize("closure", [False, True])
 def test_layers_may_be_frozen_at_first(closure: bool) -> None:
     """The head is trained before the body; nothing that stands still is moved."""
