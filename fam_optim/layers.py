@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from fam_optim.layer.kinds import base_type, parameter_use
+from fam_optim.layer.kinds import base_type, inputs_first, parameter_use
 from fam_optim.layer.record import Observation, parametrization
 from fam_optim.layer.use import describe
 
@@ -46,7 +46,10 @@ def named_weight_layers(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]
             path = f"{name}.{suffix}".strip(".")
             weight = layer._parameters.get("weight") if isinstance(layer, nn.Module) else layer
             shared_with = path if weight is None else first.setdefault(id(weight), path)
-            found[shared_with] = layer if shared_with == path else cast("nn.Parameter", weight)
+            known = found.setdefault(shared_with, layer)
+            # A parameter's rows lie along its first axis, so those of a transposed one are not.
+            if known is not layer and not (isinstance(known, nn.Module) and inputs_first(known)):
+                found[shared_with] = cast("nn.Parameter", weight)
     return found
 
 

@@ -33,10 +33,10 @@ APART = 0x9E3779B97F4A7C15
 
 
 class Taken:
-    """A of one loss, which is held weakly: as long as somebody has it, it may be backpropagated."""
+    """A of one loss."""
 
-    def __init__(self, loss: Tensor, roots: Roots) -> None:
-        self.loss, self.roots = weakref.ref(loss), roots
+    def __init__(self, roots: Roots) -> None:
+        self.roots = roots
         self.share: Tensor | None = None  # of the loss that was backpropagated: its own gradient
 
     def note(self, gradient: Tensor) -> None:
@@ -72,7 +72,9 @@ class StepRoots:
 
     def gradients_zeroed(self) -> None:
         """Forgets what was backpropagated: it is of a step that was not made, or will be once more."""
-        self._pending = [t for t in self._pending if t.share is None or t.loss() is not None]
+        known, self._pending = [weakref.ref(taken) for taken in self._pending], []
+        # The hook of a loss that can still be backpropagated keeps what was taken of it.
+        self._pending = [taken for ref in known if (taken := ref()) is not None]
         for taken in self._pending:
             taken.share = None
         self._empty()
@@ -125,8 +127,7 @@ class StepRoots:
             # g has the same size on all processes, however many rows they have.
             rows = self.rows(reached) if alone else {}
             generator = partial(self._generator, seed)
-            roots = sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples)
-        taken = Taken(loss, roots)
+            taken = Taken(sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples))
         loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
         self._pending.append(taken)
         nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)

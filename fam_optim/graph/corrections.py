@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import Node
 
-    Gradients = Callable[[Any, Tensor], tuple[Tensor, ...] | None]
+    Gradients = Callable[[Any, Tensor], tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -45,13 +45,11 @@ def _replaced(
 ) -> Any:
     """Hook on a node: the gradients of its first operands written out, those of the others as they are."""
     new = gradients(node, grad_outputs[0])
-    if new is None:
-        return None
     cast = (None if o is None else n.to(o.dtype) for o, n in zip(old, new, strict=False))
     return *cast, *old[len(new) :]
 
 
-# Each is given a node and the gradient in its result, and returns those in its operands; None leaves torch's.
+# Each is given a node and the gradient in its result, and returns those in its operands.
 
 
 def _layer_norm(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -71,14 +69,23 @@ def _layer_norm(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return by_x, (grad * normal).sum(lead), grad.sum(lead)
 
 
-def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...] | None:
-    """In half precision a probability near one rounds to one, and with ``1 - p`` the curvature is gone.
-    log p still tells them apart, so p is made from it again, in float32 (log_softmax is idempotent)."""
-    if nodes.results(node)[0].dtype not in LOW_PRECISION:
-        return None
+def is_largest(t: Tensor, dim: int) -> Tensor:
+    """Which entry is the largest along an axis; one of several."""
+    return torch.zeros_like(t, dtype=torch.bool).scatter(dim, t.argmax(dim, keepdim=True), True)
+
+
+def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    """The derivative of the largest p is ``p (1 - p)``, and lost where p rounds to one, with the curvature:
+    in float32 from a gap of 17 between logits on. So that p is one less all others."""
     grad, dim = at_least_float32(grad), nodes.softmax_axis(node)
-    p = at_least_float32(nodes.kept(node, "result")).softmax(dim)
-    return (grad - p * grad.sum(dim, keepdim=True),)
+    log_p = at_least_float32(nodes.kept(node, "result"))
+    if nodes.results(node)[0].dtype in LOW_PRECISION:
+        log_p = log_p.log_softmax(dim)
+    top = is_largest(log_p, dim)
+    others = log_p.exp().masked_fill(top, 0)
+    total = grad.sum(dim, keepdim=True)
+    at_top = others.sum(dim, keepdim=True) * total - grad.masked_fill(top, 0).sum(dim, keepdim=True)
+    return (torch.where(top, at_top, grad - others * total),)
 
 
 def _hardsigmoid(node: Any, grad: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from fam_optim import unnoticed
 from fam_optim.graph import errors, nodes, operations
+from fam_optim.graph.corrections import is_largest
 from fam_optim.graph.reach import spread
 from fam_optim.layer.use import at_least_float32
 
@@ -174,8 +175,10 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
     edge, log_p, dim, a = softmax_of(node, loss, differentiable)
 
     def root(r: Tensor) -> list[Tensor]:
-        root_p = (log_p / 2).exp()
-        return [_root_of(a) * root_p * (r - root_p * (root_p * r).sum(dim, keepdim=True))]
+        root_p, top = (log_p / 2).exp(), is_largest(log_p, dim)
+        others = root_p.masked_fill(top, 0)  # 1 - p of the largest p, which may round to one
+        at_top = others.square().sum(dim, keepdim=True) * r - root_p * (others * r).sum(dim, keepdim=True)
+        return [_root_of(a) * root_p * torch.where(top, at_top, r - root_p * (root_p * r).sum(dim, True))]
 
     return Output([edge], log_p.shape, a, root)
 

@@ -66,6 +66,12 @@ def base_type(module: nn.Module) -> type[nn.Module] | None:
     return next((base for base in _kinds() if isinstance(module, base)), None)
 
 
+def inputs_first(module: nn.Module) -> bool:
+    """Whether the module stores its weight transposed."""
+    base = base_type(module)
+    return base is not None and _kinds()[base].inputs_first
+
+
 def overridden(module: nn.Module) -> str | None:
     """Which method of the module's class something else computes its output in place of, if any."""
     base: Any = base_type(module)

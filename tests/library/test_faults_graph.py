@@ -5,6 +5,7 @@ Each is right by the definition, written out here with autograd, or refused with
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fam_optim import FAM, observe, relative_flatness, unnoticed, weight_layers
 from fam_optim.estimators import measure as measures
 from fam_optim.graph.trace import find_tails
-from tests.support import TORCH
+from tests.support import TORCH, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -667,6 +668,42 @@ def test_sure_predictions(tail: Callable[[Tensor], Tensor], logit: float, curvat
         grads.append(gradient(value, [layer.weight]).item())
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     assert grads[0] == pytest.approx(grads[1], rel=1e-4)
+
+
+WAYS = [
+    ("hessian", "exact"),
+    ("hessian", "full"),
+    ("hessian", "hutchinson"),
+    ("gauss_newton", "exact"),
+    ("gauss_newton", "hutchinson"),
+]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("gap", [16.0, 18.0, 60.0])
+@pytest.mark.parametrize(("curvature", "mode"), WAYS)
+def test_sure_classes(
+    curvature: str, mode: str, gap: float, number: int, activation: type[nn.Module]
+) -> None:
+    """In float32 the largest p rounds to one where the next logit is 17 below."""
+    values, grads = [], []
+    single = seeded(lambda: nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3))).float()
+    single[2].bias.data.copy_(torch.tensor([gap, 0.0, 0.5]))
+    for model in (single, copy.deepcopy(single).double()):
+        layer, x = model[number], X.to(model[0].weight)
+        generator = torch.Generator().manual_seed(0)
+        value = kappa(
+            lambda model=model, x=x: CE(model(x), torch.zeros(6, dtype=torch.long)),
+            layer,
+            curvature=curvature,
+            mode=mode,
+            generator=generator,
+        )
+        values.append(value.item())
+        grads.append(gradient(value, list(model.parameters())).double())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()
 
 
 def test_a_closed_form_that_overflows_takes_no_step() -> None:

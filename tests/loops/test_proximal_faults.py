@@ -156,6 +156,17 @@ def test_a_loss_that_is_backpropagated_again_after_its_gradients_were_looked_at(
     assert_same(*results)
 
 
+def test_skipped_steps_pile_nothing_up() -> None:
+    optimizer = fam(model := net(), every=1)
+    counts = []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = optimizer.regularize(loss_of(model, step))
+        loss.backward()
+        counts.append(matrices())
+    assert counts[2] == counts[5]
+
+
 @pytest.mark.parametrize("closure", [False, True])
 def test_layers_may_be_frozen_at_first(closure: bool) -> None:
     """The head is trained before the body; nothing that stands still is moved."""
@@ -344,6 +355,24 @@ def test_squared_errors_of_embeddings_are_outputs() -> None:
     ).backward()
     optimizer.step()
     assert float(optimizer.last_kappa) > 0
+
+
+def test_a_transposed_weight_that_two_modules_share_keeps_its_rows() -> None:
+    """As one parameter it would have a row for every input."""
+    first, second = (nn.ConvTranspose1d(2, 4, 3, padding=1, groups=2) for _ in range(2))
+    second.weight = first.weight
+    model = seeded(lambda: nn.Sequential(first, nn.Conv1d(4, 2, 1), second, nn.Flatten(), nn.LazyLinear(3)))
+    model(x := torch.randn(2, 2, 5))
+    layers = weight_layers(model)
+    assert layers[0] is first and len(layers) == 3
+    optimizer = FAM(model.parameters(), torch.optim.SGD, layers[:-1], mode="proximal", every=1, lr=0.1)
+    assert [(w.d, w.m) for w in optimizer.regularizer.weights] == [(4, 3), (2, 4)]
+    optimizer.regularize(F.cross_entropy(model(x), torch.tensor([0, 2]))).backward()
+    optimizer.step()
+    assert float(optimizer.last_kappa) > 0
+    fam = FAM(model.parameters(), torch.optim.SGD, first, mode="hutchinson", lr=0.1)
+    with pytest.raises(RuntimeError, match=r"not observed.*shares the weight"):
+        fam.regularize(F.cross_entropy(model(x), torch.tensor([0, 2])))
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
