@@ -1,13 +1,10 @@
 """A closure as the base optimizer gets it: its losses are regularised before they are backpropagated.
 
-The user's closure either returns the loss and leaves backward to FAM, or calls backward itself, on one
-loss or several, scaled or not; a backward that it calls runs on the loss with its penalty. A base that reads
-what a closure returns (LBFGS's line search, Polyak's step size) must find the function whose gradient it
-gets, the user the plain loss.
-
-`torch.autograd.backward`, which every ``Tensor.backward`` calls, is replaced while a closure runs, and lets
-this thread's closure change the loss. (A TorchFunctionMode would see ``Tensor.backward`` alone, and costs a
-microsecond for every operation.)
+The user's closure leaves backward to FAM, or calls it itself, on one loss or several, scaled or not. While it
+runs `torch.autograd.backward`, which every ``Tensor.backward`` calls, is replaced, so that the loss can be
+changed. (A TorchFunctionMode would see ``Tensor.backward`` alone, and costs a microsecond an operation.) A
+base that reads what a closure returns (LBFGS's line search, Polyak's step size) must find the function whose
+gradient it gets, the user the plain loss.
 """
 
 from __future__ import annotations

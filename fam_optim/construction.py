@@ -26,13 +26,8 @@ LAM, LAM_OF_A_PENALTY, EVERY = 1.0, 8e-3, 10
 def build_regularizer(
     layer: Any, lam: float | None, mode: str, every: int | None, of_penalty: dict[str, Any], **random: Any
 ) -> Regularizer:
-    """The regulariser of a mode, or ValueError for what means nothing in it.
-
-    Args:
-        layer, lam, mode, every: as in `FAM`.
-        of_penalty: measure, curvature, normalize, detach_hessian; None where not given.
-        **random: n_samples and generator.
-    """
+    """The regulariser of a mode, or ValueError for what means nothing in it. Of a penalty are measure,
+    curvature, normalize and detach_hessian, None where not given; random are n_samples and generator."""
     if lam is None:
         lam = LAM if mode == "proximal" else LAM_OF_A_PENALTY
     lam = checked_lam(lam)

@@ -42,14 +42,12 @@ STACKED = 1 << 16
 class Proximal(Regularizer):
     """The proximal step of some weights, and what it keeps from step to step.
 
+    Its `last_kappa` is ``||A^T W||_F^2`` of the last due step, over all weights: an unbiased kappa of a loss.
+
     Attributes:
-        weights: the weight matrices, each once.
-        lam: how far kappa pulls each weight, relative to the loss; at least 0.
-        every: steps of the base from one proximal step to the next.
         steps: of the base, so far.
         seed: of the signs, together with the number of the step and the process.
         means: T of every weight.
-        last_kappa: ``||A^T W||_F^2`` of the last due step, over all weights: an unbiased kappa of its loss.
         roots: A of the coming step.
     """
 

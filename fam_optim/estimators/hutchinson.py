@@ -4,8 +4,7 @@ F is not held constant, so the estimate's gradient is unbiased for all of Lemma 
 Hessian-vector product through the tail. (The paper, section 4, uses it for the layerwise measure.)
 
 In weight space the signs of Z need only be uncorrelated in pairs, so for F = W, ``Z[k,t] = s_k r_{t-k}``
-(a circulant matrix of signs r, its rows times signs s) makes V a circular convolution, ``d m log m``
-operations instead of ``d m^2`` and no (m, m) tensor.
+makes V a circular convolution, ``d m log m`` operations instead of ``d m^2`` and no (m, m) tensor.
 
 Where the graph shows that the rows of z do not interact, T is a sum over rows of ``||phi_a||^2 Hess_{z_a}``,
 and every row gets signs of its own, ``sum_a ||phi_a||^2 <F s_a, Hess_{z_a} F s_a>``: the same product, the

@@ -1,8 +1,7 @@
 """Recording a layer's calls: what kappa needs to know of the forward that made the loss.
 
-Every call leaves a `Use` (the layer's input and weight) on the *graph node* of its output. The record
-therefore lives exactly as long as the graph: a forward whose loss is dropped takes its record along, and
-nothing piles up. From a loss, the calls that it depends on are found by walking down its graph (`trace`).
+Every call leaves a `Use` (the layer's input and weight) on the *graph node* of its output, and so lives as
+long as the graph. From a loss, the calls that it depends on are found by walking down its graph (`trace`).
 What is kept of a module is kept by its hook and by who observes it: there is no register.
 """
 

@@ -1,7 +1,6 @@
 """What a regularised layer is: an operation linear in a weight matrix, ``z = lin(phi; W) + b``.
 
-A `Use` is one evaluation of that operation. It knows the layer's input ``phi`` and weight and can
-apply the operation to any other matrix; it knows no loss. The letters are
+A `Use` is one evaluation of that operation, and can apply it to any other matrix; it knows no loss.
 
     W    (d, m)     one row per output neuron; convolutions: m = in channels / groups * kernel size
     phi             the layer's input, as the module received it
