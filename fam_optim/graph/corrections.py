@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import Node
 
-    Gradients = Callable[[Any, Tensor], tuple[Tensor, ...]]
+    Gradients = Callable[[Any, Tensor], tuple[Tensor, ...] | None]
 
 
 @contextmanager
@@ -45,11 +45,13 @@ def _replaced(
 ) -> Any:
     """Hook on a node: the gradients of its first operands written out, those of the others as they are."""
     new = gradients(node, grad_outputs[0])
+    if new is None:
+        return None
     cast = (None if o is None else n.to(o.dtype) for o, n in zip(old, new, strict=False))
     return *cast, *old[len(new) :]
 
 
-# Each is given a node and the gradient in its result, and returns those in its operands.
+# Each is given a node and the gradient in its result, and returns those in its operands; None leaves torch's.
 
 
 def _layer_norm(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -74,13 +76,15 @@ def is_largest(t: Tensor, dim: int) -> Tensor:
     return torch.zeros_like(t, dtype=torch.bool).scatter(dim, t.argmax(dim, keepdim=True), True)
 
 
-def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...] | None:
     """The derivative of the largest p is ``p (1 - p)``, and lost where p rounds to one, with the curvature:
     in float32 from a gap of 17 between logits on. So that p is one less all others."""
     grad, dim = at_least_float32(grad), nodes.softmax_axis(node)
+    low = nodes.results(node)[0].dtype in LOW_PRECISION
+    if not low and nodes.at_hand(node, "result") is None:
+        return None  # a checkpoint gives it away once, to torch
     log_p = at_least_float32(nodes.kept(node, "result"))
-    if nodes.results(node)[0].dtype in LOW_PRECISION:
-        log_p = log_p.log_softmax(dim)
+    log_p = log_p.log_softmax(dim) if low else log_p
     top = is_largest(log_p, dim)
     others = log_p.exp().masked_fill(top, 0)
     total = grad.sum(dim, keepdim=True)

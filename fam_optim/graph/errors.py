@@ -109,7 +109,10 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
     for node, output in edges:
         if node in outputs:
             outputs[node].add(output)
-    if any(map(nodes.is_error, made)) or any(_drops_out(n, of or {0}) for n, of in outputs.items()):
+    between: Any = {node: path | ends if node in path else path | ends | made for node in outputs}
+    if any(map(nodes.is_error, made)) or any(
+        _drops_out(n, of or {0}, between[n]) for n, of in outputs.items()
+    ):
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
             f"{_SECOND}, and an autograd.Function there ({names}) has none: its backward is marked with "
@@ -118,9 +121,9 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
         )
 
 
-def _drops_out(node: Node, outputs: Set[int]) -> bool:
-    """Whether a function's backward keeps numbers, and what it computes does not depend on them; of outputs
-    that are used, since others may be no numbers at all."""
+def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
+    """Whether a function's backward keeps numbers, and what it computes depends on no operand that is made of
+    z; of outputs that are used, since others may be no numbers at all."""
     if not nodes.keeps_numbers(node):
         return False
     made = [nodes.results(node)[i] for i in outputs]
@@ -133,7 +136,14 @@ def _drops_out(node: Node, outputs: Set[int]) -> bool:
             retain_graph=True,
             allow_unused=True,
         )
-    return not any(g is not None and g.requires_grad for g in found)
+    attached = [g for g in found if g is not None and g.requires_grad]
+    operands = [GradientEdge(below, i) for below, i in node.next_functions if below and below in between]
+    if not attached or not operands:
+        return True
+    ones = [torch.ones_like(g) for g in attached]
+    with explained("second derivatives"):
+        again = torch.autograd.grad(attached, operands, ones, retain_graph=True, allow_unused=True)
+    return all(g is None for g in again)
 
 
 def undifferentiable(path: Iterable[Node]) -> str | None:

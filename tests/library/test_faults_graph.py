@@ -224,6 +224,35 @@ def test_functions_with_several_results(number: int) -> None:
     assert_right(m, loss, m[number])
 
 
+class Scaled(torch.autograd.Function):
+    """``w z / ||z||``, which keeps z and w, or what it has computed of z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, w: Tensor, constant: bool) -> Tensor:
+        normal, norm = F.normalize(z), z.norm(dim=1, keepdim=True)
+        ctx.constant = constant
+        ctx.save_for_backward(*((normal, norm) if constant else (z,)), w)
+        return w * normal
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        *kept, w = ctx.saved_tensors
+        normal, norm = kept if ctx.constant else (F.normalize(kept[0]), kept[0].norm(dim=1, keepdim=True))
+        along = (grad * w * normal).sum(1, keepdim=True)
+        return (grad * w - along * normal) / norm, (grad * normal).sum(0), None
+
+
+@pytest.mark.parametrize("mode", ["exact", "full"])
+@pytest.mark.parametrize("number", [0, 2], ids=["below", "last"])
+def test_a_function_that_depends_on_another_parameter_alone_drops_out(number: int, mode: str) -> None:
+    m, w = perceptron(), nn.Parameter(torch.rand(3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="makes constants of the numbers that it keeps"):
+        kappa(lambda: CE(Scaled.apply(m(X), w, True), Y), m[number], mode=mode)
+    value = kappa(lambda: CE(Scaled.apply(m(X), w, False), Y), m[number], mode=mode)
+    right = kappa(lambda: CE(w * F.normalize(m(X)), Y), m[number], mode=mode)
+    torch.testing.assert_close(value, right, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["exact", "full"])
 def test_a_function_below_the_layer_may_be_differentiable_once(mode: str) -> None:
     """It is passed by the first derivative only."""
