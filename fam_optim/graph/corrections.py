@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import CheckpointError
 
 from fam_optim.graph import nodes
 from fam_optim.layer.use import LOW_PRECISION, at_least_float32
@@ -79,12 +80,13 @@ def is_largest(t: Tensor, dim: int) -> Tensor:
 def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...] | None:
     """The derivative of the largest p is ``p (1 - p)``, and lost where p rounds to one, with the curvature:
     in float32 from a gap of 17 between logits on. So that p is one less all others."""
+    try:
+        log_p = nodes.kept(node, "result")
+    except CheckpointError:  # it gives a tensor away once, and torch has it
+        return None
     grad, dim = at_least_float32(grad), nodes.softmax_axis(node)
-    low = nodes.results(node)[0].dtype in LOW_PRECISION
-    if not low and nodes.at_hand(node, "result") is None:
-        return None  # a checkpoint gives it away once, to torch
-    log_p = at_least_float32(nodes.kept(node, "result"))
-    log_p = log_p.log_softmax(dim) if low else log_p
+    low = log_p.dtype in LOW_PRECISION
+    log_p = at_least_float32(log_p).log_softmax(dim) if low else log_p
     top = is_largest(log_p, dim)
     others = log_p.exp().masked_fill(top, 0)
     total = grad.sum(dim, keepdim=True)

@@ -281,9 +281,18 @@ class OfTokens(nn.Module):
 
 def test_kappa_of_a_data_set_with_dicts_of_inputs() -> None:
     net, (x, y) = perceptron(), batch_for(perceptron)
-    loader = [({"features": x[part], "mask": torch.ones(5)}, y[part]) for part in (slice(4), slice(4, None))]
+    expected = kappa_at(net, 2, (x, y), "neuronwise", "exact")
+    halves = (slice(4), slice(4, None))
+    loader = [({"features": x[part], "mask": torch.ones(len(x[part]), 1)}, y[part]) for part in halves]
     value = dataset_relative_flatness(OfTokens(net), net[2], F.cross_entropy, loader)
-    check_equal(value.item(), kappa_at(net, 2, (x, y), "neuronwise", "exact"), "dicts")
+    check_equal(value.item(), expected, "dicts")
+    of_features = [({"features": x[part], "mask": torch.ones(5)}, y[part]) for part in halves]
+    with pytest.raises(TypeError, match=r"one sample axis.*lengths \[4, 5\].*weight=lambda"):
+        dataset_relative_flatness(OfTokens(net), net[2], F.cross_entropy, of_features)
+    value = dataset_relative_flatness(
+        OfTokens(net), net[2], F.cross_entropy, of_features, weight=lambda inputs, targets: len(targets)
+    )
+    check_equal(value.item(), expected, "dicts with a weight")
     moved = evaluation._to({"features": x, "more": {"mask": y}}, torch.device("meta"))
     assert moved["features"].is_meta and moved["more"]["mask"].is_meta
 

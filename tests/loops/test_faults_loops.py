@@ -130,11 +130,11 @@ def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) 
             expected = net(x)
             assert torch.equal(torch.jit.script(net)(x), expected)
             assert torch.equal(torch.jit.trace(net, x)(x), expected)
-            assert torch.equal(torch.export.export(net, (x,)).module()(x), expected)
+            assert torch.equal(torch.export.export(net, (x,), strict=False).module()(x), expected)
         with warnings_as("ignore"):
             quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
         assert (quantised(x) - expected).abs().max() < 0.1
-    exported = torch.export.export(model, (x,))  # with gradients on
+    exported = torch.export.export(model, (x,), strict=False)  # with gradients on
     assert torch.equal(exported.module()(x), expected)
     assert torch.equal(torch.jit.trace(model, x)(x), expected)
 

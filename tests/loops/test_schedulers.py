@@ -54,6 +54,7 @@ def test_schedulers_drive_the_base(name: str, style: Style) -> None:
         expected_schedule = SCHEDULERS[name](base)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The epoch parameter")  # torch 2.6's SequentialLR, of itself
         fam = FAM(model.parameters(), torch.optim.SGD, model.head, LAM, **momentum)
         schedule = SCHEDULERS[name](fam)
         rates = []
