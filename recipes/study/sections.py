@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.table import Table
 
-from recipes.shared.tables import table as new_table
 from recipes.shared.tables import titled
 from recipes.study import tables
 from recipes.study.analysis import Results, where
@@ -15,14 +14,6 @@ from recipes.study.methods import COMPARED
 from recipes.study.tables import Gains, gains
 
 Found = Mapping[str, Results]  # what was measured, by stage
-FRONT = (
-    "FAM, proximal",
-    "noise, hidden layers",
-    "control, T = I",
-    "SAM",
-    "label smoothing",
-    "LookSAM, k = 5",
-)
 BASES = {"sgd": "SGD", "adamw": "AdamW"}
 BOLD = "with 95 % intervals; bold: the interval leaves out zero"
 LOSS = "Negative log-likelihood (squared error of the regression), mean and standard deviation."
@@ -30,13 +21,6 @@ LOSS = "Negative log-likelihood (squared error of the regression), mean and stan
 
 def sections(found: Found, everything: Results, costs: Mapping[str, Any]) -> Iterator[Table]:
     """All tables that the results allow."""
-    if found["defaults"]:
-        yield titled(
-            front(found),
-            "On the front page",
-            "Points of test score over the optimizer alone, every method at its default: mean over tasks, "
-            "with its 95 % interval over tasks, and the worst task.",
-        )
     for base, name in BASES.items():
         yield from of_defaults(found, base, name)
     yield from of_the_step(found)
@@ -73,19 +57,6 @@ def without_a_search(found: Found, base: str) -> tuple[Results, dict[str, Gains]
 def measured(methods: Mapping[str, Gains]) -> dict[str, Gains]:
     """Those that were."""
     return {method: gained for method, gained in methods.items() if gained}
-
-
-def front(found: Found) -> Table:
-    """Points over the base alone without a search: the mean over common tasks, and the worst of them."""
-    heads, columns = ["method"], [list(FRONT)]
-    for base, name in BASES.items():
-        _, by_method = without_a_search(found, base)
-        own = [tables.means(by_method.get(method, {})) for method in FRONT]
-        common = set(own[0]).intersection(*own[1:])
-        values = [[means[condition] for condition in common] for means in own]
-        heads += [f"{name}, {len(common)} tasks", "worst task"]
-        columns += [[tables.signed(v) for v in values], [f"{min(v):+.1f}" if v else "" for v in values]]
-    return new_table(*heads, rows=list(zip(*columns, strict=True)))
 
 
 def of_defaults(found: Found, base: str, name: str) -> Iterator[Table]:
