@@ -73,8 +73,10 @@ def test_every_attribute_is_described() -> None:
 
 def test_help_says_what_it_is_and_how_to_call_it_first() -> None:
     page = pydoc.plain(pydoc.render_doc(FAM)).splitlines()
-    first = next(i for i, line in enumerate(page) if "Keeps layers of a network flat" in line)
-    assert not any(">>>" in line for line in page[:first]), "only the signature stands before it"
-    assert any(">>> loss = optimizer.step(" in line for line in page[first : first + 6])
+    ends = [i for i, line in enumerate(page) if line.startswith(" |  )")]
+    if ends:  # from Python 3.13 on the signature has a line for each argument
+        page[3 : ends[0] + 1] = [" |  FAM(...)"]
+    assert any("Keeps layers of a network flat" in line for line in page[:8])
+    assert any(">>> loss = optimizer.step(" in line for line in page[:12])
     undescribed = [name for name in vars(FAM) if name[0] != "_" and not getattr(FAM, name).__doc__]
     assert undescribed == []
