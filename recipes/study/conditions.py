@@ -35,8 +35,10 @@ CONDITIONS = (
     Condition("fashion-resnet", 0.0, "Fashion-MNIST, ResNet"),
 )
 LANGUAGE = (
-    Condition("reviews", 0.0, "film reviews, MiniLM"),
-    Condition("reviews", 0.2, "film reviews, MiniLM, 20 % wrong"),
+    Condition("reviews", 0.0, "500 film reviews, MiniLM"),
+    Condition("reviews", 0.2, "500 film reviews, MiniLM, 20 % wrong"),
+    Condition("reviews-2000", 0.0, "2,000 film reviews, MiniLM"),
+    Condition("reviews-2000", 0.2, "2,000 film reviews, MiniLM, 20 % wrong"),
 )
 TASKS = tuple(dict.fromkeys(condition.task for condition in (*CONDITIONS, *LANGUAGE)))
 CHEAP = ("diabetes", "digits", "finetune-200", "finetune-1000", "mnist1d", "mnist1d-layernorm")

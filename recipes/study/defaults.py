@@ -67,9 +67,9 @@ FLATTENED = {"base": 0.0, "SAM": 0.05, "FAM, proximal": 1.0, "first": 1.0, "last
 REVIEWED = (
     ("base", 0.0),
     ("FAM, proximal", 1.0),
+    ("SAM", 0.05),
     ("FAM, proximal", 0.5),
     ("control, T = I", 0.3),
-    ("SAM", 0.05),
 )
 
 
@@ -163,5 +163,5 @@ def flattening(results: Results) -> Iterator[Trial]:
 def reviews(results: Results) -> Iterator[Trial]:
     """A pretrained language model, fine-tuned with AdamW at 1e-4."""
     settings = {**ADAMW, "lr": 1e-4, "variant": "defaults", "tested": True}
-    for seed, condition, (method, value) in product(FRESH_SEEDS, conditions.LANGUAGE, REVIEWED):
+    for (method, value), seed, condition in product(REVIEWED, FRESH_SEEDS, conditions.LANGUAGE):
         yield trial(condition, method, value, seed, **settings)

@@ -79,7 +79,7 @@ def filled(result: Mapping[str, Any]) -> dict[str, Any]:
 def loop_of(trial: Trial, source: Source = DATA) -> Loop:
     """The network with its optimizer, and the samples: noise hits all labels but the test's."""
     method, arguments = METHODS[trial.method], {"noise": trial.noise}
-    if trial.task != "reviews":
+    if not trial.task.startswith("reviews"):
         arguments |= {"width": trial.width, "depth": trial.depth}
     task = load_task(trial.task, **arguments)
     if method.kind == "smoothing":

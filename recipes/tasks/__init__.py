@@ -21,6 +21,7 @@ class Entry(NamedTuple):
 
 
 SMALL, DIGITS = "a small convolutional network on", "a convolutional network, pretrained on Fashion-MNIST, on"
+MINILM = "MiniLM, a pretrained BERT, fine-tuned on"
 SHIPPED = "2,000 shipped images of Fashion-MNIST"
 TASKS = {
     "quickstart": Entry(f"{SMALL} {SHIPPED}", "small.quickstart"),
@@ -42,7 +43,8 @@ TASKS = {
         "a 3D autoencoder completes 20 small generated shells", "skulls.skulls", {"small": True}
     ),
     "rte": Entry("BERT fine-tuned on GLUE's RTE (paper, Table 3, Figure 3)", "text.rte"),
-    "reviews": Entry("MiniLM, a pretrained BERT, fine-tuned on sentences of film reviews", "text.reviews"),
+    "reviews": Entry(f"{MINILM} 500 sentences of film reviews", "text.reviews"),
+    "reviews-2000": Entry(f"{MINILM} 2,000 sentences of film reviews", "text.reviews", {"samples": 2000}),
     "mnist1d": Entry("a perceptron on MNIST-1D, generated curves", "small.mnist1d"),
     "mnist1d-layernorm": Entry(
         "a perceptron with LayerNorm and GELU on MNIST-1D", "small.mnist1d", {"normalised": True}

@@ -37,11 +37,11 @@ WORDS = 20  # of a smoke test
 REVIEW, PAIR = 64, 128  # tokens; what is longer is cut, what is shorter is padded
 
 
-def reviews(noise: float = 0.0) -> Task:
-    """500 sentences for training, as little as one labels by hand, and 300 to validate on."""
+def reviews(noise: float = 0.0, samples: int = 500) -> Task:
+    """500 sentences for training, as little as one labels by hand, or more, and 300 to validate on."""
     own: dict[str, Any] = {"layers": ("bert.classifier",), "epochs": 5, "batch_size": 16, "schedule": warm_up}
     own |= {"base": "adam", "options": {"lr": 1e-4}}
-    return small(load_reviews, (500, 300), lambda source: network(source, minilm), noise, **own)
+    return small(load_reviews, (samples, 300), lambda source: network(source, minilm), noise, **own)
 
 
 def rte() -> Task:
