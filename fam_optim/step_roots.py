@@ -169,8 +169,8 @@ class StepRoots:
         """A ``(d, q)`` of what was backpropagated, by weight, and the weights whose A is made of rows."""
         self._gather()
         roots = self._roots
-        if roots:  # in the unit of the largest share, as a loss scale is no weight
-            roots = scaled(roots, torch.stack(self._shares).amax().rsqrt())
+        if roots:  # micro-batches count by their shares, but shares above one are a loss scale
+            roots = scaled(roots, torch.stack(self._shares).amax().clamp_min(1).rsqrt())
         of_rows = {i for i, samples in roots.items() if samples[0].phi is not None}
         return self._of_all_processes({i: joined(samples) for i, samples in roots.items()}), of_rows
 

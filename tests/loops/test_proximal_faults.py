@@ -213,6 +213,19 @@ def test_a_scaled_loss_has_the_kappa_of_the_loss() -> None:
     assert torch.equal(*kappas)
 
 
+@pytest.mark.usefixtures("same_signs")
+def test_micro_batches_have_the_kappa_of_their_mean_wherever_they_are_divided() -> None:
+    kappas = []
+    for before in (True, False):
+        optimizer = fam(model := net(), every=1, lr=1e-300)
+        for batch in range(3):
+            loss = loss_of(model, batch)
+            (optimizer.regularize(loss / 3) if before else optimizer.regularize(loss) / 3).backward()
+        optimizer.step()
+        kappas.append([optimizer.last_kappa])
+    assert_close(*kappas)
+
+
 @pytest.mark.parametrize("n", [4, 16])
 def test_inputs_may_be_overwritten_before_the_step(n: int) -> None:
     results = []
