@@ -7,7 +7,7 @@ both      ->  <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
 from fam_optim.layers import Layer, distinct
 from fam_optim.parallel import lasting, local_derivatives
-from fam_optim.unnoticed import counted_once
+from fam_optim.unnoticed import counted_once, in_full_precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -152,11 +152,8 @@ def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
 
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     """The kappas of the layers at whose outputs the tails, of one loss, end."""
-    # Autocast would round the probes and squares, whose small differences are what kappa is made of.
-    device = tails[0].loss.device.type
-    is_cast = torch.is_autocast_enabled(device)
-    precision = torch.autocast(device, enabled=False) if is_cast else nullcontext()
-    with torch.enable_grad(), precision, local_derivatives(tails), counted_once(), _unhooked(tails):
+    precise = in_full_precision(tails[0].loss.device)
+    with torch.enable_grad(), precise, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
             factors = [MEASURES[settings.measure](_matrix(tail)) for tail in tails]
             differentiable, random = not settings.detach_hessian, (settings.n_samples, settings.generator)

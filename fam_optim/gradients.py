@@ -40,7 +40,7 @@ class Ledger:
         self._hooked: set[int] = set()
         self._sound = sound  # whether all gradients there are, are of regularised losses
         self._expected = False  # whether the backward that is running is of one
-        self._added = False  # whether a backward has added to a gradient
+        self._added = False
         self._reached: list[Tensor] = []  # by it, before that was known
 
     @property
@@ -84,9 +84,16 @@ class Ledger:
         """Whether nothing that is trained has a gradient."""
         return all(p.grad is None for p in self._trained)
 
-    def is_zeroed(self) -> bool:
-        """Whether gradients were there, and are gone: after a step that was not made."""
-        return self._added and not self._is_there()
+    @property
+    def added(self) -> bool:
+        """Whether a backward has added to a gradient."""
+        return self._added
+
+    def left(self) -> Tensor | None:
+        """Whether a gradient is not zero, without waiting for the answer; None if there is none."""
+        gradients = [w.grad for w in self._weights if w.grad is not None]
+        found = [g.any().to(gradients[0].device) for g in gradients]
+        return torch.stack(found).any() if found else None
 
     def _is_there(self, beside: Sequence[Tensor] = ()) -> bool:
         weights = (w for w in self._weights if not any(w is b for b in beside))

@@ -240,8 +240,8 @@ def _draw_seed(generator: torch.Generator) -> int:
 
 @partial(opaque, reason="fam_optim looks into the graph of the loss")
 def _look(roots: StepRoots, ledger: Ledger | None, loss: Tensor, seed: int | None) -> None:
-    if ledger is not None and ledger.is_zeroed():
-        roots.gradients_zeroed()
+    if ledger is not None and ledger.added:  # if no step was made on it, it may have been zeroed since
+        roots.keep_if(ledger.left())
     roots.see(loss, seed)
     if ledger is not None:
         ledger.expect(loss)

@@ -15,7 +15,7 @@ from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import check_scalar, is_of_weights, reach, spread
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
-from fam_optim.unnoticed import counted_once
+from fam_optim.unnoticed import counted_once, in_full_precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,7 @@ class StepRoots:
         self.weights, self.n_samples, self.recognised = weights, n_samples, False
         self._replicas = Replicas([w.parameter for w in weights])
         self._pending: list[Taken] = []
+        self._roots: Roots = {}  # of what was backpropagated
         self.forget()
 
     def forget(self) -> None:
@@ -79,8 +80,16 @@ class StepRoots:
             taken.share = None
         self._empty()
 
+    def keep_if(self, left: Tensor | None) -> None:
+        """Forgets what was backpropagated if nothing is left of it: no gradients, or zeros in place."""
+        if left is None:
+            self.gradients_zeroed()
+        else:
+            self._gather()
+            self._roots = scaled(self._roots, left)
+
     def _empty(self) -> None:
-        self._roots: Roots = {}  # of what was backpropagated
+        self._roots = {}
         self._shares: list[Tensor] = []
         if not self._pending:
             self._generators: dict[torch.device, torch.Generator] = {}
@@ -114,7 +123,7 @@ class StepRoots:
         if not reached.leaves or (seed is not None and self._is_seen(loss)):
             return
         ends = frozenset(reached.leaves.values())
-        with torch.autocast(loss.device.type, enabled=False), unsunk(reached.path), counted_once():
+        with in_full_precision(loss.device), unsunk(reached.path), counted_once():
             with errors.explained("the graph"):
                 outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
             outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from fam_optim.graph import nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 _KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
@@ -30,6 +31,13 @@ def opaque(function: _Function, reason: str) -> _Function:
     disable: Any = torch.compiler.disable  # untyped
     untraced: _Function = disable(function, **({"reason": reason} if _KNOWS_REASON else {}))
     return untraced
+
+
+def in_full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which no autocast rounds the products and squares that kappa is made of."""
+    kind = device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if cast else nullcontext()
 
 
 def reading_waits(tensor: Tensor) -> bool:
