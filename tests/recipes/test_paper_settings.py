@@ -205,7 +205,7 @@ def test_layers_and_curvature_reach_the_optimizer_and_what_is_measured(tmp_path:
         assert config["kappa"] == {"mode": "hutchinson", "curvature": "gauss_newton"}
         assert config["settings"].get("curvature", "gauss_newton") == "gauss_newton"
         record = json.loads((path.parent / "epochs.jsonl").read_text())
-        kappas[config["settings"]["optimizer"], *config["layers"]] = record["kappa"]
+        kappas[(config["settings"]["optimizer"], *config["layers"])] = record["kappa"]
     assert len(kappas) == 4
     for optimizer in ("sgd", "fam"):
         assert 0 < kappas[optimizer, "head"] < kappas[optimizer, "all"]
