@@ -96,8 +96,8 @@ def of_the_step(found: Found) -> Iterator[Table]:
         yield titled(
             tables.reviews(found["reviews"]),
             "Film reviews",
-            "MiniLM fine-tuned with AdamW at 1e-4 on 500 sentences: test accuracy in percent and negative "
-            "log-likelihood on 1,000 others, mean and standard deviation over seeds.",
+            "MiniLM fine-tuned with AdamW at 1e-4: test accuracy in percent and negative log-likelihood on "
+            "1,000 other sentences, mean and standard deviation over seeds.",
         )
     for stage, quantity, name in (
         ("step", "validation", "validation score, two seeds; the conditions by which the default was chosen"),

@@ -152,15 +152,16 @@ def by_setting(losses: Losses) -> Table:
 
 
 def reviews(results: Results) -> Table:
-    """A row per method and value: accuracy and loss with clean and with wrong labels."""
+    """A row per number of sentences, method and value: accuracy and loss with clean and with wrong labels."""
     heads = [f"{labels}: {what}" for labels in ("clean", "20 % wrong") for what in ("accuracy", "loss")]
-    result = table("method", *heads, "seeds")
-    for method, value in dict.fromkeys((r["method"], r["value"]) for r in results):
-        own = where(results, method=method, value=value)
-        pairs = product(LANGUAGE, ("test_score", "test_loss"))
-        cells = [spread(values_of(of(own, condition), quantity)) for condition, quantity in pairs]
-        name = f"{method}, lam = {value:g}" if method == "FAM, proximal" else method
-        result.add_row(name, *cells, str(len({r["seed"] for r in own})))
+    result = table("sentences", "method", *heads, "seeds")
+    for task, name in {c.task: c.name for c in LANGUAGE}.items():
+        for method, value in dict.fromkeys((r["method"], r["value"]) for r in where(results, task=task)):
+            own = where(results, task=task, method=method, value=value)
+            pairs = product((0.0, 0.2), ("test_score", "test_loss"))
+            cells = [spread(values_of(where(own, noise=noise), quantity)) for noise, quantity in pairs]
+            full = f"{method}, lam = {value:g}" if method == "FAM, proximal" else method
+            result.add_row(name.partition(" ")[0], full, *cells, str(len({r["seed"] for r in own})))
     return result
 
 
