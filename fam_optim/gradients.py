@@ -24,6 +24,9 @@ class Ledger:
     It sees every backward that reaches a trained weight of the layers, whoever calls it and how, and knows
     which of them are of a loss that FAM has handed out. What else is done to gradients (clipping, scaling,
     averaging, zeroing) is nobody's business. If it is `sound`, gradients that are there already may stay.
+
+    Attributes:
+        added: whether a backward has added to a gradient.
     """
 
     def __init__(
@@ -39,9 +42,10 @@ class Ledger:
         self._of_layers = [w for _, weights in named_weights for w in weights if id(w) in ids]
         self._hooked: set[int] = set()
         self._sound = sound  # whether all gradients there are, are of regularised losses
-        self._expected = False  # whether the backward that is running is of one
-        self._added = False
+        self._running: int | None = None  # the backward that has been noticed
+        self._expected = False  # whether it is of one
         self._reached: list[Tensor] = []  # by it, before that was known
+        self.added = False
 
     @property
     def _weights(self) -> list[Any]:
@@ -69,6 +73,7 @@ class Ledger:
 
     def check(self) -> None:
         """Raises RuntimeError if a gradient is there of a loss that was not regularised."""
+        self._settle()
         if not self._sound and self._is_there():
             raise RuntimeError(
                 f"gradients that are there already (`layer` {self._names}) are of a loss that was not "
@@ -84,11 +89,6 @@ class Ledger:
         """Whether nothing that is trained has a gradient."""
         return all(p.grad is None for p in self._trained)
 
-    @property
-    def added(self) -> bool:
-        """Whether a backward has added to a gradient."""
-        return self._added
-
     def left(self) -> Tensor | None:
         """Whether a gradient is not zero, without waiting for the answer; None if there is none."""
         gradients = [w.grad for w in self._weights if w.grad is not None]
@@ -102,20 +102,30 @@ class Ledger:
 
     def _begin(self, gradient: Tensor) -> None:
         """Hook on a loss: its backward begins."""
+        self._settle()
         self._sound = self._sound or not self._is_there(beside=self._reached)
         self._expected = True
-        nodes.after_backward(self._end)
+        self._enter()
 
     def _note(self, weight: Tensor) -> None:
         """Hook on a weight: a backward has added to its gradient."""
-        self._added = True
+        self.added = True
         if not self._expected:  # yet: it may also be of what was added to a regularised loss
             self._reached.append(weight)
-            nodes.after_backward(self._end)
+            self._enter()
+
+    def _enter(self) -> None:
+        self._running = nodes.derivative()
+        nodes.after_backward(self._end)
 
     def _end(self) -> None:
         self._sound = self._sound and (self._expected or not self._reached)
-        self._expected, self._reached = False, []
+        self._running, self._expected, self._reached = None, False, []
+
+    def _settle(self) -> None:
+        """A backward that failed has not ended: what is there since may be of any loss."""
+        if self._running not in (None, nodes.derivative()):
+            self._running, self._expected, self._reached, self._sound = None, False, [], False
 
 
 def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor) -> None:

@@ -173,7 +173,7 @@ class FAM(OptimizerWrapper):
 
     @lam.setter
     def lam(self, value: float) -> None:
-        self.regularizer.lam = checked_lam(value)
+        self.regularizer.change_lam(checked_lam(value))
 
     @property
     def last_kappa(self) -> Tensor | None:
@@ -207,7 +207,7 @@ class FAM(OptimizerWrapper):
         return regularized
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients, as the base optimizer does."""
+        """Zeroes the gradients, as the base optimizer does; losses backpropagated before count no more."""
         super().zero_grad(set_to_none)
         self.regularizer.gradients_zeroed()
 

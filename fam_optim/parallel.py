@@ -146,9 +146,10 @@ class Replicas:
                 group: dist.ProcessGroup = wrapped.process_group
                 return group if dist.get_world_size(group) > 1 else None
         raise RuntimeError(
-            f"this is one of {dist.get_world_size()} processes, and no DistributedDataParallel module "
-            "has all weights of mode='proximal', which must move alike in all copies of the model. Wrap the "
-            "model that is trained in DistributedDataParallel, or use mode='hutchinson'."
+            f"this is one of {dist.get_world_size()} processes, and no DistributedDataParallel module is "
+            "found that has all weights of mode='proximal', which must move alike in all copies of the model."
+            " Wrap the model that is trained in DistributedDataParallel, call gc.freeze(), if at all, after "
+            "the first regularize(), or use mode='hutchinson'."
         )
 
     def check_together(self) -> None:

@@ -83,15 +83,23 @@ class Proximal(Regularizer):
         self._layers = []
         self.forget()
 
-    def forget(self) -> None:
+    def forget(self, *, sound: bool = True) -> None:
         self.given = False
         self._before: list[Tensor] | None = None
         self.roots.forget()
-        # Of the coming step's backwards, if it is due; others are nobody's business.
-        self._ledger: Ledger | None = None
-        if self.due:
-            self._ledger = Ledger(self.named_weights(), [w.parameter for w in self.weights], sound=True)
+        self._begin(sound=sound)
+
+    def _begin(self, *, sound: bool) -> None:
+        """Decides whether the coming step is due; if it is `sound`, gradients that are there may stay."""
+        self._ledger: Ledger | None = None  # of its backwards, if it is; others are nobody's business
+        if self.lam > 0 and (self.steps + 1) % self.every == 0:
+            self._ledger = Ledger(self.named_weights(), [w.parameter for w in self.weights], sound=sound)
             self._ledger.watch()
+
+    def change_lam(self, lam: float) -> None:
+        super().change_lam(lam)
+        if not (self.given and lam):  # or a step is due of which part was not looked at
+            self._begin(sound=False)
 
     def gradients_zeroed(self) -> None:
         self.roots.gradients_zeroed()
@@ -102,7 +110,7 @@ class Proximal(Regularizer):
     @property
     def due(self) -> bool:
         """Whether the coming step is followed by a proximal one."""
-        return self.lam > 0 and (self.steps + 1) % self.every == 0
+        return self._ledger is not None
 
     @property
     def looks(self) -> bool:
@@ -126,7 +134,7 @@ class Proximal(Regularizer):
     def check(self, trained: Iterable[Tensor]) -> None:
         """Raises RuntimeError before a due step if a loss was seen and not backpropagated, or the reverse, or
         if FAM has other weights than the layers."""
-        if not self.due:
+        if self._ledger is None:
             return
         self._check_weights()
         if self.roots.only_pending:
@@ -139,21 +147,20 @@ class Proximal(Regularizer):
                 f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "
                 "keep flat. Expected layers of the model that is trained, whose weights require gradients."
             )
-        if self._ledger is not None:
-            self._ledger.check()
+        self._ledger.check()
 
     def _check_weights(self) -> None:
         """Raises TypeError or RuntimeError if a layer has another weight than when FAM was built."""
-        held = {id(w.parameter) for w in self.weights}
+        held = {id(w.parameter): w.layout.shape for w in self.weights}
         for layer in [alive for layer in self._layers if (alive := layer()) is not None]:
             weight = own_weight(layer)
             if weight is None:
                 weight_matrix(layer)  # says why not
-            elif id(weight) not in held:
+            elif held.get(id(weight)) != weight.shape:
                 raise RuntimeError(
-                    f"the weight of `layer` {describe(layer)} was replaced after FAM was built (by "
-                    "load_state_dict(assign=True), to_empty(), tying), and FAM has the old one. Build FAM "
-                    "anew."
+                    f"the weight of `layer` {describe(layer)} was replaced or resized after FAM was built "
+                    "(by load_state_dict(assign=True), to_empty(), tying), and FAM has the old one. Build "
+                    "FAM anew."
                 )
 
     def before_step(self) -> None:
@@ -228,7 +235,7 @@ class Proximal(Regularizer):
         self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
         devices = {i: self.weights[i].parameter.device for i in means}
         self.means.kept = {i: mean.to(devices[i], copy=True) for i, mean in means.items()}
-        self.forget()
+        self.forget(sound=False)  # gradients that are there are of losses that nothing is known of any more
 
     def __repr__(self) -> str:
         return f"mode='proximal', lam={self.lam}, every={self.every}, layer={self.names}"

@@ -46,6 +46,10 @@ class Regularizer:
         """Whether it looks at the coming step's losses; the other steps are the base optimizer's alone."""
         return True
 
+    def change_lam(self, lam: float) -> None:
+        """Sets lam, at any time."""
+        self.lam = lam
+
     def start(self, trained: Iterable[Tensor]) -> None:
         """Called once, before the first forward, with the base optimizer's parameters."""
 

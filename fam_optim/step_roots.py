@@ -131,6 +131,10 @@ class StepRoots:
             alone = self._replicas.group is None
             self.recognised = True
             if seed is None:
+                if any(map(nodes.gives_buffers_away, reached.path)):
+                    raise RuntimeError(
+                        f"a due step of mode='proximal' takes two backwards of a loss. {errors.DONATED}"
+                    )
                 return
             self._gather()
             # g has the same size on all processes, however many rows they have.

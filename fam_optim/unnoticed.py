@@ -76,7 +76,7 @@ def counted_once() -> Iterator[None]:
     before: dict[int, Callable[[], None]] = {}
 
     def keep(module: Any, args: Any) -> None:
-        if (nodes.in_derivative() or threading.get_ident() == thread) and id(module) not in before:
+        if (nodes.derivative() != -1 or threading.get_ident() == thread) and id(module) not in before:
             before[id(module)] = _restoring(module)
 
     handle = register_module_forward_pre_hook(keep)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
+DONATED = (
+    "A compiled region gives its buffers away after one backward: set "
+    "torch._functorch.config.donated_buffer = False before it is compiled."
+)
 _FUSED = {  # by the kind of the node, and by what torch's message contains
     r"scaled_?dot_?product|_(efficient|flash|cudnn)_attention": "Fused attention has no second derivative: "
     "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
@@ -28,8 +32,7 @@ _FUSED = {  # by the kind of the node, and by what torch's message contains
 _REMEDIES = _FUSED | {
     "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
     "the layer with use_reentrant=False.",
-    "donated buffers": "A compiled region gives its buffers away after one backward: set "
-    "torch._functorch.config.donated_buffer = False before it is compiled.",
+    "donated buffers": DONATED,
     "second time": "The loss has been backpropagated already: call regularize(loss), or compute kappa, "
     "before its backward().",
 }

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._functorch.config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -180,6 +181,11 @@ def is_compiled(node: Node) -> bool:
     return node.name().startswith("CompiledFunction")
 
 
+def gives_buffers_away(node: Node) -> bool:
+    """Whether it is a compiled region that only one backward may pass, unless its first is one of several."""
+    return is_compiled(node) and torch._functorch.config.donated_buffer
+
+
 def is_reentrant_checkpoint(node: Node) -> bool:
     """Whether `node` hides a checkpointed part of the forward."""
     return node.name() == "CheckpointFunctionBackward"
@@ -219,9 +225,10 @@ def communicates(node: Node) -> bool:
     return (home.startswith("torch.distributed.") and not averages) or function.__name__ == "SyncBatchNorm"
 
 
-def in_derivative() -> bool:
-    """Whether this thread is inside a derivative that autograd takes, as what a checkpoint runs again is."""
-    return bool(torch._C._current_graph_task_id() != -1)
+def derivative() -> int:
+    """Which derivative that autograd takes this thread is inside of, as what a checkpoint runs again is; -1
+    if of none."""
+    return int(torch._C._current_graph_task_id())
 
 
 def made_so_far() -> int:

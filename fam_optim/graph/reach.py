@@ -91,18 +91,27 @@ def spread(starts: Iterable[Node], neighbours: Callable[[Node], Iterable[Any]]) 
 
 
 def is_of_weights(node: Node) -> bool:
-    """Whether what a node makes is a weight itself, moved or scaled: its square is weight decay, and no
-    output of the network."""
+    """Whether what a node makes is weights themselves, moved or scaled, or products of a weight with itself:
+    its square is weight decay or a penalty on correlated rows, and no output of the network."""
+    leaves: set[Node] = set()
+    products = False
     stack = [node]
     while stack:
         node = stack.pop()
-        if nodes.leaf(node) is None:
-            if nodes.kind(node) not in _OF_WEIGHTS:
-                return False
-            stack += [below for below, _ in node.next_functions if below is not None]
-    return True
+        below = [n for n, _ in node.next_functions]
+        if nodes.leaf(node) is not None:
+            leaves.add(node)
+        elif nodes.kind(node) in _OF_WEIGHTS:
+            stack += [n for n in below if n is not None]
+        elif nodes.kind(node) in _OF_ONE_WEIGHT and None not in below:
+            products = True
+            stack += [n for n in below if n is not None]
+        else:
+            return False
+    return len(leaves) == 1 or not products
 
 
+_OF_ONE_WEIGHT = {"Mm", "Bmm", "LinalgVectorNorm", "ClampMin"}  # F.normalize takes the last two
 _OF_WEIGHTS = operations.LINEAR | {"Mul", "Div"}
 _OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSelect"}  # looked up, as by data
 

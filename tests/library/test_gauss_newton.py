@@ -509,6 +509,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+@torch._functorch.config.patch(donated_buffer=True)
 def test_tails_that_allow_no_derivative_beside_the_backward(make: Callable[[], Any], message: str) -> None:
     torch.compiler.reset()
     layer = nn.Linear(5, 4)

@@ -59,8 +59,9 @@ def test_a_skipped_step_leaves_nothing_to_the_next(first: str, zero: str) -> Non
     results = []
     for skipped in (False, True):
         model = net()
-        optimizer = fam(model, every=1)
+        optimizer = fam(model, every=1, lam=0.0)
         for step in [0, 1, 2] if skipped else [0, 2]:
+            optimizer.lam = float(step > 0)
             if first == "zero_grad":
                 ZEROS[zero](model, optimizer)
             loss = optimizer.regularize(loss_of(model, step))
@@ -255,6 +256,61 @@ def test_a_loss_without_its_curvature_is_refused_on_a_due_step(order: str) -> No
             optimizer.step()
 
 
+@pytest.mark.parametrize("mode", ["proximal", "exact"])
+def test_a_backward_that_failed_does_not_hide_the_next(mode: str) -> None:
+    """Neither alone nor before a regularised one; without it the step goes on."""
+
+    def fail(gradient: Tensor) -> None:
+        raise KeyError("lost")
+
+    for others in ("none", "alone", "before"):
+        model = net()
+        every = {"every": 1} if mode == "proximal" else {}
+        optimizer = FAM(model.parameters(), torch.optim.SGD, model[2], mode=mode, lr=0.1, **every)
+        z = model[:2](samples(0, 16)[0])
+        loss = optimizer.regularize(F.cross_entropy(model[2:](z), samples(0, 16)[1]))
+        z.register_hook(fail)
+        with pytest.raises(KeyError, match="lost"):
+            loss.backward()
+        model.zero_grad()
+        if others != "none":
+            loss_of(model, 1).backward()
+        if others != "alone":
+            optimizer.regularize(loss_of(model, 2)).backward()
+        if others == "none":
+            optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match="are of a loss that was not regularised"):
+                optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "lam"])
+def test_a_due_step_of_which_part_was_not_looked_at_is_refused(how: str) -> None:
+    """A checkpoint is loaded, or lam no longer 0; with zeroed gradients, or with lam alone, it goes on."""
+    for zeroed in (True, False):
+        optimizer = fam(model := net(), every=1, lam=1.0 if how == "checkpoint" else 0.0)
+        loss = loss_of(model, 0)
+        (optimizer.regularize(loss) if how == "checkpoint" else loss).backward()
+        if how == "checkpoint":
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.lam = 1.0
+        if zeroed:
+            optimizer.zero_grad()
+        optimizer.regularize(loss_of(model, 1)).backward()
+        if zeroed:
+            optimizer.step()
+            assert optimizer.last_kappa is not None
+        else:
+            with pytest.raises(RuntimeError, match=r"not regularised.*call optimizer\.zero_grad\(\) first"):
+                optimizer.step()
+    optimizer = fam(model := net(), every=1, lam=0.0, momentum=0.0)
+    optimizer.regularize(loss_of(model, 0)).backward()
+    optimizer.lam = 1.0
+    before = model[0].weight - 0.1 * model[0].weight.grad
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
 @pytest.mark.parametrize("zero", ZEROS)
 def test_a_backward_whose_gradients_are_zeroed_is_nobodys_business(zero: str) -> None:
     """A generator's loss passes the discriminator; gradients that never are zeroed add up."""
@@ -342,6 +398,9 @@ DECAYS: dict[str, Callable[[nn.Module], Tensor]] = {
     "of means": lambda model: sum(p.mean(0).square().sum() for p in model.parameters()),
     "about their mean": lambda model: sum((p - p.mean()).square().sum() for p in model.parameters()),
     "of some entries": lambda model: sum(p.where(p > 0, 0.0).square().sum() for p in model.parameters()),
+    "of what rows have in common": lambda model: sum(
+        (w @ w.T - torch.eye(len(w))).square().sum() for w in (model[0].weight, F.normalize(model[2].weight))
+    ),
     "with importances": lambda model: sum(
         (p.detach().abs() * (p - 0.3) ** 2).sum() for p in model.parameters()
     ),
@@ -522,16 +581,21 @@ def test_lam_of_another_kind_is_not_loaded(saved: str) -> None:
 # ------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("which", ["all", "one"])
+@pytest.mark.parametrize("which", ["all", "one", "longer"])
 def test_parameters_that_were_replaced_are_told(which: str) -> None:
     model = net()
     optimizer = fam(model, every=1)
     trained(model, optimizer, 2)
     if which == "all":
         model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
-    else:
+    elif which == "one":
         model[0].weight = nn.Parameter(model[0].weight.detach().clone())
-    with pytest.raises(RuntimeError, match=r"`layer` Linear.* was replaced.*assign=True.*Build FAM anew"):
+    else:
+        optimizer.state.clear()
+        for p, old in zip((model[0].weight, model[0].bias), parameters(model)[:2], strict=True):
+            p.data, p.grad = torch.cat([old, old]), None
+        model[2].weight.data = model[2].weight.detach().repeat(1, 2)
+    with pytest.raises(RuntimeError, match=r"`layer` Linear.* was replaced or resized.*assign=True.*Build"):
         trained(model, optimizer, 1)
 
 

@@ -571,11 +571,18 @@ def test_fused_attention() -> None:
 def test_compiled_model_with_the_loss_outside() -> None:
     model = net(torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
-    one, other = fam(model, every=1), fam(twin := net(torch.float32), every=1)
-    for step in range(3):
-        x, y = samples(step, 16, dtype=torch.float32)
-        by_regularize(compiled, one, x, y)
-        by_regularize(twin, other, x, y)
+    one, other = fam(model), fam(twin := net(torch.float32))
+    with (
+        torch._functorch.config.patch(donated_buffer=True),
+        pytest.raises(RuntimeError, match=r"two backwards.*donated_buffer = False before it is compiled"),
+    ):
+        by_regularize(compiled, one, *samples(0, 16, dtype=torch.float32))
+    torch.compiler.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        for step in range(4):  # the backward of a step that is not due compiles it
+            x, y = samples(step, 16, dtype=torch.float32)
+            by_regularize(compiled, one, x, y)
+            by_regularize(twin, other, x, y)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-5)
 

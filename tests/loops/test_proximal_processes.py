@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -191,8 +192,17 @@ def test_batches_that_end_on_some_processes_are_refused() -> None:
 def test_processes_without_ddp_are_refused() -> None:
     model = Net()
     optimizer = FAM.for_model(model, torch.optim.SGD, every=1, lr=0.1)
-    with pytest.raises(RuntimeError, match="no DistributedDataParallel module has all weights"):
+    message = r"no DistributedDataParallel module is found.*call gc\.freeze\(\), if at all, after the first"
+    with pytest.raises(RuntimeError, match=message):
         step(model, optimizer, *share(0))
+    run = DistributedDataParallel(model)
+    gc.freeze()  # hides it
+    with pytest.raises(RuntimeError, match=message):
+        step(run, optimizer, *share(0))
+    gc.unfreeze()
+    step(run, optimizer, *share(0))
+    gc.freeze()
+    step(run, optimizer, *share(1))
 
 
 @processes(2)
