@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fam_optim import unnoticed
-from fam_optim.estimators.roots import added, joined, products_of_rows, sample_roots, scaled
+from fam_optim.estimators.roots import added, joined, kept, products_of_rows, sample_roots, scaled
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import check_scalar, is_of_weights, reach, spread
@@ -86,7 +86,7 @@ class StepRoots:
             self.gradients_zeroed()
         else:
             self._gather()
-            self._roots = scaled(self._roots, left)
+            self._roots = kept(self._roots, left)
 
     def _empty(self) -> None:
         self._roots = {}

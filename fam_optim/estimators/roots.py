@@ -159,6 +159,15 @@ def scaled(roots: Roots, factor: Tensor) -> Roots:
     return {i: [Root(r.delta * factor.to(r.delta), r.phi) for r in of] for i, of in roots.items()}
 
 
+def kept(roots: Roots, whether: Tensor) -> Roots:
+    """A, or zero, whatever A is: nan too."""
+
+    def one(t: Any) -> Any:
+        return None if t is None else torch.where(whether.to(t.device), t, 0)
+
+    return {i: [Root(one(r.delta), one(r.phi)) for r in of] for i, of in roots.items()}
+
+
 def joined(samples: Sequence[Root]) -> Tensor:
     """A ``(d, q)`` of all samples side by side."""
     parts = [root.matrix() for root in samples]

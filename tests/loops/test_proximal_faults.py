@@ -55,7 +55,7 @@ ZEROS: dict[str, Callable[[nn.Module, FAM], None]] = {
 @pytest.mark.parametrize("first", ["zero_grad", "loss"])
 @pytest.mark.usefixtures("same_signs")
 def test_a_skipped_step_leaves_nothing_to_the_next(first: str, zero: str) -> None:
-    """Whether gradients are zeroed before the loss is computed or after, and by whom."""
+    """A batch of nan, say; whether gradients are zeroed before the loss is computed or after, and by whom."""
     results = []
     for skipped in (False, True):
         model = net()
@@ -64,7 +64,9 @@ def test_a_skipped_step_leaves_nothing_to_the_next(first: str, zero: str) -> Non
             optimizer.lam = float(step > 0)
             if first == "zero_grad":
                 ZEROS[zero](model, optimizer)
-            loss = optimizer.regularize(loss_of(model, step))
+            x, y = samples(step, 16)
+            loss = F.cross_entropy(model(x * torch.nan if step == 1 else x), y)
+            loss = optimizer.regularize(loss)
             if first == "loss":
                 ZEROS["optimizer"](model, optimizer)
             loss.backward()
