@@ -228,7 +228,7 @@ def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """p with its largest entry set to zero, and where that was ``(n,)``."""
-    top = log_p.max(1).indices  # half the time of argmax on the CPU
+    top = log_p.argmax(1)
     return log_p.exp().scatter(1, top[:, None], 0.0), top
 
 

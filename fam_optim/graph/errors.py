@@ -126,27 +126,32 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
 
 def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
     """Whether a function's backward keeps numbers, and what it computes depends on no operand that is made of
-    z; of outputs that are used, since others may be no numbers at all."""
+    z, or depends on one whose own gradient does not depend in return; of outputs that are used, since others
+    may be no numbers at all."""
     if not nodes.keeps_numbers(node):
         return False
     made = [nodes.results(node)[i] for i in outputs]
+    edges = [GradientEdge(*edge) for edge in dict.fromkeys(node.next_functions) if edge[0] is not None]
+    operands = [edge for edge in edges if edge.node in between]
     with torch.enable_grad():
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [GradientEdge(node, i) for i in outputs],
-            [GradientEdge(below, i) for below, i in node.next_functions if below is not None],
+            edges,
             [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for m in made],
             create_graph=True,
             retain_graph=True,
             allow_unused=True,
         )
-    attached = [g for g in found if g is not None and g.requires_grad]
-    operands = [GradientEdge(below, i) for below, i in node.next_functions if below and below in between]
-    if not attached or not operands:
-        return True
-    ones = [torch.ones_like(g) for g in attached]
-    with explained("second derivatives"):
-        again = torch.autograd.grad(attached, operands, ones, retain_graph=True, allow_unused=True)
-    return all(g is None for g in again)
+    depends = dict.fromkeys(edges, (False,) * len(operands))
+    for edge, g in zip(edges, gradients, strict=True):
+        if g is not None and g.requires_grad and operands:
+            with explained("second derivatives"):
+                again = torch.autograd.grad(
+                    g, operands, torch.ones_like(g), retain_graph=True, allow_unused=True
+                )
+            depends[edge] = tuple(found is not None for found in again)
+    pattern = [depends[edge] for edge in operands]  # of the second derivatives, which are symmetric
+    return not any(map(any, depends.values())) or pattern != list(zip(*pattern, strict=True))
 
 
 def undifferentiable(path: Iterable[Node]) -> str | None:

@@ -214,9 +214,28 @@ class Several(torch.autograd.Function):
         return by_product * b + by_sum, by_product * a + by_sum
 
 
+class Half(torch.autograd.Function):
+    """A product, whose derivative in one operand makes a constant of the other, or is left out."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, left_out: bool) -> Tensor:
+        ctx.left_out = left_out
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        a, b = ctx.saved_tensors
+        return grad * b, None if ctx.left_out else grad * a.detach(), None
+
+
 @pytest.mark.parametrize("number", [0, 2], ids=["below", "last"])
-def test_functions_with_several_results(number: int) -> None:
+def test_functions_with_several_operands_and_results(number: int) -> None:
     m = perceptron()
+    for settings in ({}, {"mode": "full"}, {"curvature": "gauss_newton"}):
+        for left_out in (False, True):
+            with pytest.raises(RuntimeError, match=r"autograd.Function there \(function Half\) has none"):
+                kappa(lambda of=left_out: CE(Half.apply(m(X), m(X).exp(), of), Y), m[number], **settings)
 
     def loss() -> Tensor:
         product, largest, total = Several.apply(m(X), m(X).exp())
