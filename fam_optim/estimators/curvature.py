@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fam_optim.estimators.measure import doubled
 from fam_optim.graph import errors, nodes
-from fam_optim.graph.corrections import corrected
+from fam_optim.graph.corrections import corrected, corrections
 from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Curvature:
         self.tail = tail
         self.differentiable = differentiable
         self.uses = tail.uses
+        with errors.explained("second derivatives"):
+            self._corrections = corrections(tail.path, derivatives_to_come=2)
         self.half = any(
             made.dtype == torch.float16 for node in (*tail.path, *tail.ends) for made in nodes.results(node)
         )
@@ -119,7 +121,7 @@ class Curvature:
         found: Sequence[Tensor | None] = [None] * len(self.uses)
         if attached:
             with (
-                corrected(self.tail.path, derivatives_to_come=2 if twice else 1),
+                corrected(self._corrections, derivatives_to_come=2 if twice else 1),
                 errors.explained("second derivatives"),
             ):
                 found = torch.autograd.grad(

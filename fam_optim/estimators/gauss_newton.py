@@ -31,7 +31,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.graph import errors, nodes
-from fam_optim.graph.corrections import corrected
+from fam_optim.graph.corrections import corrected, corrections
 from fam_optim.graph.independence import SUM, Grouping, row_uses, shown_axes
 from fam_optim.graph.losses import cotangents, find_outputs, without_scale
 from fam_optim.graph.trace import path_of
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from fam_optim.estimators.measure import Factor
+    from fam_optim.graph.corrections import Corrections
     from fam_optim.graph.independence import Groups
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
@@ -59,8 +60,11 @@ class Jacobian:
         self.tails, self.differentiable = tails, differentiable
         self.path = path_of(tails)
         self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
+        self._corrections: Corrections = []
         if differentiable:
             errors.check_differentiable(self.path)
+            with errors.explained("derivatives"):
+                self._corrections = corrections(self.path, derivatives_to_come=1)
         self.outputs = find_outputs(
             tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
         )
@@ -73,8 +77,7 @@ class Jacobian:
         """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
         edges, vectors, scale = cotangents(self.outputs, r)
         at_z = [edge for tail in self.tails for edge in tail.edges]
-        right = corrected(self.path if self.differentiable else (), derivatives_to_come=1)
-        with errors.explained("derivatives"), right:
+        with errors.explained("derivatives"), corrected(self._corrections, derivatives_to_come=1):
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 edges,
                 [*at_z, *self._below.values()],

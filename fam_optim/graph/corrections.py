@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import CheckpointError
 
 from fam_optim.graph import nodes
 from fam_optim.layer.use import LOW_PRECISION, at_least_float32
@@ -18,22 +17,36 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import Node
 
-    Gradients = Callable[[Any, Tensor], tuple[Tensor, ...] | None]
+    Gradients = Callable[..., tuple[Tensor, ...]]
+    Corrections = Sequence[tuple[Node, int, Gradients]]
+
+
+def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Corrections:
+    """What makes a differentiable backward along a path right to all orders, where torch's own is not: nodes,
+    how many derivatives must be to come for these to need it, and their gradients written out.
+
+    Args:
+        derivatives_to_come: how often its result will be differentiated at most, once or twice.
+    """
+    concerned = [(node, *_CORRECTIONS[nodes.kind(node)]) for node in path if nodes.kind(node) in _CORRECTIONS]
+    concerned = [row for row in concerned if derivatives_to_come >= row[1]]
+    # A checkpoint has them once in a derivative, and is run again for each outside of one.
+    kept = nodes.within_derivative(
+        lambda: [[nodes.kept(node, name) for name in names.split()] for node, _, names, _ in concerned]
+    )
+    rows = zip(concerned, kept, strict=True)
+    return [(node, needed, partial(gradients, node, *of)) for (node, needed, _, gradients), of in rows]
 
 
 @contextmanager
-def corrected(path: Iterable[Node], *, derivatives_to_come: int) -> Iterator[None]:
-    """Makes a differentiable backward along a path right to all orders, where torch's own is not: the results
-    of the nodes concerned are replaced by the same gradient, written out.
-
-    Args:
-        derivatives_to_come: how often its result will be differentiated, once or twice.
-    """
-    handles = []
-    for node in path:
-        needed_from, gradients = _CORRECTIONS.get(nodes.kind(node), (3, None))
-        if gradients is not None and derivatives_to_come >= needed_from:
-            handles.append(node.register_hook(partial(_replaced, node, gradients)))
+def corrected(those: Corrections, *, derivatives_to_come: int) -> Iterator[None]:
+    """Replaces the results of nodes by the same gradient, written out, in a backward whose result will be
+    differentiated once or twice."""
+    handles = [
+        node.register_hook(partial(_replaced, gradients))
+        for node, needed_from, gradients in those
+        if derivatives_to_come >= needed_from
+    ]
     try:
         yield
     finally:
@@ -41,29 +54,25 @@ def corrected(path: Iterable[Node], *, derivatives_to_come: int) -> Iterator[Non
             handle.remove()
 
 
-def _replaced(
-    node: Node, gradients: Gradients, old: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]
-) -> Any:
+def _replaced(gradients: Gradients, old: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
     """Hook on a node: the gradients of its first operands written out, those of the others as they are."""
-    new = gradients(node, grad_outputs[0])
-    if new is None:
-        return None
+    new = gradients(grad_outputs[0])
     cast = (None if o is None else n.to(o.dtype) for o, n in zip(old, new, strict=False))
     return *cast, *old[len(new) :]
 
 
-# Each is given a node and the gradient in its result, and returns those in its operands; None leaves torch's.
+# Each is given a node, what it keeps, and the gradient in its result, and returns those in its operands.
 
 
-def _layer_norm(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _layer_norm(
+    node: Any, x: Tensor, weight: Tensor | None, shape: Sequence[int], inverse: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
     """torch's double backward of layer_norm takes the saved mean and deviation for constants when it is
     itself differentiated, so third derivatives are wrong, silently (pytorch/pytorch#175754)."""
-    x, weight = at_least_float32(nodes.kept(node, "input")), nodes.kept(node, "weight")
-    axes = tuple(range(-len(nodes.kept(node, "normalized_shape")), 0))
+    x, axes = at_least_float32(x), tuple(range(-len(shape), 0))
     centred = x - x.mean(axes, keepdim=True)
     variance = centred.square().mean(axes, keepdim=True)
-    inverse_deviation = at_least_float32(nodes.kept(node, "result2"))
-    eps = (inverse_deviation.pow(-2) - variance).detach()  # the node does not keep it
+    eps = (at_least_float32(inverse).pow(-2) - variance).detach()  # the node does not keep it
     scale = (variance + eps).rsqrt()
     normal = centred * scale
     g = grad if weight is None else grad * weight
@@ -77,13 +86,9 @@ def is_largest(t: Tensor, dim: int) -> Tensor:
     return torch.zeros_like(t, dtype=torch.bool).scatter(dim, t.argmax(dim, keepdim=True), True)
 
 
-def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...] | None:
+def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """The derivative of the largest p is ``p (1 - p)``, and lost where p rounds to one, with the curvature:
     in float32 from a gap of 17 between logits on. So that p is one less all others."""
-    try:
-        log_p = nodes.kept(node, "result")
-    except CheckpointError:  # it gives a tensor away once, and torch has it
-        return None
     grad, dim = at_least_float32(grad), nodes.softmax_axis(node)
     low = log_p.dtype in LOW_PRECISION
     log_p = at_least_float32(log_p).log_softmax(dim) if low else log_p
@@ -94,15 +99,13 @@ def _log_softmax(node: Any, grad: Tensor) -> tuple[Tensor, ...] | None:
     return (torch.where(top, at_top, grad - others * total),)
 
 
-def _hardsigmoid(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _hardsigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """torch's backward of hardsigmoid, relu6(x + 3) / 6, has no derivative; it is linear in the gradient."""
-    x = nodes.kept(node, "self")
     return (grad * ((x > -3) & (x < 3)) / 6,)
 
 
-def _weight_norm(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """``w = g v / ||v||``: torch's second derivative in v is off by some per cent (2.6 to 2.15)."""
-    v, g = nodes.kept(node, "v"), nodes.kept(node, "g")
     by_axis = nodes.axes(node, v.dim()) if nodes.kept(node, "dim") != -1 else set()
     axes = tuple(set(range(v.dim())) - by_axis)
     norm = v.square().sum(axes, keepdim=True).sqrt()
@@ -117,33 +120,35 @@ def _sigmoid(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1 - (-x).sigmoid(), x.sigmoid())
 
 
-def _binary_cross_entropy(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _binary_cross_entropy(
+    node: Any, o: Tensor, y: Tensor, weight: Tensor | None, of_positives: Tensor | None, grad: Tensor
+) -> tuple[Tensor, ...]:
     """In float32 torch's own curvature is 6 % off at a logit of 16, and 0 from 18 on."""
-    o, y, weight, of_positives = nodes.binary_targets(node)
     by_target = 1 if of_positives is None else 1 + (of_positives - 1) * y
     share = grad / (o.numel() if nodes.averages(node) else 1)
     by_o = share * (1 - y - by_target * _sigmoid(-o))
     return (by_o if weight is None else by_o * weight,)
 
 
-def _log_sigmoid(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _log_sigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """As above, of ``log(sigmoid(x))``."""
-    return (grad * _sigmoid(-nodes.kept(node, "self")),)
+    return (grad * _sigmoid(-x),)
 
 
-def _softplus(node: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _softplus(node: Any, x: Tensor, beta: float, threshold: float, grad: Tensor) -> tuple[Tensor, ...]:
     """As above, of ``log(1 + exp(beta x)) / beta``, which is x beyond a threshold."""
-    scaled = nodes.kept(node, "beta") * at_least_float32(nodes.kept(node, "self"))
-    return (grad * torch.where(scaled > nodes.kept(node, "threshold"), 1, _sigmoid(scaled)),)
+    scaled = beta * at_least_float32(x)
+    return (grad * torch.where(scaled > threshold, 1, _sigmoid(scaled)),)
 
 
-_CORRECTIONS: dict[str, tuple[int, Gradients]] = {
-    "WeightNormInterface": (1, _weight_norm),
-    "Hardsigmoid": (1, _hardsigmoid),
-    "NativeLayerNorm": (2, _layer_norm),
-    "LogSoftmax": (2, _log_softmax),
-    "BinaryCrossEntropyWithLogits": (2, _binary_cross_entropy),
-    "LogSigmoid": (2, _log_sigmoid),
-    "Softplus": (2, _softplus),
+_CORRECTIONS: dict[str, tuple[int, str, Gradients]] = {
+    "WeightNormInterface": (1, "v g", _weight_norm),
+    "Hardsigmoid": (1, "self", _hardsigmoid),
+    "NativeLayerNorm": (2, "input weight normalized_shape result2", _layer_norm),
+    "LogSoftmax": (2, "result", _log_softmax),
+    "BinaryCrossEntropyWithLogits": (2, "self target weight pos_weight", _binary_cross_entropy),
+    "LogSigmoid": (2, "self", _log_sigmoid),
+    "Softplus": (2, "self beta threshold", _softplus),
 }
-"""By kind of node: how many derivatives must be to come for torch's backward not to do, and the right one."""
+"""By kind of node: how many derivatives must be to come for torch's backward not to do, what the node keeps
+that the right one needs, and that."""

@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
-DONATED = (
-    "A compiled region gives its buffers away after one backward: set "
-    "torch._functorch.config.donated_buffer = False before it is compiled."
-)
-_FUSED = {  # by the kind of the node, and by what torch's message contains
+_NO_SECOND = {  # by the kind of the node, and by what torch's message contains
     r"scaled_?dot_?product|_(efficient|flash|cudnn)_attention": "Fused attention has no second derivative: "
     "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
     r"cudnn[_ ]?rnn|miopen_?rnn|thnn_?fused|mkldnn_rnn|_thnn_differentiable": "Fused recurrent kernels have "
     "no second derivative: run the forward under torch.backends.cudnn.flags(enabled=False), on the CPU "
     "torch.backends.mkldnn.flags(enabled=False).",
+    r".*linear_cross_entropy_batch": "linear_cross_entropy in chunks has no second derivative: call it "
+    "without `options`.",
+    r"logcumsumexp": "Those of torch.logcumsumexp are nan: write it out, (x - c).exp().cumsum(dim).log() + c "
+    "with c = x.detach().amax(dim, keepdim=True).",
 }
-_REMEDIES = _FUSED | {
+_REMEDIES = _NO_SECOND | {
     "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
     "the layer with use_reentrant=False.",
-    "donated buffers": DONATED,
+    "donated buffers": "A compiled region gives its buffers away after one backward: set "
+    "torch._functorch.config.donated_buffer = False before it is compiled.",
     "second time": "The loss has been backpropagated already: call regularize(loss), or compute kappa, "
     "before its backward().",
 }
@@ -82,8 +83,8 @@ def check_differentiable(path: Iterable[Node]) -> None:
                 "the layer, model.body.compile() instead of model.compile(), or put torch.compiler.disable "
                 "on what follows it and on the loss."
             )
-        for fused, text in _FUSED.items():  # torch's own error comes late, in the backward of kappa
-            if re.match(fused, nodes.kind(node), re.IGNORECASE):
+        for pattern, text in _NO_SECOND.items():  # torch's own error comes late, in the backward of kappa
+            if re.match(pattern, nodes.kind(node), re.IGNORECASE):
                 raise RuntimeError(f"{_SECOND}. {text}")
         # Backwards of DTensor's conversions lose their own graph; collectives would mix processes.
         if nodes.communicates(node):
@@ -165,6 +166,12 @@ def undifferentiable(path: Iterable[Node]) -> str | None:
                 f"has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the layer in "
                 "eval mode, replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the "
                 "same, or regularise a layer behind it."
+            )
+        if nodes.kind(node) == "Pdist":
+            return (
+                "the whole gradient of kappa needs the third derivative of what follows the layer, and "
+                "torch's of pdist is nan. Use FAM(..., detach_hessian=True), or write it out: "
+                "(x[i] - x[j]).norm(dim=1) with i, j = torch.triu_indices(len(x), len(x), 1)."
             )
     return None
 

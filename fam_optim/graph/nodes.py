@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from types import NoneType
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType
 
 import torch
 import torch._functorch.config
@@ -202,9 +204,18 @@ def is_derivative(node: Node) -> bool:
 
 
 def keeps_numbers(node: Any) -> bool:
-    """Whether an autograd.Function keeps floating point numbers for its backward."""
-    kept = (*node.saved_tensors, *vars(node).values())
-    return any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in kept)
+    """Whether an autograd.Function keeps what may be floating point numbers for its backward: tensors, also
+    in lists and dicts, and any object but plain numbers, names and those of torch (a process group, say)."""
+    return any(map(_may_hold_numbers, (*node.saved_tensors, *vars(node).values())))
+
+
+def _may_hold_numbers(kept: Any) -> bool:
+    if isinstance(kept, torch.Tensor):
+        return kept.is_floating_point() or kept.is_complex()
+    if isinstance(kept, (list, tuple, dict)):
+        return any(map(_may_hold_numbers, kept.values() if isinstance(kept, dict) else kept))
+    plain = isinstance(kept, (int, float, str, NoneType, ReferenceType))
+    return not plain and type(kept).__module__.partition(".")[0] != "torch"
 
 
 def is_scalar(node: Node) -> bool:
@@ -229,6 +240,16 @@ def derivative() -> int:
     """Which derivative that autograd takes this thread is inside of, as what a checkpoint runs again is; -1
     if of none."""
     return int(torch._C._current_graph_task_id())
+
+
+def within_derivative(function: Callable[[], list[Any]]) -> list[Any]:
+    """What a function gives that is called while autograd takes a derivative."""
+    found: list[Any] = []
+    start = torch.zeros((), device="cpu", requires_grad=True)
+    end = start.clone()
+    end.register_hook(lambda grad: found.extend(function()))
+    torch.autograd.grad(end, start)
+    return found
 
 
 def made_so_far() -> int:

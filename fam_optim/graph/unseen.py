@@ -101,11 +101,13 @@ def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) ->
     A call's W^T is made by t(), and what a derivative takes from that by more. Not ``z W`` nor ``W W^T``:
     other uses, which do not count.
     """
-    found = {}
+    found: dict[Node, bool] = {}
     of_call = 0 if stored_transposed else 1  # how many t() it takes
+    copies: set[Node] = set()  # of the weight's numbers
     stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()
+        copies.add(node)
         for above in set(parents.get(node, ())):
             kind = nodes.kind(above)
             operands = [below for below, _ in above.next_functions]
@@ -117,11 +119,13 @@ def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) ->
                 found[above] = False
             elif kind == "ConvolutionBackward" and operands[2] is node and nodes.shape(above, 0):
                 found[above] = True  # not one in the weight alone, whose first result has no shape
-            elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node and operands[-2] not in starts:
+            elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node:
                 by_torch = len(way) >= of_call and set(way) <= {"T"}
                 if by_torch or len(way) % 2 == of_call:
                     found[above] = len(way) > of_call
-    return found
+    products = operations.MATRIX_PRODUCTS
+    of_itself = {n for n in found if nodes.kind(n) in products and n.next_functions[-2][0] in copies}
+    return {node: of for node, of in found.items() if node not in of_itself}
 
 
 def _of_frozen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fam_optim import FAM, observe, relative_flatness
 from fam_optim.graph import errors
@@ -94,6 +96,17 @@ def test_no_second_derivative(tail: Callable[[Tensor], Tensor], message: str, mo
         kappa_behind(tail, mode)
 
 
+def test_second_derivatives_that_torch_gives_wrong_without_a_word() -> None:
+    """Of logcumsumexp nan; what is computed in chunks is a constant after its first derivative."""
+    tails: dict[str, Callable[[Tensor], Tensor]] = {"logcumsumexp": lambda z: (z.logcumsumexp(0) - z).sum()}
+    if hasattr(nn, "LinearCrossEntropyOptions"):
+        options = nn.LinearCrossEntropyOptions()
+        tails["options"] = lambda z: F.linear_cross_entropy(z, torch.ones(3, 4), Y, options=options)
+    for (message, tail), mode in itertools.product(tails.items(), ("exact", "full", "hutchinson")):
+        with pytest.raises(RuntimeError, match=f"(?s)kappa needs second derivatives of what.*{message}"):
+            kappa_behind(tail, mode)
+
+
 def test_remedies_belong_to_what_they_are_for() -> None:
     """ "rnn" is in many words."""
     message = "derivative for aten::learned_journey_backward is not implemented"
@@ -131,6 +144,10 @@ WRITTEN_OUT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
     "layer_norm": (
         lambda z: F.layer_norm(z, (4,)),
         lambda z: (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + 1e-5).sqrt(),
+    ),
+    "layer_norm in a checkpoint": (
+        lambda z: checkpoint(lambda z: F.hardsigmoid(F.layer_norm(z, (4,))), z, use_reentrant=False),
+        lambda z: F.relu6(WRITTEN_OUT["layer_norm"][1](z) + 3) / 6,
     ),
     "group_norm": (
         lambda z: F.group_norm(z, 2),
@@ -193,6 +210,7 @@ THIRD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda z: F.batch_norm(z, None, None, training=True),
         "none of BatchNorm in train mode.*detach_hessian=True.*BatchNorm.*in eval mode",
     ),
+    "pdist": (lambda z: F.pdist(z), "torch's of pdist is nan.*detach_hessian=True.*triu_indices"),
     "InstanceNorm": (
         lambda z: F.instance_norm(z[None]).squeeze(0),
         r"none of InstanceNorm.*detach_hessian=True.*nn.GroupNorm\(channels, channels\)",

@@ -126,7 +126,7 @@ def sine(backward_of: str) -> type[torch.autograd.Function]:
         if backward_of == "made in the forward":
             return grad * z
         if backward_of == "attribute":
-            return grad * ctx.z.cos()
+            return grad * ctx.z[0].cos()
         with torch.set_grad_enabled(backward_of != "no_grad"):
             slope = z.cos()
         return grad * slope
@@ -134,7 +134,7 @@ def sine(backward_of: str) -> type[torch.autograd.Function]:
     class Sine(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, z: Tensor) -> Tensor:
-            ctx.z = z.detach() if backward_of == "attribute" else None
+            ctx.z = [z.detach()] if backward_of == "attribute" else None
             ctx.save_for_backward(z.cos() if backward_of == "made in the forward" else z)
             return z.sin()
 

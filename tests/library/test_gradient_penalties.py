@@ -134,6 +134,8 @@ def test_no_false_refusals() -> None:
     losses = {
         "tied": lambda: layer(x).sin().square().mean() + layer.weight.T.norm(),
         "tied, decoded with": lambda: (layer(x).tanh() @ layer.weight).square().mean(),
+        "orthogonal": lambda: layer(x).sin().mean() + _gram(layer.weight.view(4, -1)).square().sum(),
+        "orthogonal copies": lambda: layer(x).sin().mean() + _gram(layer.weight.clone()).norm(),
         "in the bias": lambda: _with_gradient(layer(x).sin().sum(), layer.bias),
         "in the weight": lambda: _with_gradient(layer(x).sin().sum(), layer.weight),
         "dropped": lambda: layer(x).sin().mean() + 0 * len(_gradient(layer(x).sin().sum(), x)),
@@ -145,6 +147,10 @@ def test_no_false_refusals() -> None:
         expected = reference.sum_of_kappas(reference.curvatures(loss_of, [layer]), "neuronwise")
         kappa = relative_flatness(loss, seen, mode="full")
         torch.testing.assert_close(kappa, expected, rtol=1e-9, atol=1e-14, msg=name)
+
+
+def _gram(w: Tensor) -> Tensor:
+    return w @ w.t() - torch.eye(len(w))
 
 
 def test_convolutions_with_a_derivative_in_the_weight() -> None:

@@ -21,7 +21,7 @@ from torch.distributed.algorithms.join import Joinable, _JoinConfig
 from torch.utils.checkpoint import checkpoint
 
 from fam_optim import parallel, wrapper
-from fam_optim.graph import nodes
+from fam_optim.graph import corrections, nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,6 +143,7 @@ def test_all_attributes_of_nodes_are_listed() -> None:
         names = re.findall(r"_saved_[a-z0-9_]+", path.read_text())
         assert not names or path.name == "nodes.py", path.name
         asked |= set(names) | {f"_saved_{n}" for n in re.findall(r'kept\(node, "(\w+)"\)', path.read_text())}
+    asked |= {f"_saved_{n}" for _, names, _ in corrections._CORRECTIONS.values() for n in names.split()}
     assert asked <= SAVED.keys()
 
 
@@ -175,16 +176,24 @@ def test_functions_of_python() -> None:
     assert any(nodes.is_error(below) for below in everything_below(grad))
 
 
+KEPT: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
+    "a tensor": (lambda x: x.detach(), True),
+    "tensors in containers": (lambda x: {"x": [(1, x.detach())]}, True),
+    "an array": (lambda x: x.detach().numpy(), True),
+    "a function": (lambda x: lambda: x, True),
+    "a mask": (lambda x: [x > 0], False),
+    "settings": (lambda x: (2, 0.5, "mean", None, x.shape, x.dtype, x.device), False),
+    "an object of torch": (lambda x: torch.Generator(), False),
+}
+
+
 class Keeps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, how: str) -> Tensor:
-        if how == "saved":
+    def forward(ctx: Any, x: Tensor, keep: Callable[[Tensor], Any] | None) -> Tensor:
+        if keep is None:
             ctx.save_for_backward(x)
-        elif how == "attribute":
-            ctx.x = x.detach()
-        elif how == "mask":
-            ctx.save_for_backward(x > 0)
-        ctx.how = how
+        else:
+            ctx.kept = keep(x)
         return x.sin()
 
     @staticmethod
@@ -192,11 +201,10 @@ class Keeps(torch.autograd.Function):
         return grad, None
 
 
-@pytest.mark.parametrize("how", ["saved", "attribute", "mask", "nothing"])
-def test_what_functions_keep(how: str) -> None:
-    z = Keeps.apply(ROW, how)
-    node = z.grad_fn
-    assert nodes.keeps_numbers(node) == (how in ("saved", "attribute"))
+def test_what_functions_keep() -> None:
+    assert nodes.keeps_numbers(Keeps.apply(ROW, None).grad_fn)
+    for name, (keep, numbers) in KEPT.items():
+        assert nodes.keeps_numbers(Keeps.apply(ROW, keep).grad_fn) == numbers, name
 
 
 def everything_below(t: Tensor) -> set[Any]:
