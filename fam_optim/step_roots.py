@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from fam_optim import unnoticed
 from fam_optim.estimators.roots import added, joined, kept, products_of_rows, sample_roots, scaled
@@ -18,7 +19,7 @@ from fam_optim.parallel import Replicas, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -131,10 +132,8 @@ class StepRoots:
             alone = self._replicas.group is None
             self.recognised = True
             if seed is None:
-                if any(map(nodes.gives_buffers_away, reached.path)):
-                    raise RuntimeError(
-                        f"a due step of mode='proximal' takes two backwards of a loss. {errors.DONATED}"
-                    )
+                if any(map(nodes.is_compiled, reached.path)):
+                    _keep_buffers(loss, ends)
                 return
             self._gather()
             # g has the same size on all processes, however many rows they have.
@@ -194,3 +193,11 @@ class StepRoots:
         zeros = (w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples) for w in self.weights)
         mine = [roots.get(i, zero) for i, zero in enumerate(zeros)]
         return dict(enumerate(self._replicas.joined(mine)))
+
+
+def _keep_buffers(loss: Tensor, ends: Iterable[Node]) -> None:
+    """Takes a derivative that leaves the graph as it is: what is compiled gives its buffers away after one
+    backward, and no due step could take two, unless the first backward through it has left them there."""
+    edges = [GradientEdge(end, 0) for end in ends]
+    with errors.explained("two backwards"):
+        torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)

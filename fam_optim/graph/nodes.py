@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 import torch
-import torch._functorch.config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,11 +180,6 @@ def normalises_over_batch(node: Node) -> bool:
 def is_compiled(node: Node) -> bool:
     """Whether `node` is a region that AOTAutograd compiled: every back end of torch.compile but "eager"."""
     return node.name().startswith("CompiledFunction")
-
-
-def gives_buffers_away(node: Node) -> bool:
-    """Whether it is a compiled region that only one backward may pass, unless its first is one of several."""
-    return is_compiled(node) and torch._functorch.config.donated_buffer
 
 
 def is_reentrant_checkpoint(node: Node) -> bool:

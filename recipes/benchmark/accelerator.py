@@ -89,7 +89,6 @@ def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -
 
     def before(model: nn.Module) -> None:
         if compiled:
-            torch._functorch.config.donated_buffer = False  # a due step takes two backwards
             model.compile(backend="eager" if smoke else "inductor")
 
     candidates = {name: COLUMNS[name] for name in (COMPILED if compiled else COLUMNS)}

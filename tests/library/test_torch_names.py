@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.nn.functional as F
@@ -260,7 +259,6 @@ ATTRIBUTES: dict[str, tuple[Any, str]] = {
     "torch.nn.Module._forward_hooks_with_kwargs": (nn.Linear(2, 2), "removing our hook"),
     "torch.nn.Conv2d._conv_forward": (nn.Conv2d(1, 1, 1), "padding modes"),
     "torch._C._are_functorch_transforms_active": (torch._C, "torch.func"),
-    "torch._functorch.config.donated_buffer": (torch._functorch.config, "compiled models, two backwards"),
     "torch._foreach_norm": (torch, "gradients that are not finite"),
     "torch.nn.modules.module._global_forward_hooks": (nn.modules.module, "a forward that is not the class's"),
     "torch.autograd._get_sequence_nr": (torch.autograd, "calls within reentrant checkpoints"),
