@@ -88,13 +88,17 @@ def check_pair(base: Optimizer, regularizer: Regularizer) -> None:
 
 
 def warn_untrained(regularizer: Regularizer, parameters: Iterable[Tensor]) -> None:
-    """Warns if a layer's weight is not among the parameters that are trained."""
+    """Warns, once, if weights of layers are neither frozen nor among the parameters that are trained."""
     trained = {id(p) for p in parameters}
-    for name, weights in regularizer.named_weights():
-        if not any(id(p) in trained for p in weights):
-            warnings.warn(
-                f"the weight of `layer` {name} is not among the parameters given to FAM: it is not trained "
-                "(as a penalty its kappa still regularises the others). Add it to `params`, or leave it out "
-                "of `layer`.",
-                stacklevel=3,
-            )
+    left_out = [
+        name
+        for name, weights in regularizer.named_weights()
+        if any(w.requires_grad for w in weights) and not any(id(w) in trained for w in weights)
+    ]
+    if left_out:
+        warnings.warn(
+            f"weights are not among the parameters given to FAM, of `layer` {', '.join(left_out)}: they are "
+            "not trained (as a penalty their kappa still regularises the others). Add them to `params`, "
+            "or leave them out of `layer`.",
+            stacklevel=3,
+        )

@@ -87,7 +87,7 @@ class FAM(OptimizerWrapper):
             argument that means nothing in this mode, or LBFGS with mode="proximal".
 
     Warns:
-        UserWarning: if a layer's weight is not among `params`: it is not trained.
+        UserWarning: if a layer's weight is neither frozen nor among `params`: it is not trained.
 
     Cost: mode="proximal", at every tenth step, one more backward, a copy of the layers' weights, and products
     of ``d^2 m`` for each weight ``(d, m)``; nothing at the others. A penalty: that of `relative_flatness`.

@@ -91,11 +91,13 @@ def test_lam_is_checked_when_set() -> None:
 @pytest.mark.parametrize("of", [lambda m: m[2], lambda m: m[2].weight], ids=["module", "parameter"])
 def test_untrained_layer_warns(of: Callable[[nn.Sequential], Any]) -> None:
     model = net()
-    with pytest.warns(UserWarning, match=r"not among the parameters given to FAM.*Add it to `params`"):
+    with pytest.warns(UserWarning, match=r"not among the parameters given to FAM.*Add them to `params`"):
         FAM(model[0].parameters(), torch.optim.SGD, of(model), mode="hutchinson", lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(model)
+        model[0].requires_grad_(False)
+        FAM.for_model(model, torch.optim.SGD, params=model[2].parameters(), lr=0.1)
 
 
 def test_frozen_layer_and_body_are_measured() -> None:
