@@ -131,6 +131,7 @@ class StepRoots:
             self._replicas.check_together()
             alone = self._replicas.group is None
             self.recognised = True
+            _check_compiled(reached.path)
             if seed is None:
                 if any(map(nodes.is_compiled, reached.path)):
                     _keep_buffers(loss, ends)
@@ -196,8 +197,17 @@ class StepRoots:
 
 
 def _keep_buffers(loss: Tensor, ends: Iterable[Node]) -> None:
-    """Takes a derivative that leaves the graph as it is: what is compiled gives its buffers away after one
-    backward, and no due step could take two, unless the first backward through it has left them there."""
-    edges = [GradientEdge(end, 0) for end in ends]
-    with errors.explained("two backwards"):
-        torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    """Makes that a due step can take two backwards of what is compiled, now (the first derivative through it
+    decides, and this one leaves the graph as it is) and later."""
+    torch.autograd.grad(loss, [GradientEdge(n, 0) for n in ends], retain_graph=True, allow_unused=True)
+    nodes.keep_buffers()
+
+
+def _check_compiled(path: Iterable[Node]) -> None:
+    """Raises RuntimeError if something compiled can be backpropagated through but once."""
+    if any(map(nodes.gives_buffers_away, path)):
+        raise RuntimeError(
+            "mode='proximal' takes two backwards of a due step's loss, and a compiled region in it gives its "
+            "buffers away after one, as it was trained before FAM was built. Call torch.compiler.reset() "
+            "after building FAM."
+        )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 import torch
+import torch._functorch.config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -180,6 +181,17 @@ def normalises_over_batch(node: Node) -> bool:
 def is_compiled(node: Node) -> bool:
     """Whether `node` is a region that AOTAutograd compiled: every back end of torch.compile but "eager"."""
     return node.name().startswith("CompiledFunction")
+
+
+def gives_buffers_away(node: Node) -> bool:
+    """Whether a compiled region has a backward that can run only once on a graph."""
+    region: Any = getattr(type(node), "_forward_cls", None)
+    return is_compiled(node) and region.compiled_bw is not None and bool(region.metadata.bw_donated_idxs)
+
+
+def keep_buffers() -> None:
+    """What is compiled from now on does not give its buffers away."""
+    torch._functorch.config.donated_buffer = False
 
 
 def is_reentrant_checkpoint(node: Node) -> bool:

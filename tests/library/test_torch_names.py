@@ -246,8 +246,18 @@ def test_the_end_of_a_backward() -> None:
 
 
 def test_compiled_regions() -> None:
-    compiled = torch.compile(lambda x: x.sin() * 2, backend="aot_eager")
-    assert nodes.is_compiled(compiled(ROW).grad_fn)
+    """Its first backward decides whether a region has another."""
+    for kept in (True, False):
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: x.sin().exp().sin(), backend="aot_eager")
+        with torch._functorch.config.patch(donated_buffer=True):
+            for backward in range(2):
+                made = compiled(ROW).sum()
+                (region,) = (below for below in everything_below(made) if nodes.is_compiled(below))
+                assert nodes.gives_buffers_away(region) == (backward > 0 and not kept)
+                torch.autograd.grad(made, ROW, retain_graph=kept)
+            nodes.keep_buffers()
+            assert not torch._functorch.config.donated_buffer
 
 
 ATTRIBUTES: dict[str, tuple[Any, str]] = {
