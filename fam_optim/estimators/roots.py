@@ -93,7 +93,8 @@ def sample_roots(
             g = without_scale(g, scale)
             if i in products:
                 # A copy: what is fed from a buffer may be overwritten before the step.
-                root = Root(g, at_least_float32(_first_factor(products[i])).clone())
+                dtype = at_least_float32(weights[i].parameter).dtype
+                root = Root(g.to(dtype), _first_factor(products[i]).to(dtype, copy=True))
             else:
                 root = Root(weights[i].of(g.to_dense() if g.is_sparse else g).mT)
             roots.setdefault(i, []).append(root)

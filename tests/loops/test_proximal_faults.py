@@ -565,6 +565,25 @@ def test_weights_may_change_their_precision() -> None:
         assert torch.allclose(layer.weight.detach().double(), right, atol=1e-5)
 
 
+class Single(nn.Linear):
+    """Multiplies in another precision than its weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float()).double()
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_products_in_another_precision_than_their_weights(n: int) -> None:
+    results = []
+    for kind in (nn.Linear, Single):
+        model = net()
+        model[0].__class__ = model[2].__class__ = kind
+        trained(model, fam(model), 4, n=n)
+        results.append(torch.cat([p.flatten() for p in parameters(model)]))
+    assert torch.allclose(*results, rtol=0, atol=1e-5)
+    assert not torch.equal(*results)
+
+
 @pytest.mark.parametrize("saved", ["proximal", "hutchinson"])
 def test_lam_of_another_kind_is_not_loaded(saved: str) -> None:
     """0.008 is a penalty's usual value, and next to nothing for a proximal step."""
