@@ -89,16 +89,16 @@ class Ledger:
         """Whether nothing that is trained has a gradient."""
         return all(p.grad is None for p in self._trained)
 
-    def left(self) -> Tensor | None:
+    def left(self, beside: Sequence[Tensor] = ()) -> Tensor | None:
         """Whether a gradient is not zero, without waiting for the answer; None if there is none."""
-        gradients = [w.grad for w in self._weights if w.grad is not None]
+        weights = (w for w in self._weights if not any(w is b for b in beside))
+        gradients = [w.grad for w in weights if w.grad is not None]
         found = [g.any().to(gradients[0].device) for g in gradients]
         return torch.stack(found).any() if found else None
 
     def _is_there(self, beside: Sequence[Tensor] = ()) -> bool:
-        weights = (w for w in self._weights if not any(w is b for b in beside))
-        gradients = [w.grad for w in weights if w.grad is not None]
-        return any(bool(g.any()) for g in gradients)  # only zero_grad(set_to_none=False) makes this wait
+        left = self.left(beside)
+        return left is not None and bool(left)  # only zero_grad(set_to_none=False) makes this wait
 
     def _begin(self, gradient: Tensor) -> None:
         """Hook on a loss: its backward begins."""
@@ -125,7 +125,8 @@ class Ledger:
     def _settle(self) -> None:
         """A backward that failed has not ended: what is there since may be of any loss."""
         if self._running not in (None, nodes.derivative()):
-            self._running, self._expected, self._reached, self._sound = None, False, [], False
+            self._sound = False
+            self._end()
 
 
 def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor) -> None:
