@@ -101,7 +101,9 @@ class Jacobian:
     def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
         node = edge.node
         below, output = node.next_functions[1] if nodes.kind(node) == "Convolution" else (None, 0)
-        if below is None or nodes.results(node)[0].dtype in LOW_PRECISION:  # under autocast, say
+        low = nodes.results(node)[0].dtype in LOW_PRECISION  # under autocast, say
+        # Of a weight that is used again, the derivative below passes through phi too.
+        if below is None or low or len(self.tails[0].parents[below]) > 1:
             return use.pull(delta)
         # The forward's own node, which spares the convolution that `pull` builds a graph with.
         (g,) = torch.autograd.grad(

@@ -99,6 +99,20 @@ def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     return (torch.where(top, at_top, grad - others * total),)
 
 
+def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Tensor, ...]:
+    """As above, of ``log sum exp x``, whose derivative is p; along several axes p is left as it is."""
+    axes = tuple(sorted(nodes.axes(node, x.dim())))
+    for axis in () if keeps_axis else axes:
+        grad = grad.unsqueeze(axis)
+    x = at_least_float32(x)
+    p = (x - x.logsumexp(axes, keepdim=True)).exp()
+    if len(axes) == 1:
+        top = is_largest(p, *axes)
+        others = p.masked_fill(top, 0)
+        p = torch.where(top, 1 - others.sum(axes, keepdim=True), others)
+    return (grad * p,)
+
+
 def _hardsigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """torch's backward of hardsigmoid, relu6(x + 3) / 6, has no derivative; it is linear in the gradient."""
     return (grad * ((x > -3) & (x < 3)) / 6,)
@@ -146,6 +160,7 @@ _CORRECTIONS: dict[str, tuple[int, str, Gradients]] = {
     "Hardsigmoid": (1, "self", _hardsigmoid),
     "NativeLayerNorm": (2, "input weight normalized_shape result2", _layer_norm),
     "LogSoftmax": (2, "result", _log_softmax),
+    "Logsumexp": (2, "self keepdim", _logsumexp),
     "BinaryCrossEntropyWithLogits": (2, "self target weight pos_weight", _binary_cross_entropy),
     "LogSigmoid": (2, "self", _log_sigmoid),
     "Softplus": (2, "self beta threshold", _softplus),

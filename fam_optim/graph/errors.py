@@ -132,7 +132,7 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
     if not nodes.keeps_numbers(node):
         return False
     made = [nodes.results(node)[i] for i in outputs]
-    edges = [GradientEdge(*edge) for edge in dict.fromkeys(node.next_functions) if edge[0] is not None]
+    edges = [GradientEdge(below, i) for below, i in dict.fromkeys(node.next_functions) if below is not None]
     operands = [edge for edge in edges if edge.node in between]
     with torch.enable_grad():
         gradients = torch.autograd.grad(

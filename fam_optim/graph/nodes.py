@@ -252,8 +252,8 @@ def within_derivative(function: Callable[[], list[Any]]) -> list[Any]:
     """What a function gives that is called while autograd takes a derivative."""
     found: list[Any] = []
     start = torch.zeros((), device="cpu", requires_grad=True)
-    end = start.clone()
-    end.register_hook(lambda grad: found.extend(function()))
+    end: Any = start.clone()
+    end.grad_fn.register_hook(lambda below, above: found.extend(function()))
     torch.autograd.grad(end, start)
     return found
 

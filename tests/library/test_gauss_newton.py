@@ -523,16 +523,16 @@ def test_tails_that_allow_no_derivative_beside_the_backward(make: Callable[[], A
         fam.regularize(F.cross_entropy(tail(layer(torch.randn(4, 5))), Y))
 
 
-@pytest.mark.parametrize("mode", ["exact", "hutchinson"])
-def test_parameters_shared_and_nested_layers(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "convolution"), [("exact", False), ("exact", True), ("hutchinson", False)])
+def test_parameters_shared_and_nested_layers(mode: str, convolution: bool) -> None:
     """Every use counts, and what they do to each other in the first derivative."""
     torch.manual_seed(0)
-    layer, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    layer, head = nn.Conv1d(2, 2, 2, padding="same") if convolution else nn.Linear(4, 4), nn.Linear(4, 3)
     net = nn.ModuleList([layer, head])
-    x = torch.randn(4, 4)
+    x = torch.randn(4, 2, 2) if convolution else torch.randn(4, 4)
 
     def forward(x: Tensor) -> Tensor:
-        z: Tensor = head(torch.tanh(layer(torch.tanh(layer(x)))))
+        z: Tensor = head(torch.tanh(layer(torch.tanh(layer(x)))).flatten(1))
         return z
 
     outputs = forward(x)
