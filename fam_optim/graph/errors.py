@@ -134,7 +134,9 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
     made = [nodes.results(node)[i] for i in outputs]
     edges = [GradientEdge(below, i) for below, i in dict.fromkeys(node.next_functions) if below is not None]
     operands = [edge for edge in edges if edge.node in between]
-    with torch.enable_grad():
+    depends = dict.fromkeys(edges, (False,) * len(operands))
+    # One operand may be made of another.
+    with torch.enable_grad(), explained("second derivatives"), nodes.not_passed({e.node for e in edges}):
         gradients = torch.autograd.grad(
             [GradientEdge(node, i) for i in outputs],
             edges,
@@ -143,14 +145,11 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
             retain_graph=True,
             allow_unused=True,
         )
-    depends = dict.fromkeys(edges, (False,) * len(operands))
-    for edge, g in zip(edges, gradients, strict=True):
-        if g is not None and g.requires_grad and operands:
-            with explained("second derivatives"):
-                again = torch.autograd.grad(
-                    g, operands, torch.ones_like(g), retain_graph=True, allow_unused=True
-                )
-            depends[edge] = tuple(found is not None for found in again)
+        for edge, g in zip(edges, gradients, strict=True):
+            if g is not None and g.requires_grad and operands:
+                ones = torch.ones_like(g)
+                again = torch.autograd.grad(g, operands, ones, retain_graph=True, allow_unused=True)
+                depends[edge] = tuple(found is not None for found in again)
     pattern = [depends[edge] for edge in operands]  # of the second derivatives, which are symmetric
     return not any(map(any, depends.values())) or pattern != list(zip(*pattern, strict=True))
 

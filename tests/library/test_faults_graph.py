@@ -229,17 +229,36 @@ class Half(torch.autograd.Function):
         return grad * b, None if ctx.left_out else grad * a.detach(), None
 
 
+class Apart(torch.autograd.Function):
+    """A square and a sum, whose operands have no mixed derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return a.square() + b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * grad * ctx.saved_tensors[0], grad
+
+
 @pytest.mark.parametrize("number", [0, 2], ids=["below", "last"])
 def test_functions_with_several_operands_and_results(number: int) -> None:
     m = perceptron()
+
+    def halves(reverse: bool, left_out: bool) -> Tensor:
+        z = m(X)  # one operand is made of the other
+        return CE(Half.apply(*((z.exp(), z) if reverse else (z, z.exp())), left_out), Y)
+
     for settings in ({}, {"mode": "full"}, {"curvature": "gauss_newton"}):
-        for left_out in (False, True):
+        for which in itertools.product((False, True), repeat=2):
             with pytest.raises(RuntimeError, match=r"autograd.Function there \(function Half\) has none"):
-                kappa(lambda of=left_out: CE(Half.apply(m(X), m(X).exp(), of), Y), m[number], **settings)
+                kappa(lambda which=which: halves(*which), m[number], **settings)
 
     def loss() -> Tensor:
-        product, largest, total = Several.apply(m(X), m(X).exp())
-        return CE(product, largest) + total.square().mean()
+        z = m(X)
+        product, largest, total = Several.apply(z, z.exp())
+        return CE(product, largest) + Apart.apply(total, total.sin()).mean()
 
     assert_right(m, loss, m[number])
 
