@@ -89,12 +89,17 @@ def find_outputs(
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
     if terms is None or len(outputs) < len(found):
+        last: Any = loss.grad_fn
+        remedy = (
+            "Compute the loss outside of what is compiled (in transformers' Trainer by compute_loss_func)."
+            if nodes.is_compiled(last)
+            else "Give regularize() the terms that are and add the others to what it returns, or use "
+            "mode='hutchinson', curvature='hessian'."
+        )
         raise RuntimeError(
             "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: a sum "
             "of softmax cross-entropy, binary cross-entropy with logits and squared error, none of them "
-            f"compiled. This one ends in {loss.grad_fn.name() if loss.grad_fn else loss}. Give regularize() "
-            "the terms that are and add the others to what it returns, or use mode='hutchinson', "
-            "curvature='hessian'."
+            f"compiled. This one ends in {last.name()}. {remedy}"
         )
     for a in (output.a.detach() for output in outputs):
         # On an accelerator reading waits; there the roots, and with them kappa, are nan instead.

@@ -586,6 +586,9 @@ def test_compiled_model_with_the_loss_outside() -> None:
             by_regularize(compiled, late := fam(model), x, y)
         torch.compiler.reset()
         by_regularize(compiled, late, x, y)
+    whole = torch.compile(lambda: F.cross_entropy(model(x), y), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="Compute the loss outside of what is compiled"):
+        late.regularize(whole())
 
 
 @pytest.mark.parametrize("reentrant", [False])
