@@ -19,6 +19,15 @@ _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 """Of what torch wraps around the `step` of every optimizer class, to run step hooks and label the profile."""
 
 
+def _shared(name: str) -> Any:
+    """An attribute that is the base optimizer's."""
+    return property(
+        lambda self: getattr(self.base_optimizer, name),
+        lambda self, value: setattr(self.base_optimizer, name, value),
+        doc=f"The base optimizer's `{name}`.",
+    )
+
+
 class OptimizerWrapper(Optimizer):
     """Delegates state, parameter groups and hooks to `base_optimizer`, but no other attribute.
 
@@ -54,40 +63,11 @@ class OptimizerWrapper(Optimizer):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
         self._patch_step_function()
 
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
-
-    @property
-    def _optimizer_step_pre_hooks(self) -> Any:  # type: ignore[override]
-        return self.base_optimizer._optimizer_step_pre_hooks
-
-    @property
-    def _optimizer_step_post_hooks(self) -> Any:  # type: ignore[override]
-        return self.base_optimizer._optimizer_step_post_hooks
+    state = _shared("state")
+    param_groups = _shared("param_groups")
+    defaults = _shared("defaults")
+    _optimizer_step_pre_hooks = _shared("_optimizer_step_pre_hooks")
+    _optimizer_step_post_hooks = _shared("_optimizer_step_post_hooks")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the gradients, as the base optimizer does."""
