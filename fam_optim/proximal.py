@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
+from fam_optim.graph import nodes
 from fam_optim.layer.kinds import own_weight, weight_matrix
 from fam_optim.layer.use import describe
 from fam_optim.regularizer import Regularizer
@@ -79,6 +80,7 @@ class Proximal(Regularizer):
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def _prepare(self) -> None:
+        nodes.keep_buffers()  # a due step takes two backwards
         self.roots = StepRoots(self.weights, self.n_samples)
         self._layers = []
         self.forget()

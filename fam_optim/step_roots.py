@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.autograd.graph import GradientEdge
 
 from fam_optim import unnoticed
 from fam_optim.estimators.roots import added, joined, kept, products_of_rows, sample_roots, scaled
@@ -130,11 +129,9 @@ class StepRoots:
             outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]
             self._replicas.check_together()
             alone = self._replicas.group is None
-            self.recognised = True
             _check_compiled(reached.path)
+            self.recognised = True
             if seed is None:
-                if any(map(nodes.is_compiled, reached.path)):
-                    _keep_buffers(loss, ends)
                 return
             self._gather()
             # g has the same size on all processes, however many rows they have.
@@ -196,18 +193,11 @@ class StepRoots:
         return dict(enumerate(self._replicas.joined(mine)))
 
 
-def _keep_buffers(loss: Tensor, ends: Iterable[Node]) -> None:
-    """Makes that a due step can take two backwards of what is compiled, now (the first derivative through it
-    decides, and this one leaves the graph as it is) and later."""
-    torch.autograd.grad(loss, [GradientEdge(n, 0) for n in ends], retain_graph=True, allow_unused=True)
-    nodes.keep_buffers()
-
-
 def _check_compiled(path: Iterable[Node]) -> None:
     """Raises RuntimeError if something compiled can be backpropagated through but once."""
     if any(map(nodes.gives_buffers_away, path)):
         raise RuntimeError(
             "mode='proximal' takes two backwards of a due step's loss, and a compiled region in it gives its "
-            "buffers away after one, as it was trained before FAM was built. Call torch.compiler.reset() "
+            "buffers away after one, as it was compiled before FAM was built. Call torch.compiler.reset() "
             "after building FAM."
         )

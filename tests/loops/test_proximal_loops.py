@@ -571,8 +571,9 @@ def test_fused_attention() -> None:
 def test_compiled_model_with_the_loss_outside() -> None:
     model = net(torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
-    one, other = fam(model), fam(twin := net(torch.float32))
     with torch._functorch.config.patch(donated_buffer=True):
+        one, other = fam(model), fam(twin := net(torch.float32))
+        assert not torch._functorch.config.donated_buffer  # before anything is compiled, some of it at once
         for step, n in enumerate((16, 11, 16, 16, 16, 11, 13, 16)):  # another size is compiled anew
             x, y = samples(step, n, dtype=torch.float32)
             by_regularize(compiled, one, x, y)
@@ -582,8 +583,15 @@ def test_compiled_model_with_the_loss_outside() -> None:
     torch.compiler.reset()
     with torch._functorch.config.patch(donated_buffer=True):
         F.cross_entropy(compiled(x), y).backward()
-        with pytest.raises(RuntimeError, match=r"two backwards.*torch.compiler.reset\(\) after building FAM"):
-            by_regularize(compiled, late := fam(model), x, y)
+        late, refused = fam(model, every=3), r"two backwards.*torch.compiler.reset\(\) after building FAM"
+        with pytest.raises(RuntimeError, match=refused):
+            by_regularize(compiled, late, x, y)
+        model[4].requires_grad_(False)  # compiles the model again
+        by_regularize(compiled, late, x, y)
+        model[4].requires_grad_(True)
+        by_regularize(compiled, late, x, y)  # as compiled first, on a step that is not due
+        with pytest.raises(RuntimeError, match=refused):
+            by_regularize(compiled, late, x, y)
         torch.compiler.reset()
         by_regularize(compiled, late, x, y)
     whole = torch.compile(lambda: F.cross_entropy(model(x), y), backend="aot_eager")
