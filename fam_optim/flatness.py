@@ -195,17 +195,17 @@ def _flatness(tail: Tail, settings: Settings) -> Tensor:
     differentiable = not settings.detach_hessian
     factor = MEASURES[settings.measure](_matrix(tail))
     kappa = closed_form(tail, factor, differentiable=differentiable) if settings.mode == "exact" else None
-    if kappa is None:
-        curvature = Curvature(tail, differentiable=differentiable)
-        if settings.mode == "full":
-            kappa = full(curvature, factor)
-        else:
-            kappa = errors.once_differentiable(
-                exact(curvature, factor)
-                if settings.mode == "exact"
-                else hutchinson(curvature, factor, settings.n_samples, settings.generator)
-            )
-    why = errors.undifferentiable(tail.path) if differentiable else None
+    if kappa is not None:
+        return kappa
+    curvature = Curvature(tail, differentiable=differentiable)
+    if settings.mode == "full":
+        kappa = full(curvature, factor)
+    elif settings.mode == "exact":
+        kappa = errors.once_differentiable(exact(curvature, factor))
+    else:
+        found = hutchinson(curvature, factor, settings.n_samples, settings.generator)
+        kappa = errors.once_differentiable(found)
+    why = curvature.undifferentiable
     return kappa if why is None else errors.without_gradient(kappa, why)
 
 

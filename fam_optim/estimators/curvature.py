@@ -34,6 +34,7 @@ class Curvature:
     Attributes:
         uses: the layer's uses; z-shaped lists have one tensor for each.
         gradient: dL/dz, whose derivatives the products are; in float16 a multiple of it.
+        undifferentiable: why the products have no gradient of their own, if they have none.
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
@@ -50,7 +51,8 @@ class Curvature:
         if self.half:
             self._fit_into_float16()
         self.gradient = self._pull([tail.loss], [self._scale], create_graph=True)
-        errors.check_functions(tail.path, tail.ends, self.gradient)
+        derivative = errors.check_functions(tail.path, tail.ends, self.gradient)
+        self.undifferentiable = errors.undifferentiable(tail.path, derivative) if differentiable else None
         if not differentiable and not tail.nested:
             self.uses = tuple(use.detached() for use in self.uses)
 

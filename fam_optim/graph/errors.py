@@ -34,6 +34,8 @@ _REMEDIES = _NO_SECOND | {
     "the layer with use_reentrant=False.",
     "donated buffers": "A compiled region gives its buffers away after one backward: set "
     "torch._functorch.config.donated_buffer = False before it is compiled.",
+    "selective activation checkpoint": "Selective activation checkpointing allows one derivative: leave "
+    "`context_fn` out of the checkpoint.",
     "second time": "The loss has been backpropagated already: call regularize(loss), or compute kappa, "
     "before its backward().",
 }
@@ -95,19 +97,22 @@ def check_differentiable(path: Iterable[Node]) -> None:
             )
 
 
-def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]) -> None:
+def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]) -> Set[Node]:
     """Raises RuntimeError for an autograd.Function that drops out of a second derivative.
 
     torch takes that for zero without a word, or leaves an error on the graph where a derivative in z may not
     pass. `gradient` is the first derivative in z, `path` the nodes between loss and z, which `ends` make.
+
+    Returns:
+        The nodes of that derivative; none where only torch's own operations made them.
     """
     functions = [node for node in path if nodes.is_function(node)]
-    if not functions:
-        return
+    if not functions and not any(map(nodes.is_scripted, path)):
+        return frozenset()
     roots = [(g.grad_fn, g.output_nr) for g in gradient]
     forward = {*path, *ends, None}
     top: Any = {node for node, _ in roots} - forward
-    made = top | spread(top, lambda node: {below for below, _ in node.next_functions} - forward)
+    made: set[Node] = top | spread(top, lambda node: {below for below, _ in node.next_functions} - forward)
     edges = [*roots, *(edge for node in (*path, *made) for edge in node.next_functions)]
     outputs: dict[Any, set[int]] = {node: set() for node in (*functions, *filter(nodes.is_function, made))}
     for node, output in edges:
@@ -123,6 +128,7 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
             "once_differentiable, or makes constants of the numbers that it keeps. Write what it computes "
             "out in elementary operations (a mask may be kept as bool), or regularise a layer behind it."
         )
+    return made
 
 
 def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
@@ -154,24 +160,31 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
     return not any(map(any, depends.values())) or pattern != list(zip(*pattern, strict=True))
 
 
-def undifferentiable(path: Iterable[Node]) -> str | None:
-    """Why kappa has no gradient through a tail, if it has none."""
-    for node in path:
+def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
+    """Why kappa has no gradient through a tail, if it has none. The nodes of the tail's derivative are given
+    where they show what a function or a scripted region hides."""
+    for node in path | derivative:
         if nodes.normalises_over_batch(node):
             # InstanceNorm and weight standardisation call batch_norm with all samples or filters in one.
             what = "InstanceNorm" if nodes.shape(node, 0)[0] == 1 else "BatchNorm in train mode"
-            return (
-                "the whole gradient of kappa needs the third derivative of what follows the layer, and torch "
-                f"has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the layer in "
-                "eval mode, replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the "
-                "same, or regularise a layer behind it."
+            why = (
+                f"torch has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the "
+                "layer in eval mode, replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which "
+                "computes the same, or regularise a layer behind it."
             )
-        if nodes.kind(node) == "Pdist":
-            return (
-                "the whole gradient of kappa needs the third derivative of what follows the layer, and "
+        elif nodes.kind(node) == "Pdist":
+            why = (
                 "torch's of pdist is nan. Use FAM(..., detach_hessian=True), or write it out: "
                 "(x[i] - x[j]).norm(dim=1) with i, j = torch.triu_indices(len(x), len(x), 1)."
             )
+        elif nodes.kind(node) == "NativeLayerNormBackward":
+            why = (
+                "torch's of LayerNorm is wrong (pytorch/pytorch#175754) within torch.jit.script and "
+                "autograd.Function. Use FAM(..., detach_hessian=True), or call LayerNorm outside of them."
+            )
+        else:
+            continue
+        return f"the whole gradient of kappa needs the third derivative of what follows the layer, and {why}"
     return None
 
 

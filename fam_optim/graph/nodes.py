@@ -194,6 +194,11 @@ def keep_buffers() -> None:
     torch._functorch.config.donated_buffer = False
 
 
+def is_scripted(node: Node) -> bool:
+    """Whether `node` is a region that torch.jit.script or trace made."""
+    return "DifferentiableGraph" in node.name()
+
+
 def is_reentrant_checkpoint(node: Node) -> bool:
     """Whether `node` hides a checkpointed part of the forward."""
     return node.name() == "CheckpointFunctionBackward"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fam_optim import FAM, observe, relative_flatness
 from fam_optim.graph import errors
@@ -96,9 +97,18 @@ def test_no_second_derivative(tail: Callable[[Tensor], Tensor], message: str, mo
         kappa_behind(tail, mode)
 
 
-def test_second_derivatives_that_torch_gives_wrong_without_a_word() -> None:
-    """Of logcumsumexp nan; what is computed in chunks is a constant after its first derivative."""
-    tails: dict[str, Callable[[Tensor], Tensor]] = {"logcumsumexp": lambda z: (z.logcumsumexp(0) - z).sum()}
+def test_second_derivatives_that_torch_does_not_have_or_gives_wrong() -> None:
+    """Of logcumsumexp nan; what is computed in chunks is a constant after its first derivative; and some
+    checkpoints allow but one."""
+    saved = partial(create_selective_checkpoint_contexts, [torch.ops.aten.sin.default])
+
+    def selective(z: Tensor) -> Tensor:
+        return checkpoint(lambda z: z.sin().square().sum(), z, use_reentrant=False, context_fn=saved)
+
+    tails: dict[str, Callable[[Tensor], Tensor]] = {
+        "logcumsumexp": lambda z: (z.logcumsumexp(0) - z).sum(),
+        "context_fn": selective,
+    }
     if hasattr(nn, "LinearCrossEntropyOptions"):
         options = nn.LinearCrossEntropyOptions()
         tails["options"] = lambda z: F.linear_cross_entropy(z, torch.ones(3, 4), Y, options=options)
@@ -205,10 +215,31 @@ def test_direction_of_a_weight_norm(dim: int, float64: None) -> None:
         torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)
 
 
+class Norm(torch.autograd.Function):
+    """LayerNorm, whose statistics are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return F.layer_norm(z, (4,))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        _, mean, deviation = torch.native_layer_norm(z, [4], None, None, 1e-5)
+        backward = torch.ops.aten.native_layer_norm_backward
+        by_z: Tensor = backward(grad, z, [4], mean, deviation, None, None, [True, False, False])[0]
+        return by_z
+
+
 THIRD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "BatchNorm": (
         lambda z: F.batch_norm(z, None, None, training=True),
         "none of BatchNorm in train mode.*detach_hessian=True.*BatchNorm.*in eval mode",
+    ),
+    "LayerNorm in a function": (
+        lambda z: Norm.apply(z),
+        r"torch's of LayerNorm is wrong.*within torch.jit.script and autograd.Function.*detach_hessian=True",
     ),
     "pdist": (lambda z: F.pdist(z), "torch's of pdist is nan.*detach_hessian=True.*triu_indices"),
     "InstanceNorm": (
