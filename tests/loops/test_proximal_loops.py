@@ -596,7 +596,7 @@ def test_compiled_model_with_the_loss_outside() -> None:
         by_regularize(compiled, late, x, y)
     whole = torch.compile(lambda: F.cross_entropy(model(x), y), backend="aot_eager")
     with pytest.raises(RuntimeError, match="Compute the loss outside of what is compiled"):
-        late.regularize(whole())
+        fam(model).regularize(whole())
 
 
 @pytest.mark.parametrize("reentrant", [False])
