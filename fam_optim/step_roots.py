@@ -18,7 +18,7 @@ from fam_optim.parallel import Replicas, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -119,7 +119,7 @@ class StepRoots:
         """
         check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])
-        self._check_hidden(reached)
+        self._check_graph(reached)
         if not reached.leaves or (seed is not None and self._is_seen(loss)):
             return
         ends = frozenset(reached.leaves.values())
@@ -129,7 +129,6 @@ class StepRoots:
             outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]
             self._replicas.check_together()
             alone = self._replicas.group is None
-            _check_compiled(reached.path)
             self.recognised = True
             if seed is None:
                 return
@@ -142,14 +141,21 @@ class StepRoots:
         self._pending.append(taken)
         nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)
 
-    def _check_hidden(self, reached: Reach) -> None:
-        """Raises RuntimeError if weights may be used where the graph does not show it."""
+    def _check_graph(self, reached: Reach) -> None:
+        """Raises RuntimeError if weights may be used where the graph does not show it, or if something on the
+        way to them can be backpropagated through but once."""
         hidden = [w.name for w in self.weights if w.parameter not in reached.leaves]
         if hidden and any(map(nodes.is_reentrant_checkpoint, reached.parents)):
             raise RuntimeError(
                 f"the loss does not depend on the weight of `layer` {hidden[0]} outside reentrant activation "
                 "checkpoints, and what happens in one is not in the graph. Checkpoint with "
                 "use_reentrant=False, or leave the layers in the checkpoint out of `layer`."
+            )
+        if any(map(nodes.gives_buffers_away, reached.path)):
+            raise RuntimeError(
+                "mode='proximal' takes two backwards of a due step's loss, and a compiled region in it gives "
+                "its buffers away after one, as it was compiled before FAM was built. Call "
+                "torch.compiler.reset() after building FAM."
             )
 
     def rows(self, reached: Reach) -> dict[int, Node]:
@@ -191,13 +197,3 @@ class StepRoots:
         zeros = (w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples) for w in self.weights)
         mine = [roots.get(i, zero) for i, zero in enumerate(zeros)]
         return dict(enumerate(self._replicas.joined(mine)))
-
-
-def _check_compiled(path: Iterable[Node]) -> None:
-    """Raises RuntimeError if something compiled can be backpropagated through but once."""
-    if any(map(nodes.gives_buffers_away, path)):
-        raise RuntimeError(
-            "mode='proximal' takes two backwards of a due step's loss, and a compiled region in it gives its "
-            "buffers away after one, as it was compiled before FAM was built. Call torch.compiler.reset() "
-            "after building FAM."
-        )
