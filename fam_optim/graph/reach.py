@@ -98,13 +98,11 @@ def is_of_weights(node: Node) -> bool:
     stack = [node]
     while stack:
         node = stack.pop()
-        below = [n for n, _ in node.next_functions]
+        kind, below = nodes.kind(node), [n for n, _ in node.next_functions]
         if nodes.leaf(node) is not None:
             leaves.add(node)
-        elif nodes.kind(node) in _OF_WEIGHTS:
-            stack += [n for n in below if n is not None]
-        elif nodes.kind(node) in _OF_ONE_WEIGHT and None not in below:
-            products = True
+        elif kind in _OF_WEIGHTS or (kind in _OF_ONE_WEIGHT and None not in below):
+            products = products or kind in _OF_ONE_WEIGHT
             stack += [n for n in below if n is not None]
         else:
             return False
