@@ -30,6 +30,8 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
     """
     concerned = [(node, *_CORRECTIONS[nodes.kind(node)]) for node in path if nodes.kind(node) in _CORRECTIONS]
     concerned = [row for row in concerned if derivatives_to_come >= row[1]]
+    if not concerned:
+        return []
     # A checkpoint has them once in a derivative, and is run again for each outside of one.
     kept = nodes.within_derivative(
         lambda: [[nodes.kept(node, name) for name in names.split()] for node, _, names, _ in concerned]
