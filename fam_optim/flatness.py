@@ -103,7 +103,7 @@ def relative_flatness(
         measure: "neuronwise" or "layerwise".
         mode: "exact", "full" (forms H, for tiny layers and tests) or "hutchinson" (random probes).
         curvature: "hessian", or "gauss_newton" for softmax cross-entropy, binary cross-entropy with logits,
-            squared error and sums of these.
+            softplus, squared error, Huber and smooth L1 losses and sums of these.
         normalize: divide by m, as the authors' code does: the lambdas of the paper apply then.
         n_samples: probes per evaluation (hutchinson).
         generator: of the probes; by default torch's global one (hutchinson).

@@ -76,9 +76,11 @@ def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
     """The tail as softmax heads, or None if it is anything else."""
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     path = tail.path | tail.ends
-    softmaxes = None if tail.nested else linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
+    softmaxes, unknown = linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
+    if tail.nested or unknown is not None:
+        return None
     heads = []
-    for node in softmaxes or ():
+    for node in softmaxes:
         found = _followed(*node.next_functions[0], path, ends)
         if found is None:
             return None

@@ -3,8 +3,8 @@
     L = sum_i a_i l(o_i, y_i),    a_i Hess_o l(o_i, y_i) = S_i S_i^T
 
     softmax cross-entropy                 S r = sqrt(a) (sqrt(p) r - p <sqrt(p), r>)
-    binary cross-entropy with logits      S   = diag sqrt(a p (1 - p))
-    squared error                         S   = sqrt(2 a)
+    logistic (binary cross-entropy)       S   = diag sqrt(a p (1 - p))
+    squared error, Huber up to its delta  S   = sqrt(2 a)
 
 Which losses a loss is a sum of is read off the graph: between it and these there are only operations linear
 in them. Whatever else it is ends in an error.
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 
-def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -> list[Node] | None:
-    """The nodes of some kinds in whose results the loss is linear, as far as it depends on `ends`; None if it
-    is not linear in such. The path is that to `ends`, these included.
+def linear_in(
+    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
+) -> tuple[list[Node], Node | None]:
+    """The nodes of some kinds in whose results the loss is linear, piece by piece, as far as it depends on
+    `ends`; and one in which it is not, if there is one. The path is that to `ends`, these included.
     """
-    found = []
+    found: list[Node] = []
     root = loss.grad_fn
     assert root is not None
     stack = [(root, loss.output_nr)]
@@ -49,12 +51,12 @@ def linear_in(loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]) -
             continue
         inputs = nodes.inputs_of(node, output)
         on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
-        if not operations.is_linear(kind, on_path):
-            return None
+        if not (operations.is_linear(kind, on_path) or kind in operations.PICKS):
+            return found, node
         new: Any = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
         seen.update(new)
         stack += new
-    return found
+    return found, None
 
 
 class Output(NamedTuple):
@@ -83,23 +85,23 @@ def find_outputs(
         path, ends: the nodes between the loss and the layers, the layers' own included; and these.
         differentiable: whether what is returned carries gradients.
     """
-    terms = linear_in(loss, path, ends, _KINDS.keys())
-    known = terms or []
+    known, unknown = linear_in(loss, path, ends, _KINDS.keys())
     with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
-    if terms is None or len(outputs) < len(found):
-        last: Any = loss.grad_fn
+    if len(outputs) < len(found):
+        unknown = known[found.index(None)]
+    if unknown is not None:
         remedy = (
             "Compute the loss outside of what is compiled (in transformers' Trainer by compute_loss_func)."
-            if nodes.is_compiled(last)
+            if nodes.is_compiled(unknown)
             else "Give regularize() the terms that are and add the others to what it returns, or use "
             "mode='hutchinson', curvature='hessian'."
         )
         raise RuntimeError(
             "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: a sum "
-            "of softmax cross-entropy, binary cross-entropy with logits and squared error, none of them "
-            f"compiled. This one ends in {last.name()}. {remedy}"
+            "of softmax cross-entropy, binary cross-entropy with logits, softplus, squared error and Huber "
+            f"loss, none of them compiled. {unknown.name()} is none of these. {remedy}"
         )
     for a in (output.a.detach() for output in outputs):
         # On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
@@ -209,20 +211,38 @@ def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
         return None
     logits, target, weight, of_positives = nodes.binary_targets(node)
-    o = at_least_float32(logits if differentiable else logits.detach())
-    b = o.sigmoid() * (-o).sigmoid()  # p (1 - p), which does not round to 0 where p rounds to 1
+    b = _logistic_curvature(logits, differentiable)
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
     b = b if weight is None else b * weight
     return _diagonal(node, b * _per_entry(node, loss, b.numel(), differentiable), {0: 1.0})
 
 
+def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
+    """``p (1 - p)``, p = sigmoid(o), which does not round to 0 where p rounds to 1."""
+    o = at_least_float32(o if differentiable else o.detach())
+    return o.sigmoid() * (-o).sigmoid()
+
+
+def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
+    """``log(1 + exp(o))``, or minus that of -o: ``logsigmoid(o)``."""
+    if _measures_distance(node.next_functions[0][0], path):
+        return None
+    a, o = at_least_float32(_coefficient(node, loss, differentiable)), nodes.kept(node, "self")
+    if nodes.kind(node) == "LogSigmoid":
+        return _diagonal(node, -a * _logistic_curvature(o, differentiable), {0: 1.0})
+    beta, threshold = nodes.kept(node, "beta"), nodes.kept(node, "threshold")
+    b = beta * _logistic_curvature(beta * o, differentiable)
+    return _diagonal(node, a * b.masked_fill(beta * o > threshold, 0), {0: 1.0})
+
+
 def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
+    """The square of an error; so are small errors to a Huber or smooth L1 loss, which is linear in others."""
     sides = {i: (-1.0) ** i for i, (below, _) in enumerate(node.next_functions) if below in path}
     if any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
     shape = nodes.shape(*node.next_functions[min(sides)])
-    b = 2 * _per_entry(node, loss, shape.numel(), differentiable)
+    b = nodes.curvature_of_error(node) * _per_entry(node, loss, shape.numel(), differentiable)
     return _diagonal(node, b.expand(shape), sides)
 
 
@@ -242,8 +262,8 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
         kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
         on_path = [i for i, (below, _) in enumerate(node.next_functions) if below in path]
         by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
-        unary = len(operands) == 1 or kind in ("Maximum", "Minimum")
-        function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # which makes p of log p
+        # Exp makes a probability of its logarithm.
+        function = len(operands) == 1 and kind in operations.ELEMENTWISE and kind != "Exp"
         linear = operations.is_linear(kind, on_path) and not by_weight
         return operands & path if function or linear or kind in operations.PICKS else set()
 
@@ -259,6 +279,10 @@ def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> T
 _KINDS = {
     "LogSoftmax": _softmax,
     "BinaryCrossEntropyWithLogits": _binary,
+    "LogSigmoid": _softplus,
+    "Softplus": _softplus,
     "MseLoss": _squared_error,
+    "SmoothL1Loss": _squared_error,
+    "HuberLoss": _squared_error,
     "Pow": _square,
 }

@@ -167,6 +167,16 @@ def binary_targets(node: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
     return node._saved_self, node._saved_target, node._saved_weight, node._saved_pos_weight
 
 
+def curvature_of_error(node: Any) -> Any:
+    """The second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors."""
+    if kind(node) == "MseLoss":
+        return 2
+    error = (node._saved_self - node._saved_target).detach().abs()
+    if kind(node) == "HuberLoss":
+        return error < node._saved_delta
+    return (error < node._saved_beta) / node._saved_beta
+
+
 def softmax_axis(node: Node) -> int:
     """The axis that a softmax or log_softmax was taken over."""
     (axis,) = axes(node, len(shape(node, 0)))

@@ -56,7 +56,7 @@ DISTANCES |= _kinds("MultiMarginLoss MultilabelMarginLoss")
 """What says how far something is off: a loss, a norm, a distance or a spread, or the last step of one written
 out."""
 
-PICKS = _kinds("Max Min Amax Amin Aminmax Median Nanmedian Kthvalue Sort Topk Cummax Cummin")
+PICKS = _kinds("Max Min Maximum Minimum Amax Amin Aminmax Median Nanmedian Kthvalue Sort Topk Cummax Cummin")
 """Some of the entries of the operand, chosen by their size."""
 
 
