@@ -154,7 +154,7 @@ class Grouping:
 
 
 def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
-    """Returns the finest grouping of rows that the graph proves not to interact; None if there are no rows."""
+    """Returns the finest grouping of rows that the graph proves not to interact; None if there are none."""
     of_rows = row_uses(tail, uses)
     if of_rows is None:
         return None
