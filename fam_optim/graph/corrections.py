@@ -42,8 +42,8 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
 
 @contextmanager
 def corrected(those: Corrections, *, derivatives_to_come: int) -> Iterator[None]:
-    """Makes a backward in this context return the corrected gradients of the nodes. Its result will be
-    differentiated `derivatives_to_come` times, once or twice."""
+    """Makes backwards in this context return the corrected gradients of nodes. The result of such a backward
+    will be differentiated `derivatives_to_come` times, once or twice."""
     handles = [
         node.register_hook(partial(_replaced, gradients))
         for node, needed_from, gradients in those
@@ -117,7 +117,7 @@ def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Te
 
 
 def _hardsigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of hardsigmoid, relu6(x + 3) / 6. torch's own, linear in `grad`, has none."""
+    """Returns the gradient of hardsigmoid, relu6(x + 3) / 6. torch's has no derivative, not even in `grad`."""
     return (grad * ((x > -3) & (x < 3)) / 6,)
 
 

@@ -3,11 +3,10 @@
 A row is one vector that the layer put out: a sample, a token, a position of a convolution. Rows that do not
 interact have no mixed second derivatives, so one Hessian-vector product serves all of them.
 
-Groups lie along an axis of z. An entry's place along this axis is one digit of the entry's number. The digit
-can be followed through reshapes, permutations and everything else that leaves its axis alone (`operations`).
-Groups are apart as long as every entry is computed only from entries with the same digit. The operation that
-first joins groups must add them, and everything from there to the loss must be linear. An unknown operation
-proves nothing.
+Groups lie along an axis of z. An entry's place along it is one digit of the entry's number, which can be
+followed through reshapes, permutations and all else that leaves its axis alone (`operations`). Groups are
+apart as long as every entry is computed only from entries with the same digit. The operation that first joins
+groups must add them, and from there to the loss everything must be linear. What is not known proves nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SUM = 0
 
 
 class Groups(NamedTuple):
-    """What the graph shows about groups.
+    """What the graph shows about whether groups interact.
 
     Attributes:
         strides: the stride of the digit (`operations.moved`) or `SUM`, by node and number of its result.

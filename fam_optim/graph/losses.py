@@ -6,8 +6,8 @@
     binary cross-entropy with logits      S   = diag sqrt(a p (1 - p))
     squared error                         S   = sqrt(2 a)
 
-The graph shows of which of these losses a loss is a sum: only operations linear in them may lie in between.
-Any other loss ends in an error.
+The graph must show that a loss is a sum of these: between it and them there are only operations linear in
+them. Any other loss ends in an error.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def find_outputs(
             f"compiled. This one ends in {last.name()}. {remedy}"
         )
     for a in (output.a.detach() for output in outputs):
-        # To read from an accelerator is to wait for it: there the roots, and so kappa, become nan instead.
+        # Reading from an accelerator would wait for it: there the roots, and so kappa, become nan instead.
         if not unnoticed.reading_waits(a) and bool((a < -_rounding(a)).any()):
             raise RuntimeError(
                 "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some "
@@ -151,7 +151,7 @@ def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
 
 
 def _root_of(weights: Tensor) -> Tensor:
-    """Returns the square root of weights, with derivative 0 at 0: a term that counts nothing moves nothing.
+    """Returns the square root of weights, with derivative 0 at 0, so that a weight of 0 moves nothing.
 
     So a learned weight of exactly 0 learns nothing from kappa. The root of a negative weight is nan.
     """
@@ -190,8 +190,7 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
 
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
     """Returns the output of a loss that is a sum over the entries of o, with second derivative `a` in each.
-    `sides` maps the positions of the operands whose difference is o to their signs.
-    """
+    `sides` maps the positions of the operands whose difference is o to their signs."""
 
     def root(r: Tensor) -> list[Tensor]:
         root = _root_of(a) * r
@@ -237,8 +236,7 @@ def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
     """Returns whether a node's result is a loss, a norm or a distance, perhaps added to, scaled, moved,
     clipped, picked or put into a function. Its square is then no squared error of the network's outputs. (A
-    product of such with a trained weight is an output.)
-    """
+    product of such with a trained weight is an output.)"""
 
     def passed_on(node: Node) -> Set[Any]:
         kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
