@@ -42,8 +42,8 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
 
 @contextmanager
 def corrected(those: Corrections, *, derivatives_to_come: int) -> Iterator[None]:
-    """Makes backwards in this context return the corrected gradients of nodes. The result of such a backward
-    will be differentiated `derivatives_to_come` times, once or twice."""
+    """Makes a backward in this context use the corrected gradients. Its result will be differentiated
+    `derivatives_to_come` times, once or twice."""
     handles = [
         node.register_hook(partial(_replaced, gradients))
         for node, needed_from, gradients in those
@@ -89,8 +89,8 @@ def is_largest(t: Tensor, dim: int) -> Tensor:
 
 
 def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of log_softmax, with the largest p computed as one minus all others. Where that p
-    rounds to one (in float32 from a gap of 17 between logits), ``p (1 - p)`` and the curvature are lost."""
+    """Returns the gradient of log_softmax, with the largest p computed as one minus all others. Otherwise its
+    derivative ``p (1 - p)``, the curvature, is lost where p rounds to 1: in float32 from logits 17 apart."""
     grad, dim = at_least_float32(grad), nodes.softmax_axis(node)
     low = log_p.dtype in LOW_PRECISION
     log_p = at_least_float32(log_p).log_softmax(dim) if low else log_p
@@ -117,7 +117,7 @@ def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Te
 
 
 def _hardsigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of hardsigmoid, relu6(x + 3) / 6. torch's has no derivative, not even in `grad`."""
+    """Returns the gradient of hardsigmoid, relu6(x + 3) / 6. torch's own backward has no derivative."""
     return (grad * ((x > -3) & (x < 3)) / 6,)
 
 

@@ -1,4 +1,4 @@
-"""Explains which derivatives that kappa needs torch lacks, and what to do about it."""
+"""Explains which derivatives torch lacks where kappa needs them, and what to do about it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def check_differentiable(path: Iterable[Node]) -> None:
 def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]) -> Set[Node]:
     """Raises RuntimeError for an autograd.Function that drops out of a second derivative.
 
-    torch takes its part to be zero, silently, or leaves an error node where a derivative in z may not pass.
+    torch silently takes the function's part to be zero, or makes an error node that a derivative may miss.
     `gradient` is the first derivative in z, `path` the nodes between loss and z, `ends` those that make z.
 
     Returns:

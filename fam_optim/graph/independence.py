@@ -153,7 +153,7 @@ class Grouping:
 
 
 def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
-    """Returns the finest grouping of rows that the graph proves not to interact; None if there are none."""
+    """Returns the finest grouping whose groups the graph proves not to interact; None without rows."""
     of_rows = row_uses(tail, uses)
     if of_rows is None:
         return None

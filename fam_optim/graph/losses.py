@@ -120,7 +120,7 @@ def _rounding(weights: Tensor) -> Tensor:
 def cotangents(
     outputs: Sequence[Output], r: Sequence[Tensor]
 ) -> tuple[list[GradientEdge], list[Tensor], Any]:
-    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and the factor in ``S r``.
+    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it.
 
     The factor is 1 except in float16, where it leaves as much room below the largest entry as above it.
     """

@@ -97,7 +97,7 @@ def settings(node: Node) -> tuple[tuple[str, Any], ...]:
 
 
 def axes(node: Any, dimensions: int) -> set[int]:
-    """Returns the axes that an operation is along, counted from the front; all if the node keeps none."""
+    """Returns the axes that an operation works along, counted from the front; all if the node keeps none."""
     along: Any = getattr(node, "_saved_dim", getattr(node, "_saved_dims", None))
     if isinstance(along, int):
         along = (along,)

@@ -145,8 +145,8 @@ def _indexed(at: _At) -> int | None:
 
 
 def _product(*kept: dict[int, int] | None) -> Rule:
-    """Returns the rule of a product. `kept` maps, for every operand, its axes that are kept to axes of the
-    result; None stands for an operand that is added to the result."""
+    """Returns the rule of a product. `kept` maps each operand's axes to axes of the result, the others being
+    summed over; None stands for an operand that is added to the result."""
 
     def rule(at: _At) -> int | None:
         if at.position >= len(kept):

@@ -75,7 +75,7 @@ def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
 
 
 def above(ends: Collection[Node], parents: Mapping[Node, Sequence[Node]]) -> frozenset[Node]:
-    """Returns the nodes from which one of `ends` can be reached by a step or more."""
+    """Returns the nodes from which one of `ends` can be reached in one or more steps."""
     return frozenset(spread(ends, parents.__getitem__))
 
 
@@ -111,11 +111,11 @@ def is_of_weights(node: Node) -> bool:
 
 _OF_ONE_WEIGHT = {"Mm", "Bmm", "LinalgVectorNorm", "ClampMin"}  # F.normalize uses the last two
 _OF_WEIGHTS = operations.LINEAR | {"Mul", "Div"}
-_OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSelect"}  # lookups, by data say
+_OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSelect"}  # lookups, say by data
 
 
 def computed_alike(left: Tensor, right: Tensor) -> bool:
-    """Returns whether the graph shows that the same operations computed two tensors from the same tensors."""
+    """Returns whether the same operations made two tensors from the same tensors, as far as the graph shows."""
     if left is right or not (left.requires_grad or right.requires_grad):
         return True
     return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)

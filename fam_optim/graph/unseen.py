@@ -118,7 +118,7 @@ def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) ->
             elif kind == "Convolution" and operands[1] is node:
                 found[above] = False
             elif kind == "ConvolutionBackward" and operands[2] is node and nodes.shape(above, 0):
-                found[above] = True  # without a shape it is in the weight alone
+                found[above] = True  # no shape: a derivative in the weight alone
             elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node:
                 by_torch = len(way) >= of_call and set(way) <= {"T"}
                 if by_torch or len(way) % 2 == of_call:
