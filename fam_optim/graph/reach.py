@@ -115,7 +115,7 @@ _OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSel
 
 
 def computed_alike(left: Tensor, right: Tensor) -> bool:
-    """Returns whether the same operations made two tensors from the same tensors, as far as the graph shows."""
+    """Returns whether the same operations made two tensors from the same tensors, as far as graphs show."""
     if left is right or not (left.requires_grad or right.requires_grad):
         return True
     return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)
