@@ -243,7 +243,7 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
         on_path = [i for i, (below, _) in enumerate(node.next_functions) if below in path]
         by_weight = kind in operations.MATRIX_PRODUCTS and not operands <= path
         unary = len(operands) == 1 or kind in ("Maximum", "Minimum")
-        function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # exp makes p of log p
+        function = unary and kind in operations.ELEMENTWISE and kind != "Exp"  # which makes p of log p
         linear = operations.is_linear(kind, on_path) and not by_weight
         return operands & path if function or linear or kind in operations.PICKS else set()
 
