@@ -1,4 +1,4 @@
-"""Torch's backwards made right, where their own derivatives are wrong, missing or too coarse."""
+"""Gradient formulas for operations whose backward in torch has wrong, missing or too coarse derivatives."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Corrections:
-    """What makes a differentiable backward along a path right to all orders, where torch's own is not: nodes,
-    how many derivatives must be to come for these to need it, and their gradients written out.
+    """Returns what makes a differentiable backward along a path right to all orders: for each node concerned,
+    how many derivatives must follow the backward for a correction to be needed, and its gradient formula.
 
     Args:
-        derivatives_to_come: how often its result will be differentiated at most, once or twice.
+        derivatives_to_come: how often the backward's result will be differentiated at most, once or twice.
     """
     concerned = [(node, *_CORRECTIONS[nodes.kind(node)]) for node in path if nodes.kind(node) in _CORRECTIONS]
     concerned = [row for row in concerned if derivatives_to_come >= row[1]]
     if not concerned:
         return []
-    # A checkpoint has them once in a derivative, and is run again for each outside of one.
+    # A checkpoint recomputes its saved tensors once within a derivative, but once for each tensor outside.
     kept = nodes.within_derivative(
         lambda: [[nodes.kept(node, name) for name in names.split()] for node, _, names, _ in concerned]
     )
@@ -42,8 +42,8 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
 
 @contextmanager
 def corrected(those: Corrections, *, derivatives_to_come: int) -> Iterator[None]:
-    """Replaces the results of nodes by the same gradient, written out, in a backward whose result will be
-    differentiated once or twice."""
+    """Makes a backward in this context use the corrected gradients. Its result will be differentiated
+    `derivatives_to_come` times, once or twice."""
     handles = [
         node.register_hook(partial(_replaced, gradients))
         for node, needed_from, gradients in those
@@ -57,20 +57,20 @@ def corrected(those: Corrections, *, derivatives_to_come: int) -> Iterator[None]
 
 
 def _replaced(gradients: Gradients, old: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
-    """Hook on a node: the gradients of its first operands written out, those of the others as they are."""
+    """Node hook: returns corrected gradients for the first operands and torch's own for the others."""
     new = gradients(grad_outputs[0])
     cast = (None if o is None else n.to(o.dtype) for o, n in zip(old, new, strict=False))
     return *cast, *old[len(new) :]
 
 
-# Each is given a node, what it keeps, and the gradient in its result, and returns those in its operands.
+# Given a node, what it keeps and a gradient in its result, a formula returns the gradients in its operands.
 
 
 def _layer_norm(
     node: Any, x: Tensor, weight: Tensor | None, shape: Sequence[int], inverse: Tensor, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """torch's double backward of layer_norm takes the saved mean and deviation for constants when it is
-    itself differentiated, so third derivatives are wrong, silently (pytorch/pytorch#175754)."""
+    """Returns the gradients of layer_norm. torch's double backward treats the saved mean and deviation as
+    constants when differentiated itself: third derivatives are silently wrong (pytorch/pytorch#175754)."""
     x, axes = at_least_float32(x), tuple(range(-len(shape), 0))
     centred = x - x.mean(axes, keepdim=True)
     variance = centred.square().mean(axes, keepdim=True)
@@ -84,13 +84,13 @@ def _layer_norm(
 
 
 def is_largest(t: Tensor, dim: int) -> Tensor:
-    """Which entry is the largest along an axis; one of several."""
+    """Returns a mask of the largest entry along an axis; of equal entries it marks one."""
     return torch.zeros_like(t, dtype=torch.bool).scatter(dim, t.argmax(dim, keepdim=True), True)
 
 
 def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """The derivative of the largest p is ``p (1 - p)``, and lost where p rounds to one, with the curvature:
-    in float32 from a gap of 17 between logits on. So that p is one less all others."""
+    """Returns the gradient of log_softmax, with the largest p computed as one minus all others. Otherwise its
+    derivative ``p (1 - p)``, the curvature, is lost where p rounds to 1: in float32 from logits 17 apart."""
     grad, dim = at_least_float32(grad), nodes.softmax_axis(node)
     low = log_p.dtype in LOW_PRECISION
     log_p = at_least_float32(log_p).log_softmax(dim) if low else log_p
@@ -102,7 +102,8 @@ def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Tensor, ...]:
-    """As above, of ``log sum exp x``, whose derivative is p; along several axes p is left as it is."""
+    """Returns the gradient of ``log sum exp x``, which is p. Along one axis the largest p is one minus all
+    others, as in `_log_softmax`; along several axes p is left as it is."""
     axes = tuple(sorted(nodes.axes(node, x.dim())))
     for axis in () if keeps_axis else axes:
         grad = grad.unsqueeze(axis)
@@ -116,12 +117,13 @@ def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Te
 
 
 def _hardsigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """torch's backward of hardsigmoid, relu6(x + 3) / 6, has no derivative; it is linear in the gradient."""
+    """Returns the gradient of hardsigmoid, relu6(x + 3) / 6. torch's own backward has no derivative."""
     return (grad * ((x > -3) & (x < 3)) / 6,)
 
 
 def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """``w = g v / ||v||``: torch's second derivative in v is off by some per cent (2.6 to 2.15)."""
+    """Returns the gradients of ``w = g v / ||v||``. The second derivative in v of torch 2.6 to 2.15 is off by
+    some per cent."""
     by_axis = nodes.axes(node, v.dim()) if nodes.kept(node, "dim") != -1 else set()
     axes = tuple(set(range(v.dim())) - by_axis)
     norm = v.square().sum(axes, keepdim=True).sqrt()
@@ -130,8 +132,8 @@ def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor,
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """``1 / (1 + exp(-x))`` in at least float32, whose derivative ``p (1 - p)`` does not round to 0 where p
-    rounds to 1."""
+    """Returns ``p = 1 / (1 + exp(-x))`` in at least float32, such that its derivative ``p (1 - p)`` does not
+    round to 0 where p rounds to 1."""
     x = at_least_float32(x)
     return torch.where(x > 0, 1 - (-x).sigmoid(), x.sigmoid())
 
@@ -139,7 +141,7 @@ def _sigmoid(x: Tensor) -> Tensor:
 def _binary_cross_entropy(
     node: Any, o: Tensor, y: Tensor, weight: Tensor | None, of_positives: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """In float32 torch's own curvature is 6 % off at a logit of 16, and 0 from 18 on."""
+    """Returns the gradient in the logits. torch's float32 curvature is 6 % off at logit 16, 0 from 18 on."""
     by_target = 1 if of_positives is None else 1 + (of_positives - 1) * y
     share = grad / (o.numel() if nodes.averages(node) else 1)
     by_o = share * (1 - y - by_target * _sigmoid(-o))
@@ -147,12 +149,12 @@ def _binary_cross_entropy(
 
 
 def _log_sigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """As above, of ``log(sigmoid(x))``."""
+    """Returns the gradient of ``log(sigmoid(x))``, with the curvature that torch loses in float32."""
     return (grad * _sigmoid(-x),)
 
 
 def _softplus(node: Any, x: Tensor, beta: float, threshold: float, grad: Tensor) -> tuple[Tensor, ...]:
-    """As above, of ``log(1 + exp(beta x)) / beta``, which is x beyond a threshold."""
+    """Returns the gradient of ``log(1 + exp(beta x)) / beta``, which is x where ``beta x > threshold``."""
     scaled = beta * at_least_float32(x)
     return (grad * torch.where(scaled > threshold, 1, _sigmoid(scaled)),)
 
@@ -167,5 +169,5 @@ _CORRECTIONS: dict[str, tuple[int, str, Gradients]] = {
     "LogSigmoid": (2, "self", _log_sigmoid),
     "Softplus": (2, "self beta threshold", _softplus),
 }
-"""By kind of node: how many derivatives must be to come for torch's backward not to do, what the node keeps
-that the right one needs, and that."""
+"""By kind of node: how many derivatives must follow the backward for torch's to fail, the names of what the
+node keeps that the formula needs, and the formula."""

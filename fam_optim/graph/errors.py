@@ -1,4 +1,4 @@
-"""Derivatives that torch does not have where kappa takes them, and what to do about it."""
+"""Explains which derivatives torch lacks where kappa needs them, and what to do about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
-_NO_SECOND = {  # by the kind of the node, and by what torch's message contains
+_NO_SECOND = {  # by a pattern that both the kind of the node and torch's message match
     r"scaled_?dot_?product|_(efficient|flash|cudnn)_attention": "Fused attention has no second derivative: "
     "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
     r"cudnn[_ ]?rnn|miopen_?rnn|thnn_?fused|mkldnn_rnn|_thnn_differentiable": "Fused recurrent kernels have "
@@ -49,7 +49,7 @@ _SECOND = "kappa needs second derivatives of what follows the layer"
 
 @contextmanager
 def explained(needed: str) -> Iterator[None]:
-    """Raises torch's errors again with the remedy, if it is known; ``needed``: what kappa asked for."""
+    """Raises torch's errors again with the remedy, if one is known. `needed` says what kappa asked for."""
     try:
         yield
     except RuntimeError as error:
@@ -60,7 +60,7 @@ def explained(needed: str) -> Iterator[None]:
 
 
 def remedy(error: RuntimeError) -> str | None:
-    """What the user can do about a derivative behind the layer that torch refused; None if it is unknown."""
+    """Returns what the user can do where torch refused a derivative behind the layer; None if unknown."""
     message = str(error)
     for pattern, text in _REMEDIES.items():
         if re.search(pattern, message, re.IGNORECASE):
@@ -75,10 +75,10 @@ def remedy(error: RuntimeError) -> str | None:
 
 
 def check_differentiable(path: Iterable[Node]) -> None:
-    """Raises RuntimeError for nodes whose second derivatives torch gives wrong without a word, or misses."""
+    """Raises RuntimeError for nodes whose second derivatives are missing in torch or silently wrong."""
     for node in path:
-        # torch refuses only where the region's backward depends on what requires gradients, and takes
-        # second derivatives for zero elsewhere: in a compiled cross-entropy, say.
+        # torch raises only where the region's backward depends on something that requires gradients.
+        # Elsewhere, as in a compiled cross-entropy, it takes second derivatives to be zero.
         if nodes.is_compiled(node):
             raise RuntimeError(
                 f"{_SECOND}, and a region compiled by torch.compile has none. Compile only what comes before "
@@ -88,7 +88,7 @@ def check_differentiable(path: Iterable[Node]) -> None:
         for pattern, text in _NO_SECOND.items():  # torch's own error comes late, in the backward of kappa
             if re.match(pattern, nodes.kind(node), re.IGNORECASE):
                 raise RuntimeError(f"{_SECOND}. {text}")
-        # Backwards of DTensor's conversions lose their own graph; collectives would mix processes.
+        # The backwards of DTensor's conversions lose their own graph, and collectives would mix processes.
         if nodes.communicates(node):
             raise RuntimeError(
                 f"{_SECOND}, and {node.name()} there communicates with other processes, so it has none. "
@@ -100,11 +100,11 @@ def check_differentiable(path: Iterable[Node]) -> None:
 def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]) -> Set[Node]:
     """Raises RuntimeError for an autograd.Function that drops out of a second derivative.
 
-    torch takes that for zero without a word, or leaves an error on the graph where a derivative in z may not
-    pass. `gradient` is the first derivative in z, `path` the nodes between loss and z, which `ends` make.
+    torch silently takes the function's part to be zero, or makes an error node that a derivative may miss.
+    `gradient` is the first derivative in z, `path` the nodes between loss and z, `ends` those that make z.
 
     Returns:
-        The nodes of that derivative; none where only torch's own operations made them.
+        The nodes of the first derivative; none if the path has neither functions nor scripted regions.
     """
     functions = [node for node in path if nodes.is_function(node)]
     if not functions and not any(map(nodes.is_scripted, path)):
@@ -132,16 +132,16 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
 
 
 def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
-    """Whether a function's backward keeps numbers, and what it computes depends on no operand that is made of
-    z, or depends on one whose own gradient does not depend in return; of outputs that are used, since others
-    may be no numbers at all."""
+    """Returns whether a function's backward treats numbers that it keeps as constants. It does if no gradient
+    depends on an operand made of z, or if one operand's gradient depends on another but not the reverse.
+    Only `outputs` that are used count, since others may be no numbers at all."""
     if not nodes.keeps_numbers(node):
         return False
     made = [nodes.results(node)[i] for i in outputs]
     edges = [GradientEdge(below, i) for below, i in dict.fromkeys(node.next_functions) if below is not None]
     operands = [edge for edge in edges if edge.node in between]
     depends = dict.fromkeys(edges, (False,) * len(operands))
-    # One operand may be made of another.
+    # The derivatives end at the operands, since one operand may be made of another.
     with torch.enable_grad(), explained("second derivatives"), nodes.not_passed({e.node for e in edges}):
         gradients = torch.autograd.grad(
             [GradientEdge(node, i) for i in outputs],
@@ -156,16 +156,16 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
                 ones = torch.ones_like(g)
                 again = torch.autograd.grad(g, operands, ones, retain_graph=True, allow_unused=True)
                 depends[edge] = tuple(found is not None for found in again)
-    pattern = [depends[edge] for edge in operands]  # of the second derivatives, which are symmetric
+    pattern = [depends[edge] for edge in operands]  # which second derivatives there are: symmetric if right
     return not any(map(any, depends.values())) or pattern != list(zip(*pattern, strict=True))
 
 
 def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
-    """Why kappa has no gradient through a tail, if it has none. The nodes of the tail's derivative are given
-    where they show what a function or a scripted region hides."""
+    """Returns why kappa has no gradient through a tail; None if it has one. `derivative` holds nodes of the
+    tail's derivative, where they show what a function or a scripted region hides."""
     for node in path | derivative:
         if nodes.normalises_over_batch(node):
-            # InstanceNorm and weight standardisation call batch_norm with all samples or filters in one.
+            # InstanceNorm and weight standardisation give batch_norm all samples or filters as one sample.
             what = "InstanceNorm" if nodes.shape(node, 0)[0] == 1 else "BatchNorm in train mode"
             why = (
                 f"torch has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the "
@@ -189,7 +189,7 @@ def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
 
 
 class _Refused(torch.autograd.Function):
-    """The identity, whose backward raises: says in our words what torch would say late, or not at all."""
+    """The identity with a backward that raises, because torch's own error would come late or not at all."""
 
     @staticmethod
     def forward(ctx: Any, kappa: Tensor, why: str, always: bool) -> Tensor:
@@ -204,13 +204,13 @@ class _Refused(torch.autograd.Function):
 
 
 def without_gradient(kappa: Tensor, why: str) -> Tensor:
-    """`kappa`, from which a backward raises RuntimeError(why)."""
+    """Returns `kappa` in such a form that a backward from it raises RuntimeError(why)."""
     attached: Tensor = _Refused.apply(kappa, why, True)
     return attached
 
 
 def once_differentiable(kappa: Tensor) -> Tensor:
-    """`kappa`, from which a backward with create_graph=True raises RuntimeError."""
+    """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError."""
     why = (
         "this kappa can be differentiated once only, and a backward with create_graph=True asks for more (a "
         "Hessian-vector product, as AdaHessian takes it). Take it of the loss without kappa, or use "

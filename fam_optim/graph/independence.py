@@ -1,12 +1,12 @@
-"""Rows of a layer's output, and proof, from the graph alone, that groups of them do not interact behind it.
+"""Proves from the graph alone that groups of rows of a layer's output do not interact behind the layer.
 
 A row is one vector that the layer put out: a sample, a token, a position of a convolution. Rows that do not
 interact have no mixed second derivatives, so one Hessian-vector product serves all of them.
 
-Groups lie along an axis of z. Where an entry lies along it is one digit of its number, which can be followed
-through reshapes, permutations and whatever leaves its axis alone (`operations`). As long as every entry is
-computed from those of its own digit, groups are apart. Where they are first put together it must be by
-adding, and from there to the loss everything must be linear. What is not known proves nothing.
+Groups lie along an axis of z. An entry's place along it is one digit of the entry's number, which can be
+followed through reshapes, permutations and all else that leaves its axis alone (`operations`). Groups are
+apart as long as every entry is computed only from entries with the same digit. The operation that first joins
+groups must add them, and from there to the loss everything must be linear. What is not known proves nothing.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     Result = tuple[Node, int]
 
 SUM = 0
-"""In place of a stride: every entry is a sum of functions of one group each."""
+"""Stands in place of a stride where every entry is a sum of terms that depend on one group each."""
 
 
 class Groups(NamedTuple):
-    """What the graph shows about groups.
+    """What the graph shows about whether groups interact.
 
     Attributes:
-        strides: by node and number of its result, the stride of the digit (`operations.moved`), or `SUM`.
-        dependent: nodes between which and the loss groups may interact.
+        strides: the stride of the digit (`operations.moved`) or `SUM`, by node and number of its result.
+        dependent: the nodes that feed an operation in which groups may interact.
     """
 
     strides: Mapping[Result, int]
@@ -48,10 +48,10 @@ class Groups(NamedTuple):
 
 
 def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups:
-    """Follows groups, `length` many, along a path from some layers, their own nodes included, to the loss.
+    """Follows `length` groups along a path from some layers, whose own nodes it includes, to the loss.
 
     Args:
-        starts: where z is made, and the stride of the groups' digit there.
+        starts: the stride of the groups' digit in each z, by the node and number of the result that z is.
     """
     strides: dict[Result, int] = {}
     mixing: list[Node] = []
@@ -69,10 +69,10 @@ def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups
 
 
 def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) -> bool:
-    """Whether the graph shows that `groups` runs of z do not interact; False proves nothing.
+    """Returns whether the graph shows that `groups` parts of z do not interact; False proves nothing.
 
-    Every z that one of `ends` makes is cut into as many runs, one after the other in the order of its
-    entries; `between` are the nodes from there to the loss.
+    Every node of `ends` makes a z, whose entries are cut, in their order, into `groups` runs of equal length.
+    `between` holds the nodes from there to the loss.
     """
     starts = {(end, 0): nodes.shape(end, 0).numel() // groups for end in ends}
     return not follow(between | ends, starts, groups).dependent & ends
@@ -81,7 +81,7 @@ def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) ->
 def _after(
     node: Node, output: int, operands: list[tuple[int, Result]], strides: Mapping[Result, int], length: int
 ) -> int | None:
-    """The digit's stride in a result, or `SUM`; None where groups may interact."""
+    """Returns the digit's stride in a result, or `SUM`; None where groups may interact."""
     kind, result = nodes.kind(node), nodes.shape(node, output)
     before = {strides[edge] for _, edge in operands}
     if SUM not in before:
@@ -96,7 +96,7 @@ def _after(
 
 
 def _operands_first(path: Set[Node]) -> Iterable[Node]:
-    """The nodes of a path, each behind those that it is computed from."""
+    """Returns the nodes of a path, each after the nodes that it is computed from."""
     done: dict[Node, None] = {}
     for root in path:
         stack = [root]
@@ -112,8 +112,8 @@ def _operands_first(path: Set[Node]) -> Iterable[Node]:
 class Grouping:
     """A partition of the rows of all uses of a layer into ``groups`` equal groups of ``size`` rows.
 
-    Groups lie along some axes of z's rows: (0,) for samples; all of them: every row of one use is a group;
-    none: there is one group. Of several uses the rows at one place are in one group.
+    Groups lie along some axes of z's rows. Axis 0 makes every sample a group, all axes every row of a use,
+    and no axis makes a single group. Rows at the same place in several uses are in one group.
     """
 
     def __init__(self, uses: Sequence[LayerUse], axes: Sequence[int]) -> None:
@@ -124,7 +124,7 @@ class Grouping:
         self.size = sum(self._sizes)
 
     def gather(self, by_row: Sequence[Tensor]) -> Tensor:
-        """One tensor ``(*lead, ...)`` per use, to ``(groups, size, ...)``."""
+        """Joins one tensor ``(*lead, ...)`` per use into one of shape ``(groups, size, ...)``."""
         front = list(range(len(self.axes)))
         split = [
             t.movedim(self.axes, front).reshape(self.groups, size, *t.shape[len(use.lead) :])
@@ -133,7 +133,7 @@ class Grouping:
         return torch.cat(split, 1)
 
     def scatter(self, grouped: Tensor) -> list[Tensor]:
-        """``(groups, size, k)`` to one tensor in z's shape per use, k being 1 or d."""
+        """Splits ``(groups, size, k)`` into one tensor per use, in z's shape with k (1 or d) channels."""
         front = list(range(len(self.axes)))
         scattered = []
         for part, use in zip(torch.split(grouped, self._sizes, 1), self.uses, strict=True):
@@ -144,16 +144,16 @@ class Grouping:
         return scattered
 
     def gather_outputs(self, outputs: Sequence[Tensor]) -> Tensor:
-        """One tensor in z's shape per use, to ``(groups, size, d)``."""
+        """Joins one tensor in z's shape per use into one of shape ``(groups, size, d)``."""
         return self.gather([t.movedim(use.channel, -1) for t, use in zip(outputs, self.uses, strict=True)])
 
     def squared_norms(self) -> Tensor:
-        """``||phi_a||^2`` ``(groups, size)``."""
+        """Returns ``||phi_a||^2`` for every row a, ``(groups, size)``."""
         return self.gather([use.squared_norms() for use in self.uses])
 
 
 def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
-    """The finest grouping of a layer's rows whose groups the graph shows not to interact."""
+    """Returns the finest grouping whose groups the graph proves not to interact; None without rows."""
     of_rows = row_uses(tail, uses)
     if of_rows is None:
         return None
@@ -164,12 +164,12 @@ def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
 def shown_axes(
     tails: Sequence[Tail], uses: Sequence[Sequence[Use]], path: Set[Node]
 ) -> list[dict[int, Groups]]:
-    """For every layer the axes of its rows along which these do not interact, and what the graph shows.
+    """Returns for every layer the axes along which its rows do not interact, each with what the graph shows.
 
     Rows that interact along no axis do not interact at all. The path is that of all tails, the layers' own
-    nodes included; it is walked once for every length of an axis.
+    nodes included. It is walked once for every axis and length of it.
     """
-    layers: dict[tuple[int, int], list[int]] = {}  # by number and length of an axis that they have
+    layers: dict[tuple[int, int], list[int]] = {}  # by number and length of their axes
     for number, (tail, of_layer) in enumerate(zip(tails, uses, strict=True)):
         leads = [use.lead for use in row_uses(tail, of_layer) or ()]
         for axis, lengths in enumerate(zip(*leads, strict=False)):
@@ -192,12 +192,12 @@ def shown_axes(
 
 
 def row_uses(tail: Tail, uses: Sequence[Use]) -> list[LayerUse] | None:
-    """The uses of the tail's layer, if each output vector belongs to one input vector."""
+    """Returns the layer's uses if each output vector has one input vector and no call feeds another."""
     of_rows = [use for use in uses if isinstance(use, LayerUse) and use.has_rows]
     return None if len(of_rows) < len(uses) or tail.nested else of_rows
 
 
 def _stride(use: Use, axis: int) -> int:
-    """By how much the number of an entry of z grows with its place along an axis of the rows."""
+    """Returns by how much the number of an entry of z grows with its place along an axis of the rows."""
     channel = use.channel % len(use.shape)
     return math.prod(use.shape[axis + (axis >= channel) + 1 :])

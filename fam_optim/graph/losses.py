@@ -1,4 +1,4 @@
-"""The network's outputs o under a loss that is convex in them, and a root S of its Hessian there.
+"""Finds the network's outputs o in which a loss is convex, and a root S of the loss's Hessian in them.
 
     L = sum_i a_i l(o_i, y_i),    a_i Hess_o l(o_i, y_i) = S_i S_i^T
 
@@ -6,8 +6,8 @@
     logistic (binary cross-entropy)       S   = diag sqrt(a p (1 - p))
     squared error, Huber up to its delta  S   = sqrt(2 a)
 
-Which losses a loss is a sum of is read off the graph: between it and these there are only operations linear
-in them. Whatever else it is ends in an error.
+The graph must show that a loss is a sum of these: between it and them there are only operations linear in
+them. Any other loss ends in an error.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def linear_in(
 
 
 class Output(NamedTuple):
-    """One o of the loss.
+    """One output o in which the loss is convex.
 
     Attributes:
-        edges: where o is made; or, of a difference that is squared, its two sides.
-        shape: of o.
-        a: the weights, of rows or of entries, none of which may be negative.
-        root: gives ``S r``, at each edge, for r in the shape of o.
+        edges: where o is made; for the square of a difference, where its sides are made.
+        shape: the shape of o.
+        a: the weights of rows or of entries, none of which may be negative.
+        root: returns ``S r`` at each edge, for r in the shape of o.
     """
 
     edges: list[GradientEdge]
@@ -78,12 +78,12 @@ class Output(NamedTuple):
 def find_outputs(
     loss: Tensor, path: frozenset[Node], ends: frozenset[Node], *, differentiable: bool
 ) -> list[Output]:
-    """The outputs that the loss is a convex function of, as far as it depends on some layers, or RuntimeError
-    if it is not known to be.
+    """Returns the outputs in which the loss is convex, as far as it depends on some layers. Raises
+    RuntimeError if the loss is not known to be convex in outputs.
 
     Args:
-        path, ends: the nodes between the loss and the layers, the layers' own included; and these.
-        differentiable: whether what is returned carries gradients.
+        path, ends: the nodes from the loss to the layers, the layers' own nodes included; and the latter.
+        differentiable: whether the result carries gradients.
     """
     known, unknown = linear_in(loss, path, ends, _KINDS.keys())
     with errors.explained("derivatives"), nodes.not_passed(known):
@@ -104,7 +104,7 @@ def find_outputs(
             f"loss, none of them compiled. {unknown.name()} is none of these. {remedy}"
         )
     for a in (output.a.detach() for output in outputs):
-        # On an accelerator reading waits; there the roots, and with them kappa, are nan instead.
+        # Reading from an accelerator would wait for it: there the roots, and so kappa, become nan instead.
         if not unnoticed.reading_waits(a) and bool((a < -_rounding(a)).any()):
             raise RuntimeError(
                 "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some "
@@ -115,16 +115,16 @@ def find_outputs(
 
 
 def _rounding(weights: Tensor) -> Tensor:
-    """What sums of weights that cancel may be off by."""
+    """Returns the rounding error that a sum of weights may have where they cancel."""
     return 16 * torch.finfo(weights.dtype).eps * weights.detach().abs().amax() if weights.numel() else weights
 
 
 def cotangents(
     outputs: Sequence[Output], r: Sequence[Tensor]
 ) -> tuple[list[GradientEdge], list[Tensor], Any]:
-    """``S r`` at every edge of the outputs, in the edge's precision, and the factor that it was scaled by.
+    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it.
 
-    The factor is 1 but for float16, which has as much room below the largest entry then as there is above.
+    The factor is 1 except in float16, where it leaves as much room below the largest entry as above it.
     """
     edges = [edge for output in outputs for edge in output.edges]
     vectors = [v for output, signs in zip(outputs, r, strict=True) for v in output.root(signs)]
@@ -138,12 +138,12 @@ def cotangents(
 
 
 def without_scale(g: Tensor, scale: Any) -> Tensor:
-    """A derivative of what `cotangents` has scaled, in at least float32."""
+    """Returns a derivative of what `cotangents` has scaled without the factor, in at least float32."""
     return at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
 
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
-    """dL/d(the node's result)."""
+    """Returns dL/d(the node's result)."""
     if node is loss.grad_fn:
         return torch.ones_like(loss)
     (coefficient,) = torch.autograd.grad(
@@ -153,25 +153,25 @@ def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
 
 
 def _root_of(weights: Tensor) -> Tensor:
-    """The root of what is not negative, whose derivative at 0 is 0: what counts nothing moves nothing.
+    """Returns the square root of weights, with derivative 0 at 0, so that a weight of 0 moves nothing.
 
-    So a weight that is learned, and exactly 0, learns nothing from kappa. Of a negative one it is nan.
+    So a learned weight of exactly 0 learns nothing from kappa. The root of a negative weight is nan.
     """
     counts = (weights > 0) | (weights < -_rounding(weights))
     return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 
 
 class Softmax(NamedTuple):
-    """``-sum_k c_k log p_k``, p the softmax of o along one axis."""
+    """A cross-entropy ``-sum_k c_k log p_k``, where p is the softmax of o along one axis."""
 
     edge: GradientEdge  # where o is made
-    log_p: Tensor  # as the graph keeps it, in no lower precision than float32
+    log_p: Tensor  # as the graph keeps it, in at least float32
     dim: int  # the axis of its classes
     a: Tensor  # the sum of c
 
 
 def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
-    """What a loss takes that is linear in a log_softmax."""
+    """Returns the cross-entropy that a loss makes of a log_softmax in which it is linear."""
     dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
     coefficient = at_least_float32(_coefficient(node, loss, differentiable))
     a = -coefficient.sum(dim, keepdim=True)
@@ -183,7 +183,7 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
 
     def root(r: Tensor) -> list[Tensor]:
         root_p, top = (log_p / 2).exp(), is_largest(log_p, dim)
-        others = root_p.masked_fill(top, 0)  # 1 - p of the largest p, which may round to one
+        others = root_p.masked_fill(top, 0)  # squares sum to 1 - p of the largest p, also if it rounds to 1
         at_top = others.square().sum(dim, keepdim=True) * r - root_p * (others * r).sum(dim, keepdim=True)
         return [_root_of(a) * root_p * torch.where(top, at_top, r - root_p * (root_p * r).sum(dim, True))]
 
@@ -191,9 +191,8 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
 
 
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
-    """A loss that is a sum over the entries of o, a being its second derivative in each. The sides are the
-    operands that o is the difference of, by position, with their signs.
-    """
+    """Returns the output of a loss that is a sum over the entries of o, with second derivative `a` in each.
+    `sides` maps the positions of the operands whose difference is o to their signs."""
 
     def root(r: Tensor) -> list[Tensor]:
         root = _root_of(a) * r
@@ -207,7 +206,8 @@ def _operand(node: Any, position: int) -> GradientEdge:
 
 
 def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """``w ((1 - y) o + (1 + (v - 1) y) log(1 + exp(-o)))`` with class weights v on the positives."""
+    """Returns o of ``w ((1 - y) o + (1 + (v - 1) y) log(1 + exp(-o)))``, with weights v of the positives;
+    None if more than o depends on the layers."""
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
         return None
     logits, target, weight, of_positives = nodes.binary_targets(node)
@@ -247,16 +247,16 @@ def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiabl
 
 
 def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """``o.square()``, of a difference or anything else but a loss, a norm or a distance."""
+    """Returns o of ``o.square()``; None for other powers, and where o is a loss, a norm or a distance."""
     if nodes.exponent(node) != 2 or _measures_distance(node.next_functions[0][0], path):
         return None
     return _diagonal(node, 2 * at_least_float32(_coefficient(node, loss, differentiable)), {0: 1.0})
 
 
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
-    """Whether what a node makes is a loss, a norm or a distance, added to, scaled, moved, clipped, picked, or
-    a function of it: its square is no squared error of the network's outputs. (A trained product's is one.)
-    """
+    """Returns whether a node's result is a loss, a norm or a distance, perhaps added to, scaled, moved,
+    clipped, picked or put into a function. Its square is then no squared error of the network's outputs. (A
+    product of such with a trained weight is an output.)"""
 
     def passed_on(node: Node) -> Set[Any]:
         kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
@@ -271,7 +271,7 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
 
 
 def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:
-    """dL by an entry of the loss that the node reduces."""
+    """Returns the derivative of L in an entry of the loss that the node reduces."""
     coefficient = at_least_float32(_coefficient(node, loss, differentiable))
     return coefficient / entries if nodes.averages(node) else coefficient
 

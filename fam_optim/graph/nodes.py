@@ -1,8 +1,8 @@
-"""What may be asked of a node of the autograd graph: all names of nodes and of their attributes, most of
-them private to torch, stand here (test_torch_names.py says what each is needed for).
+"""What may be asked of a node of the autograd graph. Attributes of nodes that are private to torch are read
+in this file alone (test_torch_names.py says what each is needed for).
 
-A node stands for one operation of the forward. Its *outputs* are the operation's results, its *inputs*
-the nodes (with the number of their output) that made the operands.
+A node stands for one operation of the forward. Its *outputs* are the operation's results. Its *inputs* are
+the nodes that made the operands, each with the number of its output.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DDP_SINK = "_DDPSink"
 
 
 def kind(node: Node) -> str:
-    """The operation, "Addmm" for AddmmBackward0. Of a user's autograd.Function "function NAME": it may
-    be named as an operation of torch's is, and need not compute the same."""
+    """Returns the operation, "Addmm" for AddmmBackward0. A user's autograd.Function is "function NAME", since
+    it may have the name of one of torch's operations and compute something else."""
     name = node.name()
     if is_function(node):
         name = name.removesuffix("Backward")
@@ -36,68 +36,68 @@ def kind(node: Node) -> str:
 
 
 def is_function(node: Node) -> bool:
-    """Whether the node is of an autograd.Function written in Python."""
+    """Returns whether the node is of an autograd.Function written in Python."""
     return hasattr(type(node), "_forward_cls")
 
 
 def shape(node: Node, output: int) -> torch.Size:
-    """Of the operation's result."""
+    """Returns the shape of one of the operation's results."""
     return torch.Size(node._input_metadata[output].shape)
 
 
 def results(node: Node) -> Sequence[Any]:
-    """Shape, dtype and device of the operation's results."""
+    """Returns the shape, dtype and device of each of the operation's results."""
     described: Sequence[Any] = node._input_metadata
     return described
 
 
 def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
-    """What the node computes its `output` from: for DDP's sink, which has many, one of its inputs."""
+    """Returns the inputs that the node computes an output from: all of them, but only one for DDP's sink."""
     if node.name() != f"{DDP_SINK}Backward":
         return node.next_functions
-    # The model may return other things than tensors: they count among outputs, not among next_functions.
+    # What the model returns beside tensors counts among the outputs, but not among next_functions.
     attached: Any = node
     rank = sum(attached.needs_input_grad[1 : 1 + output])
     return [edge for edge in node.next_functions if edge[0] is not None][rank : rank + 1]
 
 
 def has_sparse_gradient(node: Node) -> bool:
-    """Whether the node is an embedding whose weight gets a sparse gradient."""
+    """Returns whether the node is an embedding whose weight gets a sparse gradient."""
     return kind(node).startswith("Embedding") and bool(getattr(node, "_saved_sparse", False))
 
 
 def metadata(node: Node) -> dict[str, Any]:
-    """What Python may attach to a graph node: it lives as long as the node."""
+    """Returns the dict that Python code may fill. It lives as long as the node."""
     return node.metadata  # type: ignore[return-value]  # a property that torch declares as a method
 
 
 def leaf(node: Node) -> torch.Tensor | None:
-    """The leaf whose gradient the node accumulates, if it does that."""
+    """Returns the leaf whose gradient the node accumulates; None for all other nodes."""
     return getattr(node, "variable", None)
 
 
 def kept(node: Node, name: str) -> Any:
-    """What the node keeps of its operation, by the operation's own name for it: a tensor or a number."""
+    """Returns what the node keeps of its operation, a tensor or a number, by the operation's name for it."""
     return getattr(node, f"_saved_{name}")
 
 
 def at_hand(node: Node, name: str) -> torch.Tensor | None:
-    """A tensor that the node keeps as it is; None where getting it may run a checkpoint again, if torch tells
-    (before 2.7 it does not)."""
+    """Returns a tensor that the node keeps; None where getting it may run a checkpoint again. (Before 2.7
+    torch does not tell where that is.)"""
     raw = getattr(node, f"_raw_saved_{name}")
     found = raw.data if hasattr(raw, "data") else kept(node, name)
     return found if isinstance(found, torch.Tensor) else None
 
 
 def settings(node: Node) -> tuple[tuple[str, Any], ...]:
-    """What the node keeps of its operation beside tensors: axes, sizes, modes."""
-    # Tensors are left alone, since unpacking one may recompute a checkpoint: they have a raw form too.
+    """Returns what the node keeps of its operation beside tensors: axes, sizes, modes."""
+    # Leaves tensors out, which have a raw form too: unpacking one may recompute a checkpoint.
     names = dir(type(node))
     return tuple((n, getattr(node, n)) for n in names if n.startswith("_saved_") and f"_raw{n}" not in names)
 
 
 def axes(node: Any, dimensions: int) -> set[int]:
-    """The axes that an operation is along, counted from the front of so many; all if it keeps none."""
+    """Returns the axes that an operation works along, counted from the front; all if the node keeps none."""
     along: Any = getattr(node, "_saved_dim", getattr(node, "_saved_dims", None))
     if isinstance(along, int):
         along = (along,)
@@ -105,7 +105,7 @@ def axes(node: Any, dimensions: int) -> set[int]:
 
 
 def order(node: Any, dimensions: int) -> list[int]:
-    """Which axis of its operand each axis of the result of a permutation is."""
+    """Returns, for every axis of a permutation's result, which axis of the operand it is."""
     if hasattr(node, "_saved_dims"):
         return [from_front(axis, dimensions) for axis in node._saved_dims]
     swapped = list(range(dimensions))
@@ -117,14 +117,14 @@ def order(node: Any, dimensions: int) -> list[int]:
 
 
 def from_front(axis: int, dimensions: int) -> int:
-    """An axis, or a place along one, counted from the front of so many."""
-    if axis >= 2**63:  # a negative one comes back as unsigned
+    """Returns an axis, or a place along one, counted from the front of `dimensions`."""
+    if axis >= 2**63:  # torch returns a negative axis as an unsigned number
         axis -= 2**64
     return axis % dimensions
 
 
 def picked_axes(node: Any) -> range:
-    """The axes that ``x[:, index]`` picks from; all in front of the last if they are not side by side."""
+    """Returns the axes that ``x[:, index]`` picks from; if they are not side by side, all up to the last."""
     axis = 0
     picked: list[int] = []
     for index in node._saved_indices:
@@ -137,8 +137,8 @@ def picked_axes(node: Any) -> range:
 
 
 def by_one_number(node: Any, position: int) -> bool:
-    """Whether a product or quotient multiplies its operand at `position` with one number of the graph, or
-    divides it by one."""
+    """Returns whether a product multiplies its operand at `position` with a single number, plain or in a
+    tensor, or a quotient divides it by one."""
     if kind(node) == "Div" and position != 0:
         return False
     other: Any = node._saved_other if position == 0 else node._saved_self
@@ -146,24 +146,23 @@ def by_one_number(node: Any, position: int) -> bool:
 
 
 def by_one_index(node: Any, axis: int) -> bool:
-    """Whether all entries along an axis of a gather's result are picked by one index of the graph."""
+    """Returns whether one entry of its index picks all entries along an axis of a gather's result."""
     index: torch.Tensor = node._saved_index
     return index.shape[axis] == 1 or index.stride(axis) == 0
 
 
 def exponent(node: Any) -> float | None:
-    """The exponent of a power; None if it is a tensor, which may be learned."""
+    """Returns the exponent of a power; None if it is a tensor, which may be learned."""
     return float(node._saved_exponent) if node.name() == "PowBackward0" else None
 
 
 def averages(node: Any) -> bool:
-    """Whether a loss is the mean of its entries, not their sum, or one for each."""
+    """Returns whether a loss is the mean of its entries, rather than their sum or one loss for each."""
     return int(node._saved_reduction) == 1
 
 
 def binary_targets(node: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of a binary cross-entropy with logits: these, the targets, the weights of its entries and of the
-    positives among them."""
+    """Returns logits, targets, entry weights and positive-class weights of a binary cross-entropy node."""
     return node._saved_self, node._saved_target, node._saved_weight, node._saved_pos_weight
 
 
@@ -178,55 +177,55 @@ def curvature_of_error(node: Any) -> Any:
 
 
 def softmax_axis(node: Node) -> int:
-    """The axis that a softmax or log_softmax was taken over."""
+    """Returns the axis that a softmax or log_softmax was taken over."""
     (axis,) = axes(node, len(shape(node, 0)))
     return axis
 
 
 def normalises_over_batch(node: Node) -> bool:
-    """Whether the node is BatchNorm (InstanceNorm, ...) with the statistics of its own input."""
+    """Returns whether the node is BatchNorm (InstanceNorm, ...) with the statistics of its own input."""
     return "BatchNorm" in node.name() and bool(node._saved_training)  # type: ignore[attr-defined]
 
 
 def is_compiled(node: Node) -> bool:
-    """Whether `node` is a region that AOTAutograd compiled: every back end of torch.compile but "eager"."""
+    """Returns whether AOTAutograd compiled `node`, as every back end of torch.compile but "eager" does."""
     return node.name().startswith("CompiledFunction")
 
 
 def gives_buffers_away(node: Node) -> bool:
-    """Whether a compiled region has a backward that can run only once on a graph."""
+    """Returns whether `node` is a compiled region whose backward can run only once on a graph."""
     region: Any = getattr(type(node), "_forward_cls", None)
     return is_compiled(node) and region.compiled_bw is not None and bool(region.metadata.bw_donated_idxs)
 
 
 def keep_buffers() -> None:
-    """What is compiled from now on does not give its buffers away."""
+    """Makes regions that are compiled from now on keep their buffers after a backward."""
     torch._functorch.config.donated_buffer = False
 
 
 def is_scripted(node: Node) -> bool:
-    """Whether `node` is a region that torch.jit.script or trace made."""
+    """Returns whether `node` is a region that torch.jit.script or trace made."""
     return "DifferentiableGraph" in node.name()
 
 
 def is_reentrant_checkpoint(node: Node) -> bool:
-    """Whether `node` hides a checkpointed part of the forward."""
+    """Returns whether `node` hides a part of the forward in a reentrant checkpoint."""
     return node.name() == "CheckpointFunctionBackward"
 
 
 def is_error(node: Node) -> bool:
-    """Whether `node` stands for a derivative that once_differentiable forbids."""
+    """Returns whether `node` stands for a derivative that once_differentiable forbids."""
     return node.name() == "torch::autograd::Error"
 
 
 def is_derivative(node: Node) -> bool:
-    """Whether `node` is of a derivative that the forward took: it shows as a backward of a backward."""
+    """Returns whether `node` is of a derivative that the forward took, named as a backward of a backward."""
     return node.name().count("Backward") > 1
 
 
 def keeps_numbers(node: Any) -> bool:
-    """Whether an autograd.Function keeps what may be floating point numbers for its backward: tensors, also
-    in lists and dicts, and any object but plain numbers, names and those of torch (a process group, say)."""
+    """Returns whether an autograd.Function may keep floating point numbers for its backward: in tensors, in
+    lists and dicts, or in any object but plain numbers, names and torch's objects (a process group, say)."""
     return any(map(_may_hold_numbers, (*node.saved_tensors, *vars(node).values())))
 
 
@@ -240,13 +239,13 @@ def _may_hold_numbers(kept: Any) -> bool:
 
 
 def is_scalar(node: Node) -> bool:
-    """Whether all results of the operation are single numbers."""
+    """Returns whether all results of the operation are single numbers."""
     return all(math.prod(made.shape) == 1 for made in results(node))
 
 
 def communicates(node: Node) -> bool:
-    """Whether a derivative through `node` talks to other processes, beyond averaging gradients: tensor
-    parallelism, collectives in the model or the loss, SyncBatchNorm."""
+    """Returns whether a derivative through `node` talks to other processes, except to average gradients: in
+    tensor parallelism, collectives in the model or the loss, and SyncBatchNorm."""
     if "c10d" in node.name():
         return True
     function = getattr(type(node), "_forward_cls", None)  # the autograd.Function that made it
@@ -258,13 +257,13 @@ def communicates(node: Node) -> bool:
 
 
 def derivative() -> int:
-    """Which derivative that autograd takes this thread is inside of, as what a checkpoint runs again is; -1
-    if of none."""
+    """Returns the number of the derivative that autograd is taking in this thread, or -1. Code that a
+    checkpoint runs again is usually inside one."""
     return int(torch._C._current_graph_task_id())
 
 
 def within_derivative(function: Callable[[], list[Any]]) -> list[Any]:
-    """What a function gives that is called while autograd takes a derivative."""
+    """Calls a function while autograd takes a derivative, and returns its result."""
     found: list[Any] = []
     start = torch.zeros((), device="cpu", requires_grad=True)
     end: Any = start.clone()
@@ -274,18 +273,18 @@ def within_derivative(function: Callable[[], list[Any]]) -> list[Any]:
 
 
 def made_so_far() -> int:
-    """How many nodes this thread has made: the next one's `sequence_number`."""
+    """Returns how many nodes this thread has made, which is the next node's `sequence_number`."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def sequence_number(node: Node) -> int:
-    """How many nodes the thread had made before this one."""
+    """Returns how many nodes the thread had made before this one."""
     return int(node._sequence_nr())
 
 
 @contextmanager
 def not_passed(some: Iterable[Node]) -> Iterator[None]:
-    """Derivatives in this context end at some nodes."""
+    """Makes derivatives in this context end at some nodes."""
     handles = [node.register_hook(lambda below, above: (None,) * len(below)) for node in some]
     try:
         yield
@@ -295,5 +294,5 @@ def not_passed(some: Iterable[Node]) -> Iterator[None]:
 
 
 def after_backward(function: Callable[[], None]) -> None:
-    """Calls `function` when the derivative that this thread is inside of is done."""
+    """Calls `function` once the derivative that this thread is taking is done."""
     torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -1,4 +1,4 @@
-"""What an operation may do: one table, by kind of node, of what is linear and which axes are kept apart."""
+"""Tables by kind of node: which operations are linear, and along which axes they keep entries apart."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def _kinds(names: str) -> set[str]:
 
 
 VIEWS = _kinds("View UnsafeView ReshapeAlias Squeeze Unsqueeze Clone ToCopy Alias") | {nodes.DDP_SINK}
-"""The same numbers in the same order, whatever the shape."""
+"""Operations that keep all numbers and their order and may change the shape."""
 
 PERMUTATIONS = _kinds("Permute Transpose T")
 
 PARTS = _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
-"""Some of the entries along an axis, all other axes being as they were."""
+"""Operations that take some of the entries along one axis and leave all other axes as they are."""
 
 MOVES = VIEWS | PERMUTATIONS | PARTS | _kinds("Expand Index Flip Roll")
-"""Every entry of the result is one of the operand, and the same along every axis that is kept apart."""
+"""Operations that only copy entries of the operand, alike at every place along an axis that is kept apart."""
 
 ADDITIONS = _kinds("Add Sub Rsub Neg")
 PRODUCTS = _kinds("Mul Dot Mv Mm Bmm")
@@ -44,24 +44,24 @@ ELEMENTWISE = ADDITIONS | _kinds(
     Minimum Maximum Where MaskedFill Lerp Addcmul Addcdiv NativeDropout Softshrink Hardshrink Xlogy Fmod
     Remainder NanToNum Tril Triu Expand Logaddexp Hypot"""
 )
-"""Entry by entry, operands of length 1 being repeated."""
+"""Operations that work entry by entry. Operands are repeated along axes of length 1."""
 
 ENTRYWISE_LOSSES = _kinds("MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy KlDiv")
 ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits"}
-"""A loss of every entry, their sum, or their mean."""
+"""Losses of every entry by itself, or their sum or mean."""
 
 DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
 DISTANCES |= _kinds("CdistForward EuclideanDist Pdist Hypot Std Var StdMean VarMean LogSigmoid CtcLoss")
 DISTANCES |= _kinds("MultiMarginLoss MultilabelMarginLoss")
-"""What says how far something is off: a loss, a norm, a distance or a spread, or the last step of one written
-out."""
+"""Operations that say how far something is off: a loss, a norm, a distance or a spread, or the last step of
+one that is written out."""
 
 PICKS = _kinds("Max Min Maximum Minimum Amax Amin Aminmax Median Nanmedian Kthvalue Sort Topk Cummax Cummin")
 """Some of the entries of the operand, chosen by their size."""
 
 
 def is_linear(kind: str, positions: Sequence[int]) -> bool:
-    """Whether an operation is linear in its operands at `positions` together, the others being fixed."""
+    """Returns whether an operation is linear in its operands at `positions` together, the others fixed."""
     if kind in ("Div", "KlDiv"):
         return list(positions) == [0]
     if kind in PRODUCTS:
@@ -72,16 +72,16 @@ def is_linear(kind: str, positions: Sequence[int]) -> bool:
 def moved(
     node: Node, kind: str, position: int, operand: Shape, result: Shape, stride: int, length: int
 ) -> int | None:
-    """The stride in an operation's result of a digit of the indices of its operand at `position`; None if the
-    operation may lose it.
+    """Returns which stride a digit of the operand at `position` has in the operation's result; None if the
+    operation may lose the digit.
 
-    Number the entries of a tensor in order. The digit of entry e is ``e // stride % length``. It is kept if
-    what an entry of the result is computed from has that entry's digit.
+    Number the entries of a tensor in order. The digit of entry e is ``e // stride % length``. An operation
+    keeps it if every entry of the result is computed only from entries with the same digit.
     """
     if kind in VIEWS:
         return stride if math.prod(operand) == math.prod(result) else None
     elementwise = kind in ELEMENTWISE or kind in ENTRYWISE_LOSSES
-    # A slice may take all there is: torch 2.6 makes one of the colon in x[:, 0].
+    # A slice may take a whole axis: torch 2.6 makes one for the colon in x[:, 0].
     if (elementwise or kind == "Slice") and tuple(operand) == tuple(result):
         return stride
     place = axis_of_digit(operand, stride, length)
@@ -96,7 +96,7 @@ def moved(
 
 
 def axis_of_digit(shape: Shape, stride: int, length: int) -> tuple[int, int] | None:
-    """The axis along which a digit lies and its stride there; None if it lies along several."""
+    """Returns the axis along which a digit lies and its stride there; None if it lies along several axes."""
     behind = 1
     for axis in reversed(range(len(shape))):
         if stride < behind * shape[axis]:
@@ -106,7 +106,7 @@ def axis_of_digit(shape: Shape, stride: int, length: int) -> tuple[int, int] | N
     return None
 
 
-# A rule says which axis of the result goes along an axis of an operand, entry by entry; None if none does.
+# A rule returns the axis of the result that follows an axis of an operand entry by entry; None if none does.
 
 
 class _At(NamedTuple):
@@ -124,7 +124,7 @@ def _aligned(at: _At) -> int:
 
 
 def _beside(at: _At) -> int | None:
-    """Along some axes: the others are not touched."""
+    """Rule of operations along some axes, which leave the other axes as they are."""
     along = nodes.axes(at.node, len(at.operand))
     if at.axis in along:
         return None
@@ -137,7 +137,7 @@ def _stacked(at: _At) -> int:
 
 
 def _indexed(at: _At) -> int | None:
-    """``x[:, index]``: the axes in front of those that are picked from, and those behind."""
+    """Rule of ``x[:, index]``, which leaves the axes in front of and behind the picked ones as they are."""
     picked = nodes.picked_axes(at.node)
     if at.axis < picked.start:
         return at.axis
@@ -145,8 +145,8 @@ def _indexed(at: _At) -> int | None:
 
 
 def _product(*kept: dict[int, int] | None) -> Rule:
-    """For every operand, which of its axes are axes of the result; the others are summed over. None: it is
-    added to the result."""
+    """Returns the rule of a product. `kept` maps each operand's axes to axes of the result, the others being
+    summed over; None stands for an operand that is added to the result."""
 
     def rule(at: _At) -> int | None:
         if at.position >= len(kept):
@@ -158,7 +158,7 @@ def _product(*kept: dict[int, int] | None) -> Rule:
 
 
 def _but_the_last(at: _At, several: int) -> int | None:
-    """Along all axes but the last ones."""
+    """Rule of operations along the last axes, `several` of them, which leave the others as they are."""
     return at.axis if at.axis < len(at.operand) - several else None
 
 
@@ -180,7 +180,7 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
         LinalgVectorNorm Norm Sort Topk""",
         _beside,
     ),
-    (  # every entry of the first axis by itself
+    (  # these compute every entry along the first axis by itself
         """Convolution NativeGroupNorm Im2Col Col2Im PixelShuffle PixelUnshuffle MaxPool2DWithIndices
         MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
         AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
@@ -198,7 +198,7 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
         "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",
         lambda at: at.axis if at.position == 0 and not nodes.normalises_over_batch(at.node) else None,
     ),
-    (  # every head of every sample by itself
+    (  # these compute every head of every sample by itself
         """ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention
         ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention""",
         lambda at: _but_the_last(at, 2) if at.position < 3 else None,

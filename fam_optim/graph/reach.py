@@ -1,4 +1,4 @@
-"""Walks over the graph: what a loss depends on, what lies between, whether two tensors were made alike."""
+"""Walks the graph to find what a loss depends on, what lies between, and whether tensors were made alike."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class LayerNotUsedError(RuntimeError):
 
 
 class Reach(NamedTuple):
-    """What a loss reaches."""
+    """The weights that a loss depends on, and the nodes in between."""
 
-    path: frozenset[Node]  # from which a weight can be reached
-    leaves: dict[Tensor, Node]  # of the weights that were reached, where their gradients accumulate
-    parents: dict[Node, list[Node]]  # those that use a node's result, for every node of the graph
+    path: frozenset[Node]  # the nodes from which a weight can be reached
+    leaves: dict[Tensor, Node]  # for every weight that was reached, the node that accumulates its gradient
+    parents: dict[Node, list[Node]]  # for every node of the graph, the nodes that use its result
 
 
 def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
-    """What of some weights the loss depends on.
+    """Finds the weights that the loss depends on and the nodes in between.
 
     Cost: a microsecond or two per node of the graph, whatever the number of weights.
     """
@@ -58,7 +58,7 @@ def check_scalar(loss: Tensor) -> None:
 
 
 def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
-    """The nodes that use a node's result, for every node of a loss's graph, in the order of a walk down."""
+    """Returns for every node of a loss's graph the nodes that use its result, in the order of a walk down."""
     root = loss.grad_fn
     parents: dict[Node, list[Node]] = {} if root is None else {root: []}
     queue = deque(parents)
@@ -75,12 +75,12 @@ def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
 
 
 def above(ends: Collection[Node], parents: Mapping[Node, Sequence[Node]]) -> frozenset[Node]:
-    """The nodes from which one of `ends` can be reached, without `ends` unless reached from there."""
+    """Returns the nodes from which one of `ends` can be reached in one or more steps."""
     return frozenset(spread(ends, parents.__getitem__))
 
 
 def spread(starts: Iterable[Node], neighbours: Callable[[Node], Iterable[Any]]) -> set[Node]:
-    """The nodes that one comes to from some others, step by step; these only if one returns."""
+    """Returns the nodes that steps to neighbours lead to from `starts`; a start only if one leads to it."""
     seen: set[Node] = set()
     stack = list(starts)
     while stack:
@@ -91,8 +91,8 @@ def spread(starts: Iterable[Node], neighbours: Callable[[Node], Iterable[Any]]) 
 
 
 def is_of_weights(node: Node) -> bool:
-    """Whether what a node makes is weights themselves, moved or scaled, or products of a weight with itself:
-    its square is weight decay or a penalty on correlated rows, and no output of the network."""
+    """Returns whether a node makes only weights, moved or scaled, or products of one weight with itself. The
+    square of such is weight decay or a penalty on correlated rows, and no squared output of the network."""
     leaves: set[Node] = set()
     products = False
     stack = [node]
@@ -109,21 +109,20 @@ def is_of_weights(node: Node) -> bool:
     return len(leaves) == 1 or not products
 
 
-_OF_ONE_WEIGHT = {"Mm", "Bmm", "LinalgVectorNorm", "ClampMin"}  # F.normalize takes the last two
+_OF_ONE_WEIGHT = {"Mm", "Bmm", "LinalgVectorNorm", "ClampMin"}  # F.normalize uses the last two
 _OF_WEIGHTS = operations.LINEAR | {"Mul", "Div"}
-_OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSelect"}  # looked up, as by data
+_OF_WEIGHTS -= {"Index", "IndexSelect", "Select", "Unbind", "Gather", "MaskedSelect"}  # lookups, say by data
 
 
 def computed_alike(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors were computed by the same operations from the same tensors, as far as the graph
-    shows it."""
+    """Returns whether the same operations made two tensors from the same tensors, as far as graphs show."""
     if left is right or not (left.requires_grad or right.requires_grad):
         return True
     return left.grad_fn is not None and same_graph(left.grad_fn, right.grad_fn)
 
 
 def same_graph(left: Node | None, right: Node | None) -> bool:
-    """Whether two graphs are of the same operations, down to nodes that they share."""
+    """Returns whether two graphs consist of the same operations, down to nodes that they share."""
     if left is right:
         return True
     if left is None or right is None or left.name() != right.name():

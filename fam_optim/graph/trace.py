@@ -1,7 +1,7 @@
 """The tail: the part of the autograd graph between the loss and a layer's outputs.
 
-One walk from the loss finds, for all layers together and without touching a number, which of their calls the
-loss depends on, which operations lie on the way, and whether one call feeds another.
+One walk from the loss serves all layers and reads no tensor. It finds the calls that the loss depends on, the
+operations on the way to them, and whether one call feeds another.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Tail:
 
     layer: nn.Module | Tensor
     loss: Tensor
-    uses: tuple[Use, ...]  # of the layer, that the loss depends on
-    edges: tuple[GradientEdge, ...]  # where to differentiate with respect to their outputs
-    parents: Mapping[Node, Sequence[Node]] = field(repr=False)  # of every node of the loss's graph
+    uses: tuple[Use, ...]  # the layer's uses that the loss depends on
+    edges: tuple[GradientEdge, ...]  # where to differentiate with respect to the outputs of the uses
+    parents: Mapping[Node, Sequence[Node]] = field(repr=False)  # for each node of the graph, the nodes above
 
     @property
     def ends(self) -> frozenset[Node]:
@@ -43,7 +43,7 @@ class Tail:
 
     @cached_property
     def path(self) -> frozenset[Node]:
-        """Every node from which an output can be reached."""
+        """The nodes from which an output of the layer can be reached."""
         return above(self.ends, self.parents)
 
     @cached_property
@@ -53,17 +53,17 @@ class Tail:
 
 
 def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
-    """The nodes of all tails of one loss."""
+    """Returns the nodes of all tails of one loss."""
     return above({edge.node for tail in tails for edge in tail.edges}, tails[0].parents)
 
 
 def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
-    """The tails from `loss` to the outputs of each layer, in one walk; None where it does not depend on it.
+    """Returns the tail from `loss` to each layer's outputs; None for a layer that it does not depend on.
 
-    That of a parameter ends at the parameter itself.
+    A single walk finds all tails. The tail of a parameter ends at the parameter itself.
 
     Raises:
-        LayerNotUsedError: if it depends on none of the layers.
+        LayerNotUsedError: if the loss depends on none of the layers.
         RuntimeError: if a record is out of date, if the loss depends on calls that were not recorded, or if
             it is made of a derivative that was taken through a layer, or through nn.LayerNorm behind one.
     """
@@ -92,7 +92,7 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tai
 def _uses(
     parents: Collection[Node], layers: Sequence[nn.Module | Tensor]
 ) -> list[list[tuple[Use, GradientEdge]]]:
-    """Of every layer the uses in a graph, and where their outputs are made, in the graph's order."""
+    """Returns each layer's uses in a graph, with the edges of their outputs, in the graph's order."""
     numbers = {id(layer): number for number, layer in enumerate(layers)}
     uses: list[list[tuple[Use, GradientEdge]]] = [[] for _ in layers]
     for node in parents:
@@ -105,7 +105,7 @@ def _uses(
 
 
 def not_used(layer: nn.Module | Tensor, graph: Collection[Node]) -> str:
-    """Why the loss with this graph does not depend on a layer, for messages."""
+    """Returns the message that says why the loss with this graph does not depend on a layer."""
     if any(map(nodes.is_reentrant_checkpoint, graph)):
         return (
             f"`loss` does not depend on `layer` {describe(layer)} outside reentrant activation checkpoints, "

@@ -1,7 +1,7 @@
-"""Uses of a layer's weight that left no record: a loss that depends on them beside recorded calls is refused.
+"""Refuses losses that depend on a use of a layer's weight of which there is no record.
 
-Such are calls that were not observed, and derivatives through any call of the layer: there the weight counts
-beside ``z = lin(phi; W)``, and only the weight sees both.
+Such uses are calls that were not observed, and derivatives through any call of the layer. A derivative has
+the weight a second time, beside ``z = lin(phi; W)``: only kappa of the weight itself counts both.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def check_all_seen(
     parents: Parents, layers: Sequence[Observation | Tensor], uses_of: Sequence[Sequence[Use]]
 ) -> None:
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
-    through one, or on a parameter whose gradient is sparse; `uses_of` are the uses that were found of each.
-    """
+    through a call, or on a parameter with a sparse gradient. `uses_of` has the uses found of each layer."""
     records = ((node, recorded_use(node)) for node in parents)
     recorded = {_product_of_call(node) for node, found in records if found and not found[0].is_released}
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
@@ -42,7 +41,7 @@ def check_all_seen(
     every = [weight for weights in weights_of for weight in weights]
     frozen = not all(weight.requires_grad for weight in every)
     constants = _constant_factors(parents) if frozen else {}
-    # A derivative may have multiplied a frozen weight with constants.
+    # A derivative may have multiplied a frozen weight with constants, which leaves no trace.
     derivative = frozen and any(map(nodes.is_derivative, parents))
     by_name: dict[str, list[Node]] = {}
     for node in parents if any(weight.grad_fn is not None for weight in every) else ():
@@ -80,7 +79,7 @@ _UNSEEN = (
 
 
 def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
-    """The weights that a module's calls were made with; its own if there were none."""
+    """Returns the weights that a module's calls were made with; the module's own if there were no calls."""
     if not isinstance(layer, Observation):
         return []
     own = layer.module._parameters.get("weight")
@@ -88,22 +87,23 @@ def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
 
 
 def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
-    """Where trained weights begin; of those that are computed at every call, wherever this was done alike."""
+    """Returns the nodes that make trained weights: of a weight that is computed at every call, all nodes that
+    make it in the same way."""
     starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
     alike = {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
     return starts | alike
 
 
 def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) -> dict[Node, bool]:
-    """Products ``phi W^T`` of weights that begin at `starts`, as a layer takes them, and ``delta W`` as a
-    derivative through it does, with whether they are such.
+    """Returns the products with trained weights, each with whether it is of a derivative: ``phi W^T`` of the
+    layer's calls, and ``delta W`` of derivatives through it. `starts` are the nodes that make the weights.
 
-    A call's W^T is made by t(), and what a derivative takes from that by more. Not ``z W`` nor ``W W^T``:
-    other uses, which do not count.
+    A call makes W^T by t(), and a derivative makes W from that by more. ``z W`` and ``W W^T`` are other uses,
+    which do not count.
     """
     found: dict[Node, bool] = {}
-    of_call = 0 if stored_transposed else 1  # how many t() it takes
-    copies: set[Node] = set()  # of the weight's numbers
+    of_call = 0 if stored_transposed else 1  # how many t() a call takes
+    copies: set[Node] = set()  # nodes that make copies of the weight
     stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()
@@ -118,7 +118,7 @@ def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) ->
             elif kind == "Convolution" and operands[1] is node:
                 found[above] = False
             elif kind == "ConvolutionBackward" and operands[2] is node and nodes.shape(above, 0):
-                found[above] = True  # not one in the weight alone, whose first result has no shape
+                found[above] = True  # no shape: a derivative in the weight alone
             elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node:
                 by_torch = len(way) >= of_call and set(way) <= {"T"}
                 if by_torch or len(way) % 2 == of_call:
@@ -133,7 +133,7 @@ def _of_frozen(
     constants: Mapping[int | None, Sequence[tuple[Node, Tensor]]],
     stored_transposed: bool,
 ) -> dict[Node, bool]:
-    """The same of frozen weights, which leave no trace but where their numbers lie."""
+    """Like `_of_trained`, for frozen weights, whose only trace is where their numbers lie in memory."""
     found = {}
     for weight in (weight for weight in weights if not weight.requires_grad):
         for node, factor in constants.get(_place(weight), ()):
@@ -149,11 +149,11 @@ _SECOND_FACTORS = {
     "Convolution": ("weight", 1),
     "ConvolutionBackward": ("weight", 2),
 }
-"""What a product keeps its second factor as, and which of its operands that is."""
+"""By kind of product: the name by which it keeps its second factor, and that operand's position."""
 
 
 def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[tuple[Node, Tensor]]]:
-    """Products whose second factor is a constant, and that, by where its numbers lie."""
+    """Returns products whose second factor is a constant, with the factor, by where its numbers lie."""
     found: dict[int | None, list[tuple[Node, Tensor]]] = {}
     for node in graph:
         name, position = _SECOND_FACTORS.get(nodes.kind(node), ("", 0))
@@ -165,14 +165,14 @@ def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[tuple[Node
 
 
 def _place(t: Tensor) -> int | None:
-    """Where a tensor's numbers begin; None of a tensor that holds them in others (sharded, quantised)."""
+    """Returns where a tensor's numbers begin; None if other tensors hold them (sharded, quantised)."""
     return t.data_ptr() if type(t.data) is torch.Tensor else None
 
 
 def _product_of_call(end: Node) -> Node | None:
-    """The product with the weight below the node that makes a layer's output; None if it is not found."""
+    """Returns the product with the weight below the node that makes a layer's output; None if not found."""
     node: Node | None = end
-    # The bias is added by itself where the input is not contiguous.
+    # Where the input is not contiguous, a node of its own adds the bias.
     while node is not None and nodes.kind(node) in ("View", "UnsafeView", "Squeeze", "ReshapeAlias", "Add"):
         node = node.next_functions[0][0]
     return node if node is not None and nodes.kind(node) in ("Addmm", "Mm", "Convolution") else None

@@ -32,8 +32,8 @@ class ConvUse(LayerUse):
         self.has_rows = bool(module.groups == 1)
 
     def _operation(self, module: Any) -> Convolve:
-        """The convolution of an input with a weight and a bias, in the module's setting."""
-        # Of the class, padding modes included: a subclass may compute something else.
+        """Returns the convolution of an input with a weight and a bias, with the module's settings."""
+        # The class's own, padding modes included: a subclass may compute something else.
         kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
         return partial(kind._conv_forward, module)
 
@@ -44,7 +44,7 @@ class ConvUse(LayerUse):
         return self.convolve(self.phi, self.weight, bias)
 
     def rows(self) -> Tensor:
-        # One-hot filters read the patches off, whatever stride, padding, dilation; every channel by itself.
+        # One-hot filters read off the patches channel by channel, whatever the stride, padding and dilation.
         kernel = self.weight.shape[2:]
         one_hot = torch.eye(math.prod(kernel), dtype=self.input.dtype, device=self.phi.device)
         filters = one_hot.reshape(-1, *kernel).unsqueeze(0 if self.inputs_first else 1)

@@ -1,4 +1,4 @@
-"""A forward hook of one module alone: copies, pickles, scripts and quantised versions have none."""
+"""Gives one module a forward hook that its copies, pickles, scripts and quantised versions do not have."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _DICTS = ("_forward_hooks", "_forward_hooks_with_kwargs")
 
 
 class _Token:
-    """Stands for a hook in the dict that the handles of hooks know which were registered before ours."""
+    """Stands for a hook that was registered before ours, in the dict that the hook's handle knows."""
 
 
 class _Uncopied(OrderedDict[int, Any]):
-    """The hooks of one module, of which copies and pickles get all but the one by the key `private`."""
+    """The hooks of one module. Copies and pickles of it leave out the hook with the key `private`."""
 
     private = -1
 
     def __init__(self, module: nn.Module, before: OrderedDict[int, Any]) -> None:
         super().__init__()
         self.module = weakref.ref(module)
-        if isinstance(before, _Uncopied):  # of the module that this one is a shallow copy of
+        if isinstance(before, _Uncopied):  # the module is a shallow copy of one with our hook
             self.update(before.copy())
             return
         self._before, self._removals, myself = before, [], weakref.ref(self)
@@ -46,7 +46,7 @@ class _Uncopied(OrderedDict[int, Any]):
 
 
 def _remove(hooks: weakref.ref[_Uncopied], key: int, token: object) -> None:
-    """A handle has removed the token: the hook goes too."""
+    """Removes a hook after its handle has removed the token."""
     alive = hooks()
     if alive is not None:
         alive.pop(key, None)
@@ -64,7 +64,7 @@ def attach(module: nn.Module, hook: Callable[..., Any]) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Takes the hook away again."""
+    """Removes the hook that `attach` has added to `module`, if there is one."""
     for name in _DICTS:
         hooks = getattr(module, name)
         if isinstance(hooks, _Uncopied):
@@ -72,21 +72,21 @@ def detach(module: nn.Module) -> None:
 
 
 def attached(module: nn.Module) -> Any:
-    """The hook, if `module` has one."""
+    """Returns the hook that `attach` has added to `module`; None if there is none."""
     hooks: Any = module._forward_hooks
     return hooks.get(hooks.private) if isinstance(hooks, _Uncopied) and hooks.module() is module else None
 
 
 def is_first(module: nn.Module) -> bool:
-    """Whether the hook sees the output as the module's forward returned it."""
+    """Returns whether the hook sees the output as the module's forward returned it."""
     hooks: Any = module._forward_hooks
     return not every_module._global_forward_hooks and next(iter(hooks)) == hooks.private
 
 
 def unscripted(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """`hook`, which torch.jit.script compiles as one that does nothing.
+    """Makes torch.jit.script compile `hook` as a function that does nothing, and returns `hook`.
 
-    It looks for the source of what a function wraps, and knows no hooks with keywords.
+    torch.jit.script compiles a wrapped function in place of its wrapper. It cannot compile keyword hooks.
     """
     hook.__wrapped__ = _nothing  # type: ignore[attr-defined]
     return hook

@@ -26,8 +26,8 @@ from fam_optim.layer.use import (
 
 
 def use_type(module: nn.Module) -> type[LayerUse]:
-    """The kind of `Use` that describes `module`'s forward; TypeError if that is not known to be linear in a
-    weight matrix of its own."""
+    """Returns the kind of `Use` that describes `module`'s forward. Raises TypeError if the forward is not
+    known to be linear in a weight matrix of the module's own."""
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(tensor_parallel(module))
     base = base_type(module)
@@ -56,24 +56,24 @@ _KINDS: dict[type[nn.Module], type[LayerUse]] = {
 
 
 def _kinds() -> dict[type[nn.Module], type[LayerUse]]:
-    # Hugging Face's own Linear (GPT-2 has no other), without importing what the user has not.
+    # Adds Hugging Face's own Linear (GPT-2 has no other), but does not import transformers for it.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return _KINDS if conv1d is None else {**_KINDS, conv1d: Conv1DUse}
 
 
 def base_type(module: nn.Module) -> type[nn.Module] | None:
-    """The class that `module` is of, or is derived from, among those with a weight matrix."""
+    """Returns the class with a weight matrix that `module` is an instance of; None if there is none."""
     return next((base for base in _kinds() if isinstance(module, base)), None)
 
 
 def inputs_first(module: nn.Module) -> bool:
-    """Whether the module stores its weight transposed."""
+    """Returns whether the module stores its weight transposed."""
     base = base_type(module)
     return base is not None and _kinds()[base].inputs_first
 
 
 def overridden(module: nn.Module) -> str | None:
-    """Which method of the module's class something else computes its output in place of, if any."""
+    """Returns which method of its base the module's class or instance overrides; None if neither does."""
     base: Any = base_type(module)
     for name in ("forward", "_conv_forward"):
         own = getattr(module, name, None)
@@ -86,14 +86,14 @@ def overridden(module: nn.Module) -> str | None:
 
 
 def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> str | None:
-    """Why kappa cannot be computed of a call: its output is not what the module's class computes, by the same
-    operations on the same tensors, to the same numbers. (That of fake quantisation is not.)
+    """Returns why kappa cannot be computed of a call; None if its output is what the module's class computes,
+    by the same operations on the same tensors, to the same numbers. (With fake quantisation it is not.)
 
-    Numbers that were `seen` before are not compared again on an accelerator, which would have to wait.
+    Numbers that were `seen` before are not compared again on an accelerator, since reading them would wait.
     """
     try:
         computed = use.forward(cast("Tensor | None", module.bias))
-    except RuntimeError:  # not even of fitting shapes
+    except RuntimeError:  # the shapes do not even fit
         computed = None
     if computed is not None and output.shape == computed.shape:
         graph = computed.requires_grad and output.requires_grad
@@ -114,7 +114,7 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
 
 
 def check_matrix(weight: Tensor, name: str) -> None:
-    """Raises TypeError for a parameter that is no real matrix."""
+    """Raises TypeError if a parameter has fewer than two dimensions or complex numbers."""
     if weight.dim() < 2:
         raise TypeError(
             "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
@@ -125,7 +125,7 @@ def check_matrix(weight: Tensor, name: str) -> None:
 
 
 def parameter_use(parameter: Tensor) -> Use:
-    """The bare parameter as a weight matrix, rows along its first axis; TypeError if it is none."""
+    """Returns the bare parameter as a weight matrix, rows along its first axis; TypeError if it is none."""
     check_matrix(parameter, describe(parameter))
     if is_sharded(parameter):
         raise TypeError(
@@ -143,16 +143,16 @@ class WeightMatrix:
         self.d, self.m = layout.d, layout.m
 
     def of(self, t: Tensor) -> Tensor:
-        """What has the parameter's shape as a matrix ``(d, m)``, in at least float32."""
+        """Returns a tensor in the parameter's shape as a matrix ``(d, m)``, in at least float32."""
         return self.layout.matrix(at_least_float32(t))
 
     def back(self, matrix: Tensor) -> Tensor:
-        """A matrix ``(d, m)`` in the parameter's shape: the inverse of `of`."""
+        """Returns a matrix ``(d, m)`` in the parameter's shape: the inverse of `of`."""
         return self.layout.weight(matrix)
 
 
 def weight_matrix(layer: object) -> WeightMatrix:
-    """The weight of a module, or a bare parameter, whose rows lie along its first axis, as a matrix.
+    """Returns a layer's weight as a matrix. The rows of a bare parameter lie along its first axis.
 
     Raises:
         TypeError: for a layer without one, for a weight that is computed at every call (a parametrization,
@@ -185,6 +185,6 @@ def weight_matrix(layer: object) -> WeightMatrix:
 
 
 def own_weight(layer: object) -> nn.Parameter | None:
-    """The parameter that a layer's weight is now; None if it is computed at every call."""
+    """Returns the parameter that a layer's weight is now; None if the weight is computed at every call."""
     module: Any = getattr(layer, "_orig_mod", layer)
     return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")

@@ -1,8 +1,8 @@
-"""Recording a layer's calls: what kappa needs to know of the forward that made the loss.
+"""Records a layer's calls: what kappa needs to know of the forward that made the loss.
 
-Every call leaves a `Use` (the layer's input and weight) on the *graph node* of its output, and so lives as
-long as the graph. From a loss, the calls that it depends on are found by walking down its graph (`trace`).
-What is kept of a module is kept by its hook and by who observes it: there is no register.
+Every call leaves a `Use` (the layer's input and weight) on the *graph node* of its output, where it lives as
+long as the graph. A walk down the graph of a loss finds the calls that the loss depends on (`trace`). There
+is no register of modules: only a module's hook and its observers keep anything of it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Observation:
         self._finalizer: Any = None
 
     def start(self) -> None:
-        """Records the module's calls from now on."""
+        """Starts to record the module's calls."""
         if self._finalizer is None:
             self._recorder = _recorder_of(self.module) or _Recorder(self.module)
             self._recorder.observers.add(self)
@@ -65,23 +65,23 @@ class Observation:
             self._finalizer = weakref.finalize(self, self._recorder.leave)
 
     def stop(self) -> None:
-        """Ends the recording; calls recorded so far stay usable as long as their graph lives."""
+        """Ends the recording. Calls recorded so far stay usable as long as their graph lives."""
         if self._finalizer is not None and self._recorder is not None:
             self._recorder.observers.discard(self)
             self._finalizer()
             self._finalizer = None
 
     def owns(self, use: Use) -> bool:
-        """Whether `use` is a call of the module that has not been forgotten."""
+        """Returns whether `use` is a call of the module, with its input still there."""
         return isinstance(use, LayerUse) and use.module() is self.module and not use.is_released
 
     @property
     def stores_transposed(self) -> bool:
-        """Whether the module multiplies with its weight as it is stored."""
+        """Whether the module stores W^T and multiplies its input with that."""
         return use_type(self.module) is Conv1DUse
 
     def called_within(self, checkpoint: Node) -> bool:
-        """Whether the module was called inside a reentrant activation checkpoint, where there is no graph."""
+        """Returns whether the module was called inside a reentrant checkpoint, where there is no graph."""
         made = nodes.sequence_number(checkpoint) + 1
         return self._recorder is not None and made in self._recorder.without_graph
 
@@ -127,24 +127,24 @@ def observe(module: nn.Module) -> Observation:
 
 
 def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
-    """The use whose output is computed by `node`, with the edge at which L's derivative in z is taken."""
+    """Returns the use whose output `node` computes, with the edge at which L's derivative in z is taken."""
     record = nodes.metadata(node).get(_KEY)
     return None if record is None else (record[0], GradientEdge(node, record[1]))
 
 
 def parametrization(module: nn.Module) -> nn.Module | None:
-    """What computes a parametrised weight; None for a plain one."""
-    # Where nn.Module keeps it: looking in vain for an attribute of a module raises and catches an error.
+    """Returns the module that computes a parametrised weight; None if the weight is plain."""
+    # Looks where nn.Module keeps it: asking for a missing attribute raises and catches an error.
     if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, "weight"):
         return None
     return cast("nn.ModuleDict", module.parametrizations)["weight"]
 
 
 class _Recorder:
-    """A module's hooks, and what they know: one for all who observe the module.
+    """A module's hooks and what they know. All observations of the module share one recorder.
 
     Attributes:
-        without_graph: how many graph nodes this thread had made at calls without one, lately.
+        without_graph: how many graph nodes the thread had made at each of the last calls without a graph.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -159,7 +159,7 @@ class _Recorder:
             hooks.attach(source, self.keep)
 
     def leave(self) -> None:
-        """Takes the hooks away when nobody observes the module any more."""
+        """Removes the hooks if nobody observes the module any more."""
         module = self.module()
         if module is not None and not list(self.observers) and _recorder_of(module) is self:
             hooks.detach(module)
@@ -169,8 +169,8 @@ class _Recorder:
 
     @hooks.unscripted
     def keep(self, source: nn.Module, args: Any, kwargs: Any, weight: Any = None) -> None:
-        """Forward hook of a parametrization: keeps the weight as the forward got it, since computing it
-        again may advance its state (spectral_norm iterates at every access)."""
+        """Forward hook of a parametrization: keeps the weight that the forward got, since computing it again
+        may advance the parametrization's state (spectral_norm iterates at every access)."""
         if torch.is_grad_enabled():
             self._keep(weight)
 
@@ -181,7 +181,7 @@ class _Recorder:
     @hooks.unscripted
     def record(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the module: leaves a `Use` on the node that computes `output`."""
-        # The only thing that torch.compile sees of it: evaluation is compiled in one piece.
+        # torch.compile sees no more of the hook than this test, so it compiles evaluation in one piece.
         if torch.is_grad_enabled():
             return self._leave_use(module, args, kwargs, output)
         if not torch.compiler.is_compiling() and nodes.made_so_far() not in self.without_graph:
@@ -195,18 +195,18 @@ class _Recorder:
                 f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
                 "observed. Use torch.nn.parallel.DistributedDataParallel."
             )
-        # Within torch.func.grad, vmap, jvp, ... there is no graph that a loss outside could be walked down.
-        # What is exported or traced has none either. A shallow copy has the module's hooks, and is no layer.
+        # Calls within torch.func.grad, vmap, jvp, ... leave no graph that leads to them from a loss outside.
+        # Export and tracing leave none either. A shallow copy has the module's hooks, but is not observed.
         transformed = torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled()
         exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        no_tensor = not isinstance(output, Tensor)  # of a forward that is not the class's
+        no_tensor = not isinstance(output, Tensor)  # the forward is not the class's
         if module is not self.module() or transformed or exported or no_tensor:
             return None
         weight = self._weight_in_use(module)
         replaced = None
         if not output.requires_grad:
-            # Nothing up to here is trained (a frozen body and layer), but kappa depends on what comes
-            # behind, so the graph must begin here. A clone, since a leaf bars in-place activations.
+            # Nothing up to here is trained (a frozen body and layer), but kappa depends on what comes behind,
+            # so the graph must begin here. It begins with a clone, as a leaf bars in-place activations.
             output = replaced = output.detach().requires_grad_().clone()
         # The shape of a nested tensor cannot be asked for; such a call is refused later.
         shape = torch.Size() if output.is_nested else output.shape
@@ -215,9 +215,9 @@ class _Recorder:
         if use.objection is None and (overridden(module) is not None or not hooks.is_first(module)):
             use.objection = objection(module, use, output, self._numbers_seen)
             self._numbers_seen = True
-        # The edge, not the tensor: ReLU(inplace=True) behind the layer turns the tensor into its own
-        # output (pytorch/pytorch#61519). And the edge of the base where z is a view of all of it (Linear
-        # on sequences): an in-place operation on a view rewires the view's node, never the base's.
+        # Keeps the edge, not the tensor: ReLU(inplace=True) behind the layer turns the tensor into ReLU's own
+        # output (pytorch/pytorch#61519). Where z is a view of all of its base (Linear on sequences), keeps
+        # the base's edge: an in-place operation on a view rewires the view's node, never the base's.
         base = output._base if output._is_view() and not output.is_nested else None
         source = output if base is None or base.numel() != output.numel() else base
         node = source.grad_fn

@@ -1,6 +1,6 @@
 """What a regularised layer is: an operation linear in a weight matrix, ``z = lin(phi; W) + b``.
 
-A `Use` is one evaluation of that operation, and can apply it to any other matrix; it knows no loss.
+A `Use` is one evaluation of that operation. It can apply the operation to any other matrix and knows no loss.
 
     W    (d, m)     one row per output neuron; convolutions: m = in channels / groups * kernel size
     phi             the layer's input, as the module received it
@@ -24,15 +24,15 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """`t` in float32 if it is in a lower precision: second derivatives underflow in half precision."""
+    """Returns `t`, in float32 if its precision is lower: second derivatives underflow in half precision."""
     return t.float() if t.dtype in LOW_PRECISION else t
 
 
 class Layout(NamedTuple):
-    """A weight's own shape, and how it is read as W: one row per output neuron, its columns everything else.
+    """A weight's own shape, and how it is read as the matrix W, which has one row per output neuron.
 
-    The shape is ``(d, ...)``, or, of a transposed convolution or Hugging Face's Conv1D, ``(inputs, outputs of
-    a group, ...)``.
+    The shape is ``(d, ...)``. For a transposed convolution or Hugging Face's Conv1D it is ``(inputs, outputs
+    of a group, ...)``.
     """
 
     shape: torch.Size
@@ -41,24 +41,24 @@ class Layout(NamedTuple):
 
     @property
     def d(self) -> int:
-        """Rows of W."""
+        """The number of rows of W."""
         return self.shape[1] * self.groups if self.inputs_first else self.shape[0]
 
     @property
     def m(self) -> int:
-        """Columns of W."""
+        """The number of columns of W."""
         first, second, *kernel = self.shape
         return math.prod((first // self.groups if self.inputs_first else second, *kernel))
 
     def matrix(self, t: Tensor) -> Tensor:
-        """What has the weight's own shape as a matrix ``(d, m)``."""
+        """Returns a tensor in the weight's own shape as a matrix ``(d, m)``."""
         if not self.inputs_first:
             return t.flatten(1)
         by_group = t.reshape(self.groups, -1, *t.shape[1:])
         return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """A matrix ``(d, m)`` as the weight is stored; with fewer rows the weight of fewer outputs."""
+        """Returns a matrix ``(d, m)`` as the weight is stored; fewer rows are the weight of fewer outputs."""
         inputs, *rest = self.shape
         if not self.inputs_first:
             return matrix.reshape(-1, *rest)
@@ -67,11 +67,11 @@ class Layout(NamedTuple):
 
 
 class Use:
-    """One use of a weight: ``z = lin(phi; W)``, here for a bare parameter, where z is W itself.
+    """One use of a weight, ``z = lin(phi; W)``. This class is for a bare parameter, where z is W itself.
 
     Attributes:
         weight: the weight as used, attached to the graph, in the layer's own shape.
-        layout: how it is read as a matrix.
+        layout: how the weight is read as a matrix.
         shape: the shape of z.
         d, m: the shape of the weight matrix.
     """
@@ -86,39 +86,39 @@ class Use:
         self.d, self.m = self.layout.d, self.layout.m
 
     def matrix(self) -> Tensor:
-        """The weight as W ``(d, m)``, in at least float32."""
+        """Returns the weight as W ``(d, m)``, in at least float32."""
         return self.layout.matrix(at_least_float32(self.weight))
 
     def lift(self, matrix: Tensor) -> Tensor:
-        """``lin(phi; matrix)``: where a step of W along `matrix` ``(d, m)`` moves z."""
+        """Returns ``lin(phi; matrix)``: how z moves when W moves by `matrix` ``(d, m)``."""
         return matrix.reshape(self.shape)
 
     def pull(self, delta: Tensor) -> Tensor:
-        """``sum_a delta_a phi_a^T`` ``(d, m)``, the transpose of `lift`: a derivative in z as one in W."""
+        """Turns a derivative in z into one in W, ``sum_a delta_a phi_a^T`` ``(d, m)``: `lift` transposed."""
         return delta.flatten(1)
 
     def detached(self) -> Use:
-        """This use with a constant input."""
+        """Returns this use with a constant input."""
         return self
 
     def check(self) -> None:
-        """Raises RuntimeError if what was recorded is no longer what the graph was built with, TypeError if
-        it never was."""
+        """Raises TypeError if kappa cannot be computed of this use, and RuntimeError if the weight or the
+        input has changed since the forward."""
 
 
 class LayerUse(Use):
-    """One call of a module, recorded in its forward. Holds its input, hence lives with the graph.
+    """One call of a module, recorded in its forward. It holds the call's input, so it lives with the graph.
 
     Attributes:
-        objection: why kappa cannot be computed of this call, if it cannot.
-        holders: who may still ask for kappa of it.
+        objection: why kappa cannot be computed of this call; None if it can.
+        holders: who may still ask for kappa of this call.
     """
 
     has_rows = True
     inputs_first = False
 
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
-        if is_sharded(weight):  # FSDP2 has gathered its weights here, within the forward
+        if is_sharded(weight):  # those of FSDP2 are whole here, within the forward
             raise TypeError(tensor_parallel(module))
         if getattr(weight._base, "_is_flat_param", False):
             raise TypeError(
@@ -142,11 +142,11 @@ class LayerUse(Use):
 
     @classmethod
     def layout_of(cls, module: nn.Module, weight: Tensor) -> Layout:
-        """How a weight of the module is read as a matrix."""
+        """Returns how a weight of the module is read as a matrix."""
         return Layout(weight.shape, cls.inputs_first)
 
     def release(self, holder: object) -> None:
-        """Lets go of the input when nobody needs it any more."""
+        """Removes a holder, and drops the input if none is left."""
         self.holders.discard(holder)
         if not self.holders:
             vars(self).pop("phi", None)
@@ -163,21 +163,21 @@ class LayerUse(Use):
 
     @property
     def lead(self) -> torch.Size:
-        """Shape of z without its channel axis: the axes of its rows, the sample axis first."""
+        """The shape of z without its channel axis: the axes of its rows, the sample axis first."""
         shape = list(self.shape)
         del shape[self.channel]
         return torch.Size(shape)
 
     def rows(self) -> Tensor:
-        """phi as the rows of z see it: ``(*lead, m)``; for convolutions, the patches."""
+        """Returns the input of each row of z, ``(*lead, m)``; for convolutions, the patches of phi."""
         raise NotImplementedError
 
     def squared_norms(self) -> Tensor:
-        """``||phi_row||^2`` for every row of z: ``lead``."""
+        """Returns ``||phi_a||^2`` for every row a of z, in the shape ``lead``."""
         return self.rows().square().sum(-1)
 
     def forward(self, bias: Tensor | None) -> Tensor:
-        """z as the layer's class computes it from phi, the weight and `bias`."""
+        """Returns z as the layer's class computes it from phi, the weight and `bias`."""
         raise NotImplementedError
 
     def pull(self, delta: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class Conv1DUse(LinearUse):
 
 
 def complex_weight(what: str, weight: Tensor) -> str:
-    """Why a complex weight is refused."""
+    """Returns why a complex weight is refused."""
     return (
         f"expected a real weight, got that of {what} in {weight.dtype}, of which relative flatness is not "
         "defined. Hold its real and imaginary part as two layers, or leave it out."
@@ -249,13 +249,13 @@ def complex_weight(what: str, weight: Tensor) -> str:
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether `weight` is a DTensor; without importing what the user has not."""
+    """Returns whether `weight` is a DTensor, without importing what the user has not imported."""
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(weight, tensor.DTensor)
 
 
 def tensor_parallel(module: nn.Module) -> str:
-    """Why a layer that is tensor parallel is refused."""
+    """Returns why a layer that is tensor parallel is refused."""
     return (
         f"`layer` {describe(module)} is tensor parallel: no process has its whole weight, input and output, "
         "which kappa needs. Leave the layer out of the plan of parallelize_module. (FSDP2 is supported.)"
@@ -263,7 +263,7 @@ def tensor_parallel(module: nn.Module) -> str:
 
 
 def describe(layer: object) -> str:
-    """`layer` as the user wrote it, for error messages."""
+    """Returns `layer` as the user wrote it, for error messages."""
     if isinstance(layer, Tensor):
         return f"{type(layer).__name__} of shape {tuple(layer.shape)}"
     text = str(layer)
