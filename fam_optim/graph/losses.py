@@ -6,8 +6,8 @@
     logistic (binary cross-entropy)       S   = diag sqrt(a p (1 - p))
     squared error, Huber up to its delta  S   = sqrt(2 a)
 
-The graph must show that a loss is a sum of these: between it and them there are only operations linear in
-them. Any other loss ends in an error.
+The graph must show that a loss is a sum of these, or of the largest of them: between it and them there are
+only operations that are linear, or pick. Any other loss ends in an error.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def linear_in(
     loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
 ) -> tuple[list[Node], Node | None]:
-    """The nodes of some kinds in whose results the loss is linear, piece by piece, as far as it depends on
-    `ends`; and one in which it is not, if there is one. The path is that to `ends`, these included.
+    """Returns the nodes of some kinds in whose results the loss is linear, piece by piece, and a node in which
+    it is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
     """
     found: list[Node] = []
     root = loss.grad_fn

@@ -57,7 +57,7 @@ DISTANCES |= _kinds("MultiMarginLoss MultilabelMarginLoss")
 one that is written out."""
 
 PICKS = _kinds("Max Min Maximum Minimum Amax Amin Aminmax Median Nanmedian Kthvalue Sort Topk Cummax Cummin")
-"""Some of the entries of the operand, chosen by their size."""
+"""Operations that pick entries of the operand by their size."""
 
 
 def is_linear(kind: str, positions: Sequence[int]) -> bool:
