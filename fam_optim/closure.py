@@ -251,7 +251,7 @@ class BackwardInterception:
 
 def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Stands in for `torch.autograd.backward`: applies the innermost interception, then the next one."""
-    if not _active.stack:  # all have been applied, or another thread without any calls backward
+    if not _active.stack:  # all have been applied, or this thread has none
         return _torchs_own(tensors, grad_tensors, *args, **kwargs)
     interception = _active.stack.pop()
     try:

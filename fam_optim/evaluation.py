@@ -41,8 +41,8 @@ def dataset_relative_flatness(
 
     Args:
         model: called on each batch's inputs.
-        layer: a module of the model, a parameter (modes full and hutchinson), the name of either in the
-            model, or a sequence of these.
+        layer: a module of the model, a parameter (not in mode exact with the Hessian), the name of either in
+            the model, or a sequence of these.
         loss_fn: ``loss_fn(model(inputs), targets)`` must return the *mean* over the batch.
         loader: yields ``(inputs, targets)``; tensors in them, also in dicts, lists and tuples, are moved to
             the layer's device.

@@ -99,8 +99,8 @@ def relative_flatness(
     Args:
         loss: the scalar loss, before its backward. kappa is linear in it and has its unit: the sum over
             samples gives the sum of their kappas, the mean gives the mean.
-        layer: what `observe` yielded, an nn.Parameter (every use of it counts; modes full and
-            hutchinson only), or a sequence of these, whose kappas are added.
+        layer: what `observe` yielded, an nn.Parameter (every use of it counts; not in mode exact with the
+            Hessian), or a sequence of these, whose kappas are added.
         measure: "neuronwise" or "layerwise".
         mode: "exact", "full" (forms H, for tiny layers and tests) or "hutchinson" (random probes).
         curvature: "hessian", or "gauss_newton" for softmax cross-entropy, binary cross-entropy with logits,
@@ -182,7 +182,7 @@ def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
 
 
 def check_mode(layer: object, settings: Settings) -> None:
-    """Raises ValueError if the mode needs more of the layer than a bare parameter has."""
+    """Raises ValueError for a bare parameter if the mode needs the layer's inputs and outputs."""
     if settings.mode == "exact" and settings.curvature == "hessian" and isinstance(layer, Tensor):
         raise ValueError(
             f"mode='exact' needs the layer's inputs and outputs, which a bare {describe(layer)} does not "

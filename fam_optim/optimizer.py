@@ -36,7 +36,7 @@ class FAM(OptimizerWrapper):
     >>> loss = optimizer.step(lambda: criterion(model(x), y))
 
     This builds ``FAM(model.parameters(), torch.optim.SGD, weight_layers(model)[:-1], mode="proximal", ...)``.
-    With mode="proximal" a step (`every` is 10 by default)
+    With mode="proximal" and every=10, the default, a step
 
     1.  runs the closure and backpropagates its loss; every tenth step first estimates the curvature T of the
         layers, in one more backward;
@@ -55,8 +55,8 @@ class FAM(OptimizerWrapper):
         params: parameters or parameter groups for the base optimizer.
         base_optimizer: a class or callable ``(params, **base_kwargs) -> torch.optim.Optimizer``.
         layer: the layer to keep flat: an nn.Linear, a convolution or transposed convolution, Hugging Face's
-            Conv1D, an nn.Parameter with one row per output (not with mode="exact"), or a sequence of these,
-            such as all layers but the last, ``weight_layers(model)[:-1]``.
+            Conv1D, an nn.Parameter with one row per output (mode="exact" then needs "gauss_newton"), or a
+            sequence of these, such as all layers but the last, ``weight_layers(model)[:-1]``.
         lam: with mode="proximal", how far kappa pulls each weight, relative to the loss; 1 by default. In
             other modes, the weight of kappa in the loss; 0.008 by default. With 0 a step is exactly the
             base's. You may change it at any time.
@@ -83,15 +83,14 @@ class FAM(OptimizerWrapper):
 
     Raises:
         TypeError: if the layer has no weight matrix, or the base is not an optimizer.
-        ValueError: for a negative or non-finite lam, an unknown mode or measure, exact with a parameter, an
-            argument that means nothing in this mode, or LBFGS with mode="proximal".
+        ValueError: for a negative or non-finite lam, an unknown mode or measure, a parameter in mode exact
+            with the Hessian, an argument that means nothing in this mode, or LBFGS with mode="proximal".
 
     Warns:
         UserWarning: if a layer's weight is neither frozen nor among `params`, and so is not trained.
 
-    Cost: with mode="proximal" every tenth step takes one more backward, a copy of the layers' weights, and
-    products of ``d^2 m`` per weight ``(d, m)``; other steps cost nothing more. `relative_flatness` gives the
-    cost of a penalty.
+    Cost of mode="proximal": one more backward, a copy of the layers' weights, and products of ``d^2 m`` per
+    weight ``(d, m)`` at every tenth step; nothing at other steps. For a penalty see `relative_flatness`.
     """
 
     regularizer: Regularizer

@@ -80,12 +80,11 @@ def unsunk(path: Iterable[Node]) -> Iterator[None]:
 
 @contextmanager
 def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
-    """A context in which FSDP2 keeps the weights that it gathers.
+    """A context in which FSDP2 gathers a module's weights when a derivative enters it, but never frees them.
 
-    FSDP2 gathers a module's weights when a derivative enters it, and frees them when the derivative leaves.
-    Derivatives inside kappa must not free them: kappa's own backward needs them again, and runs before the
+    kappa's own backward needs the weights again that a derivative inside kappa has used. It runs before the
     forward's backward, whose hooks would gather them. The layer's weight is the gathered leaf that its
-    forward used. So kappa's gradient is added to the loss's there, and both are averaged together, once.
+    forward used, so kappa's gradient is added to the loss's there, and both are averaged together, once.
     """
     groups = _fsdp_groups()
     for group in groups:
@@ -134,8 +133,7 @@ class Replicas:
         """The processes that the weights' DistributedDataParallel averages over; None for one process.
 
         Raises:
-            RuntimeError: if there are several processes but no such module, so that nothing shows whether
-                their weights are copies.
+            RuntimeError: if there are several processes but no such module, since weights may differ then.
         """
         if not _in_process_group() or dist.get_world_size() == 1:
             return None

@@ -72,7 +72,7 @@ class Penalty(Regularizer):
         # Not id(self), which a later object may get while marks of this one still exist.
         self._serial = next(_serial_numbers)
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
-        self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator: was the last penalty too large
+        self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator: was the last penalty > loss
         self._warned = False
         self.after_step()
 

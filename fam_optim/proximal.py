@@ -44,7 +44,7 @@ STACKED = 1 << 16
 class Proximal(Regularizer):
     """Makes the proximal step of a set of weights and keeps what it needs from step to step.
 
-    At the last due step `last_kappa` was the sum of ``||A^T W||_F^2`` over all weights, an unbiased kappa.
+    `last_kappa` is the sum of ``||A^T W||_F^2`` over all weights at the last due step, an unbiased kappa.
 
     Attributes:
         steps: how many steps the base has made.

@@ -42,7 +42,7 @@ class Taken:
     def note(self, gradient: Tensor) -> None:
         """Hook on the loss: adds the gradient with which a backward of the loss begins."""
         gradient = at_least_float32(gradient).reshape(())
-        if not unnoticed.reading_waits(gradient) and bool(gradient < 0):  # an accelerator makes A nan
+        if not unnoticed.reading_waits(gradient) and bool(gradient < 0):  # on an accelerator A becomes nan
             raise RuntimeError(
                 "what regularize() returned is backpropagated with a negative factor: the loss is to be "
                 "maximised, and is not convex. Regularise what is minimised."
@@ -115,8 +115,7 @@ class StepRoots:
 
     def see(self, loss: Tensor, seed: int | None) -> None:
         """Takes A from a loss before its backward, with signs drawn from `seed`. If `seed` is None, only
-        checks that A could be taken. Raises RuntimeError if it cannot.
-        """
+        checks that A could be taken. Raises RuntimeError if it cannot."""
         check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])
         self._check_graph(reached)

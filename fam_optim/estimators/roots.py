@@ -104,7 +104,7 @@ def sample_roots(
 def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[int, Node]:
     """Returns, by weight, the products ``z = phi W^T`` with fewer rows than d and m that do not interact.
 
-    It finds them in the graph. It leaves out weights with a hook on their gradient: the hook sees no rows.
+    The graph shows this. It leaves out weights with a hook on their gradient, which rows would bypass.
     """
     products: dict[int, Node] = {}
     for i, w in enumerate(weights):

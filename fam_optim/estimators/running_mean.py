@@ -53,8 +53,7 @@ class RunningMean:
 
     def add(self, numbers: list[int], a: Tensor, w: Tensor, live: Tensor) -> tuple[Dense | LowRank, Tensor]:
         """Adds A ``(weights, d, q)`` to the means of weights of one shape; returns the new means, with W,
-        and the sum of ``||A^T W||_F^2``. A weight whose A is not `live` (then A is 0) keeps its mean.
-        """
+        and the sum of ``||A^T W||_F^2``. A weight whose A is not `live` (then A is 0) keeps its mean."""
         d, q = a.shape[-2:]
         shape = shape_of_mean(d, q)
         old = [self.kept[i].to(a) if i in self.kept else a.new_zeros(shape) for i in numbers]

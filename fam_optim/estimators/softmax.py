@@ -64,7 +64,7 @@ def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
 
 
 class Head(NamedTuple):
-    """A softmax that the output of one use of the layer feeds."""
+    """One softmax that is taken of the output of one use of the layer."""
 
     softmax: Softmax
     use: LayerUse
