@@ -1,10 +1,10 @@
-"""A closure as the base optimizer gets it: its losses are regularised before they are backpropagated.
+"""The base optimizer gets the user's closure in a wrapper that regularises losses before their backward.
 
-The user's closure leaves backward to FAM, or calls it itself, on one loss or several, scaled or not. While it
-runs `torch.autograd.backward`, which every ``Tensor.backward`` calls, is replaced, so that the loss can be
-changed. (A TorchFunctionMode would see ``Tensor.backward`` alone, and costs a microsecond an operation.) A
-base that reads what a closure returns (LBFGS's line search, Polyak's step size) must find the function whose
-gradient it gets, the user the plain loss.
+The user's closure may leave backward to FAM, or call it itself, on one loss or several, scaled or not. While
+it runs, `torch.autograd.backward`, which every ``Tensor.backward`` calls, is replaced, so that the loss can
+be changed. (A TorchFunctionMode would only see ``Tensor.backward``, and costs a microsecond per operation.) A
+base that reads what the closure returns (LBFGS's line search, Polyak's step size) must get the function whose
+gradient it gets. The user must get the plain loss.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 class WatchedClosure:
-    """The closure of one step, whose losses a regulariser sees before they are backpropagated.
+    """The closure of one step; it shows each loss to a regulariser before the loss is backpropagated.
 
     Args:
-        check: called after an evaluation: refuses gradients that no step may be made on.
+        check: called after each evaluation; raises if no step may be made on the gradients.
         zero_grad: empties the gradients.
-        trained: the base optimizer's parameters.
+        trained: returns the base optimizer's parameters.
 
     Attributes:
-        evaluations: how often the base has evaluated it.
-        returned: what the user's closure returned first, without penalties.
+        evaluations: how often the base has evaluated the closure.
+        returned: what the user's closure returned at its first evaluation, without penalties.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class WatchedClosure:
     @partial(opaque, reason="fam_optim looks into the graph that the closure builds")
     def __call__(self) -> Any:
         self.evaluations += 1
-        # Weakly, since the closure is to free these gradients.
+        # Weak references, so that the closure can free these gradients.
         trained = self.trained() if self.regularizer.looks else ()
         before = [(p, None if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
         with torch.enable_grad(), BackwardInterception(self._seen) as backward:
@@ -73,14 +73,14 @@ class WatchedClosure:
             self._check_seen()
         elif result is not None or not self._may_only_step():
             self._check_unseen(result, before)
-            if self.evaluations > 1:  # the base tries again, from gradients that are still the last try's
+            if self.evaluations > 1:  # the base tries again, and the last try's gradients are still there
                 self.zero_grad()
-            self._regularized(result).backward()  # type: ignore[no-untyped-call]  # seen from outside too
+            self._regularized(result).backward()  # type: ignore[no-untyped-call]  # outer closures see it
         self.check()
         return self._value(result)
 
     def _check_unseen(self, result: Any, before: list[tuple[Tensor, TensorWeakRef | None]]) -> None:
-        """Raises RuntimeError if a closure that called no backward returned no loss or has made gradients."""
+        """Raises RuntimeError if a closure without a backward returned no loss, or assigned gradients."""
         if not isinstance(result, Tensor) or result.grad_fn is None:
             raise RuntimeError(
                 "expected the closure to return the loss as a tensor with its graph, or to call "
@@ -97,28 +97,28 @@ class WatchedClosure:
             )
 
     def _may_only_step(self) -> bool:
-        return self.regularizer.given or not self.regularizer.lam  # Lightning's manual optimisation
+        return self.regularizer.given or not self.regularizer.lam  # as in Lightning's manual optimisation
 
     def _regularized(self, loss: Tensor) -> Tensor:
-        """What is backpropagated in place of a loss."""
+        """Returns what to backpropagate in place of a loss."""
         return self.regularizer.regularize(loss)
 
     def _seen(self, loss: Tensor) -> Tensor:
-        """The same of a loss that the closure backpropagates."""
+        """Returns what to backpropagate in place of a loss on which the closure calls backward."""
         return self._regularized(loss)
 
     def _check_seen(self) -> None:
         """Raises RuntimeError if the closure backpropagated nothing that could be regularised."""
 
     def _value(self, result: Any) -> Any:
-        """What the base gets of what the closure returned."""
+        """Returns what the base gets in place of what the closure returned."""
         if self.evaluations == 1:
             self.returned = result
         return result.detach() if isinstance(result, Tensor) else result
 
 
 class PenalizedClosure(WatchedClosure):
-    """The closure of one step whose losses are backpropagated with their penalty."""
+    """The closure of one step, whose losses are backpropagated with their penalty added."""
 
     def __init__(self, closure: Callable[[], Any], penalty: Penalty, **functions: Any) -> None:
         super().__init__(closure, penalty, **functions)
@@ -151,11 +151,11 @@ class PenalizedClosure(WatchedClosure):
         return self._objective(result, plain)
 
     def _seen(self, loss: Tensor) -> Tensor:
-        """Another network's loss passes."""
+        """Returns the regularised loss, or the loss itself if it does not depend on the layers."""
         try:
             return self._regularized(loss)
         except LayerNotUsedError as error:
-            self._missed = error.with_traceback(None)  # whose frames would keep the graph
+            self._missed = error.with_traceback(None)  # frames in a traceback would keep the graph alive
             self.penalty.ledger.expect(loss)
             return loss
 
@@ -163,29 +163,29 @@ class PenalizedClosure(WatchedClosure):
         if not self.penalty.lam:
             return loss
         regularized = self.penalty.regularize(loss)
-        plain = without_penalties(regularized)  # while there is a graph to ask
+        plain = without_penalties(regularized)  # now, since a backward frees the graph
         self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
 
     def _plain(self, result: Any) -> Any:
-        """What the closure returned, without penalties."""
+        """Returns what the closure returned, without penalties."""
         if not isinstance(result, Tensor):
             return result
-        for backward in self._backwards:  # whose graph is gone
+        for backward in self._backwards:  # the graph of these losses is gone
             if backward.node is result.grad_fn:
                 return backward.plain
         return without_penalties(result)
 
     def _objective(self, result: Any, plain: Any) -> Any:
-        """The value of what was backpropagated, in the unit of what the closure returned.
+        """Returns the value of what was backpropagated, in the unit of what the closure returned.
 
-        kappa is linear in the loss: where the closure backpropagated multiples of what it returned (a
-        GradScaler's), the penalties are multiples too, and so is `last_kappa`.
+        kappa is linear in the loss. So if the closure backpropagated a multiple of what it returned (with a
+        GradScaler, say), the penalties and `last_kappa` are the same multiple, which is divided out here.
         """
         if not self._backwards or not isinstance(result, (Tensor, float)):
             return result.detach() if isinstance(result, Tensor) else result
         if len(self._backwards) == 1 and self._backwards[0].node is getattr(result, "grad_fn", None):
-            return self._backwards[0].objective  # the loss itself, as almost always
+            return self._backwards[0].objective  # the usual case: the closure returned this very loss
         backpropagated = torch.stack([b.plain.detach().reshape(()) for b in self._backwards]).sum()
         objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
@@ -197,22 +197,22 @@ class PenalizedClosure(WatchedClosure):
 
 
 class _Backward(NamedTuple):
-    """One backward of a closure's."""
+    """What is known of one backward that ran for a closure."""
 
-    node: Node | None  # of its loss
-    plain: Tensor  # the loss's value without penalties
-    objective: Tensor  # that of what was backpropagated in its place
+    node: Node | None  # the graph node of its loss
+    plain: Tensor  # the loss without penalties
+    objective: Tensor  # the value of what was backpropagated in place of the loss
 
 
 def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: Any) -> WatchedClosure:
-    """The user's closure as the base gets it."""
+    """Returns the wrapper of the user's closure that suits the regulariser, for the base to call."""
     if isinstance(regularizer, Penalty):
         return PenalizedClosure(closure, regularizer, **functions)
     return WatchedClosure(closure, regularizer, **functions)
 
 
 class _Active(threading.local):
-    """The interceptions that this thread is in, the innermost last."""
+    """Keeps the interceptions that are active in this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[BackwardInterception] = []
@@ -225,7 +225,7 @@ _torchs_own: Any = None
 
 
 class BackwardInterception:
-    """Within this context a backward of this thread's backpropagates ``transform(loss)``."""
+    """A context in which each backward that this thread calls backpropagates ``transform(loss)``."""
 
     def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
         self.transform = transform
@@ -250,8 +250,8 @@ class BackwardInterception:
 
 
 def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for `torch.autograd.backward`: the innermost interception's turn, then the next one's."""
-    if not _active.stack:  # all have had theirs, or it is another thread's backward
+    """Stands in for `torch.autograd.backward`: applies the innermost interception, then the next one."""
+    if not _active.stack:  # all have been applied, or this thread has none
         return _torchs_own(tensors, grad_tensors, *args, **kwargs)
     interception = _active.stack.pop()
     try:
@@ -262,7 +262,7 @@ def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any)
 
 
 def _one_loss(tensors: Any, gradients: Any) -> Tensor:
-    """The scalar whose backward is that of several tensors, each from the gradient that it was given."""
+    """Returns a scalar whose backward equals that of all `tensors` together, with their `gradients`."""
     tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
     gradients = (gradients,) if gradients is None or isinstance(gradients, Tensor) else tuple(gradients)
     gradients += (None,) * (len(tensors) - len(gradients))

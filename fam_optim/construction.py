@@ -1,4 +1,4 @@
-"""Checks the arguments of FAM, and makes of them the base optimizer and the regulariser."""
+"""Checks the arguments of FAM, and builds the base optimizer and the regulariser from them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LAM, LAM_OF_A_PENALTY, EVERY = 1.0, 8e-3, 10
 def build_regularizer(
     layer: Any, lam: float | None, mode: str, every: int | None, of_penalty: dict[str, Any], **random: Any
 ) -> Regularizer:
-    """The regulariser of a mode, or ValueError for what means nothing in it. Of a penalty are measure,
-    curvature, normalize and detach_hessian, None where not given; random are n_samples and generator."""
+    """Builds the regulariser of a mode; ValueError if an argument means nothing in it. `of_penalty` has
+    measure, curvature, normalize and detach_hessian, None if not given; `random` n_samples and generator."""
     if lam is None:
         lam = LAM if mode == "proximal" else LAM_OF_A_PENALTY
     lam = checked_lam(lam)
@@ -46,13 +46,13 @@ def build_regularizer(
             f"got {listed} with mode='proximal', which is neuronwise, with Gauss-Newton curvature that is "
             "held constant, and has no unit. Leave that out, or use mode='hutchinson'."
         )
-    Settings(**random)  # which checks them
+    Settings(**random)  # only to check them
     layers = layer if isinstance(layer, (list, tuple)) else (layer,)
     return Proximal(layers, lam, EVERY if every is None else every, **random)
 
 
 def checked_lam(lam: Any) -> float:
-    """`lam`, if it is one."""
+    """Returns `lam` as a float; ValueError unless it is finite and at least 0."""
     number = float(lam) if isinstance(lam, (Real, Tensor)) else math.nan
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"expected `lam` to be finite and at least 0, got {lam!r}.")
@@ -60,7 +60,7 @@ def checked_lam(lam: Any) -> float:
 
 
 def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) -> Optimizer:
-    """The base optimizer, or TypeError if it is none."""
+    """Builds the base optimizer; TypeError if what was given does not make one."""
     built = isinstance(base_optimizer, Optimizer)
     if built or not callable(base_optimizer):
         kind = type(base_optimizer).__name__ if built else "SGD"
@@ -79,7 +79,7 @@ def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) ->
 
 
 def check_pair(base: Optimizer, regularizer: Regularizer) -> None:
-    """Raises ValueError if the base cannot be moved apart from its own steps."""
+    """Raises ValueError if the base does not allow others to move its weights between its steps."""
     if isinstance(base, LBFGS) and isinstance(regularizer, Proximal):
         raise ValueError(
             "mode='proximal' moves the weights between steps, and LBFGS's history of them would be wrong. "
@@ -88,7 +88,7 @@ def check_pair(base: Optimizer, regularizer: Regularizer) -> None:
 
 
 def warn_untrained(regularizer: Regularizer, parameters: Iterable[Tensor]) -> None:
-    """Warns, once, if weights of layers are neither frozen nor among the parameters that are trained."""
+    """Warns if some layers have weights that are neither frozen nor among the trained parameters."""
     trained = {id(p) for p in parameters}
     left_out = [
         name

@@ -1,4 +1,4 @@
-"""Relative flatness over a data set: of some layers, or of all layers by their names."""
+"""Measures relative flatness over a data set, for chosen layers or for all layers of a model by name."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ def dataset_relative_flatness(
     generator: torch.Generator | None = None,
     weight: Callable[[Any, Any], float] | None = None,
 ) -> Tensor:
-    """kappa of the mean loss over a data set, as a number without a graph.
+    """Returns kappa of the mean loss over a data set, as a tensor without a graph.
 
-    kappa is linear in the loss, so it is the mean over the batches, weighted by their sizes. The model
-    is in eval mode meanwhile (dropout off, BatchNorm on its running statistics), and then in the mode it was
-    found in.
+    kappa is linear in the loss, so the result is the mean over the batches, weighted by their sizes. The
+    model is put in eval mode (dropout off, BatchNorm uses its running statistics) and afterwards back in the
+    mode in which it was found.
 
     Args:
         model: called on each batch's inputs.
-        layer: a module of the model, a parameter (modes full and hutchinson), the name of one in the
-            model, or a sequence of these.
-        loss_fn: ``loss_fn(model(inputs), targets)``, the *mean* over the batch.
-        loader: yields ``(inputs, targets)``; tensors, also in dicts, lists and tuples, are moved to the
-            layer's device.
+        layer: a module of the model, a parameter (not in mode exact with the Hessian), the name of either in
+            the model, or a sequence of these.
+        loss_fn: ``loss_fn(model(inputs), targets)`` must return the *mean* over the batch.
+        loader: yields ``(inputs, targets)``; tensors in them, also in dicts, lists and tuples, are moved to
+            the layer's device.
         measure, mode, curvature, normalize, n_samples, generator: as in `relative_flatness`.
-        weight: ``weight(inputs, targets)`` is how many terms the batch's mean is over; by default its
-            samples, the length of the tensors in inputs. Give it where they have none in common, or where
-            the loss weighs samples, by class say, or leaves some out:
-            ``lambda inputs, targets: (targets != -100).sum()`` for the tokens of a cross-entropy that ignores
-            -100. Batches of weight 0 are left out.
+        weight: ``weight(inputs, targets)`` returns how many terms the batch's mean is over. The default is
+            the number of samples, the length of the tensors in inputs. Give it if their lengths differ, or
+            if the loss weighs samples (by class, say) or ignores some:
+            ``lambda inputs, targets: (targets != -100).sum()`` counts the tokens of a cross-entropy that
+            ignores -100. Batches of weight 0 are left out.
 
     Returns:
-        ``()`` for one layer; ``(layers,)`` for a sequence. A layer that a batch does not use counts 0 there.
+        ``()`` for one layer; ``(layers,)`` for a sequence. A batch that does not use a layer counts as 0.
 
     Raises:
         ValueError: if the loader yields no samples.
-        RuntimeError: as `relative_flatness`.
+        RuntimeError: for the reasons that `relative_flatness` names.
 
-    Cost: one forward per batch and the value's part of `relative_flatness`.
+    Cost: one forward per batch, and the cost of `relative_flatness` without a gradient.
     """
-    # The value alone: a constant Hessian spares the graph of its derivative.
+    # Only the value is needed: a constant Hessian saves the graph of its derivative.
     settings = Settings(
         measure, mode, normalize, n_samples, generator, detach_hessian=True, curvature=curvature
     )
@@ -72,7 +72,7 @@ def dataset_relative_flatness(
 
 
 class LayerFlatness(dict[str, float]):
-    """kappa by the layer's name: what `layer_flatness` returns. It prints as a table."""
+    """A dict of kappa by the layer's name, as `layer_flatness` returns it. It prints as a table."""
 
     def __repr__(self) -> str:
         width = max((len(name) for name in self), default=0)
@@ -90,19 +90,19 @@ def layer_flatness(
     seed: int = 0,
     weight: Callable[[Any, Any], float] | None = None,
 ) -> LayerFlatness:
-    """kappa of every weight layer of a model over a data set, by name: where it is flat, and where it is not.
+    """Returns kappa of every weight layer of a model over a data set, by name, to show which are flat.
 
     >>> print(layer_flatness(model, torch.nn.functional.cross_entropy, loader))
 
-    It is an unbiased estimate of kappa with Gauss-Newton curvature, which is never negative. On last
-    layers and in networks of piecewise linear functions (ReLU) this is the Hessian's kappa. The model is in
-    eval mode meanwhile.
+    It is an unbiased estimate of kappa with Gauss-Newton curvature, which is never negative. On last layers
+    and in networks of piecewise linear functions (ReLU) this equals the Hessian's kappa. The model is in
+    eval mode while it is measured.
 
     Args:
         model, loss_fn, loader: as in `dataset_relative_flatness`.
         measure, normalize: as in `relative_flatness`.
-        n_samples: probes per batch.
-        seed: of the probes: the same at every call, so that numbers can be compared.
+        n_samples: number of probes per batch.
+        seed: seed of the probes; it is fixed by default, so that results of several calls can be compared.
         weight: as in `dataset_relative_flatness`.
 
     Returns:
@@ -127,7 +127,7 @@ def _over_batches(
     settings: Settings,
     weight: Callable[[Any, Any], float],
 ) -> tuple[Tensor, set[int]]:
-    """The layers' kappas ``(layers,)``, and the numbers of those that a batch depends on."""
+    """Returns the layers' kappas ``(layers,)``, and the numbers of the layers that some batch uses."""
     for layer in layers:
         check_mode(layer, settings)
     device = _device(layers)
@@ -160,12 +160,12 @@ def _over_batches(
 
 @contextmanager
 def _observed_in_eval_mode(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
-    """Puts the model in eval mode and records its layers' calls; afterwards all is as it was."""
+    """Puts the model in eval mode and records its layers' calls; restores its state afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
     try:
         model.eval()
-        for parameter in frozen:  # or the graph would not show it
+        for parameter in frozen:  # else the graph would not show the parameter
             parameter.requires_grad_()
         with ExitStack() as recording:
             for layer in layers:
@@ -180,7 +180,7 @@ def _observed_in_eval_mode(model: nn.Module, layers: Sequence[Layer]) -> Iterato
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
-    """Inputs and targets."""
+    """Returns the inputs and targets of a batch; TypeError if it is no pair."""
     length = f" of length {len(batch)}" if isinstance(batch, (list, tuple)) else ""
     if length != " of length 2":
         raise TypeError(
@@ -196,7 +196,7 @@ def _device(layers: Sequence[Layer]) -> torch.device:
 
 
 def _samples(inputs: Any, targets: Any) -> int:
-    """The length that all tensors of a batch's inputs have, in dicts, lists and tuples too."""
+    """Returns the common length of all tensors in a batch's inputs, also those in dicts, lists and tuples."""
     lengths = set(_lengths(inputs))
     if len(lengths) != 1:
         raise TypeError(

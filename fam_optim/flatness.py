@@ -1,4 +1,4 @@
-"""Relative flatness of a layer: one functional entry, from measure and mode to a number.
+"""One function, `relative_flatness`, computes the relative flatness of layers from a measure and a mode.
 
 measure   ->  factor F        (`measure`)
 mode      ->  estimator       (`estimators`)
@@ -40,7 +40,7 @@ CURVATURES = ("hessian", "gauss_newton")
 
 @dataclass(frozen=True)
 class Settings:
-    """How kappa is computed; checked once, where the user gave it."""
+    """The choices of how to compute kappa, checked once, when the user gives them."""
 
     measure: str = "neuronwise"
     mode: str = "exact"
@@ -78,49 +78,50 @@ def relative_flatness(
     n_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Relative flatness of a layer, ``()``, differentiable in every parameter of the network.
+    """Returns the relative flatness of a layer, ``()``, differentiable in every parameter of the network.
 
         neuronwise   kappa     = sum_{s,u} <w_s, w_u> Tr(H_{s,u})
         layerwise    kappa_hat = ||W||_F^2 Tr(H)
 
-    with W ``(d, m)`` the layer's weight matrix, one row w_s per output neuron, and H_{s,u} ``(m, m)``
-    the Hessian of the loss in rows s and u.
+    W ``(d, m)`` is the layer's weight matrix, with one row w_s per output neuron. H_{s,u} ``(m, m)`` is the
+    Hessian of the loss in rows s and u.
 
     >>> with observe(model.head) as layer:
     ...     loss = criterion(model(x), y)
     >>> (loss + 0.03 * relative_flatness(loss, layer)).backward()
 
-    On the last layer of a classifier kappa is never negative. On layers below it can be: there the loss
-    need not be convex in the weights. ``curvature="gauss_newton"`` takes the part of H that is never negative
-    on any layer, ``G = sum_i J_i^T B_i J_i``, J the Jacobian of the network's outputs and B the Hessian of
-    the loss in them; on last layers, and where only piecewise linear functions follow, it is the same number.
+    On the last layer of a classifier kappa is never negative. On lower layers it can be negative, since the
+    loss need not be convex in their weights. ``curvature="gauss_newton"`` uses a part of H that is never
+    negative on any layer, ``G = sum_i J_i^T B_i J_i``. Here J is the Jacobian of the network's outputs and B
+    the Hessian of the loss in them. On last layers, and where only piecewise linear functions follow, kappa
+    is then the same.
 
     Args:
-        loss: the scalar, before its backward. kappa is linear in it and has its unit: a sum over
-            samples gives a sum, a mean a mean.
-        layer: what `observe` yielded, an nn.Parameter (every use of it counts; modes full and
-            hutchinson only), or a sequence of these, whose kappas are added.
+        loss: the scalar loss, before its backward. kappa is linear in it and has its unit: the sum over
+            samples gives the sum of their kappas, the mean gives the mean.
+        layer: what `observe` yielded, an nn.Parameter (every use of it counts; not in mode exact with the
+            Hessian), or a sequence of these, whose kappas are added.
         measure: "neuronwise" or "layerwise".
         mode: "exact", "full" (forms H, for tiny layers and tests) or "hutchinson" (random probes).
         curvature: "hessian", or "gauss_newton" for softmax cross-entropy, binary cross-entropy with logits,
             softplus, squared error, Huber and smooth L1 losses and sums of these.
-        normalize: divide by m, as the authors' code does: the lambdas of the paper apply then.
-        n_samples: probes per evaluation (hutchinson).
-        generator: of the probes; by default torch's global one (hutchinson).
+        normalize: divide by m, as the authors' code does, so that the paper's lambda values apply.
+        n_samples: number of probes per evaluation (hutchinson).
+        generator: draws the probes; by default torch's global one (hutchinson).
 
     Returns:
-        kappa, in float32 or the loss's precision if that is higher.
+        kappa, in float32 or in the loss's precision if this is higher.
 
     Raises:
         ValueError, TypeError: for an argument that is none of the above.
-        RuntimeError: if the loss does not depend on the layer; in mode exact, if the value would take
-            too many Hessian-vector products; in its backward, if torch has no third derivative of
-            what follows the layer (BatchNorm in train mode).
+        RuntimeError: if the loss does not depend on the layer; in mode exact, if the value would take too
+            many Hessian-vector products; in kappa's backward, if torch has no third derivative of what
+            follows the layer (BatchNorm in train mode).
 
-    Cost, in tail backwards (the backward from the loss to the layer's output alone): exact on a softmax
-    cross-entropy head about one; exact elsewhere about ``4 min(d, m)``; hutchinson about 4 per probe. With
-    Gauss-Newton curvature one product serves all layers: hutchinson 1 per probe and 2 more for its gradient,
-    exact as many times that as the network has outputs.
+    Cost, in tail backwards (a backward from the loss to the layer's output only): exact takes about one on a
+    softmax cross-entropy head and about ``4 min(d, m)`` elsewhere; hutchinson about 4 per probe. With
+    Gauss-Newton curvature one product serves all layers: hutchinson takes 1 per probe and 2 more for its
+    gradient, exact takes that for each of the network's outputs.
 
     Source: Petzka et al. 2021, definition 3 (kappa); Adilova et al. 2023, sections 1 and 3.2.
     """
@@ -140,18 +141,18 @@ def relative_flatness(
 
 
 def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
-    """The tails of the layers that the loss depends on, by the layers' numbers."""
+    """Returns the tails of those layers that the loss depends on, by the layers' numbers."""
     return {number: tail for number, tail in enumerate(find_tails(loss, layers)) if tail is not None}
 
 
 def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
-    """The sum of the kappas of the layers at whose outputs the tails, of one loss, end."""
+    """Returns the sum of the kappas of the layers to which these tails of one loss lead."""
     kappas = each_flatness(tails, settings)
     return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
 
 
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
-    """The kappas of the layers at whose outputs the tails, of one loss, end."""
+    """Returns the kappa of each layer to which these tails of one loss lead."""
     precise = in_full_precision(tails[0].loss.device)
     with torch.enable_grad(), precise, local_derivatives(tails), counted_once(), _unhooked(tails):
         if settings.curvature == "gauss_newton":
@@ -168,7 +169,7 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
 
 @contextmanager
 def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
-    """Derivatives in a weight do not pass the user's hooks on its gradient (which freeze rows, say)."""
+    """Keeps the user's hooks on a weight's gradient (to freeze rows, say) out of kappa's derivatives."""
     hooks = [tail.uses[0].weight._backward_hooks or {} for tail in tails]
     kept = [dict(of_one) for of_one in hooks]
     try:
@@ -181,7 +182,7 @@ def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
 
 
 def check_mode(layer: object, settings: Settings) -> None:
-    """Raises ValueError if the mode needs more of the layer than a bare parameter has."""
+    """Raises ValueError for a bare parameter if the mode needs the layer's inputs and outputs."""
     if settings.mode == "exact" and settings.curvature == "hessian" and isinstance(layer, Tensor):
         raise ValueError(
             f"mode='exact' needs the layer's inputs and outputs, which a bare {describe(layer)} does not "
@@ -210,8 +211,8 @@ def _flatness(tail: Tail, settings: Settings) -> Tensor:
 
 
 def _matrix(tail: Tail) -> Tensor:
-    """W, one for all calls, in no lower precision than the loss; RuntimeError unless all calls computed it
-    alike, from the same parameters to the same numbers."""
+    """Returns the W of all calls, in no lower precision than the loss. Raises RuntimeError unless all calls
+    computed it from the same parameters, by the same operations, to the same numbers."""
     first = tail.uses[0].weight
     others = [use.weight for use in tail.uses if use.weight is not first]
     if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):

@@ -1,4 +1,4 @@
-"""Which gradients a step may be made on: those of losses that were regularised, if they are finite."""
+"""A step may only be made on gradients of losses that were regularised, and only if they are finite."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """Which gradients the layers' weights have: of losses that were regularised, or of others too.
+    """Knows whether all gradients of the layers' weights come from losses that were regularised.
 
-    It sees every backward that reaches a trained weight of the layers, whoever calls it and how, and knows
-    which of them are of a loss that FAM has handed out. What else is done to gradients (clipping, scaling,
-    averaging, zeroing) is nobody's business. If it is `sound`, gradients that are there already may stay.
+    It sees every backward that reaches a trained weight of the layers, no matter who calls it and how, and
+    knows which of them started from a loss that FAM returned. It ignores what else is done to gradients
+    (clipping, scaling, averaging, zeroing). `sound` says that gradients may exist already.
 
     Attributes:
         added: whether a backward has added to a gradient.
@@ -41,23 +41,23 @@ class Ledger:
         ids = {id(p) for p in self._trained}
         self._of_layers = [w for _, weights in named_weights for w in weights if id(w) in ids]
         self._hooked: set[int] = set()
-        self._sound = sound  # whether all gradients there are, are of regularised losses
-        self._running: int | None = None  # the backward that has been noticed
-        self._expected = False  # whether it is of one
-        self._reached: list[Tensor] = []  # by it, before that was known
+        self._sound = sound  # whether all present gradients come from regularised losses
+        self._running: int | None = None  # the backward that was noticed and has not ended
+        self._expected = False  # whether that backward started from a regularised loss
+        self._reached: list[Tensor] = []  # weights that it reached before this was known
         self.added = False
 
     @property
     def _weights(self) -> list[Any]:
-        """What is watched: the layers' weights, or all that is trained if these are frozen now."""
+        """The weights to watch: those of the layers, or all trained ones if the layers are frozen now."""
         weights = [w for w in self._of_layers if w.requires_grad]
         watched = weights or [p for p in self._trained if p.requires_grad]
         # A sharded weight gets its gradient from FSDP, not from a backward.
         return [w for w in watched if not is_sharded(w)]
 
     def watch(self) -> None:
-        """Sees every backward from now on."""
-        # By now lazy layers have weights, and what was frozen may be so no more.
+        """Starts to watch every backward."""
+        # Called again later, since lazy layers get weights and frozen weights may be unfrozen.
         new = [w for w in self._weights if id(w) not in self._hooked and w.is_leaf]
         if new:
             self._hooked.update(map(id, new))
@@ -66,13 +66,13 @@ class Ledger:
             weakref.finalize(self, _remove, handles)
 
     def expect(self, loss: Tensor) -> None:
-        """Notes that a backward from `loss` is in order."""
+        """Notes that `loss` was regularised, so that a backward from it is allowed."""
         self.watch()
         begin = partial(_if_alive, weakref.WeakMethod(self._begin))
         loss.register_hook(begin)  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
-        """Raises RuntimeError if a gradient is there of a loss that was not regularised."""
+        """Raises RuntimeError if a gradient comes from a loss that was not regularised."""
         self._settle()
         if not self._sound and self._is_there():
             raise RuntimeError(
@@ -86,11 +86,11 @@ class Ledger:
             )
 
     def is_empty(self) -> bool:
-        """Whether nothing that is trained has a gradient."""
+        """Returns whether no trained parameter has a gradient."""
         return all(p.grad is None for p in self._trained)
 
     def left(self, beside: Sequence[Tensor] = ()) -> Tensor | None:
-        """Whether a gradient is not zero, without waiting for the answer; None if there is none."""
+        """Returns, without waiting for the device, whether a gradient is not zero; None if there is none."""
         weights = (w for w in self._weights if not any(w is b for b in beside))
         gradients = [w.grad for w in weights if w.grad is not None]
         found = [g.any().to(gradients[0].device) for g in gradients]
@@ -101,7 +101,7 @@ class Ledger:
         return left is not None and bool(left)  # only zero_grad(set_to_none=False) makes this wait
 
     def _begin(self, gradient: Tensor) -> None:
-        """Hook on a loss: its backward begins."""
+        """Hook on a regularised loss: its backward begins."""
         self._settle()
         self._sound = self._sound or not self._is_there(beside=self._reached)
         self._expected = True
@@ -110,7 +110,7 @@ class Ledger:
     def _note(self, weight: Tensor) -> None:
         """Hook on a weight: a backward has added to its gradient."""
         self.added = True
-        if not self._expected:  # yet: it may also be of what was added to a regularised loss
+        if not self._expected:  # not yet: a term that was added to a regularised loss may come first
             self._reached.append(weight)
             self._enter()
 
@@ -123,7 +123,7 @@ class Ledger:
         self._running, self._expected, self._reached = None, False, []
 
     def _settle(self) -> None:
-        """A backward that failed has not ended: what is there since may be of any loss."""
+        """Ends a backward that failed: the gradients that it left may come from any loss."""
         if self._running not in (None, nodes.derivative()):
             self._sound = False
             self._end()
@@ -141,12 +141,11 @@ def _remove(handles: Iterable[Any]) -> None:
 
 
 class FiniteGuard:
-    """No step on a penalty that is not finite while the loss is.
+    """Prevents a step if the loss is finite but the gradient of the penalty is not.
 
-    Higher derivatives can be infinite where the first is not: of a norm or a standard deviation at 0, in
-    torch's way of computing them. So gradients are looked at before the step. On the CPU the step is refused.
-    On an accelerator, so as not to wait for it, the gradients become zero where they lie, and the next step
-    is refused.
+    As torch computes them, higher derivatives can be infinite where the first is finite: those of a norm or a
+    standard deviation at 0. So the gradients are checked before the step. On the CPU the step is refused. On
+    an accelerator the gradients are set to zero in place and the next step is refused, to avoid waiting.
     """
 
     def __init__(self, names: str) -> None:
@@ -154,7 +153,7 @@ class FiniteGuard:
         self._earlier: unnoticed.AsyncFlag | None = None
 
     def check(self, losses: Sequence[Tensor], trained: Iterable[Tensor]) -> None:
-        """Raises RuntimeError if a gradient is not finite, although the losses that were regularised are."""
+        """Raises RuntimeError if a gradient is not finite although the regularised losses are."""
         if self._earlier is not None and self._earlier.read() is False:
             self._earlier = None
             raise RuntimeError(self._not_finite("An earlier step was made on zero gradients instead."))
@@ -163,7 +162,7 @@ class FiniteGuard:
         whole = [p.grad for p in trained if p.grad is not None]
         gradients = [g for g in map(_local, whole) if g.numel()]
         sound = ~_all_finite(losses) | _all_finite(gradients or losses)
-        if any(map(is_sharded, whole)):  # all processes refuse, or none
+        if any(map(is_sharded, whole)):  # all processes must refuse, or none
             everywhere = sound.to(torch.float32)
             dist.all_reduce(everywhere, dist.ReduceOp.MIN)
             sound = everywhere.bool()
@@ -186,16 +185,16 @@ class FiniteGuard:
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient that this process has."""
+    """Returns the part of a gradient that this process holds, as a dense tensor."""
     if is_sharded(gradient):
         gradient = gradient.to_local()  # type: ignore[attr-defined]
     return gradient._values() if gradient.is_sparse else gradient
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether all numbers are, ``()``, on the device of the first tensor; in one reading of each."""
+    """Returns whether all numbers are finite, ``()``, on the device of the first tensor."""
     device = tensors[0].device
-    if unnoticed.reading_waits(tensors[0]):  # few operations for many tensors; nan is passed on
+    if unnoticed.reading_waits(tensors[0]):  # few operations for many tensors; the norm of nan is nan
         largest = torch._foreach_norm(list(tensors), ord=torch.inf)
         return torch.stack([n.to(device, torch.float32) for n in largest]).isfinite().all()
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).to(device) for t in tensors]

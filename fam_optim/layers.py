@@ -1,4 +1,4 @@
-"""What the user may name as a layer: modules and parameters, one or several."""
+"""A user may name one layer or several, each a module or a parameter."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Layer = Observation | nn.Parameter
 
 
 def weight_layers(model: nn.Module) -> list[nn.Module | nn.Parameter]:
-    """The layers of a model that FAM can regularise, in the order in which the model has them.
+    """Returns the layers of a model that FAM can regularise, in the order in which the model has them.
 
     >>> hidden = weight_layers(model)[:-1]  # if the model calls its layers in the order in which it has them
     >>> FAM(model.parameters(), torch.optim.SGD, hidden, mode="proximal", lr=0.1)
 
     Args:
-        model: any module; itself too, if it is such a layer.
+        model: any module, even one that is itself such a layer.
 
     Returns:
-        Its Linear, convolution and transposed convolution modules, transformers' Conv1D, and subclasses of
-        these. The weight itself, an nn.Parameter, where its owner multiplies with it (nn.MultiheadAttention,
-        recurrent layers, nn.Bilinear), and where several of the modules share it. Every weight once.
+        Its modules of the types Linear, convolution, transposed convolution and transformers' Conv1D, and of
+        their subclasses. The weight itself, an nn.Parameter, where its owner uses it as a matrix
+        (nn.MultiheadAttention, recurrent layers, nn.Bilinear) or several modules share it. No weight twice.
     """
     return list(named_weight_layers(model).values())
 
 
 def named_weight_layers(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
-    """The same by their names in the model."""
+    """Returns the layers that FAM can regularise, like `weight_layers`, by their names in the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected `model` to be an nn.Module, got a {type(model).__name__}.")
     found: dict[str, nn.Module | nn.Parameter] = {}
@@ -47,14 +47,14 @@ def named_weight_layers(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]
             weight = layer._parameters.get("weight") if isinstance(layer, nn.Module) else layer
             shared_with = path if weight is None else first.setdefault(id(weight), path)
             known = found.setdefault(shared_with, layer)
-            # A parameter's rows lie along its first axis, so those of a transposed one are not.
+            # A bare parameter must have its rows along the first axis, which a transposed weight has not.
             if known is not layer and not (isinstance(known, nn.Module) and inputs_first(known)):
                 found[shared_with] = cast("nn.Parameter", weight)
     return found
 
 
 def _weights_in(module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:
-    """What of `module` is a layer: itself, or weights that it multiplies with."""
+    """Returns what counts as a layer in `module`: the module itself, or weights that it multiplies with."""
     if base_type(module) is not None:
         return [("", module)]
     if not isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)):
@@ -67,7 +67,7 @@ def _weights_in(module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]
 
 
 def named(model: nn.Module, layer: Any) -> Any:
-    """`layer`, with names in `model` ("fc", "blocks.0.attn.in_proj_weight") replaced by what they name."""
+    """Returns `layer` with names ("fc", "blocks.0.attn.in_proj_weight") replaced by parts of `model`."""
     if isinstance(layer, (list, tuple)):
         return [named(model, one) for one in layer]
     if not isinstance(layer, str):
@@ -80,8 +80,8 @@ def named(model: nn.Module, layer: Any) -> Any:
 
 
 def as_layers(layer: Any) -> tuple[Layer, ...]:
-    """What the user named as `layer`: modules to be observed, and parameters; TypeError or ValueError for
-    anything else, nothing, or the same layer twice."""
+    """Returns what the user named as `layer`, with each module in an observation. Raises TypeError or
+    ValueError if it is anything else, empty, or has the same layer twice."""
     several = layer if isinstance(layer, (list, tuple)) else (layer,)
     if not several:
         raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
@@ -103,7 +103,7 @@ def as_layers(layer: Any) -> tuple[Layer, ...]:
 
 
 def distinct(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The layers, each once. A weight counts all its uses, so its module is left out if both are named."""
+    """Returns each layer once. A module is left out if its weight is named too, which counts all its uses."""
     parameters = {id(one) for one in layers if isinstance(one, Tensor)}
     once: dict[int, Layer] = {}
     for one in layers:
@@ -114,7 +114,7 @@ def distinct(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 
 
 def weights_of(layer: Layer) -> list[Tensor]:
-    """The parameters behind a layer's weight: the weight itself, or what it is parametrised by."""
+    """Returns the parameters of a layer's weight: the weight itself, or those that it is computed from."""
     if isinstance(layer, Tensor):
         return [layer]
     source = parametrization(layer.module)
@@ -123,10 +123,10 @@ def weights_of(layer: Layer) -> list[Tensor]:
     own = layer.module._parameters
     if own.get("weight") is not None:
         return [cast("Tensor", own["weight"])]
-    # Pruning and the older weight_norm and spectral_norm compute `weight` in a pre-hook, from weight_*.
+    # Pruning and the older weight_norm and spectral_norm compute `weight` from weight_* in a pre-hook.
     return [p for name, p in own.items() if p is not None and name.startswith("weight_")]
 
 
 def name_of(layer: Layer) -> str:
-    """The layer as the user knows it, for messages."""
+    """Returns the layer's name as the user knows it, for messages."""
     return describe(layer.module if isinstance(layer, Observation) else layer)

@@ -1,4 +1,4 @@
-"""FAM, the optimizer: a base optimizer, and the regulariser that keeps layers flat while it trains.
+"""The optimizer FAM wraps a base optimizer and keeps layers of the network flat while the base trains them.
 
 Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2307.02337).
 """
@@ -35,62 +35,62 @@ class FAM(OptimizerWrapper):
     >>> optimizer.zero_grad()
     >>> loss = optimizer.step(lambda: criterion(model(x), y))
 
-    That is ``FAM(model.parameters(), torch.optim.SGD, weight_layers(model)[:-1], mode="proximal", ...)``.
-    With mode="proximal" a step
+    This builds ``FAM(model.parameters(), torch.optim.SGD, weight_layers(model)[:-1], mode="proximal", ...)``.
+    With mode="proximal" and every=10, the default, a step
 
-    1.  runs the closure and backpropagates its loss; every tenth time the curvature T of the layers is
-        estimated before, in one more backward;
+    1.  runs the closure and backpropagates its loss; every tenth step first estimates the curvature T of the
+        layers, in one more backward;
     2.  lets the base optimizer step on these gradients;
-    3.  every tenth time moves each layer's weight W to ``(I + 2 c T)^-1 W``, where kappa, the relative
-        flatness of the layer, is smaller, `lam` times as far as the loss moved it in ten steps;
+    3.  every tenth time moves each layer's weight W to ``(I + 2 c T)^-1 W``, `lam` times as far as the loss
+        moves it in ten steps; this lowers kappa, the relative flatness of the layer;
     4.  returns what the closure returned.
 
-    The other modes are the paper's: every step backpropagates ``loss + lam * kappa``, loss and *penalty*.
+    In the other modes, the paper's, every step backpropagates ``loss + lam * kappa``: loss and *penalty*.
 
-    The closure returns the loss; it may call ``loss.backward()`` itself, as closures for LBFGS or Lightning
+    The closure returns the loss. It may call ``loss.backward()`` itself, as closures for LBFGS or Lightning
     do. FAM does not zero the gradients. A loop without a closure calls
     ``optimizer.regularize(loss).backward()`` and ``optimizer.step()``.
 
     Args:
-        params: parameters or parameter groups, for the base optimizer.
+        params: parameters or parameter groups for the base optimizer.
         base_optimizer: a class or callable ``(params, **base_kwargs) -> torch.optim.Optimizer``.
-        layer: what is kept flat: an nn.Linear, a convolution or transposed convolution, Hugging Face's
-            Conv1D, an nn.Parameter with one row per output (not with mode="exact"), or a sequence of these,
-            such as all but the last, ``weight_layers(model)[:-1]``.
-        lam: with mode="proximal" how far kappa pulls each weight, relative to the loss; 1 by default.
-            Otherwise the weight of kappa in the loss; 0.008 by default. With 0 a step is the base's, bit for
-            bit. May be changed at any time.
-        mode: "proximal", or how the penalty's kappa is computed: "exact" (the default), "full" (forms the
-            Hessian; tiny layers) or "hutchinson" (random probes, right on average).
-        every: steps from one proximal step to the next; 10 by default (proximal alone).
-        measure: "neuronwise", the default (paper, section 1), or "layerwise" (section 3.2). Of a penalty.
-        curvature: "hessian", the default (the paper's), or "gauss_newton": its part that is never negative,
-            for all layers at the price of one backward with mode="hutchinson". Of a penalty.
-        normalize: divide kappa by the number of the layer's inputs, as the authors' code does; the paper's
-            lambdas apply then. Of a penalty.
-        detach_hessian: hold the Hessian constant: keep only the part of kappa's gradient that goes through
-            the layer's own weights, (I) of the paper's Lemma 1. Of a penalty.
-        n_samples: random signs or probes, at least 1 (proximal, hutchinson).
-        generator: of these; by default FAM's own, with torch's seed. Its state is in `state_dict`.
-        **base_kwargs: for the base optimizer: lr, momentum, ...
+        layer: the layer to keep flat: an nn.Linear, a convolution or transposed convolution, Hugging Face's
+            Conv1D, an nn.Parameter with one row per output (mode="exact" then needs "gauss_newton"), or a
+            sequence of these, such as all layers but the last, ``weight_layers(model)[:-1]``.
+        lam: with mode="proximal", how far kappa pulls each weight, relative to the loss; 1 by default. In
+            other modes, the weight of kappa in the loss; 0.008 by default. With 0 a step is exactly the
+            base's. You may change it at any time.
+        mode: "proximal", or how to compute the penalty's kappa: "exact" (the default), "full" (forms the
+            Hessian; for tiny layers) or "hutchinson" (random probes, unbiased).
+        every: number of steps from one proximal step to the next, 10 by default; only for mode="proximal".
+        measure: "neuronwise" (the default; paper, section 1) or "layerwise" (section 3.2). Penalty only.
+        curvature: "hessian" (the default, as in the paper) or "gauss_newton", the part of it that is never
+            negative; with mode="hutchinson" all layers together then cost one backward. Penalty only.
+        normalize: divide kappa by the layer's number of inputs, as the authors' code does, so that the
+            paper's lambda values apply. Penalty only.
+        detach_hessian: hold the Hessian constant, which keeps only the part of kappa's gradient that goes
+            through the layer's own weights, (I) of the paper's Lemma 1. Penalty only.
+        n_samples: number of random signs or probes, at least 1 (proximal, hutchinson).
+        generator: source of the randomness, by default FAM's own with torch's seed; `state_dict` resumes it.
+        **base_kwargs: arguments for the base optimizer: lr, momentum, ...
 
     Attributes:
-        lam: as above.
-        base_optimizer: owns ``state``, ``param_groups`` and ``defaults``; FAM's are the same objects.
-        last_kappa: kappa of the loss of the last proximal step, or as it last entered the penalty;
-            detached, on the device; None before.
+        lam: the argument `lam`.
+        base_optimizer: the owner of ``state``, ``param_groups`` and ``defaults``, which FAM shares.
+        last_kappa: kappa at the last proximal step, or as it last entered the penalty; a detached tensor on
+            the device; None before that.
         last_penalty: ``lam * kappa`` as it was last added to a loss; None with mode="proximal".
 
     Raises:
         TypeError: if the layer has no weight matrix, or the base is not an optimizer.
-        ValueError: for a negative or non-finite lam, an unknown mode or measure, exact with a parameter, an
-            argument that means nothing in this mode, or LBFGS with mode="proximal".
+        ValueError: for a negative or non-finite lam, an unknown mode or measure, a parameter in mode exact
+            with the Hessian, an argument that means nothing in this mode, or LBFGS with mode="proximal".
 
     Warns:
-        UserWarning: if a layer's weight is neither frozen nor among `params`: it is not trained.
+        UserWarning: if a layer's weight is neither frozen nor among `params`, and so is not trained.
 
-    Cost: mode="proximal", at every tenth step, one more backward, a copy of the layers' weights, and products
-    of ``d^2 m`` for each weight ``(d, m)``; nothing at the others. A penalty: that of `relative_flatness`.
+    Cost of mode="proximal": one more backward, a copy of the layers' weights, and products of ``d^2 m`` per
+    weight ``(d, m)`` at every tenth step; nothing at other steps. For a penalty see `relative_flatness`.
     """
 
     regularizer: Regularizer
@@ -134,15 +134,15 @@ class FAM(OptimizerWrapper):
         params: Any = None,
         **base_kwargs: Any,
     ) -> FAM:
-        """FAM with the recommended settings: all weight layers but the last, ``mode="proximal"``.
+        """Builds a FAM with the recommended settings: all weight layers but the last, ``mode="proximal"``.
 
         >>> optimizer = FAM.for_model(model, torch.optim.SGD, lr=0.05, momentum=0.9)
 
         Args:
-            model: its weight layers are those of `weight_layers`.
+            model: the network, whose weight layers `weight_layers` finds.
             base_optimizer, lam, every: as in `FAM`.
             params: parameters or parameter groups for the base optimizer; by default all of the model's.
-            **base_kwargs: for the base optimizer: lr, momentum, ...
+            **base_kwargs: arguments for the base optimizer: lr, momentum, ...
 
         Raises:
             ValueError: if the model has fewer than two weight layers.
@@ -157,18 +157,18 @@ class FAM(OptimizerWrapper):
         return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
 
     def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
-        """What a new, copied or unpickled FAM is made of."""
+        """Puts a new, copied or unpickled FAM together from its two parts."""
         check_pair(base_optimizer, regularizer)
         self._wrap(base_optimizer)
         self.regularizer = regularizer
         regularizer.start(self._parameters())
-        self._evaluations = 0  # of a closure, at most in one step
+        self._evaluations = 0  # the most often that one step has evaluated its closure
 
     # The regulariser
 
     @property
     def lam(self) -> float:
-        """How far kappa pulls the weights, relative to the loss; of a penalty, the weight of kappa."""
+        """How far kappa pulls the weights, relative to the loss; with a penalty, the weight of kappa."""
         return self.regularizer.lam
 
     @lam.setter
@@ -177,7 +177,7 @@ class FAM(OptimizerWrapper):
 
     @property
     def last_kappa(self) -> Tensor | None:
-        """kappa of the loss of the last proximal step, or as it last entered the penalty; detached."""
+        """kappa at the last proximal step, or as it last entered the penalty; detached."""
         return self.regularizer.last_kappa
 
     @property
@@ -186,51 +186,51 @@ class FAM(OptimizerWrapper):
         return self.regularizer.last_penalty
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """Returns what to backpropagate in place of a loss, in loops that call backward themselves.
+        """Returns what to backpropagate in place of a loss, for loops that call backward themselves.
 
         >>> scaler.scale(optimizer.regularize(loss)).backward()
         >>> scaler.step(optimizer)
 
-        With mode="proximal" this is the loss itself, whose curvature is estimated if the step is due;
-        otherwise ``loss + lam * kappa``, differentiable. With gradient accumulation call it on every
-        micro-batch's loss.
+        With mode="proximal" it returns the loss itself, and first estimates its curvature if a proximal step
+        is due. In other modes it returns ``loss + lam * kappa``, differentiable. With gradient accumulation
+        call it on every micro-batch's loss.
 
         Args:
-            loss: the scalar loss of a forward since FAM was built, before its backward.
+            loss: the scalar loss, before its backward; its forward must have run after FAM was built.
 
         Raises:
-            RuntimeError: if the loss depends on no layer, or is of a kind whose curvature is not known; and
-                as `relative_flatness`.
+            RuntimeError: if a penalty's loss depends on no layer, if the curvature is not known, or for the
+                reasons that `relative_flatness` names.
         """
         regularized = self.regularizer.regularize(loss)
         self.regularizer.given = True
         return regularized
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients, as the base optimizer does; losses backpropagated before count no more."""
+        """Zeroes the gradients, as the base optimizer does, and forgets the losses backpropagated so far."""
         super().zero_grad(set_to_none)
         self.regularizer.gradients_zeroed()
 
     # The step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer, which also keeps the layers flat.
+        """Makes one step of the base optimizer and keeps the layers flat.
 
         Args:
             closure: runs the forward and returns the scalar loss; it may call backward too. Without a
                 closure the gradients must come from `regularize`.
 
         Returns:
-            What the closure returned, the plain loss; without a closure what the base returns.
+            What the closure returned, that is the plain loss; without a closure what the base returns.
 
         Raises:
             RuntimeError: if nothing was regularised. If the closure raises, weights and optimizer state
-                are as before the step.
+                are as they were before the step.
         """
         if closure is None:
             return self._step_on_gradients()
-        check = self._ready  # when the closure has run, and its backward has freed what it needed
-        if not self._is_torchs_own():  # it may move weights before
+        check = self._ready  # runs after the closure, when its backward has freed its memory
+        if not self._is_torchs_own():  # such a base may move weights before it calls the closure
             check = self._check
             self.regularizer.before_step()
         functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}
@@ -242,7 +242,7 @@ class FAM(OptimizerWrapper):
         return evaluated.returned if evaluated.evaluations else result
 
     def _step_on_gradients(self) -> Any:
-        """The step without a closure."""
+        """Makes a step without a closure, on the gradients that `regularize` led to."""
         if self.lam and not self.regularizer.given and self._trains():
             raise RuntimeError(
                 "FAM.step() without a closure expects gradients of a regularised loss, but regularize() was "
@@ -256,23 +256,23 @@ class FAM(OptimizerWrapper):
         return result
 
     def _check(self) -> None:
-        """Raises RuntimeError if no step may be made on the gradients that are there."""
+        """Raises RuntimeError if no step may be made on the present gradients."""
         if self.lam and self._trains():
             self.regularizer.check(self._parameters())
 
     def _ready(self) -> None:
-        """The gradients are there, and the base is about to move the weights."""
+        """Checks the gradients and prepares the regulariser, just before the base moves the weights."""
         self._check()
         self.regularizer.before_step()
 
     def _may_reevaluate(self) -> bool:
-        """Whether the base may move the weights and then evaluate the closure again, which may fail: as LBFGS
-        does, and as any base may that is not torch's own, until a step of it has shown otherwise."""
+        """Returns whether the base may evaluate the closure again, and fail, after it has moved the weights.
+        LBFGS does. A base that is not torch's own may, until one of its steps has shown otherwise."""
         lbfgs = isinstance(self.base_optimizer, LBFGS)
         return lbfgs or self._evaluations > 1 or not (self._evaluations or self._is_torchs_own())
 
     def _trains(self) -> bool:
-        """Whether a step moves anything: torch.distributed.checkpoint creates the state with one at lr 0."""
+        """Returns False if every lr is 0: torch.distributed.checkpoint makes such a step to create state."""
         return any(group.get("lr") != 0 for group in self.param_groups)
 
     # Copies and checkpoints
@@ -282,7 +282,7 @@ class FAM(OptimizerWrapper):
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         saved = own.get(_CHECKPOINT_KEY)
-        if saved is not None:  # a plain base optimizer has none, and lam stays as it is
+        if saved is not None:  # the checkpoint of a plain base optimizer has none, and lam stays as it is
             self.regularizer.load(saved)
 
     def __getstate__(self) -> dict[str, Any]:

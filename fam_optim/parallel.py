@@ -1,10 +1,10 @@
-"""Data-parallel wrappers, while kappa is computed.
+"""Keeps data-parallel wrappers quiet while kappa is computed, and adds up curvature over processes.
 
-kappa takes derivatives of the loss before the step's one backward. They are local to the process: what is
-averaged over processes is the gradient of ``loss + lam * kappa``, by the wrapper and once. But a wrapper's
-hooks on the graph take any derivative that passes them for the step's backward, and must be told.
+kappa takes derivatives of the loss before the step's one backward. These are local to the process. The
+wrapper averages only the gradient of ``loss + lam * kappa`` over processes, once. But the wrapper's hooks on
+the graph mistake any derivative for the step's backward, so they are switched off meanwhile.
 
-The attributes used here are torch's own and not public; test_torch_names.py guards each of them.
+The attributes of torch used here are not public; test_torch_names.py guards each of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
-    """Derivatives of the tails' losses taken in this context start no communication of gradients."""
+    """A context in which derivatives of the tails' losses start no communication of gradients."""
     if not _in_process_group():
         yield
         return
@@ -48,8 +48,8 @@ def _in_process_group() -> bool:
 
 
 def known(owner: Any, name: str) -> Any:
-    """An attribute that torch does not promise, of a module, by its name, or of an object; RuntimeError if it
-    is not there: what is done with it would not be done, without a word."""
+    """Returns an attribute that torch does not promise, of an object or of a module given by name. Raises
+    RuntimeError if it is missing, since its use here would otherwise silently have no effect."""
     found = getattr(sys.modules.get(owner) if isinstance(owner, str) else owner, name, None)
     if found is None:
         raise RuntimeError(
@@ -61,8 +61,8 @@ def known(owner: Any, name: str) -> Any:
 
 @contextmanager
 def unsunk(path: Iterable[Node]) -> Iterator[None]:
-    """DDP with static_graph reduces all gradients when the first backward through its sink ends, and so
-    would reduce, once and for all, those of a derivative inside kappa."""
+    """A context in which DDP with static_graph reduces no gradients. Otherwise it would do so, once and for
+    all, after the first backward through its sink, which is a derivative inside kappa."""
     sinks: list[Any] = []
     if _in_process_group():
         known("torch.nn.parallel.distributed", nodes.DDP_SINK)
@@ -80,16 +80,16 @@ def unsunk(path: Iterable[Node]) -> Iterator[None]:
 
 @contextmanager
 def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
-    """FSDP2 gathers a module's weights when a derivative enters it, and frees them when it leaves.
+    """A context in which FSDP2 gathers a module's weights when a derivative enters it, but never frees them.
 
-    A derivative inside kappa must gather but not free: kappa's own backward needs the weights again, and
-    runs before that of the forward, whose hooks would gather them. The layer's weight is the gathered leaf
-    that its forward used, so its gradient joins the loss's there and is averaged with it, once.
+    kappa's own backward needs the weights again that a derivative inside kappa has used. It runs before the
+    forward's backward, whose hooks would gather them. The layer's weight is the gathered leaf that its
+    forward used, so kappa's gradient is added to the loss's there, and both are averaged together, once.
     """
     groups = _fsdp_groups()
     for group in groups:
         known(type(group), "post_backward")
-        group.post_backward = lambda *unused: None  # hides the method of the class, for this group alone
+        group.post_backward = lambda *unused: None  # hides the class's method, for this group only
     try:
         for tail in tails if groups else ():
             if any(_is_freed(use.weight) for use in tail.uses):
@@ -101,20 +101,20 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
 
 
 def lasting(weight: Tensor) -> Tensor:
-    """`weight`, and with FSDP2 a copy: another forward's backward may free it before kappa's is done."""
+    """Returns `weight`, or with FSDP2 a copy, since another backward may free it before kappa's is done."""
     return weight.clone() if _fsdp_groups() else weight
 
 
 def _fsdp_groups() -> list[Any]:
-    """All groups of weights that FSDP2 shards and gathers together; none where it cannot be in use."""
+    """Returns all groups of weights that FSDP2 shards and gathers together; none if it is not in use."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not _in_process_group():  # imported it may be all the same, by a framework
+    if fsdp is None or not _in_process_group():  # a framework may import it without using it
         return []
     modules = list(known("torch.distributed._composable_state", "_module_state_mapping"))
     state_of = known("torch.distributed._composable_state", "_get_module_state")
     states = [state_of(module) for module in modules if isinstance(module, fsdp.FSDPModule)]
     of_states = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
-    # Modules that are sharded together share a state.
+    # Modules that are sharded together share a state, so duplicates are dropped.
     return list(dict.fromkeys(group for groups in of_states for group in groups if group is not None))
 
 
@@ -130,15 +130,15 @@ class Replicas:
 
     @cached_property
     def group(self) -> dist.ProcessGroup | None:
-        """Those that the DistributedDataParallel around the weights averages over; None for one process.
+        """The processes that the weights' DistributedDataParallel averages over; None for one process.
 
         Raises:
-            RuntimeError: if there are several processes and no such module: the weights may be copies or not.
+            RuntimeError: if there are several processes but no such module, since weights may differ then.
         """
         if not _in_process_group() or dist.get_world_size() == 1:
             return None
         ours = {id(p) for p in self._parameters}
-        for wrapped in gc.get_objects():  # its type is asked, since an object may answer for another
+        for wrapped in gc.get_objects():  # checks type(wrapped), since isinstance would trust a proxy
             if not issubclass(type(wrapped), DistributedDataParallel):
                 continue
             if ours <= {id(p) for p in wrapped.module.parameters()}:
@@ -153,7 +153,7 @@ class Replicas:
         )
 
     def check_together(self) -> None:
-        """Raises RuntimeError where some of them may have come to the end of their batches."""
+        """Raises RuntimeError if some of the processes may have no batches left."""
         wrapped = None if self.group is None else self._wrapped()
         if wrapped is not None and known(wrapped, "_join_config").enable:
             raise RuntimeError(
@@ -163,13 +163,13 @@ class Replicas:
 
     @property
     def rank(self) -> int:
-        """This process's place among them."""
+        """The number of this process among them; 0 for one process."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def joined(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The sum of each tensor over the processes, over the root of their number.
+        """Returns each tensor's sum over the processes, divided by the root of their number.
 
-        Of A, which is that of a share of the batch each, it is A of the whole batch, whose loss is the mean.
+        If each process has A of its share of the batch, this is A of the whole batch, whose loss is the mean.
         """
         result = [(part / math.sqrt(dist.get_world_size(self.group))).contiguous() for part in parts]
         for part in result:

@@ -1,4 +1,4 @@
-"""The penalty: ``lam * kappa`` of a loss, added once, whoever asks for it and however often."""
+"""The penalty ``lam * kappa`` is added to a loss only once, no matter who asks for it and how often."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _serial_numbers = itertools.count()
 
 
 class _Mark(NamedTuple):
-    """What is noted on the node of a regularised loss."""
+    """A note that is kept on the graph node of a regularised loss."""
 
     plain: Tensor  # the loss without penalties
-    penalties: Mapping[int, Tensor]  # that were added to it, detached, by the serial number of who added them
+    penalties: Mapping[int, Tensor]  # the added penalties, detached, by the serial number of their `Penalty`
 
 
 class Penalty(Regularizer):
-    """``lam * kappa`` at some layers, and what happened to it since the last step.
+    """Adds ``lam * kappa`` of some layers to losses, and keeps track of these losses until the step.
 
     Attributes:
-        layers: observations and parameters.
-        last_lam: lam when kappa last entered the penalty.
-        ledger: whether gradients are of regularised losses.
-        touched: whether a loss depended on a layer in this closure.
+        layers: the layers, as observations and parameters.
+        last_lam: the value of lam when kappa last entered the penalty.
+        ledger: knows whether all gradients come from regularised losses.
+        touched: whether a loss in this closure depended on a layer.
         losses: the losses regularised since the last step, detached.
     """
 
@@ -69,15 +69,15 @@ class Penalty(Regularizer):
         self._prepare()
 
     def _prepare(self) -> None:
-        # Not the identity, which a later object may have again while this one's marks are still about.
+        # Not id(self), which a later object may get while marks of this one still exist.
         self._serial = next(_serial_numbers)
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
-        self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator, of the last penalty
+        self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator: was the last penalty > loss
         self._warned = False
         self.after_step()
 
     def start(self, trained: Iterable[Tensor]) -> None:
-        """Observes the layers and the gradients of those of their weights that are trained, from now on."""
+        """Starts to observe the layers, and the gradients of their trained weights."""
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
@@ -107,7 +107,7 @@ class Penalty(Regularizer):
         return {"generator": None if generator is None else generator.get_state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        if "means" in state:  # of the proximal step, whose lam is another number
+        if "means" in state:  # a checkpoint of the proximal step, whose lam means something else
             return
         self.lam = state["lam"]
         generator = self.settings.generator
@@ -118,7 +118,7 @@ class Penalty(Regularizer):
         return f"mode={self.settings.mode!r}, lam={self.lam}, layer={self.names}"
 
     def after_step(self) -> None:
-        # What was recorded of a step's forwards goes, although the user may keep their losses.
+        # Releases what was recorded of the step's forwards, even if the user keeps their losses.
         observed = {id(layer.module): layer for layer in self.layers if isinstance(layer, Observation)}
         for use in list(self._used):
             use.release(observed.get(id(use.module())))
@@ -127,11 +127,11 @@ class Penalty(Regularizer):
         self.losses: list[Tensor] = []
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """``loss + lam * kappa``, kappa over the layers that the loss depends on; the loss itself if lam is 0
-        or this penalty is in it already.
+        """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
+        loss itself, if lam is 0 or the loss contains this penalty already.
 
         Raises:
-            LayerNotUsedError: if it depends on none of them.
+            LayerNotUsedError: if the loss depends on none of the layers.
             RuntimeError: if part of the loss was regularised before, and part was not.
         """
         if not self.lam:
@@ -158,9 +158,9 @@ class Penalty(Regularizer):
         return regularized
 
     def _mark_to_extend(self, loss: Tensor) -> _Mark:
-        """The loss that kappa is to be computed of, and the penalties that are in it.
+        """Returns the loss to compute kappa of, and the penalties that `loss` contains.
 
-        Another optimizer's penalty is no part of the loss: kappa is that of the loss which it was given.
+        Another optimizer's penalty does not count as part of the loss: kappa is that of the plain loss.
         """
         marked = list(_marked(loss))
         if not marked:
@@ -182,7 +182,7 @@ class Penalty(Regularizer):
         return mark
 
     def _is_used_beside(self, loss: Tensor) -> bool:
-        """Whether the loss depends on a layer other than through losses that were regularised."""
+        """Returns whether the loss depends on a layer in another way than through regularised losses."""
         observed = [layer for layer in self.layers if isinstance(layer, Observation)]
         parameters = {id(layer) for layer in self.layers if isinstance(layer, Tensor)}
         for node in _made_of(loss):
@@ -196,7 +196,7 @@ class Penalty(Regularizer):
         return False
 
     def _compare(self, penalty: Tensor, loss: Tensor) -> None:
-        """Warns, once, where the penalty is larger than the loss; on an accelerator a step later."""
+        """Warns once if the penalty is larger than the loss; on an accelerator it does so a step later."""
         if self._warned:
             return
         larger, earlier = penalty > loss.abs().reshape(()), self._larger
@@ -212,8 +212,8 @@ class Penalty(Regularizer):
 
 
 def without_penalties(loss: Tensor) -> Tensor:
-    """A loss without the penalties that are in it, whatever was done to regularised losses since, or
-    RuntimeError if that cannot be told, since a backward has freed the graph."""
+    """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises
+    RuntimeError if a backward has freed the graph that it needs for this."""
     marked = _marked(loss)
     if not marked:
         return loss
@@ -234,15 +234,15 @@ def without_penalties(loss: Tensor) -> Tensor:
 
 
 def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:
-    """The regularised losses that `loss` was made of, with their marks."""
+    """Returns the nodes of the regularised losses that `loss` was made of, with their marks."""
     return [(node, nodes.metadata(node)[_MARK]) for node in _made_of(loss) if _MARK in nodes.metadata(node)]
 
 
 def _made_of(loss: Tensor) -> list[Node]:
-    """The graph of `loss`, its own node first, without what lies below regularised losses."""
+    """Returns the graph nodes of `loss`, its own first, except those below regularised losses."""
     walked = [] if loss.grad_fn is None else [loss.grad_fn]
     seen = set(walked)
-    for node in walked:  # which grows meanwhile
+    for node in walked:  # the list grows during the loop
         if _MARK not in nodes.metadata(node):
             below = [n for n, _ in node.next_functions if n is not None and n not in seen]
             walked += dict.fromkeys(below)
@@ -251,7 +251,7 @@ def _made_of(loss: Tensor) -> list[Node]:
 
 
 def _own_generator(layer: Layer) -> torch.Generator:
-    """Of the probes, so that these change nothing else in a run: torch's own is not advanced."""
+    """Returns a generator for the probes, so that they do not advance torch's own generator."""
     weight = next(iter(weights_of(layer)), None)
     generator = torch.Generator("cpu" if weight is None else weight.device)
     generator.manual_seed(torch.initial_seed())

@@ -1,18 +1,19 @@
-"""The proximal step: flat layers at the price of a plain step, and one ``lam`` for all.
+"""The proximal step makes layers flat at about the cost of a plain step, with one ``lam`` for all networks.
 
-The base optimizer steps on the plain loss, from W' to W. After every k-th step each weight matrix is moved to
-the minimum of kappa's quadratic, as far as the loss moves it:
+The base optimizer steps on the plain loss, from W' to W. After every k-th step each W moves towards the
+minimum of kappa, a quadratic in W, to first order `lam` times as far as the loss moves it in k steps:
 
     W  <-  argmin_V  <V V^T, T> + ||V - W||^2 / (2 c)  =  (I + 2 c T)^-1 W
     c   =  lam k ||W - W'||_F / ||2 T W||_F                              (0 where that is not finite)
 
-T ``(d, d)`` is the running mean over due steps of ``A A^T``, A of `estimators.roots` from the step's batch;
-where A is made of rows it is ``A A^T`` itself. The eigenvalues of the factor lie in (0, 1], so no weight
-grows, whatever c is. Nothing depends on the unit of the loss, of the learning rate or of W, nor on the base.
+T ``(d, d)`` is the running mean of ``A A^T`` over due steps (the k-th, 2k-th, ...), where `estimators.roots`
+takes A from the step's batch. Where A is made of rows, T is ``A A^T`` of this step alone. All eigenvalues of
+the factor lie in (0, 1], so no weight grows, whatever c is. No unit (of the loss, the learning rate or W) and
+no choice of base optimizer changes what lam means.
 
-Sources: kappa, Petzka et al. 2021. Proximal operator, Parikh and Boyd 2014. A penalty apart from the loss,
-Loshchilov and Hutter 2019. Its length by the trust ratio, You et al. 2017. Gauss-Newton curvature from
-sampled outputs every 10 steps, Liu et al. 2024.
+Sources: kappa, Petzka et al. 2021. Proximal operator, Parikh and Boyd 2014. Keeping a penalty apart from the
+loss, Loshchilov and Hutter 2019. A step length from the trust ratio, You et al. 2017. Gauss-Newton curvature
+from sampled outputs every 10 steps, Liu et al. 2024.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 STACKED = 1 << 16
-"""Weights of one shape with no more entries than this are stacked, to spare calls."""
+"""Weights of one shape whose A has at most this many entries are stacked, to save calls."""
 
 
 class Proximal(Regularizer):
-    """The proximal step of some weights, and what it keeps from step to step.
+    """Makes the proximal step of a set of weights and keeps what it needs from step to step.
 
-    Its `last_kappa` is ``||A^T W||_F^2`` of the last due step, over all weights: an unbiased kappa of a loss.
+    `last_kappa` is the sum of ``||A^T W||_F^2`` over all weights at the last due step, an unbiased kappa.
 
     Attributes:
-        steps: of the base, so far.
-        seed: of the signs, together with the number of the step and the process.
-        means: T of every weight.
+        steps: how many steps the base has made.
+        seed: determines the random signs, together with the numbers of the step and the process.
+        means: the running mean T of every weight.
         roots: A of the coming step.
     """
 
     _saved = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")
-    _layers: list[weakref.ref[Any]]  # which no copy or pickle holds
+    _layers: list[weakref.ref[Any]]  # empty in a copy or an unpickled object
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Proximal(Regularizer):
             )
         self.weights = list({id(w.parameter): w for w in map(weight_matrix, layers)}.values())
         self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
-        # torch's own generator is asked for its seed and not advanced.
+        # This reads the seed of torch's own generator without advancing the generator.
         self.seed = torch.initial_seed() if generator is None else _draw_seed(generator)
         self.means = RunningMean()
         self.last_kappa = None
@@ -80,7 +81,7 @@ class Proximal(Regularizer):
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def _prepare(self) -> None:
-        nodes.keep_buffers()  # a due step takes two backwards
+        nodes.keep_buffers()  # a due step runs two backwards through one graph
         self.roots = StepRoots(self.weights, self.n_samples)
         self._layers = []
         self.forget()
@@ -92,15 +93,15 @@ class Proximal(Regularizer):
         self._begin(sound=sound)
 
     def _begin(self, *, sound: bool) -> None:
-        """Decides whether the coming step is due; if it is `sound`, gradients that are there may stay."""
-        self._ledger: Ledger | None = None  # of its backwards, if it is; others are nobody's business
+        """Decides whether the coming step is due; `sound` allows gradients that are already there."""
+        self._ledger: Ledger | None = None  # watches the backwards of a due step, and of no other
         if self.lam > 0 and (self.steps + 1) % self.every == 0:
             self._ledger = Ledger(self.named_weights(), [w.parameter for w in self.weights], sound=sound)
             self._ledger.watch()
 
     def change_lam(self, lam: float) -> None:
         super().change_lam(lam)
-        if not (self.given and lam):  # or a step is due of which part was not looked at
+        if not (self.given and lam):  # else a step could become due after part of its losses had passed
             self._begin(sound=False)
 
     def gradients_zeroed(self) -> None:
@@ -111,18 +112,18 @@ class Proximal(Regularizer):
 
     @property
     def due(self) -> bool:
-        """Whether the coming step is followed by a proximal one."""
+        """Whether a proximal step follows the coming step."""
         return self._ledger is not None
 
     @property
     def looks(self) -> bool:
-        """Due steps' losses are looked at, and the first, so that no refusal waits for a due step."""
+        """Whether to look at the coming losses: those of due steps and the first ones, to refuse early."""
         return self.due or (self.lam > 0 and not self.roots.recognised)
 
     # Before the loss's backward: A
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """Takes A of a loss that is about to be backpropagated, if the step is due; returns the loss.
+        """Returns the loss unchanged; first takes A from it, if the coming step is due.
 
         Raises:
             RuntimeError: if the loss is not known to be convex in the network's outputs.
@@ -134,8 +135,8 @@ class Proximal(Regularizer):
     # Around the base's step: the proximal one
 
     def check(self, trained: Iterable[Tensor]) -> None:
-        """Raises RuntimeError before a due step if a loss was seen and not backpropagated, or the reverse, or
-        if FAM has other weights than the layers."""
+        """Raises RuntimeError before a due step if a loss was seen but not backpropagated, if one was
+        backpropagated but not seen, or if a layer no longer has the weight that FAM moves."""
         if self._ledger is None:
             return
         self._check_weights()
@@ -152,12 +153,12 @@ class Proximal(Regularizer):
         self._ledger.check()
 
     def _check_weights(self) -> None:
-        """Raises TypeError or RuntimeError if a layer has another weight than when FAM was built."""
+        """Raises TypeError or RuntimeError if a layer's weight is not the one it had when FAM was built."""
         held = {id(w.parameter): w.layout.shape for w in self.weights}
         for layer in [alive for layer in self._layers if (alive := layer()) is not None]:
             weight = own_weight(layer)
             if weight is None:
-                weight_matrix(layer)  # says why not
+                weight_matrix(layer)  # raises the TypeError that says why
             elif held.get(id(weight)) != weight.shape:
                 raise RuntimeError(
                     f"the weight of `layer` {describe(layer)} was replaced or resized after FAM was built "
@@ -166,11 +167,11 @@ class Proximal(Regularizer):
                 )
 
     def before_step(self) -> None:
-        """Keeps W' of every weight, if the step is due."""
+        """Copies every weight as W', if the step is due."""
         self._before = [w.parameter.detach().clone() for w in self.weights] if self.due else None
 
     def after_step(self) -> None:
-        """Counts the step, and makes the proximal one if it was due."""
+        """Counts the step, and then makes the proximal step if one is due."""
         self.steps += 1
         if self._before is not None:
             self._pull(*self.roots.total(), self._before)
@@ -178,9 +179,9 @@ class Proximal(Regularizer):
 
     @torch.no_grad()
     def _pull(self, roots: dict[int, Tensor], of_rows: set[int], before: list[Tensor]) -> None:
-        """The proximal step of all weights that have an A."""
+        """Makes the proximal step of all weights that have an A."""
         stacks: dict[Any, list[int]] = {}
-        for i, a in roots.items():  # small weights of one shape make the step at once
+        for i, a in roots.items():  # small weights of one shape make the step together
             alone = i if a.numel() > STACKED else None
             alike = (a.shape, self.weights[i].m, i in of_rows, a.dtype, a.device, alone)
             stacks.setdefault(alike, []).append(i)
@@ -194,12 +195,12 @@ class Proximal(Regularizer):
     def _pull_alike(
         self, numbers: list[int], roots: list[Tensor], before: list[Tensor], of_rows: bool
     ) -> Tensor:
-        """The step of weights of one shape; returns the sum of their kappas."""
+        """Makes the proximal step of weights of one shape, and returns the sum of their kappas."""
         weights = [self.weights[i] for i in numbers]
         a, w = stack(roots), stack([x.of(x.parameter) for x in weights])
         old = stack([x.of(before[i]) for i, x in zip(numbers, weights, strict=True)])
         size = frobenius(a)
-        live = (size > 0) & (size < torch.inf)  # an expert may be run on no tokens
+        live = (size > 0) & (size < torch.inf)  # A is 0 for, say, an expert that got no tokens
         a = torch.where(live[:, None, None], a, 0)
         t: Dense | LowRank
         if of_rows:
@@ -219,12 +220,12 @@ class Proximal(Regularizer):
         return {"seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
+        """Takes over the state of a checkpoint.
 
         Raises:
-            ValueError: if it is of other layers.
+            ValueError: if the checkpoint was made with other layers.
         """
-        if "means" not in state:  # of a penalty, whose lam is another number
+        if "means" not in state:  # a penalty's checkpoint, whose lam means something else
             return
         means: dict[int, Tensor] = state["means"]
         shapes = {i: shape_of_mean(w.d, w.m * self.n_samples) for i, w in enumerate(self.weights)}
@@ -237,7 +238,7 @@ class Proximal(Regularizer):
         self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
         devices = {i: self.weights[i].parameter.device for i in means}
         self.means.kept = {i: mean.to(devices[i], copy=True) for i, mean in means.items()}
-        self.forget(sound=False)  # gradients that are there are of losses that nothing is known of any more
+        self.forget(sound=False)  # nothing is known any more about the losses behind the present gradients
 
     def __repr__(self) -> str:
         return f"mode='proximal', lam={self.lam}, every={self.every}, layer={self.names}"
@@ -249,7 +250,7 @@ def _draw_seed(generator: torch.Generator) -> int:
 
 @partial(opaque, reason="fam_optim looks into the graph of the loss")
 def _look(roots: StepRoots, ledger: Ledger | None, loss: Tensor, seed: int | None) -> None:
-    if ledger is not None and ledger.added:  # if no step was made on it, it may have been zeroed since
+    if ledger is not None and ledger.added:  # gradients of this step may have been zeroed since then
         roots.keep_if(ledger.left())
     roots.see(loss, seed)
     if ledger is not None:

@@ -1,4 +1,4 @@
-"""The root A of a step's curvature, from all its micro-batches and all processes that share the batch."""
+"""Collects the root A of a step's curvature over all micro-batches of the step and all processes."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 _SEEN = "fam_optim.seen"
 APART = 0x9E3779B97F4A7C15
-"""Between the seeds of processes: no difference that their users' own seeds have makes up for it."""
+"""Keeps the seeds of processes far apart, whatever seeds the user chose."""
 
 
 class Taken:
-    """A of one loss."""
+    """The roots A taken from one loss, with the share of that loss which was backpropagated."""
 
     def __init__(self, roots: Roots) -> None:
         self.roots = roots
-        self.share: Tensor | None = None  # of the loss that was backpropagated: its own gradient
+        self.share: Tensor | None = None  # the gradient that the loss got; None before its backward
 
     def note(self, gradient: Tensor) -> None:
-        """Hook on the loss: its backward has begun, perhaps once more."""
+        """Hook on the loss: adds the gradient with which a backward of the loss begins."""
         gradient = at_least_float32(gradient).reshape(())
-        if not unnoticed.reading_waits(gradient) and bool(gradient < 0):  # elsewhere A is nan: no step
+        if not unnoticed.reading_waits(gradient) and bool(gradient < 0):  # on an accelerator A becomes nan
             raise RuntimeError(
                 "what regularize() returned is backpropagated with a negative factor: the loss is to be "
                 "maximised, and is not convex. Regularise what is minimised."
@@ -51,7 +51,7 @@ class Taken:
 
 
 class StepRoots:
-    """A of the losses of one step, of all micro-batches and processes.
+    """Takes A from the losses of one step and adds it up over micro-batches and processes.
 
     Attributes:
         recognised: whether a loss that depends on one of the weights has been seen.
@@ -61,27 +61,27 @@ class StepRoots:
         self.weights, self.n_samples, self.recognised = weights, n_samples, False
         self._replicas = Replicas([w.parameter for w in weights])
         self._pending: list[Taken] = []
-        self._roots: Roots = {}  # of what was backpropagated
+        self._roots: Roots = {}  # the sum of A over the losses that were backpropagated
         self.forget()
 
     def forget(self) -> None:
-        """Drops what was taken, as after a step."""
+        """Drops everything that was taken; called after a step."""
         for taken in self._pending:
-            taken.roots = {}  # whoever keeps the loss does not keep A
+            taken.roots = {}  # a user who keeps the loss does not keep A alive
         self._pending = []
         self._empty()
 
     def gradients_zeroed(self) -> None:
-        """Forgets what was backpropagated: it is of a step that was not made, or will be once more."""
+        """Forgets which losses were backpropagated, since their gradients are gone."""
         known, self._pending = [weakref.ref(taken) for taken in self._pending], []
-        # The hook of a loss that can still be backpropagated keeps what was taken of it.
+        # Only the hook of a loss that can still be backpropagated keeps its `Taken` alive.
         self._pending = [taken for ref in known if (taken := ref()) is not None]
         for taken in self._pending:
             taken.share = None
         self._empty()
 
     def keep_if(self, left: Tensor | None) -> None:
-        """Forgets what was backpropagated if nothing is left of it: no gradients, or zeros in place."""
+        """Forgets what was backpropagated if `left` says that all its gradients are zero or gone."""
         if left is None:
             self.gradients_zeroed()
         else:
@@ -95,7 +95,7 @@ class StepRoots:
             self._generators: dict[torch.device, torch.Generator] = {}
 
     def _gather(self) -> None:
-        """Adds up A of the losses whose backward has begun, each as much as it was backpropagated."""
+        """Adds up A of the losses whose backward has begun, each times the root of its share."""
         for taken in self._pending:
             if taken.share is not None:
                 self._roots = added(self._roots, scaled(taken.roots, taken.share.sqrt()), self.weights)
@@ -105,18 +105,17 @@ class StepRoots:
 
     @property
     def is_empty(self) -> bool:
-        """Whether A was taken of no loss."""
+        """Whether A has been taken from no loss yet."""
         return not (self._pending or self._shares)
 
     @property
     def only_pending(self) -> bool:
-        """Whether none of the losses that A was taken of has been backpropagated."""
+        """Whether A was taken from losses of which none has been backpropagated."""
         return not self.is_empty and not self._shares and all(t.share is None for t in self._pending)
 
     def see(self, loss: Tensor, seed: int | None) -> None:
-        """Takes A of a loss that is about to be backpropagated, with the signs of a seed; without one it is
-        only looked whether the loss can be taken A of, or RuntimeError.
-        """
+        """Takes A from a loss before its backward, with signs drawn from `seed`. If `seed` is None, only
+        checks that A could be taken. Raises RuntimeError if it cannot."""
         check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])
         self._check_graph(reached)
@@ -133,7 +132,7 @@ class StepRoots:
             if seed is None:
                 return
             self._gather()
-            # g has the same size on all processes, however many rows they have.
+            # Several processes use g, which has one size on all of them; their numbers of rows may differ.
             rows = self.rows(reached) if alone else {}
             generator = partial(self._generator, seed)
             taken = Taken(sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples))
@@ -142,8 +141,8 @@ class StepRoots:
         nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)
 
     def _check_graph(self, reached: Reach) -> None:
-        """Raises RuntimeError if weights may be used where the graph does not show it, or if something on the
-        way to them can be backpropagated through but once."""
+        """Raises RuntimeError if the graph may hide a use of a weight, or if part of the way to the weights
+        allows only one backward."""
         hidden = [w.name for w in self.weights if w.parameter not in reached.leaves]
         if hidden and any(map(nodes.is_reentrant_checkpoint, reached.parents)):
             raise RuntimeError(
@@ -159,20 +158,20 @@ class StepRoots:
             )
 
     def rows(self, reached: Reach) -> dict[int, Node]:
-        """The products whose rows A is made of, by weight."""
+        """Returns the matrix products whose rows A is made of, by the number of their weight."""
         return products_of_rows(reached, self.weights)
 
     def _generator(self, seed: int, device: torch.device) -> torch.Generator:
-        """Of the step's signs, which differ from process to process."""
+        """Returns the generator of the step's signs, which differ from process to process."""
         if device not in self._generators:
             seed = (seed + self._replicas.rank * APART) % 2**63
             self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
 
     def _is_seen(self, loss: Tensor) -> bool:
-        """Whether A was taken before of a loss, or of what it is a multiple of or a sum with.
+        """Returns whether A was taken from this loss, or from a scalar it was computed from, before.
 
-        By regularize(), of a loss that a closure then backpropagates, scaled perhaps, as Lightning's does.
+        That happens in closures that call regularize() and then backward() on a multiple, as Lightning's do.
         """
 
         def scalars(node: Node) -> set[Any]:
@@ -182,16 +181,16 @@ class StepRoots:
         return any(self in nodes.metadata(node).get(_SEEN, ()) for node in {root, *spread([root], scalars)})
 
     def total(self) -> tuple[dict[int, Tensor], set[int]]:
-        """A ``(d, q)`` of what was backpropagated, by weight, and the weights whose A is made of rows."""
+        """Returns A ``(d, q)`` of the whole step by weight, and the weights whose A is made of rows."""
         self._gather()
         roots = self._roots
-        if roots:  # micro-batches count by their shares, but shares above one are a loss scale
+        if roots:  # shares weigh the micro-batches, but a share above one is due to a loss scale
             roots = scaled(roots, torch.stack(self._shares).amax().clamp_min(1).rsqrt())
         of_rows = {i for i, samples in roots.items() if samples[0].phi is not None}
         return self._of_all_processes({i: joined(samples) for i, samples in roots.items()}), of_rows
 
     def _of_all_processes(self, roots: dict[int, Tensor]) -> dict[int, Tensor]:
-        """A of the whole batch: zero of a weight that no process uses."""
+        """Returns A of the batch of all processes; it is zero for a weight that no process uses."""
         if self._replicas.group is None:
             return roots
         zeros = (w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples) for w in self.weights)

@@ -1,5 +1,5 @@
-"""What keeps kappa's computation unnoticed: torch.compile does not trace it, nobody waits for the device, and
-modules that a checkpoint runs again count once."""
+"""Keeps kappa's computation free of side effects: torch.compile does not trace it, nobody waits for the
+device, and modules that a checkpoint runs again keep their state."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters
 
 
 def opaque(function: _Function, reason: str) -> _Function:
-    """`function`, which torch.compile does not trace: a compiled graph breaks at its call.
+    """Returns `function` so that torch.compile does not trace it: a compiled graph breaks at its call.
 
-    What it got and returns are then tensors with a graph, whatever is compiled around it. With
-    fullgraph=True that is an error, which quotes the reason.
+    Its arguments and results are then tensors with a graph, even if the code around it is compiled. With
+    fullgraph=True the break is an error, which quotes the reason.
     """
     disable: Any = torch.compiler.disable  # untyped
     untraced: _Function = disable(function, **({"reason": reason} if _KNOWS_REASON else {}))
@@ -34,19 +34,19 @@ def opaque(function: _Function, reason: str) -> _Function:
 
 
 def in_full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which no autocast rounds the products and squares that kappa is made of."""
+    """Returns a context without autocast, which would round the products and squares in kappa."""
     kind = device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if cast else nullcontext()
 
 
 def reading_waits(tensor: Tensor) -> bool:
-    """Whether to read the tensor's numbers is to wait until an accelerator has computed them."""
+    """Returns whether reading the tensor's numbers means waiting for an accelerator."""
     return tensor.device.type != "cpu"
 
 
 class AsyncFlag:
-    """A boolean scalar, on its way from an accelerator to the host."""
+    """A boolean scalar that is copied from an accelerator to the host without waiting."""
 
     def __init__(self, flag: Tensor) -> None:
         self._arrived: Any = None
@@ -59,18 +59,18 @@ class AsyncFlag:
         self._arrived.record()
 
     def read(self) -> bool | None:
-        """Its value; None if it has not arrived yet."""
+        """Returns the value, or None if it has not arrived yet."""
         if self._arrived is not None and not self._arrived.query():
             return None
-        return bool(self._host.tolist())  # of memory of the host: nothing is dispatched
+        return bool(self._host.tolist())  # reads host memory; torch dispatches no operation
 
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """Puts back, afterwards, the buffers, tensors and numbers of modules that run again in this context.
+    """A context that restores the buffers, tensors and numbers of modules that run again in it.
 
-    Such as the running statistics of BatchNorm, which would follow a step's batch more than once. Modules run
-    again in a derivative, or where this thread reads what a checkpoint has not kept.
+    Otherwise the running statistics of BatchNorm, say, would count a step's batch more than once. Modules run
+    again in a derivative, or when this thread reads what a checkpoint has not kept.
     """
     thread = threading.get_ident()
     before: dict[int, Callable[[], None]] = {}
@@ -89,7 +89,7 @@ def counted_once() -> Iterator[None]:
 
 
 def _restoring(module: Any) -> Callable[[], None]:
-    """What makes each buffer, and each attribute that is a tensor or a number, what it is now."""
+    """Returns a function that restores each buffer, and each attribute that is a tensor or a number."""
     buffers = dict(module._buffers)
     attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
     tensors = (t for t in (*buffers.values(), *attributes.values()) if isinstance(t, Tensor))
@@ -99,6 +99,6 @@ def _restoring(module: Any) -> Callable[[], None]:
         module._buffers.update(buffers)
         vars(module).update(attributes)
         for tensor, value in values:
-            tensor.data.copy_(value)  # past the count of versions, which says whether a graph is out of date
+            tensor.data.copy_(value)  # .data does not advance the version counter, so graphs stay valid
 
     return restore

@@ -1,4 +1,4 @@
-"""An optimizer around another: what the two share is the base's, one storage, nothing copied."""
+"""An optimizer that wraps a base optimizer and shares the base's state with it, without a copy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
-"""Of what torch wraps around the `step` of every optimizer class, to run step hooks and label the profile."""
+"""The code of torch's wrapper around each class's `step`, which runs step hooks and labels the profile."""
 
 
 def _shared(name: str) -> Any:
-    """An attribute that is the base optimizer's."""
+    """Returns a property that reads and sets the base optimizer's attribute of this name."""
     return property(
         lambda self: getattr(self.base_optimizer, name),
         lambda self, value: setattr(self.base_optimizer, name, value),
@@ -29,7 +29,7 @@ def _shared(name: str) -> Any:
 
 
 class OptimizerWrapper(Optimizer):
-    """Delegates state, parameter groups and hooks to `base_optimizer`, but no other attribute.
+    """Delegates state, parameter groups, defaults and step hooks to `base_optimizer`, and little else.
 
     Delegating everything would leak the base's flags: a GradScaler that finds `_step_supports_amp_scaling`
     on a fused base leaves the unscaling to a step that it does not call (pytorch/pytorch#88015).
@@ -37,16 +37,16 @@ class OptimizerWrapper(Optimizer):
 
     base_optimizer: Optimizer
 
-    if not TYPE_CHECKING:  # or no misspelt name would be seen
+    if not TYPE_CHECKING:  # a type checker that saw this would accept misspelt names
 
         def __getattr__(self, name: str) -> Any:
-            """`train` and `eval` of a schedule-free base, which frameworks ask an optimizer for by name."""
+            """Returns `train` and `eval` of a schedule-free base, which frameworks look for by name."""
             if name in ("train", "eval") and "base_optimizer" in vars(self):
                 return getattr(self.base_optimizer, name)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuses names that are none of the optimizer's: settings are chosen when it is built."""
+        """Refuses to set unknown names, since settings are chosen when the optimizer is built."""
         declared = any(name in vars(of).get("__annotations__", ()) for of in type(self).__mro__)
         if not (name.startswith("_") or declared or hasattr(type(self), name) or name in vars(self)):
             raise AttributeError(
@@ -57,7 +57,7 @@ class OptimizerWrapper(Optimizer):
         super().__setattr__(name, value)
 
     def _wrap(self, base_optimizer: Optimizer) -> None:
-        """What `Optimizer.__init__` would do, without a storage of its own."""
+        """Does what `Optimizer.__init__` would do, but without state of its own."""
         self.base_optimizer = base_optimizer
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
@@ -78,7 +78,7 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, which loads it, with what the wrapper adds."""
+        """Returns the base's state dict with what the wrapper adds; the plain base can load it too."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict: dict[str, Any] = {**self.base_optimizer.state_dict(), **self._own_state()}
@@ -104,9 +104,9 @@ class OptimizerWrapper(Optimizer):
         pass
 
     def _base_step(self, *args: Any) -> Any:
-        """The base's step, without the step hooks, which run around this optimizer's."""
-        # A scheduler that was built on the base replaces its step, only to note here that it was called.
-        # Whoever else replaces or decorates it is left in place.
+        """Calls the base's step without its step hooks, which already run around this optimizer's step."""
+        # A scheduler that was built on the base has replaced its step to note that it was called. That is
+        # noted here instead. A step that anything else has replaced or decorated is called as it is.
         base = self.base_optimizer
         step = vars(base).get("step")
         if step is None or hasattr(step, "_wrapped_by_lr_sched"):
@@ -123,7 +123,7 @@ class OptimizerWrapper(Optimizer):
             base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = hooks
 
     def _is_torchs_own(self) -> bool:
-        """Whether the base is one of torch's classes, which move no weight before the closure has run."""
+        """Returns whether the base is a class of torch's, which moves no weight before the closure runs."""
         return type(self.base_optimizer).__module__.startswith("torch.optim.")
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -132,9 +132,9 @@ class OptimizerWrapper(Optimizer):
 
 @contextmanager
 def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
-    """Puts weights and state back as they were, if the step in this context raises; at the cost of a copy."""
+    """A context that restores weights and state if the step in it raises; it costs a copy of both."""
     weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-    # LBFGS only appends to its history and drops from it, so that this need not be copied.
+    # LBFGS only appends tensors to its history and drops them, so they need not be copied.
     lists = (
         value
         for of_one in optimizer.state.values()

@@ -1,1 +1,1 @@
-"""How kappa ``<F F^T, T>`` is computed: ways ("modes"), from a factor F made of the weights (`measure`)."""
+"""Estimators compute kappa ``<F F^T, T>``: each file is a way ("mode") to do so; `measure` makes F of W."""

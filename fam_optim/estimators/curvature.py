@@ -1,11 +1,11 @@
-"""Second derivatives of a loss along weight directions, taken at the layer's outputs.
+"""Second derivatives of a loss along directions of a weight are taken at the layer's outputs.
 
-A layer is linear in its weight, so moving W along V moves its output z by ``u = lin(phi; V)`` and
+A layer is linear in its weight, so moving W along V moves its output z by ``u = lin(phi; V)``. Therefore
 
     <V, H V> = <u, Hess_z(L) u>
 
-goes through the tail alone, whatever lies below the layer. Where one call of the layer feeds another,
-phi itself moves with V and the second derivative of that move along the gradient comes on top.
+needs only the tail (what lies between z and the loss), not what lies below the layer. Where one call of the
+layer feeds another, phi also moves with V. The second derivative of z, times dL/dz, is then added.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class Curvature:
-    """The Hessian of the loss in the outputs z of one layer, as an operator.
+    """Multiplies vectors by the Hessian of the loss in the outputs z of one layer.
 
-    Cost: construction is one tail backward, a product about two more (four when `differentiable`).
+    Cost: one tail backward to construct, about two more per product (four if `differentiable`).
 
     Attributes:
-        uses: the layer's uses; z-shaped lists have one tensor for each.
-        gradient: dL/dz, whose derivatives the products are; in float16 a multiple of it.
-        undifferentiable: why the products have no gradient of their own, if they have none.
+        uses: the layer's uses; lists of tensors shaped like z have one tensor per use.
+        gradient: dL/dz, or a multiple of it in float16; the products are its derivatives.
+        undifferentiable: the reason why the products have no gradient; None if they have one.
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
@@ -57,11 +57,11 @@ class Curvature:
             self.uses = tuple(use.detached() for use in self.uses)
 
     def _fit_into_float16(self) -> None:
-        """Multiplies the loss by a power of two and divides the products by it, so that float16 holds them:
-        derivatives of a sure softmax over a batch are below its range.
+        """Chooses a power of two to multiply the loss by, so that derivatives stay within float16's range.
 
-        The largest entry of the gradient, or of the product with a direction of unit size, becomes about one:
-        there is as much room above as below then. Measured without waiting for the device.
+        (Those of a confident softmax over a batch are too small for it.) The products are divided by it. It
+        makes the largest entry of the gradient, or of its product with a direction of unit size, about 1, in
+        the middle of the range. Nothing waits for the device.
         """
         self._scale = torch.full_like(self.tail.loss, 2.0**7)
         self.gradient = self._pull([self.tail.loss], [self._scale], create_graph=True)
@@ -70,21 +70,21 @@ class Curvature:
         ]
         product = self._pull(self.gradient, unit, create_graph=False)
         size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / self._scale
-        # What overflowed is large, what is zero may have underflowed.
+        # An overflow counts as a large size; a zero may be an underflow, so it counts as a small one.
         exponent = -size.nan_to_num(nan=torch.inf).log2().ceil()
         self._scale = exponent.clamp(-8, 15).exp2().to(self._scale).expand_as(self._scale)
 
     def lift(self, matrix: Tensor) -> list[Tensor]:
-        """``u = lin(phi; matrix)`` for every use: where W moving along `matrix` ``(d, m)`` moves z."""
+        """Returns ``u = lin(phi; matrix)`` per use: how z moves if W moves along `matrix` ``(d, m)``."""
         return [use.lift(matrix) for use in self.uses]
 
     def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
-        """``Hess_z(L) u`` for one direction u."""
+        """Returns the Hessian-vector product ``Hess_z(L) u`` of one direction u."""
         pulled = self._pull(self.gradient, directions, create_graph=self.differentiable)
         return [p / self._scale for p in pulled] if self.half else pulled
 
     def times(self, matrix: Tensor) -> Tensor:
-        """``H V`` ``(d, m)``: the product in weight space, through all uses of the weight."""
+        """Returns ``H V`` ``(d, m)``, the product in weight space, through all uses of the weight."""
         nested = self.tail.nested
         left = torch.zeros_like(matrix, requires_grad=True)
         at_left, at_right = self.lift(left), self.lift(matrix)
@@ -100,10 +100,10 @@ class Curvature:
         return product
 
     def quadratic(self, matrix: Tensor) -> Tensor:
-        """``<V, H V>``, differentiated through V as well.
+        """Returns ``<V, H V>``, differentiable through V as well.
 
-        As H is symmetric, the gradient through one of the two V counts twice and the other may be a
-        constant, which spares the backward through the product's own argument.
+        H is symmetric, so one V carries twice its gradient and the other is a constant. This saves the
+        backward through the argument of the product.
         """
         if self.tail.nested:
             return (doubled(matrix) * self.times(matrix.detach())).sum()
@@ -113,11 +113,11 @@ class Curvature:
     def _pull(
         self, outputs: Sequence[Tensor], weights: Sequence[Tensor], *, create_graph: bool
     ) -> list[Tensor]:
-        """Gradient of ``<outputs, weights>`` in z; zero where it does not depend on z."""
+        """Returns the gradient of ``<outputs, weights>`` in z; zero where it does not depend on z."""
         attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
-        # A first derivative is differentiated twice more, a second once; but for float16, where torch's own
-        # overflow, since they square what they are given; and where one call feeds another, when what is
-        # pulled back is a direction that depends on z itself.
+        # A first derivative is differentiated twice more, a second derivative once more. Two are assumed also
+        # in float16, where torch's own derivatives overflow because they square their input, and where one
+        # call feeds another, since the direction that is pulled back then depends on z itself.
         first = outputs[0] is self.tail.loss
         twice = first or self.half or self.tail.nested
         found: Sequence[Tensor | None] = [None] * len(self.uses)
@@ -141,5 +141,5 @@ class Curvature:
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """``<left, right>`` over all uses."""
+    """Returns the inner product ``<left, right>``, summed over all uses."""
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()

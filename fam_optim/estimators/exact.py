@@ -1,19 +1,18 @@
-"""kappa exactly, with the Hessian or without it.
+"""kappa is computed exactly, by forming the Hessian (`full`) or without it (`exact`).
 
-`full` is the definition: it forms H, takes ``T[s,u] = Tr(H_{s,u})`` and contracts (paper, section 1). It is
-slow and general, shares no shortcut with the other estimators and checks them in the tests.
+`full` follows the definition: it forms H, takes ``T[s,u] = Tr(H_{s,u})`` and contracts (paper, section 1). It
+is slow and general. It shares no shortcut with the other estimators, and the tests check them against it.
 
-`exact` is the same number without H, and never an approximation. With phi_a the input that row a of z sees,
-and F's columns f,
+`exact` returns the same number without H, and never an approximation. If phi_a is the input of row a of z,
 
     <F F^T, T> = sum_{a,b} <phi_a, phi_b> <F F^T, Hess_{z_a z_b}(L)>
 
-Where the layer feeds a softmax cross-entropy there is a closed form (`softmax`). Else two ways to the same
-number, the cheaper that provably applies is taken:
+Where the layer feeds a softmax cross-entropy there is a closed form (`softmax`). Otherwise `exact` takes one
+of two ways, the cheaper of those that the graph proves right:
 
-    rows      rows fall into groups that the graph shows not to interact behind the layer (samples; the tokens
-              of a sentence): all groups share one product, (rows per group) * min(d, m) products in all
-    weight    directions in weight space: m * min(d, m) products, whatever interacts
+    rows      The graph shows that groups of rows (samples, say, or sentences) do not interact behind the
+              layer. All groups share each product, so (rows per group) * min(d, m) products are needed.
+    weight    Directions in weight space take m * min(d, m) products, whatever interacts.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ if TYPE_CHECKING:
     from fam_optim.graph.independence import Grouping
 
 MAX_PRODUCTS = 1024
-"""More Hessian-vector products than this in one evaluation end in an error instead."""
+"""An evaluation that would take more Hessian-vector products than this raises an error."""
 
 MANY_PRODUCTS = 50
-"""More than this are worth a word: of the ways to regularise this layer exact is the slowest."""
+"""An evaluation that takes more products than this warns, since hutchinson would be much faster."""
 
 
 def exact(curvature: Curvature, factor: Factor) -> Tensor:
-    """``<F F^T, T>`` without forming H.
+    """Returns ``<F F^T, T>`` without forming H; RuntimeError if it takes more than `MAX_PRODUCTS` products.
 
-    Cost: ``min(d, m)`` Hessian-vector products through the tail where the rows of z do not interact, more
-    where they do; RuntimeError if that is more than `MAX_PRODUCTS`.
+    Cost: ``min(d, m)`` Hessian-vector products through the tail if the rows of z do not interact, and more
+    if they do.
     """
     tail = curvature.tail
     m = tail.uses[0].m
@@ -61,7 +60,7 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
             "to the loss. (To measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
         )
     if products > MANY_PRODUCTS:
-        warnings.warn(  # Python shows one text once
+        warnings.warn(  # Python shows the same text only once
             f"exact kappa of `layer` {describe(tail.layer)} takes {products} Hessian-vector products through "
             "what follows it, at every evaluation: it does not feed a softmax cross-entropy directly. "
             "mode='hutchinson' is unbiased with one product.",
@@ -73,7 +72,7 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
 
 
 def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
-    """``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``."""
+    """Returns ``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``, in weight space."""
     weight = curvature.uses[0].matrix()
     total = weight.new_zeros(())
     for u, v in zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True):
@@ -85,7 +84,7 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
 
 
 def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor:
-    """``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups at once."""
+    """Returns ``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups together."""
     phi = grouping.gather([use.rows() for use in grouping.uses])
     total = curvature.gradient[0].new_zeros(())
     directions = list(zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True))
@@ -100,7 +99,7 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
 
 
 def full(curvature: Curvature, factor: Factor) -> Tensor:
-    """``<F F^T, T>`` from the whole Hessian, by ``d * m`` products, in ``O((d m)^2)`` memory."""
+    """Returns ``<F F^T, T>`` from the whole Hessian, by ``d * m`` products, in ``O((d m)^2)`` memory."""
     weight = curvature.uses[0].matrix()
     rows = []
     for index in range(weight.numel()):

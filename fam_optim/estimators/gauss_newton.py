@@ -1,22 +1,23 @@
-"""Gauss-Newton curvature: the part of the Hessian that is never negative, for several layers at once.
+"""Computes kappa from the never negative Gauss-Newton part G of the Hessian, for several layers at once.
 
     G             = sum_i J_i^T S_i S_i^T J_i,    J_i = d o_i / d W
     <F F^T, T_G>  = sum_c ||F^T g_c||^2,          g_c = d<S e_c, o>/dW  (d, m), over the columns c of S
 
-One vector-Jacobian product with a column gives its g for all layers. Where samples do not interact, the
-columns of all samples share a product, and the sum of ``||F^T g_ic||^2`` is over samples too.
+Here o_i are the network's outputs for sample i, and S_i S_i^T is the Hessian of the loss in them. One
+vector-Jacobian product with a column of S gives g for all layers. Where samples do not interact, the columns
+of all samples share one product, and ``||F^T g_ic||^2`` is also summed over samples. There are three modes:
 
-exact        all columns
-hutchinson   random signs r for the columns: ``E ||F^T g_r||^2``, one backward, whatever interacts
-full         T_G from every column by itself: for tests
+exact        sums over all columns
+hutchinson   uses random signs r, ``E ||F^T g_r||^2``; one backward per probe, whatever interacts
+full         forms T_G from each column separately; for tests
 
 ``g`` is ``sum_a delta_a phi_a^T`` over the rows a of z, ``delta = d<S r, o>/dz``. Where the graph shows that
-rows do not interact, or samples, the sum of their squares has less variance than the square of their sum:
+rows or samples do not interact, the sum of their squares has less variance than the square of their sum:
 
     of a row        ||F^T g||^2 = ||phi||^2 ||F^T delta||^2                       takes no (d, m) tensor
     of a sample     ||F^T g||^2 = sum_ab <phi_a, phi_b> <F^T delta_a, F^T delta_b>,  or from its g if cheaper
 
-For cross-entropy it is the expected squared gradient over labels drawn from the model.
+For cross-entropy kappa_GN is the expected squared gradient over labels drawn from the model.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ if TYPE_CHECKING:
     from fam_optim.layer.use import Use
 
 MAX_PRODUCTS = 1024
-"""More vector-Jacobian products than this in one evaluation end in an error instead."""
+"""An evaluation that would take more vector-Jacobian products than this raises an error."""
 
 
 class Jacobian:
-    """Vector-Jacobian products from the outputs under a loss to the outputs z of several layers.
+    """Computes vector-Jacobian products from the network's outputs to the outputs z of several layers.
 
-    Cost of a product: one backward from the loss to the lowest layer; with its derivative two more.
+    Cost of a product: one backward from the loss to the lowest layer, and two more for its derivative.
     """
 
     def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
@@ -74,7 +75,7 @@ class Jacobian:
         self._below = self._edges_below()
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
-        """``d <S r, o>/dz`` for every use of every layer, r in the shapes of the outputs."""
+        """Returns ``d<S r, o>/dz`` for every use of every layer; r has the shapes of the outputs."""
         edges, vectors, scale = cotangents(self.outputs, r)
         at_z = [edge for tail in self.tails for edge in tail.edges]
         with errors.explained("derivatives"), corrected(self._corrections, derivatives_to_come=1):
@@ -94,35 +95,35 @@ class Jacobian:
         return [[_pulled(use, next(deltas), products.get(use)) for use in uses] for uses in self.uses]
 
     def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
-        """g ``(d, m)`` of a layer, by position, through all uses of its weight."""
+        """Returns g ``(d, m)`` of the layer with this number, summed over all uses of its weight."""
         of_uses = zip(self.uses[layer], self.tails[layer].edges, found, strict=True)
         return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
 
     def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
         node = edge.node
         below, output = node.next_functions[1] if nodes.kind(node) == "Convolution" else (None, 0)
-        low = nodes.results(node)[0].dtype in LOW_PRECISION  # under autocast, say
-        # Of a weight that is used again, the derivative below passes through phi too.
+        low = nodes.results(node)[0].dtype in LOW_PRECISION  # as under autocast
+        # If something else reads the weight too, its derivative may also pass through phi.
         if below is None or low or len(self.tails[0].parents[below]) > 1:
             return use.pull(delta)
-        # The forward's own node, which spares the convolution that `pull` builds a graph with.
+        # Using the forward's own node saves the convolution that `pull` would compute.
         (g,) = torch.autograd.grad(
             edge,
             GradientEdge(below, output),
-            delta.reshape(nodes.shape(node, edge.output_nr)),  # a batch of one, if it had none
+            delta.reshape(nodes.shape(node, edge.output_nr)),  # adds the batch axis that z may lack
             create_graph=self.differentiable,
             retain_graph=True,
         )
         return use.layout.matrix(g)
 
     def _edges_below(self) -> dict[Use, GradientEdge]:
-        """Where ``delta W`` is formed anyway, on the way to a layer below: at the input of a Linear layer on
-        vectors, if nothing else reads it, in full precision."""
+        """Returns the edges where a backward to a lower layer forms ``delta W`` anyway: the inputs of Linear
+        layers on vectors, in full precision, if nothing else reads them."""
         readers = Counter(edge for node in self.path | self.ends for edge in node.next_functions)
         below: dict[Use, GradientEdge] = {}
         for tail, uses in zip(self.tails, self.uses, strict=True):
             for use, edge in zip(uses, tail.edges, strict=True):
-                position = {"Addmm": 1, "Mm": 0}.get(nodes.kind(edge.node))  # of phi
+                position = {"Addmm": 1, "Mm": 0}.get(nodes.kind(edge.node))  # of phi among the operands
                 if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
                     continue
                 node, output = edge.node.next_functions[position]
@@ -132,7 +133,7 @@ class Jacobian:
 
 
 class Pulled(NamedTuple):
-    """A derivative at one use: ``delta``, in the shape of z, and ``delta W`` if that was formed anyway."""
+    """The derivative ``delta`` at one use, in the shape of z, and ``delta W`` if it was formed anyway."""
 
     delta: Tensor
     product: Tensor | None
@@ -153,14 +154,14 @@ def gauss_newton(
     *,
     differentiable: bool,
 ) -> list[Tensor]:
-    """``<F F^T, T_G>`` of every layer, never negative.
+    """Returns ``<F F^T, T_G>`` of every layer, which is never negative.
 
-    Cost: for all layers together one vector-Jacobian product per probe (hutchinson), or per output of a
-    sample where samples do not interact, else per output of the batch (exact). RuntimeError if that is more
-    than `MAX_PRODUCTS`, or the loss is not known to be convex in the outputs.
+    Cost for all layers together: hutchinson takes one vector-Jacobian product per probe. exact takes one per
+    output of a sample, or one per output of the whole batch if samples interact. Raises RuntimeError if these
+    are more than `MAX_PRODUCTS`, or if the loss is not known to be convex in the outputs.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
-    if all(0 in output.shape for output in jacobian.outputs):  # no rows, or a loss linear in the outputs
+    if all(0 in output.shape for output in jacobian.outputs):  # no rows, or the loss is linear in outputs
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
     if mode == "full":
         return _from_traces(jacobian, factors)
@@ -180,7 +181,7 @@ def gauss_newton(
 def _from_columns(
     jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]]
 ) -> list[Tensor]:
-    """``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
+    """Returns ``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
     axes, digits = _shared(jacobian, shown)
     numbers = [_by_group(output.shape, of) for output, of in zip(jacobian.outputs, digits, strict=True)]
     columns = sum(by_group.shape[1] for by_group in numbers)
@@ -198,8 +199,8 @@ def _from_columns(
 def _shared(
     jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]
 ) -> tuple[list[int], list[list[tuple[int, int]]]]:
-    """The axes along which all layers keep as many groups apart, and for every output the digits, ``(stride,
-    length)``, that say to which group its entries belong."""
+    """Returns the axes along which all layers keep the same number of groups apart, and for every output the
+    digits ``(stride, length)`` that say to which group an entry belongs."""
     axes: list[int] = []
     digits: list[list[tuple[int, int]]] = [[] for _ in jacobian.outputs]
     for axis in set.intersection(*map(set, shown)):
@@ -217,7 +218,7 @@ def _shared(
 
 
 def _by_group(shape: Sequence[int], digits: Sequence[tuple[int, int]]) -> Tensor:
-    """The numbers of an output's entries, ``(groups, columns)``."""
+    """Returns the numbers of an output's entries, sorted by group: ``(groups, columns)``."""
     entries = torch.arange(math.prod(shape))
     group, groups = torch.zeros_like(entries), 1
     for stride, length in digits:
@@ -231,7 +232,7 @@ def _squares(
     groupings: Sequence[Grouping | None],
     r: Sequence[Tensor],
 ) -> list[Tensor]:
-    """``sum over groups of ||F^T g||^2`` of every layer, for one r; without a grouping there is one group."""
+    """Returns the sum over groups of ``||F^T g||^2`` of every layer, for one r; None means one group."""
     of_layers = zip(jacobian.pull(r), factors, groupings, strict=True)
     return [_square(jacobian, layer, *of_layer) for layer, of_layer in enumerate(of_layers)]
 
@@ -239,7 +240,7 @@ def _squares(
 def _square(
     jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
 ) -> Tensor:
-    """The same of one layer, by position."""
+    """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number."""
     if grouping is None:
         return factor.square(jacobian.in_weights(layer, found))
     delta = grouping.gather_outputs([f.delta for f in found])
@@ -254,7 +255,7 @@ def _square(
 
 
 def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """One-hot vectors, one entry of every group: all columns of S, that of one output after the other."""
+    """Yields one-hot r that pick a column of S in every group at once, for one output after the other."""
     like = jacobian.uses[0][0].matrix()
     for index, by_group in enumerate(numbers):
         for column in by_group.to(like.device).T:
@@ -264,7 +265,7 @@ def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Ten
 
 
 def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
-    """``<F F^T, T>`` with T from every column of S by itself."""
+    """Returns ``<F F^T, T>`` of every layer, with T formed from each column of S separately."""
     traces: list[Any] = [0.0] * len(factors)
     for r in _columns(jacobian, [_by_group(output.shape, ()) for output in jacobian.outputs]):
         for layer, found in enumerate(jacobian.pull(r)):
@@ -274,12 +275,12 @@ def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
 
 
 def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping | None:
-    """The groups of a layer's rows along some axes; None if there is but one."""
+    """Returns the groups of a layer's rows along `axes`; None if there is only one group."""
     uses = row_uses(jacobian.tails[layer], jacobian.uses[layer])
     return Grouping(uses, axes) if uses is not None and axes else None
 
 
 def _has_few_rows(grouping: Grouping) -> bool:
-    """Whether squares from the products of rows cost at most twice what the square of their sum does."""
+    """Whether squares from products of rows cost at most twice as much as the square of their sum."""
     d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
     return size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m

@@ -1,14 +1,14 @@
 """Hutchinson's estimator: ``E[<V, H V>] = <F F^T, T>`` for ``V = F Z`` with random signs Z ``(k, m)``.
 
-F is not held constant, so the estimate's gradient is unbiased for all of Lemma 1, and H V is one
+F is not held constant, so the gradient of the estimate is unbiased for all of Lemma 1. H V is one
 Hessian-vector product through the tail. (The paper, section 4, uses it for the layerwise measure.)
 
-In weight space the signs of Z need only be uncorrelated in pairs, so for F = W, ``Z[k,t] = s_k r_{t-k}``
-makes V a circular convolution, ``d m log m`` operations instead of ``d m^2`` and no (m, m) tensor.
+In weight space it is enough that any two signs of Z are uncorrelated. So for F = W, ``Z[k,t] = s_k r_{t-k}``
+makes V a circular convolution, which takes ``d m log m`` operations, not ``d m^2``, and no (m, m) tensor.
 
-Where the graph shows that the rows of z do not interact, T is a sum over rows of ``||phi_a||^2 Hess_{z_a}``,
-and every row gets signs of its own, ``sum_a ||phi_a||^2 <F s_a, Hess_{z_a} F s_a>``: the same product, the
-trace over m exact, and about half the standard deviation.
+Where the graph shows that the rows of z do not interact, T is a sum over rows of ``||phi_a||^2 Hess_{z_a}``.
+Then every row gets its own signs, ``sum_a ||phi_a||^2 <F s_a, Hess_{z_a} F s_a>``. This takes the same single
+product, makes the trace over m exact, and has about half the standard deviation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Independent signs, in `like`'s dtype and on its device."""
+    """Returns independent random signs in the dtype and on the device of `like`."""
     device = like.device if generator is None else generator.device
     bits = torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
     return (2 * bits - 1).to(device=like.device, dtype=like.dtype)
@@ -38,7 +38,7 @@ def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator 
 def hutchinson(
     curvature: Curvature, factor: Factor, n_samples: int, generator: torch.Generator | None
 ) -> Tensor:
-    """The mean of `n_samples` probes, each of one Hessian-vector product through the tail."""
+    """Returns the mean of `n_samples` probes, each of which takes one Hessian-vector product."""
     draw = partial(rademacher, like=curvature.gradient[0], generator=generator)
     rows = find_grouping(curvature.tail, curvature.uses)
     if rows is not None and rows.size == 1:
@@ -49,13 +49,13 @@ def hutchinson(
 
 
 def _probe_weight(curvature: Curvature, factor: Factor, draw: Draw) -> Tensor:
-    """``<V, H V>`` for one V."""
+    """Returns ``<V, H V>`` for one random V."""
     scale, direction = factor.weight_probe(draw)
     return scale * curvature.quadratic(direction)
 
 
 def _probe_rows(curvature: Curvature, factor: Factor, rows: Grouping, draw: Draw) -> Tensor:
-    """``sum_a ||phi_a||^2 <v_a, Hess_{z_a} v_a>`` for one v_a per row."""
+    """Returns ``sum_a ||phi_a||^2 <v_a, Hess_{z_a} v_a>`` for one random v_a per row."""
     scale, probe = factor.probe(draw((rows.groups, factor.columns)))
     moved = rows.gather_outputs(curvature.hvp(rows.scatter(probe.detach()[:, None])))
     by_row = (doubled(probe) * moved[:, 0]).sum(1)  # as in Curvature.quadratic

@@ -1,10 +1,10 @@
-"""Measures of relative flatness: each is a factor F of the weights, ``<F F^T, T>``, T[s,u] = Tr(H_{s,u}).
+"""A measure of relative flatness is a factor F made of the weights: ``<F F^T, T>``, T[s,u] = Tr(H_{s,u}).
 
     neuronwise (kappa, paper section 1):        F = W              sum_{s,u} <w_s, w_u> Tr(H_{s,u})
     layerwise (kappa_hat, paper section 3.2):   F = ||W||_F I_d    ||W||_F^2 Tr(H)
 
-An estimator asks its factor for whichever form of it suits: the Gram matrix, directions in output
-space, a random probe, or the covariance under a softmax. All of them carry gradients to W.
+An estimator asks the factor for the form of F that it needs: the Gram matrix, directions in output space,
+a random probe, or the covariance under a softmax. Every form carries gradients to W.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Draw = Callable[[tuple[int, ...]], Tensor]  # independent signs of a shape
+    Draw = Callable[[tuple[int, ...]], Tensor]  # returns independent signs of a shape
 
 SMALL = 1 << 16
-"""Up to so many numbers in the differences of all pairs of class vectors, these are what takes least time."""
+"""If all pairs of class vectors have at most this many numbers, it is fastest to form their differences."""
 
 
 def doubled(t: Tensor) -> Tensor:
-    """`t` with twice its gradient: for one of two equal factors of a symmetric form, the other a constant."""
+    """Returns `t` with twice its gradient, for a symmetric form whose other, equal factor is a constant."""
     return 2 * t - t.detach()
 
 
 class Neuronwise:
-    """F = W ``(d, m)``.
+    """The factor F = W ``(d, m)`` of the neuronwise measure.
 
     Attributes:
         columns: the number of F's columns.
-        directions: how many columns `pairs` has.
+        directions: the number of columns of each matrix that `pairs` returns.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -44,42 +44,42 @@ class Neuronwise:
         self.directions = min(d, self.columns)
 
     def gram(self) -> Tensor:
-        """``F F^T``, ``(d, d)``."""
+        """Returns ``F F^T``, ``(d, d)``."""
         return self.matrix @ self.matrix.T
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """``U, V`` ``(d, directions)`` with ``U V^T = F F^T``.
+        """Returns ``U, V`` ``(d, directions)`` with ``U V^T = F F^T``.
 
-        V is constant: U carries the gradient, so that ``sum_k <u_k, T v_k>`` is differentiated right
-        while T is applied to constants only.
+        V is constant and U carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` is right,
+        although T is applied to constants only.
         """
         if self.by_unit:
             return self.gram(), _identity(self.matrix)
         return doubled(self.matrix), self.matrix.detach()
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        """``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
+        """Returns ``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
         return 1.0, signs @ self.matrix.T
 
     def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
-        """``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(n, d)``; `product` is ``x W``, if
-        somebody has formed it."""
+        """Returns ``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(n, d)``. `product` is
+        ``x W``, if the caller already has it."""
         if product is None:
             return 1.0, rows @ self.matrix
         attached: Tensor = product if product.requires_grad else _Formed.apply(rows, self.matrix, product)
         return 1.0, attached
 
     def inner(self, rows: Tensor) -> Tensor:
-        """``<F^T x_a, F^T x_b>`` of the rows x of each group ``(..., n, d)``: ``(..., n, n)``."""
+        """Returns ``<F^T x_a, F^T x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
         if self.by_unit:
             return (rows @ self.gram()) @ rows.mT
         pulled = rows @ self.matrix
         return pulled @ pulled.mT
 
     def square(self, g: Tensor) -> Tensor:
-        """``||F^T g||_F^2``, ``()``, of g ``(d, m)`` or several side by side; never negative.
+        """Returns ``||F^T g||_F^2``, ``()``, of one g ``(d, m)`` or several side by side; never negative.
 
-        Cost: of the smaller Gram matrix, and in the backward one product for W and one for g.
+        Cost: where d <= m the Gram matrices of W and g, else ``W^T g``; one product each in the backward.
         """
         if self.by_unit:
             of_w, of_g = (doubled(t) @ t.detach().T for t in (self.matrix, g))
@@ -87,27 +87,27 @@ class Neuronwise:
         return (self.matrix.mT @ g).square().sum()
 
     def weight_probe(self, draw: Draw) -> tuple[Tensor | float, Tensor]:
-        """``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
+        """Returns ``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
 
         So ``E[c <V, H V>] = <F F^T, T>``.
         """
-        # W Z with Z[k,t] = s_k r_{t-k}, whose entries are uncorrelated, as a circular convolution.
+        # V = W Z with uncorrelated entries Z[k,t] = s_k r_{t-k}, computed as a circular convolution.
         signs, ring = draw((self.columns,)), draw((self.columns,))
         spectrum = torch.fft.rfft(self.matrix * signs) * torch.fft.rfft(ring)
         return 1.0, torch.fft.irfft(spectrum, n=self.columns)
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
-        """``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
+        """Returns ``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
 
-        Cost: one product ``(n, d) x (d, m)`` and two in the backward, or less.
+        Cost: at most one product ``(n, d) x (d, m)``, and two in the backward.
         """
-        # Logits may have been cast, down too: transformers computes losses in float32 whatever the model.
+        # Logits may have been cast, also down: transformers computes losses in float32 for every model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
         return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
 
 
 class _Formed(torch.autograd.Function):
-    """``x W`` of a constant x, as somebody has formed it, with its gradient in W."""
+    """Gives ``x W``, which was formed elsewhere, its gradient in W; x is a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, product: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class _Formed(torch.autograd.Function):
 
 
 class Layerwise:
-    """F = ||W||_F I ``(d, d)``; its methods are those of `Neuronwise`."""
+    """The factor F = ||W||_F I ``(d, d)`` of the layerwise measure, with the methods of `Neuronwise`."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -136,7 +136,7 @@ class Layerwise:
         return self.gram(), _identity(self.matrix)
 
     def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        return self.square_norm, signs  # not ||W|| in v: the norm has no derivative at W = 0
+        return self.square_norm, signs  # v does not contain ||W||, which has no derivative at W = 0
 
     def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
         return self.square_norm, rows
@@ -153,12 +153,12 @@ class Layerwise:
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         q, _ = _without_top(log_p)
         rest = q.sum(1)
-        # 1 - ||p||^2, without a difference of what is near 1
+        # 1 - ||p||^2, without subtracting numbers near 1
         return self.square_norm * (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
 
 
 def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
-    """``sum_i b_i c_i``, ``()``, c_i the trace of the covariance of the class vectors w under p_i."""
+    """Returns ``sum_i b_i c_i``, ``()``; c_i is the trace of the class vectors' covariance under p_i."""
     if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
         p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
         return ((p @ distances) * p).sum(1).dot(by_row) / 2
@@ -167,7 +167,7 @@ def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
 
 
 class _Trace(torch.autograd.Function):
-    """The trace with its gradient written out, which keeps nothing of the size of log p but log p:
+    """Computes the trace with a gradient written by hand, which keeps no other tensor of log p's size:
 
     dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
     dc/dw_k     = 2 p_k (w_k - mu)
@@ -192,15 +192,15 @@ class _Trace(torch.autograd.Function):
             by_w = (2 * weighted.sum(0)[:, None] * w).addmm_(weighted.T, mean, alpha=-2)
             by_w.index_add_(0, top, (rest - 1)[:, None] * b * delta, alpha=2)
         if in_log_p:
-            # ||w_k - mu||^2 - ||delta||^2, of which ||w_t||^2 + 2 <w_t, delta> does not depend on k
+            # ||w_k - mu||^2 - ||delta||^2; its part ||w_t||^2 + 2 <w_t, delta> does not depend on k
             beside = squares[top] + 2 * (w[top] * delta).sum(1)
             by_log_p = torch.addmm(squares, mean, w.T, alpha=-2).add_(beside[:, None]).mul_(weighted)
         return by_log_p, by_w, scale * c if in_by_row else None
 
 
 def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-    """The same gradient, in operations that can be differentiated again."""
-    # Views, so that the derivative in W is not also the one through log p, which is computed from W.
+    """Returns the gradient of `_Trace` by operations that can be differentiated again."""
+    # log p is computed from W; views keep the derivative in W apart from the one through log p.
     views = [t.view_as(t) for t in inputs]
     needed = [t for t, asked in zip(views, ctx.needs_input_grad, strict=True) if asked]
     log_p, w, by_row = views
@@ -210,13 +210,13 @@ def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[
 
 
 def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    """With t the most probable class, q the probabilities of the others, mu the mean, delta = mu - w_t: the
-    class vectors and their squares, t, the sum of q, delta, and
+    """Returns the class vectors and their squares, t, the sum of q, delta and the trace c. Here t is the most
+    probable class, q the probabilities of the others, mu the mean, delta = mu - w_t, and
 
         c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
 
-    in which nothing cancels where the largest probability rounds to one. Moving all class vectors alike
-    changes nothing, so what they have in common, which may be large beside their differences, goes first.
+    This form loses no digits where the largest probability rounds to one. Shifting all class vectors does not
+    change c, so their mean, which may be large beside their differences, is subtracted first.
     """
     q, top = _without_top(log_p)
     rest, w = q.sum(1), w - w.detach().mean(0)
@@ -227,7 +227,7 @@ def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """p with its largest entry set to zero, and where that was ``(n,)``."""
+    """Returns p with each row's largest entry set to zero, and the position of that entry ``(n,)``."""
     top = log_p.argmax(1)
     return log_p.exp().scatter(1, top[:, None], 0.0), top
 

@@ -1,12 +1,12 @@
-"""A, a random root of the Gauss-Newton ``T[s,u] = Tr(G_{s,u})``, ``E A A^T = T``, from one ordinary backward.
+"""One ordinary backward gives A, a random root of the Gauss-Newton ``T[s,u] = Tr(G_{s,u})``: ``E A A^T = T``.
 
-With random signs r and the root S of `graph.losses`,
+With the network's outputs o, random signs r and the root S from `graph.losses`, A has one of two forms:
 
-    A    =  g = d<S r, o>/dW                (d, m)   any weight, whatever interacts
+    A    =  g = d<S r, o>/dW                (d, m)   any weight, even if samples interact
     A^T  =  rows ||phi_a|| d<S r, o>/dz_a   (N, d)   Linear on N < min(d, m) vectors that do not interact
 
-Rows vary less, and take a solve of their own number. Micro-batches with signs of their own have one A
-together, that of the whole batch: g adds up, rows are stacked.
+The form made of rows has less variance, and needs only a solve of N x N. Micro-batches with independent signs
+together have the A of the whole batch: their g are added, their rows are stacked.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ if TYPE_CHECKING:
 
 
 class Root(NamedTuple):
-    """A of one loss and one draw of signs."""
+    """A of one weight from one loss and one draw of signs."""
 
-    delta: Tensor  # g^T (m, d); or, of rows that do not interact, delta (N, d)
-    phi: Tensor | None = None  # of such rows, (N, m)
+    delta: Tensor  # g^T (m, d); if A is made of rows, d<S r, o>/dz (N, d)
+    phi: Tensor | None = None  # the layer's inputs (N, m), if A is made of rows
 
     def matrix(self) -> Tensor:
-        """A ``(d, q)``."""
+        """Returns A ``(d, q)``, q being m or N."""
         return (self.delta if self.phi is None else self.phi.norm(dim=1, keepdim=True) * self.delta).mT
 
     def whole(self) -> Tensor:
-        """``g^T (m, d)``."""
+        """Returns ``g^T (m, d)``, in either form."""
         return self.delta if self.phi is None else self.phi.mT @ self.delta
 
     def plus(self, other: Root, fewest: int) -> Root:
-        """A of two micro-batches; of rows as long as these are fewer than `fewest`."""
+        """Returns A of two micro-batches together, made of rows if these are fewer than `fewest`."""
         if self.phi is None or other.phi is None or len(self.phi) + len(other.phi) >= fewest:
             return Root(self.whole() + other.whole())
         return Root(torch.cat([self.delta, other.delta]), torch.cat([self.phi, other.phi]))
 
 
 Roots = dict[int, list[Root]]
-"""A of several weights by number, one for each sample."""
+"""For each weight, by its number, one A per sample."""
 
 
 def sample_roots(
@@ -68,11 +68,11 @@ def sample_roots(
     generator: Callable[[torch.device], torch.Generator],
     n_samples: int,
 ) -> Roots:
-    """A of every weight that a loss depends on, one backward from its outputs to the weights for each sample.
+    """Returns A of every weight that the loss depends on; takes one backward to the weights per sample.
 
     Args:
-        products: where A is made of rows, as `products_of_rows` found it.
-        generator: of the signs, by device.
+        products: the products whose rows A is made of, from `products_of_rows`.
+        generator: gives the generator of the signs on a device.
     """
     numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
@@ -92,7 +92,7 @@ def sample_roots(
                 continue
             g = without_scale(g, scale)
             if i in products:
-                # A copy: what is fed from a buffer may be overwritten before the step.
+                # Copied, since a buffer that holds the inputs may be overwritten before the step.
                 dtype = at_least_float32(weights[i].parameter).dtype
                 root = Root(g.to(dtype), _first_factor(products[i]).to(dtype, copy=True))
             else:
@@ -102,9 +102,9 @@ def sample_roots(
 
 
 def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[int, Node]:
-    """The products ``z = phi W^T``, by weight, whose rows are fewer than d and m and do not interact.
+    """Returns, by weight, the products ``z = phi W^T`` with fewer rows than d and m that do not interact.
 
-    Read off the graph. Left out are weights with a hook on their gradient, which would not see rows.
+    The graph shows this. It leaves out weights with a hook on their gradient, which rows would bypass.
     """
     products: dict[int, Node] = {}
     for i, w in enumerate(weights):
@@ -121,9 +121,9 @@ def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[in
 
 
 def _product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node | None:
-    """The product ``z = phi W^T`` of a Linear layer on vectors, phi ``(N, m)``, if it is W's only use.
+    """Returns the product ``z = phi W^T`` of a Linear layer on vectors phi ``(N, m)``, if W has no other use.
 
-    W is transposed on its way if it is stored as ``(d, m)``.
+    `transposed` says that W is stored as ``(d, m)``, so that the graph must transpose it before the product.
     """
     below = leaf
     while len(reached.parents[below]) == 1:
@@ -135,19 +135,19 @@ def _product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node
             return node if second_factor is below and not transposed and unscaled else None
         if kind == "T" and transposed:
             transposed = False
-        elif kind != "ToCopy":  # of autocast
+        elif kind != "ToCopy":  # autocast's cast to a lower precision
             return None
         below = node
     return None
 
 
 def _first_factor(node: Node) -> Any:
-    """What an Addmm or Mm multiplies with its second factor, whose derivative needs it: a tensor."""
+    """Returns the first factor of an Addmm or Mm, which the node keeps for the second one's derivative."""
     return nodes.kept(node, "mat1") if nodes.kind(node) == "Addmm" else nodes.kept(node, "self")
 
 
 def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:
-    """A of two micro-batches together."""
+    """Returns A of two micro-batches together, for every weight."""
     both = {**left, **right}
     for i in left.keys() & right.keys():
         fewest = min(weights[i].d, weights[i].m)
@@ -156,12 +156,12 @@ def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:
 
 
 def scaled(roots: Roots, factor: Tensor) -> Roots:
-    """A times a number."""
+    """Returns every A times one number."""
     return {i: [Root(r.delta * factor.to(r.delta), r.phi) for r in of] for i, of in roots.items()}
 
 
 def kept(roots: Roots, whether: Tensor) -> Roots:
-    """A, or zero, whatever A is: nan too."""
+    """Returns every A unchanged if `whether` is true, and zeros if not, even in place of nan."""
 
     def one(t: Any) -> Any:
         return None if t is None else torch.where(whether.to(t.device), t, 0)
@@ -170,6 +170,6 @@ def kept(roots: Roots, whether: Tensor) -> Roots:
 
 
 def joined(samples: Sequence[Root]) -> Tensor:
-    """A ``(d, q)`` of all samples side by side."""
+    """Returns one A ``(d, q)`` of all samples, side by side, over the root of their number."""
     parts = [root.matrix() for root in samples]
     return torch.cat(parts, dim=1) / math.sqrt(len(parts)) if len(parts) > 1 else parts[0]

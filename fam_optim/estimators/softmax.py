@@ -1,18 +1,18 @@
-"""The closed form where the layer feeds a softmax cross-entropy.
+"""kappa has a closed form where the layer feeds a softmax cross-entropy.
 
-If L is linear in the log-probabilities of the layer's rows, ``L = sum_i sum_k c_ik log p_ik``, then with
+Let L be linear in the log-probabilities of the layer's rows, ``L = sum_i sum_k c_ik log p_ik``. With
 ``a_i = -sum_k c_ik`` (1/N, a class weight, 0 where a target is ignored; smoothing changes nothing)
 
     Hess_{z_i}(L) = a_i (diag p_i - p_i p_i^T)
     <F F^T, T>    = sum_i a_i ||phi_i||^2 <F F^T, diag p_i - p_i p_i^T>
 
-the squared feature norm times the variance of the class vectors under p. If the softmax is taken of
-``y_j = c_j z_i(j) + const`` (shifted tokens, a temperature, a prior on the classes), row j counts with
-``c_j^2 ||phi_i(j)||^2``.
+For F = W this is the squared feature norm times the variance of the class vectors under p. If the softmax is
+taken of ``y_j = c_j z_i(j) + const`` (shifted tokens, a temperature, a prior on the classes), row j counts
+with ``c_j^2 ||phi_i(j)||^2``.
 
-Whether it is so is read off the graph: between the loss and log_softmax there must be only operations linear
-in the latter, and between log_softmax and the layer's output only ones that move rows, scale them or shift
-them. Whatever is not recognised goes the general way.
+The graph shows whether the closed form applies. Between the loss and log_softmax there must be only
+operations that are linear in log_softmax. Between log_softmax and the layer's output there must be only
+operations that move, scale or shift rows. Everything else is left to the general way.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div", "Gather"}
 
 
 def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor | None:
-    """``<F F^T, T>``, twice differentiable; None if the layer does not feed a softmax cross-entropy.
+    """Returns ``<F F^T, T>``, twice differentiable, or None if the layer feeds no softmax cross-entropy.
 
-    Cost: for the neuronwise measure one product ``(rows, d) x (d, m)``, and two in the backward; the
-    largest tensors have the size of the logits. No (rows, d, d) and no (d, d) tensor.
+    Cost: for the neuronwise measure one product ``(rows, d) x (d, m)``, and two in the backward. The largest
+    tensors have the size of the logits; there is no (rows, d, d) and no (d, d) tensor.
     """
     heads = _find_heads(tail, differentiable=differentiable)
     if heads is None:
@@ -58,22 +58,22 @@ def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
         norms = _to_softmax(head, norms)
     a = head.softmax.a.flatten() * (norms if differentiable else norms.detach()).flatten()
     log_p, dim = head.softmax.log_p, head.softmax.dim
-    # The tensor itself where it is a matrix already, since a view is a node of the graph.
+    # A matrix is used as it is, since a view of it would be one more node of the graph.
     rows = log_p if dim == log_p.dim() - 1 else log_p.movedim(dim, -1)
     return factor.variance(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), a)
 
 
 class Head(NamedTuple):
-    """One softmax of one use's output."""
+    """One softmax that is taken of the output of one use of the layer."""
 
     softmax: Softmax
     use: LayerUse
-    edge: GradientEdge  # where z is made
+    edge: GradientEdge  # the gradient edge of z
     in_order: bool  # whether log p is known to have the rows of z, in their order and unscaled
 
 
 def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
-    """The tail as softmax heads, or None if it is anything else."""
+    """Returns the softmax heads that the tail consists of, or None if it contains anything else."""
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     path = tail.path | tail.ends
     softmaxes, unknown = linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
@@ -95,9 +95,9 @@ def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
 
 
 def _to_softmax(head: Head, by_row: Tensor) -> Tensor:
-    """One number per row of z, to where that row is in front of the softmax, times the square of its factor.
+    """Takes one number per row of z to that row's place at the softmax, times the square of the row's factor.
 
-    The transpose of the derivative of what lies between the two moves it, and multiplies it with the factor.
+    The Jacobian of the operations in between moves the numbers and multiplies them by the factor once.
     """
     at_z = by_row.unsqueeze(head.use.channel).expand(head.use.shape)
     edge, log_p, dim, _ = head.softmax
@@ -116,11 +116,11 @@ def _to_softmax(head: Head, by_row: Tensor) -> Tensor:
 def _followed(
     node: Any, output: int, path: Set[Node], ends: Mapping[Node, tuple[Use, GradientEdge]]
 ) -> tuple[LayerUse, GradientEdge, int, bool] | None:
-    """The use whose z a result is made of, row by row: all d outputs of a row together, times one number.
+    """Finds the use whose z a result is made of, row by row: all d outputs of a row times one number.
 
     Returns:
         The use and its edge, the stride of the outputs in the result (`operations.moved`), and whether rows
-        and outputs are where z has them; None if it is made in any other way.
+        and outputs are where z has them; None if the result is made in any other way.
     """
     if node in ends:
         use, edge = ends[node]

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def linear_in(
     loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
 ) -> tuple[list[Node], Node | None]:
-    """Returns the nodes of some kinds in whose results the loss is linear, piece by piece, and a node in which
-    it is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
+    """Returns the nodes of some kinds in whose results the loss is linear piece by piece, and one in which it
+    is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
     """
     found: list[Node] = []
     root = loss.grad_fn
