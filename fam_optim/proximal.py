@@ -73,8 +73,9 @@ class Proximal(Regularizer):
             )
         self.weights = list({id(w.parameter): w for w in map(weight_matrix, layers)}.values())
         self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
-        # This reads the seed of torch's own generator without advancing the generator.
-        self.seed = torch.initial_seed() if generator is None else _draw_seed(generator)
+        self.seed = torch.initial_seed()  # which does not advance torch's own generator
+        if generator is not None:
+            self.seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self.means = RunningMean()
         self.last_kappa = None
         self._prepare()
@@ -129,8 +130,19 @@ class Proximal(Regularizer):
             RuntimeError: if the loss is not known to be convex in the network's outputs.
         """
         if self.looks:
-            _look(self.roots, self._ledger, loss, self.seed + (self.steps << 20) if self.due else None)
+            self._look(loss)
         return loss
+
+    @partial(opaque, reason="fam_optim looks into the graph of the loss")
+    def _look(self, loss: Tensor) -> None:
+        ledger = self._ledger
+        if ledger is None:
+            self.roots.see(loss, None)
+            return
+        if ledger.added:  # gradients of this step may have been zeroed since then
+            self.roots.keep_if(ledger.left())
+        self.roots.see(loss, self.seed + (self.steps << 20))
+        ledger.expect(loss)
 
     # Around the base's step: the proximal one
 
@@ -242,16 +254,3 @@ class Proximal(Regularizer):
 
     def __repr__(self) -> str:
         return f"mode='proximal', lam={self.lam}, every={self.every}, layer={self.names}"
-
-
-def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-@partial(opaque, reason="fam_optim looks into the graph of the loss")
-def _look(roots: StepRoots, ledger: Ledger | None, loss: Tensor, seed: int | None) -> None:
-    if ledger is not None and ledger.added:  # gradients of this step may have been zeroed since then
-        roots.keep_if(ledger.left())
-    roots.see(loss, seed)
-    if ledger is not None:
-        ledger.expect(loss)

@@ -104,14 +104,9 @@ class StepRoots:
         self._pending = [taken for taken in self._pending if taken.share is None]
 
     @property
-    def is_empty(self) -> bool:
-        """Whether A has been taken from no loss yet."""
-        return not (self._pending or self._shares)
-
-    @property
     def only_pending(self) -> bool:
         """Whether A was taken from losses of which none has been backpropagated."""
-        return not self.is_empty and not self._shares and all(t.share is None for t in self._pending)
+        return bool(self._pending) and not self._shares and all(t.share is None for t in self._pending)
 
     def see(self, loss: Tensor, seed: int | None) -> None:
         """Takes A from a loss before its backward, with signs drawn from `seed`. If `seed` is None, only
