@@ -57,9 +57,9 @@ class FAM(OptimizerWrapper):
         layer: the layer to keep flat: an nn.Linear, a convolution or transposed convolution, Hugging Face's
             Conv1D, an nn.Parameter with one row per output (mode="exact" then needs "gauss_newton"), or a
             sequence of these, such as all layers but the last, ``weight_layers(model)[:-1]``.
-        lam: with mode="proximal", how far kappa pulls each weight, relative to the loss; 1 by default. In
-            other modes, the weight of kappa in the loss; 0.008 by default. With 0 a step is exactly the
-            base's. You may change it at any time.
+        lam: with mode="proximal", how far kappa pulls each weight, relative to the loss; 1 by default (0.5 is
+            safer with AdamW). In other modes, the weight of kappa in the loss; 0.008 by default. With 0 a
+            step is exactly the base's. You may change it at any time.
         mode: "proximal", or how to compute the penalty's kappa: "exact" (the default), "full" (forms the
             Hessian; for tiny layers) or "hutchinson" (random probes, unbiased).
         every: number of steps from one proximal step to the next, 10 by default; only for mode="proximal".
