@@ -173,7 +173,7 @@ def curvature_of_error(node: Any) -> Any:
     error = (node._saved_self - node._saved_target).detach().abs()
     if kind(node) == "HuberLoss":
         return error < node._saved_delta
-    return (error < node._saved_beta) / node._saved_beta
+    return (error < node._saved_beta).to(error) / node._saved_beta
 
 
 def softmax_axis(node: Node) -> int:
