@@ -81,8 +81,10 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "square": lambda o: 3 * (o - SOFT).square().sum(1).mean(),
     "power": lambda o: ((SOFT - o) ** 2).mean(),
     "sum": lambda o: F.cross_entropy(o, Y) + 0.1 * F.mse_loss(o, SOFT),
-    "huber": lambda o: F.huber_loss(o, SOFT, delta=0.4) + F.huber_loss(SOFT, o, reduction="sum"),
-    "smooth l1": lambda o: (F.smooth_l1_loss(o, SOFT, reduction="none", beta=0.5) * SOFT).sum(),
+    "huber": lambda o: (
+        F.huber_loss(SOFT, o, delta=0.4)
+        + (F.smooth_l1_loss(o, SOFT, reduction="none", beta=0.3) * SOFT).sum()
+    ),
     "softplus": lambda o: F.softplus(-o, beta=2).mean() - F.logsigmoid(o[:, 0] - o[:, 1]).sum(),
     "the largest": lambda o: F.cross_entropy(o, Y, reduction="none").topk(2).values.mean(),
 }
