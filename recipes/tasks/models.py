@@ -17,7 +17,7 @@ from recipes.tasks.images import fashion_mnist
 
 
 class SmallConvNet(nn.Module):
-    """A network for grey 28 x 28 images: two convolutions with BatchNorm and max-pooling, one hidden layer."""
+    """A network for grey 28 x 28 images: two convolutions (BatchNorm, max-pooling), one hidden layer."""
 
     def __init__(self, classes: int = 10, channels: tuple[int, int] = (16, 32), hidden: int = 128) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def resnet18_cifar() -> nn.Module:
 
 
 def perceptron(inputs: int, outputs: int, width: int, depth: int, normalised: bool = False) -> nn.Module:
-    """Returns ``depth`` hidden layers of one width, with ReLU or with LayerNorm and GELU, and a last one."""
+    """Returns a perceptron: ``depth`` hidden layers of one width, with ReLU or with LayerNorm and GELU."""
     layers: list[nn.Module] = []
     for fan_in in (inputs, *[width] * (depth - 1)):
         behind = [nn.LayerNorm(width), nn.GELU()] if normalised else [nn.ReLU()]
@@ -105,7 +105,7 @@ def without_batchnorm(width: int) -> nn.Module:
 
 
 def residual(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Returns torchvision's block of two 3 x 3 convolutions with BatchNorm and a shortcut (He et al., 2016)."""
+    """Returns torchvision's block of two 3 x 3 convolutions, BatchNorm and a shortcut (He et al., 2016)."""
     block: nn.Module = package("torchvision.models.resnet", "study").BasicBlock(inputs, outputs, stride)
     if inputs != outputs:
         convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)

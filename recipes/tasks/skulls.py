@@ -147,7 +147,7 @@ def mean_overlap(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
 
 
 def skulls(small: bool = False) -> Task:
-    """Returns the experiment with the settings of Table 2; its lambdas are 0, 0.0006, 0.002, 0.02, 0.1, 0.7."""
+    """Returns the experiment of Table 2, whose lambdas are 0, 0.0006, 0.002, 0.02, 0.1 and 0.7."""
     setting = SMALL if small else PAPER
 
     def data(source: Source, seed: int) -> Data:

@@ -26,7 +26,7 @@ def small(
     noise: float = 0.0,
     **own: Any,
 ) -> Task:
-    """Returns the task of a network on samples for training and validation, with a fraction of wrong labels."""
+    """Returns the task of a network on training and validation samples; a part ``noise`` of labels is wrong."""
 
     def data(source: Source, seed: int) -> Data:
         train, (x, y) = load(source)
@@ -99,7 +99,7 @@ def digits_samples(source: Source) -> tuple[Pair, Pair]:
 
 @cache
 def diabetes_samples(source: Source) -> tuple[Pair, Pair]:
-    """Returns scikit-learn's diabetes (n, 10), progression after a year; the last 142 of 442 are for tests."""
+    """Returns scikit-learn's diabetes (n, 10), progression after a year; the last 142 of 442 are the test."""
     inputs, targets = package("sklearn.datasets", "study").load_diabetes(return_X_y=True)
     x, y = torch.from_numpy(inputs).float(), torch.from_numpy(targets).float().unsqueeze(1)
     x, y = (x / x[:300].std(0), (y - y[:300].mean()) / y[:300].std())

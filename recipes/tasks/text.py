@@ -38,7 +38,7 @@ REVIEW, PAIR = 64, 128  # tokens; longer sentences are cut, shorter ones padded
 
 
 def reviews(noise: float = 0.0, samples: int = 500) -> Task:
-    """Returns the film reviews with 500 training sentences (one can label as many by hand), or with more."""
+    """Returns the film review task: 500 sentences for training, as few as one labels by hand, or more."""
     own: dict[str, Any] = {"layers": ("bert.classifier",), "epochs": 5, "batch_size": 16, "schedule": warm_up}
     own |= {"base": "adam", "options": {"lr": 1e-4}}
     return small(load_reviews, (samples, 300), lambda source: network(source, minilm), noise, **own)
@@ -82,7 +82,7 @@ def encoded(tokenizer: Any, length: int, *sentences: Iterable[str]) -> Tensor:
 
 
 def network(source: Source, folder: Any) -> nn.Module:
-    """Returns the network in ``folder(source)`` with a new classifier, or a tiny random one for a smoke test."""
+    """Returns the network in ``folder(source)``, or for a smoke test a tiny one, with a random classifier."""
     transformers = quiet_transformers()
     bert = transformers.BertForSequenceClassification
     if not source.smoke:
@@ -101,7 +101,7 @@ def quiet_transformers() -> Any:
 
 @cache
 def load_reviews(source: Source) -> tuple[Pair, Pair]:
-    """Returns the sentences for training, and the test set, the same for every seed; label 1 is for the film."""
+    """Returns the training sentences and the test set, the same for every seed. Label 1 is for the film."""
     if source.smoke:
         return held_out(*generated(REVIEW))
     rated = [line.split("\t") for line in lines(source)]
@@ -185,7 +185,7 @@ def from_hub(source: Source, repository: str, kind: str, files: list[str]) -> Pa
 
 
 def generated(length: int) -> Pair:
-    """Returns a smoke test's samples: random words in two sentences, the first of which decides the label."""
+    """Returns a smoke test's samples: two sentences of random words, whose first word decides the label."""
     words = torch.randint(1, WORDS, (36, 8), generator=torch.Generator().manual_seed(0))
     tokens = torch.zeros(36, 2, length, dtype=torch.long)
     tokens[:, 0, :8] = words

@@ -1,7 +1,7 @@
 """Classifies images as in Table 1 of the paper, with the paper's networks, augmentation and settings.
 
-``recipes/paper/settings.md`` says who states which setting. FAM regularises the output layer, which is 10 x 64
-in WideResNet; ``recipes/paper/README.md`` says why. ``--layer penultimate`` chooses the layer below it.
+``recipes/paper/settings.md`` says who states which setting. FAM regularises the output layer (10 x 64 in
+WideResNet); ``recipes/paper/README.md`` says why. ``--layer penultimate`` chooses the layer below it.
 """
 
 from collections.abc import Callable
@@ -143,7 +143,7 @@ def svhn() -> Task:
 
 
 def fashion_mnist() -> Task:
-    """Returns the task of WideResNet-28-10 on Fashion-MNIST, as colour images of 32 x 32 pixels."""
+    """Returns the task of WideResNet-28-10 on Fashion-MNIST, as three-channel images of 32 x 32."""
     enlarge = (v2.Grayscale(3), v2.Resize(32, antialias=True))
     train, test = transform(*enlarge, **HALF, then=(cutout,)), transform(*enlarge, **HALF)
     return on_wide_resnet(images("", datasets.FashionMNIST, train, test), 64, 200, 0.01)
