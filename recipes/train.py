@@ -4,9 +4,8 @@
     python -m recipes.train cifar10 --download --optimizer sgd sam fam --seeds 0 1 2    # the paper's settings
     python -m recipes.train skulls --optimizer fam --lam 0 0.0006 0.002 0.02 0.1 0.7
 
-Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0. An option that is
-not given has the task's value; in the paper's tasks this is the paper's value. With --mode proximal, FAM has
-values of its own.
+Each combination is a run with its own folder, such as runs/cifar10/fam-lam=0.1/seed0. An option that is not
+given has the task's value (in the paper's tasks, the paper's). With --mode proximal, FAM has its own values.
 """
 
 import dataclasses

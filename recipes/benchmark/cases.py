@@ -106,10 +106,7 @@ def perceptron(layers: Layers, rows: int, *widths: int) -> Problem:
 
 
 def skull_autoencoder() -> Problem:
-    """Returns an autoencoder with a Dice loss on four volumes.
-
-    It has five stride-2 convolutions down, two linear layers, and five stride-2 convolutions up.
-    """
+    """Returns a 3D autoencoder: five stride-2 convolutions, two linear layers, five deconvolutions."""
     down: list[nn.Module] = []
     up: list[nn.Module] = []
     for a, b in pairwise((1, 8, 16, 32, 64, 64)):

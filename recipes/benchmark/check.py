@@ -42,7 +42,7 @@ def seeded(problem: Problem, **options: Any) -> list[float]:
 
 
 def agreement(exact: float, values: list[float], name: str) -> dict[str, float]:
-    """Returns mean and standard error of the values; raises AssertionError if they disagree with the exact one."""
+    """Returns mean and standard error of the values; raises AssertionError if they do not fit the exact one."""
     mean = statistics.fmean(values)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     if not abs(mean - exact) <= 5 * error + TOLERANCE * abs(exact):

@@ -4,9 +4,9 @@
 
 It compares these with the exact mode, before training and after, with equal numbers of products:
 
-    library, row       Hutchinson's estimate of the observed layer, with own signs for every row
+    library, row       Hutchinson's estimate of the observed layer, every row with signs of its own
     library, weight    Hutchinson's estimate of the bare parameter, as a convolution gets it
-    library, apart     Gauss-Newton: the sum of the squares of all rows or samples
+    library, apart     Gauss-Newton: the square of every row or sample by itself, summed up
     library, whole     Gauss-Newton: the square of the whole batch's sum
 
 All are unbiased. The error of the gradient (in all parameters) is the root mean square distance from the
@@ -85,7 +85,7 @@ def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Makes a table of the gradient's error, a row per estimator and number of products, a column per network."""
+    """Makes a table of the gradient's error: a row per estimator and its products, a column per network."""
 
     def cell(run: Mapping[str, Any]) -> str:
         error, took = run["gradient"], run["milliseconds"]

@@ -28,7 +28,7 @@ def prepared(
     counted: bool = True,
     weighed: bool = True,
 ) -> tuple[dict[str, Step], dict[str, Result]]:
-    """Returns the candidates' steps on copies of the problem, warmed up, and their peak memory and operations.
+    """Returns the candidates' warmed-up steps on copies of the problem, with peak memory and operations.
 
     ``before`` is called with every copy of the model. A candidate that refuses the problem has no step, and
     the refusal is its result.
@@ -63,7 +63,7 @@ def prepared(
 def timings(
     steps: Mapping[str, Step], candidates: Mapping[str, Candidate], seconds: float, device: torch.device
 ) -> dict[str, Result]:
-    """Returns median and quartiles of the ratios to the plain step of the same round, in about so many seconds.
+    """Returns median and quartiles of the ratios to the plain step of the same round, in about ``seconds``.
 
     In a round every candidate takes equally many steps in a row, a multiple of its period, so that its costly
     steps count with their share.

@@ -78,14 +78,14 @@ def sweep(mode: str, letter: str, options: Options) -> Iterator[dict[str, Any]]:
 
 
 def exponent(rows: Sequence[dict[str, Any]], quantity: str) -> float:
-    """Returns p of ``quantity = c size^p``, fitted to the logarithms at the largest sizes by least squares."""
+    """Returns p of ``quantity = c size^p``, fitted to logarithms at the largest sizes by least squares."""
     sizes = [row[row["swept"]] for row in rows[-FITTED:]]
     values = [row[quantity] for row in rows[-FITTED:]]
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Makes a table of fitted and predicted exponents, and the ratio to the plain gradient at the largest size."""
+    """Makes a table of fitted and predicted exponents, and the ratio to the plain gradient at the end."""
     columns = ("mode", "grows", "time", "predicted", "plain time", "memory", "predicted", "plain memory")
     result = make_table(*columns, "time / plain", "memory / plain")
     for (mode, letter), rows in grouped(runs, itemgetter("mode", "swept")).items():

@@ -12,7 +12,7 @@ from recipes.shared.timing import with_quartiles
 QUANTITIES = {
     "ratio": ("time", "seconds", "ms", 1e3),
     "memory": ("peak memory", "peak_bytes", "MB", 1e-6),
-    "count": ("multiplications", "operations", "million", 0.5e-6),  # a multiplication counts as two operations
+    "count": ("multiplications", "operations", "million", 0.5e-6),  # a multiplication is two operations
 }
 
 

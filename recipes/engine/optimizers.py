@@ -65,7 +65,7 @@ def build(
     layers: Sequence[nn.Module] = (),
     generator: torch.Generator | None = None,
 ) -> torch.optim.Optimizer:
-    """Builds the optimizer of a model's parameters; FAM regularises ``layers`` unless the settings name some."""
+    """Builds the optimizer of a model's parameters; FAM regularises ``layers``, or those in the settings."""
     options = dict(settings)
     name, base = options.pop("optimizer"), CLASSES[options.pop("base")]
     parameters = model.parameters()

@@ -111,7 +111,7 @@ def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: dict[str, dict[str,
 
 
 def scale(axis: Axes, name: str, curves: Sequence[NDArray[np.float64]]) -> None:
-    """Makes kappa's axis logarithmic, also below zero; fits a metric's axis to the last half of its curves."""
+    """Makes kappa's axis logarithmic, also below zero; fits a metric's axis to the last half of a curve."""
     values = np.concatenate([values[len(values) // 2 :] for values in curves])
     if name == "kappa" and values.size:
         if values.min() > 0:

@@ -36,7 +36,7 @@ SAMPLES = 250  # training samples on which loss and kappa are measured
 def mean_loss(
     task: Task, model: nn.Module, layer: nn.Linear, batches: Sequence[Batch], strength: float, seed: int
 ) -> float:
-    """Returns the loss over all samples, with noise relative to the norm on the layer's input phi (..., m)."""
+    """Returns the loss over all samples, with noise on the layer's input phi (..., m) scaled by its norm."""
     generator = torch.Generator().manual_seed(seed)
 
     def perturb(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

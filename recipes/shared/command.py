@@ -91,10 +91,9 @@ def parser(
     smoke: str = "",
     listed: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
-    """Returns the parser of ``python -m recipes.<name>``.
+    """Returns the parser of ``python -m recipes.<name>``; its help shows ``doc``, the options and ``listed``.
 
-    Its help shows ``doc``, the options, and then ``listed``. It has the named common options, ``--out`` if
-    there is a default folder, and ``--smoke`` if there is a text that says what this does.
+    It has these common options, ``--out`` if a folder is given, and ``--smoke`` if it is said what that does.
     """
     lines = [f"  {key}\n      {what}" for key, what in (listed or {}).items()]
     reader = argparse.ArgumentParser(

@@ -26,7 +26,7 @@ def small(
     noise: float = 0.0,
     **own: Any,
 ) -> Task:
-    """Returns the task of a network on training and validation samples; a part ``noise`` of labels is wrong."""
+    """Returns the task of a network on training and validation samples, with a part of their labels wrong."""
 
     def data(source: Source, seed: int) -> Data:
         train, (x, y) = load(source)

@@ -10,7 +10,7 @@ Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, targets
 
 
 def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: float = 0.0) -> Data:
-    """Splits ``train`` into training and validation samples, with noise on the labels of both; keeps ``test``."""
+    """Splits ``train`` into training and validation samples; noise hits labels of both, not of ``test``."""
     (inputs, targets), used = train, sum(sizes)
     if used > len(targets):
         raise ValueError(
