@@ -3,7 +3,7 @@
     python -m recipes.train quickstart --optimizer sgd fam --mode proximal --keep 2 --out runs/kept
     python -m recipes.flatness runs/kept/quickstart/*/seed0
 
-A small kappa is flat. It has Gauss-Newton curvature, and is measured on the first training samples. If a run
+A layer with a small kappa is flat. kappa has Gauss-Newton curvature, on the first training samples. If a run
 has kept networks of several epochs, a second panel shows kappa by epoch, for the first such run.
 """
 
@@ -29,7 +29,7 @@ from recipes.tasks import Trained, load_task, trained
 
 
 def runs_asked(options: Options) -> list[Trained]:
-    """Returns the runs of the command line. A smoke test without any trains two for two epochs."""
+    """Returns the runs of the command line; a smoke test without any trains two, for two epochs."""
     folders = options.runs
     if not folders and options.smoke:
         task, folders = load_task("quickstart"), []
@@ -71,7 +71,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """Draws kappa after the last epoch; beside it kappa by epoch, of the first run with several epochs."""
+    """Draws kappa after the last epoch, and beside it kappa by epoch of the first run with several epochs."""
     last = dict([*grouped(ends(results["runs"]), name).items()][:SERIES])
     layers = list(dict.fromkeys(row["layer"] for own in last.values() for row in own))
     runs = grouped(results["runs"], name).values()

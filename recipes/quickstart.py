@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains every method at every noise level with every seed, and then writes the report."""
     options = parse_arguments(arguments)
     console, folder = make_console(), command.out(options)
-    command.fresh(folder / "runs")  # a demonstration starts afresh
+    command.fresh(folder / "runs")  # a demonstration does not continue old runs
     with command.in_a_sentence("quickstart", "stopped; it begins anew"):
         for noise in options.noise:
             task = quickstart(noise, options.train_size)

@@ -80,7 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
 
 
 def kappa_asked(options: Options) -> dict[str, Any]:
-    """Returns the options that define kappa, both the penalty's and the one measured after every epoch."""
+    """Returns the options of kappa that were given, for the penalty and for what is measured alike."""
     return {name: getattr(options, name) for name in MEASURING if getattr(options, name) is not None}
 
 

@@ -1,8 +1,8 @@
 """Measures what is worth measuring on a GPU, in one command of at most ten minutes.
 
 Each network is measured in float32, in bfloat16, and in bfloat16 compiled. In float32 kappa is compared with
-the CPU's. Every step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which raises if the host
-waits for the device. Time is measured in turns, and peak memory too.
+the CPU's. Every step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds the steps
+that make the host wait for the device. Then the steps are timed in turns. Their peak memory is measured too.
 """
 
 from __future__ import annotations

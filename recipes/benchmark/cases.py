@@ -54,7 +54,7 @@ def hidden(model: nn.Module) -> list[Any]:
 
 
 def classifier(model: nn.Module, layers: Layers, inputs: Tensor, classes: int) -> Problem:
-    """Returns a network with random labels."""
+    """Returns the problem of a network with random labels."""
     return Problem(model, layers(model), inputs, torch.randint(0, classes, (len(inputs),)))
 
 

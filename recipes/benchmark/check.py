@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # relative, in float32
 def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dict[str, Any]:
     """Returns, for each curvature of a penalty, kappa with the mean and standard error of its estimates.
 
-    Gauss-Newton is checked on four samples: where samples interact, exact takes a product for each output.
+    Gauss-Newton is checked on four samples: if samples interact, its exact mode takes a product per output.
     """
     penalties = [c.settings for c in candidates if c.settings.get("mode", "exact") != "proximal"]
     used = dict.fromkeys(s.get("curvature", "hessian") for s in penalties if s["optimizer"] == "fam")
@@ -42,7 +42,7 @@ def seeded(problem: Problem, **options: Any) -> list[float]:
 
 
 def agreement(exact: float, values: list[float], name: str) -> dict[str, float]:
-    """Returns mean and standard error of the values; raises AssertionError if they do not fit the exact one."""
+    """Returns mean and standard error of the values. Raises AssertionError unless they fit the exact one."""
     mean = statistics.fmean(values)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     if not abs(mean - exact) <= 5 * error + TOLERANCE * abs(exact):

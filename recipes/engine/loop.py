@@ -66,7 +66,7 @@ class Loop:
     def epochs(
         self, finished: int = 0, after_step: Callable[[int, Tensor], None] = lambda step, loss: None
     ) -> Iterator[tuple[int, float]]:
-        """Trains; yields each epoch's number and mean loss. Each step calls ``after_step(step, loss)``."""
+        """Trains; yields each epoch's number and mean loss. ``after_step`` gets each step and its loss."""
         for epoch in range(finished + 1, self.conditions.epochs + 1):
             seed_everything(self.conditions.seed, epoch)
             self.model.train()
@@ -97,7 +97,7 @@ class Loop:
         return {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``state`` has returned."""
+        """Goes on from a state that ``state`` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -65,7 +65,7 @@ def build(
     layers: Sequence[nn.Module] = (),
     generator: torch.Generator | None = None,
 ) -> torch.optim.Optimizer:
-    """Builds the optimizer of a model's parameters; FAM regularises ``layers``, or those in the settings."""
+    """Builds the optimizer of a model's parameters. FAM regularises the settings' layers, or ``layers``."""
     options = dict(settings)
     name, base = options.pop("optimizer"), CLASSES[options.pop("base")]
     parameters = model.parameters()
@@ -73,7 +73,7 @@ def build(
         own = options.pop("layers", None)
         chosen = select(model, own) if own else list(layers)
         return FAM(parameters, base, chosen, generator=generator, **options)
-    sam: Any = {"sam": SAM, "asam": SAM, "looksam": LookSAM}.get(name)  # Any, as their types ask for a class
+    sam: Any = {"sam": SAM, "asam": SAM, "looksam": LookSAM}.get(name)  # Any: their types demand a class
     made: torch.optim.Optimizer = sam(parameters, base, **options) if sam else base(parameters, **options)
     return made
 
@@ -107,6 +107,6 @@ def take_step(
         else:
             optimizer.step(closure)
     else:
-        loss = optimizer.step(closure)  # FAM's penalty adds to what the closure backpropagates
+        loss = optimizer.step(closure)  # FAM may add lam * kappa to what is backpropagated
     plain_loss: Tensor = loss.detach()
     return plain_loss

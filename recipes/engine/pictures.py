@@ -40,7 +40,7 @@ def title(name: str) -> str:
 
 
 def fewest(runs: Sequence[Run]) -> list[Run]:
-    """Returns the runs that fit a picture: if there are many labels, those whose first metric ends best."""
+    """Returns the runs that fit a picture: of many labels, those with the best first metric at the end."""
     by_label = grouped(runs, lambda run: run["label"])
     if len(by_label) <= SERIES:
         return list(runs)

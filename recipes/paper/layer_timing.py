@@ -34,7 +34,7 @@ SIZES = {  # m by family
 }
 TITLES = {"hidden": "hidden layer, d = m", "last": "last layer, d = 10 classes"}
 QUANTITIES = {"seconds": "time of a call (s)", "error": "error of the trace (a fraction)"}
-# in weights; their Hessian is 0.4 GB in float64, and computing it takes several times as much
+# weights; a Hessian of so many is 0.4 GB in float64, and computing it takes several times that
 QUADRATIC_LIMIT = 7000
 TOLERANCE = 1e-6  # of the check, relative
 

@@ -93,7 +93,7 @@ def parser(
 ) -> argparse.ArgumentParser:
     """Returns the parser of ``python -m recipes.<name>``; its help shows ``doc``, the options and ``listed``.
 
-    It has these common options, ``--out`` if a folder is given, and ``--smoke`` if it is said what that does.
+    It has these common options, ``--out`` if a default is given, and ``--smoke`` if its effect is given.
     """
     lines = [f"  {key}\n      {what}" for key, what in (listed or {}).items()]
     reader = argparse.ArgumentParser(
@@ -131,7 +131,7 @@ def fresh(folder: Path) -> Path:
 def in_a_sentence(
     name: str, stopped: str = "stopped", errors: tuple[type[Exception], ...] = (ValueError, OSError)
 ) -> Iterator[None]:
-    """Ends the program with a sentence in place of a traceback; after Ctrl-C with ``stopped``."""
+    """Ends a program that fails with a sentence, not a traceback; Ctrl-C ends it with ``stopped``."""
     try:
         yield
     except errors as error:

@@ -111,7 +111,7 @@ def label(axis: Axis, low: float, high: float) -> None:
 def draw_lines(
     axis: Axes, rows: Iterable[Mapping[str, Any]], x: str, y: str, by: str, chosen: Mapping[str, Any]
 ) -> None:
-    """Draws the rows' quantity y by x, with a line for each label (their value of ``by``) in its look."""
+    """Draws y by x, with a line for each value that the rows have of ``by``, in the look chosen for it."""
     for label, own in grouped(rows, lambda row: row[by]).items():
         xs, ys = ([row[name] for row in own] for name in (x, y))
         axis.plot(xs, ys, **chosen[label], markersize=4, label=label)

@@ -72,7 +72,7 @@ class Problem:
         return loss, *(relative_flatness(loss, layers, **options) for _ in range(times))
 
     def flatness(self, **options: Any) -> Tensor:
-        """Returns the library's kappa after a forward, ``()``."""
+        """Makes a forward, and returns the library's kappa, ``()``."""
         return self.penalised(**options)[1]
 
     def gradient(self, value: Tensor, **options: Any) -> Tensor:
@@ -88,7 +88,7 @@ def train_plainly(
     schedule: Callable[[int], float] = lambda step: 1.0,
     **settings: Any,
 ) -> None:
-    """Trains with SGD on the cross-entropy of each batch, where the training is not the subject."""
+    """Trains with SGD on the cross-entropy of each batch, for recipes with another subject."""
     optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, **settings})
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     for inputs, targets in batches:

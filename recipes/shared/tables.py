@@ -37,7 +37,7 @@ def pivot(
     cell: Callable[[Mapping[str, Any]], str],
     title: str = "",
 ) -> Table:
-    """Makes a table with ``cell(row)`` in the line that begins with ``line(row)``, in the ``column(row)``."""
+    """Makes a table with a cell per row: ``line`` gives its line's first cells, ``column`` its column."""
     columns = list(dict.fromkeys(column(row) for row in rows))
     result = table(*heads, *columns, title=title)
     for first, own in grouped(rows, line).items():
@@ -57,7 +57,7 @@ def summary(name: str, values: Sequence[float]) -> str:
 
 
 def show(target: Console, *tables: Table) -> None:
-    """Prints tables; if one is too wide for the terminal, each of its rows becomes a line per column."""
+    """Prints tables. One that is too wide for the terminal gets a line per cell, so that no number is cut."""
     for wide in tables:
         if target.measure(wide, options=target.options.update(width=WIDE)).maximum <= target.width:
             target.print(wide)

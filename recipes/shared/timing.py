@@ -28,7 +28,7 @@ def clock(device: torch.device) -> float:
 
 
 def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
-    """Returns a function that makes so many calls."""
+    """Returns a function that makes the call so many times."""
 
     def several() -> None:
         for _ in range(times):

@@ -145,7 +145,7 @@ def measure(options: Options, console: Console) -> None:
         (options.out / "cost.json").write_text(json.dumps(compact(cost), indent=1) + "\n")
         return
     for task in options.tasks:
-        conditions.usual(task).data(Source(download=True), 0)  # fetches missing data now, or complains now
+        conditions.usual(task).data(Source(download=True), 0)  # missing data are fetched, or reported, now
     for stage in options.stages:
         run_stage(stage, options, console)
     report(options.out, console)

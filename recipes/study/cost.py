@@ -21,9 +21,9 @@ TIMED = [
 
 
 def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Returns median and quartiles of each method's ratio to SGD, in turns on the same batches with one thread.
+    """Returns median and quartiles of each method's ratio to SGD, measured in turns on the same batches.
 
-    The language model is left out, since its steps take seconds.
+    One thread is used. The language model is left out, since its steps take seconds.
     """
     torch.set_num_threads(1)
     costs, conditions = {}, {condition.task: condition for condition in reversed(CONDITIONS)}

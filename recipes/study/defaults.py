@@ -29,7 +29,7 @@ DEFAULTS = {  # the noise, 4.5 %, is the best for these conditions by validation
     "FAM, proximal": 1.0,
 }
 KEY = ("FAM, proximal", "SAM", "control, T = I")
-DEFAULT_SEEDS = (*conditions.LATER_SEEDS, *conditions.MORE_SEEDS)  # none of these values was chosen by them
+DEFAULT_SEEDS = (*conditions.LATER_SEEDS, *conditions.MORE_SEEDS)  # no default was chosen with them
 USUAL_RATE = 0.05
 NOT_SEARCHED = ("fashion", "fashion-resnet")  # they have the usual rate, whatever SGD's search gives
 OTHER_RATES = (  # SGD's best, where it is below 0.05 or has another weight decay

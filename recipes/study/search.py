@@ -1,8 +1,8 @@
 """Lists the trials of the joint search for learning rate, weight decay and each method's own value.
 
-The best score on validation data after the last epoch is chosen, averaged over two seeds that are not used
-again. Validation labels are as noisy as the training labels. Only the stages "comparison", "more_seeds" and
-"longer" look at test data, once per network, after everything was chosen.
+The settings with the best validation score after the last epoch are chosen, averaged over two seeds that are
+not used again. Validation labels are as noisy as the training labels. Of these stages only "comparison",
+"more_seeds" and "longer" look at test data, once per network, after everything was chosen.
 """
 
 from collections import Counter

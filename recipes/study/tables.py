@@ -62,7 +62,7 @@ def summary(by_method: Mapping[str, Gains]) -> Table:
 
 
 def by_condition(reference: Results, by_method: Mapping[str, Gains], name: str) -> Table:
-    """Makes a table, a row per condition: the reference's score, every method's gain; then the means."""
+    """Makes a table, a row per condition: the reference's score, each method's gain; last the mean gains."""
     result = table("condition", "seeds", name, *by_method)
     for condition, own in by_conditions(reference).items():
         cells = [signed(found.get(condition, [])) for found in by_method.values()]
@@ -166,7 +166,7 @@ def reviews(results: Results) -> Table:
 
 
 def ablations(results: Results) -> Table:
-    """Makes a table, a row per form of the step, a column per condition: validation score; then the mean."""
+    """Makes a table, a row per form, a column per condition: validation score; then the mean difference."""
     found = by_conditions(results)
     scores = [mean_by(own, "method") for own in found.values()]
     result = table("form", *(condition.name for condition in found), "mean, minus the first row's")

@@ -91,7 +91,7 @@ def perceptron(inputs: int, outputs: int, width: int, depth: int, normalised: bo
 
 
 def without_batchnorm(width: int) -> nn.Module:
-    """Returns two convolutions with stride and one hidden layer, for images of 28 x 28 pixels."""
+    """Returns a network of two convolutions with stride and one hidden layer, for 28 x 28 pixels."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1),
         nn.ReLU(),
@@ -130,7 +130,7 @@ def small_resnet() -> nn.Module:
 
 
 def vision_transformer() -> nn.Module:
-    """Returns timm's transformer: patches of 7 x 7, two blocks of 64 channels, four heads, GELU."""
+    """Returns timm's transformer (LayerNorm, GELU): 7 x 7 patches, two blocks of 64 channels, four heads."""
     model: nn.Module = package("timm.models.vision_transformer", "study").VisionTransformer(
         img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=4, mlp_ratio=2
     )
