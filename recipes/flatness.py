@@ -1,10 +1,10 @@
-"""Draws how flat every layer of a trained network is: kappa by layer, and over the training.
+"""Measures how flat every layer of a trained network is, and draws kappa by layer and by epoch.
 
     python -m recipes.train quickstart --optimizer sgd fam --mode proximal --keep 2 --out runs/kept
     python -m recipes.flatness runs/kept/quickstart/*/seed0
 
-kappa (small is flat) has Gauss-Newton curvature, on the first training samples. If a run has kept networks of
-several epochs, a second panel shows kappa by epoch, for the first such run.
+A layer with a small kappa is flat. kappa has Gauss-Newton curvature, on the first training samples. If a run
+has kept networks of several epochs, a second panel shows kappa by epoch, for the first such run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from recipes.tasks import Trained, load_task, trained
 
 
 def runs_asked(options: Options) -> list[Trained]:
-    """The runs of the command line; for a smoke test two that are trained for two epochs."""
+    """Returns the runs of the command line; a smoke test without any trains two, for two epochs."""
     folders = options.runs
     if not folders and options.smoke:
         task, folders = load_task("quickstart"), []
@@ -45,7 +45,7 @@ def runs_asked(options: Options) -> list[Trained]:
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    """One row per run, epoch and layer."""
+    """Yields one row per run, epoch and layer."""
     for run in runs_asked(options):
         batches = ordered(first(run.data.train, run.task.kappa_samples), run.config["batch_size"])
         of = {"task": run.config["task"], "label": run.label, "seed": run.config["seed"]}
@@ -55,23 +55,23 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def name(row: Mapping[str, Any]) -> str:
-    """The run of a row."""
+    """Returns the label and the seed of a row's run."""
     return f"{row['label']}, seed {row['seed']}"
 
 
 def ends(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of every run's last epoch."""
+    """Returns the rows of every run's last epoch."""
     return [r for own in grouped(rows, name).values() for r in own if r["epoch"] == own[-1]["epoch"]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A row per layer, a column per run."""
+    """Makes a table with a row per layer and a column per run."""
     line, cell = (lambda row: (row["layer"],)), (lambda row: f"{row['kappa']:.4g}")
     return pivot(["layer"], ends(rows), line, name, cell, title="kappa after the last epoch")
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """Bars by layer, a colour per run; beside them kappa by epoch, a line per layer, where it is known."""
+    """Draws kappa after the last epoch, and beside it kappa by epoch of the first run with several epochs."""
     last = dict([*grouped(ends(results["runs"]), name).items()][:SERIES])
     layers = list(dict.fromkeys(row["layer"] for own in last.values() for row in own))
     runs = grouped(results["runs"], name).values()
@@ -94,7 +94,7 @@ def plot(results: Mapping[str, Any]) -> Figure:
 
 
 def draw_course(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """kappa by epoch, of at most eight layers, the steepest at the end."""
+    """Draws kappa by epoch, of the layers with the largest kappa at the end (eight at most)."""
     by_layer = grouped(rows, lambda row: row["layer"])
     shown = sorted(by_layer, key=lambda layer: -by_layer[layer][-1]["kappa"])[:SERIES]
     for layer, look in looks(shown).items():

@@ -23,22 +23,22 @@ from recipes.shared.tables import console as make_console
 from recipes.tasks.images import fashion_mnist
 from recipes.tasks.small import VALIDATION, quickstart
 
-# What is compared: the run's label, the optimizer and what differs from the task's settings. weight_decay,
-# rho and the penalties' lam have the best validation accuracy of four values each, at 40 % noise with three
-# other seeds (recipes/results/quickstart_tuning.md; the validation labels are as noisy as the training
-# labels). The last has nothing chosen: it is FAM.for_model(model, torch.optim.SGD, ...).
+# The run's label -> its optimizer, and what differs from the task's settings. weight_decay, rho and the
+# penalties' lam were chosen from four values each, by validation accuracy at 40 % noise with three other
+# seeds (recipes/results/quickstart_tuning.md; the validation labels are as noisy as the training labels).
+# Nothing was chosen for the last method: it is FAM.for_model(model, torch.optim.SGD, ...).
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("sgd", {}),
     "sgd-weight_decay": ("sgd", {"weight_decay": 0.03}),
     "sam": ("sam", {"rho": 0.05}),
-    "fam-last": ("fam", {"lam": 0.01}),  # the paper's
+    "fam-last": ("fam", {"lam": 0.01}),  # the paper's penalty
     "fam-last_but_one": ("fam", {"lam": 0.003, "layers": ["features.9"], **GAUSS_NEWTON}),
     "fam-proximal": ("fam", {"layers": ["hidden"], **PROXIMAL}),
 }
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line."""
+    """Reads the command line."""
     common, smoke = ("--seeds", "--device"), "one seed, two epochs, few images"
     parser = command.parser("quickstart", __doc__, *common, out=Path("runs/quickstart"), smoke=smoke)
     parser.add_argument("--epochs", type=command.positive, default=20, help="(default: %(default)s)")
@@ -60,10 +60,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train every method at every noise level with every seed; then the report."""
+    """Trains every method at every noise level with every seed, and then writes the report."""
     options = parse_arguments(arguments)
     console, folder = make_console(), command.out(options)
-    command.fresh(folder / "runs")  # a demonstration starts afresh
+    command.fresh(folder / "runs")  # a demonstration does not continue old runs
     with command.in_a_sentence("quickstart", "stopped; it begins anew"):
         for noise in options.noise:
             task = quickstart(noise, options.train_size)

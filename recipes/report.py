@@ -1,7 +1,7 @@
 """Turns runs of recipes.train into tables, pictures and one JSON file.
 
     python -m recipes.report runs/cifar10                                # into runs/cifar10/report.*
-    python -m recipes.report recipes/results/cifar10.json                # the same from the JSON alone
+    python -m recipes.report recipes/results/cifar10.json                # the same, from the JSON file alone
 
 A task's table has what was measured after the last epoch, and the leading metric at the epoch that was best
 on validation data. An experiment of the paper has a second table, with the paper's numbers.
@@ -33,11 +33,11 @@ Run = dict[str, Any]
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """All that the runs below a folder have measured; of smoke tests only where there is nothing else."""
+    """Returns what the runs below a folder have measured; smoke tests are left out if there are real runs."""
     found: list[Run] = []
     for config in folder.rglob("config.json"):
         run = RunFolder(config.parent)
-        if records := run.epochs():  # None is where an epoch did not measure a quantity
+        if records := run.epochs():  # an epoch has None for what it did not measure
             history = {name: [r.get(name) for r in records] for name in dict.fromkeys(chain(*records))}
             measured = {"step_time": run.read("step_time.json"), "history": history}
             found.append({**run.read("config.json"), "label": config.parent.parent.name, **measured})
@@ -49,14 +49,14 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def order(run: Run) -> tuple[Any, ...]:
-    """Plain optimizers first, FAM last, each by its strength."""
+    """Returns a run's sort key: plain optimizers come first and FAM last, each in order of its strength."""
     chosen = run["settings"]
     strength = (chosen.get("detach_hessian", False), chosen.get("lam", chosen.get("rho", 0)))
     return run["task"], OPTIMIZERS.index(chosen["optimizer"]), *strength, run["label"], run["seed"]
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
-    """A table per task, and a second one with the paper's numbers, where it has any."""
+    """Makes a table per task, and a second one with the paper's numbers if the paper has any."""
     found = []
     for task, own in grouped(runs, itemgetter("task")).items():
         found += [table(task, own), None if own[0]["smoke"] else compare(task, own)]
@@ -64,7 +64,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def table(task: str, runs: Sequence[Run]) -> Table:
-    """One row per optimizer and epoch that was asked to be evaluated."""
+    """Makes a task's table, with a row per optimizer and per epoch that `evaluated` returns."""
     known = dict.fromkeys(name for run in runs for name in run["history"])
     names = [name for name in known if name not in ("epoch", "train_loss")]
     validated = next((name for name in names if name.startswith("validation_")), None)
@@ -76,10 +76,10 @@ def table(task: str, runs: Sequence[Run]) -> Table:
     smoke = ", a smoke test and no result" if runs[0]["smoke"] else ""
     caption = f"{task}{smoke} ({numbers}step time relative to the plain step)"
     result = make_table(*heads, title=caption)
-    for label, group in grouped(runs, lambda run: run["label"]).items():  # they differ in their seed alone
+    for label, group in grouped(runs, lambda run: run["label"]).items():  # they differ only in their seed
         for number in evaluated(group[0]):
             cells = [summary(name, [at(run, name, number) for run in group]) for name in shown]
-            if validated:  # a value that is not finite is below all others; of equal ones the first counts
+            if validated:  # a value that is not finite counts as the lowest; of equal ones the first
                 best_epochs = [np.nan_to_num(curve(run, validated), nan=-np.inf).argmax() for run in group]
                 chosen = [at(run, lead, int(e)) for run, e in zip(group, best_epochs, strict=True)]
                 cells.append(summary(lead, chosen))
@@ -90,7 +90,7 @@ def table(task: str, runs: Sequence[Run]) -> Table:
 
 
 def evaluated(run: Run) -> list[int]:
-    """Indices of the epochs that the table shows: those at which all was measured, otherwise the last."""
+    """Returns the indices of the epochs with all metrics if only some have them, otherwise the last index."""
     history = run["history"]
     metrics = [name for name in history if name not in ("epoch", "train_loss", "kappa")] or ["kappa"]
     rarest = min(metrics, key=lambda name: sum(value is not None for value in history[name]))
@@ -99,7 +99,7 @@ def evaluated(run: Run) -> list[int]:
 
 
 def report(results: dict[str, Any], stem: Path, console: Console) -> None:
-    """Print the tables, and write them and the pictures beside the JSON."""
+    """Prints the tables, and writes them and the pictures beside the JSON."""
     found = tables(results["runs"])
     show(console, *found)
     stem.with_suffix(".md").write_text(markdown(*found))
@@ -110,7 +110,7 @@ def report(results: dict[str, Any], stem: Path, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Collect, save, print, draw."""
+    """Collects what the runs have measured, and saves, prints and draws it."""
     reader = parser("report", __doc__)
     reader.add_argument("source", type=Path, help="a folder with runs, or the JSON of an earlier report")
     reader.add_argument(

@@ -4,8 +4,8 @@
     python -m recipes.train cifar10 --download --optimizer sgd sam fam --seeds 0 1 2    # the paper's settings
     python -m recipes.train skulls --optimizer fam --lam 0 0.0006 0.002 0.02 0.1 0.7
 
-Each combination is a run with a folder of its own, such as runs/cifar10/fam-lam=0.1/seed0. An option that is
-not given has the task's value, which is the paper's if the task is. With --mode proximal FAM has its own.
+Each combination is a run with its own folder, such as runs/cifar10/fam-lam=0.1/seed0. An option that is not
+given has the task's value (in the paper's tasks, the paper's). With --mode proximal, FAM has its own values.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from recipes.shared.command import SEVERAL, Options
 from recipes.shared.tables import console as make_console
 from recipes.tasks import TASKS, load_task
 
-SWEPT = {  # these take several values, each a run of its own
+SWEPT = {  # these take several values; each is a run of its own
     "lr": "learning rates",
     "weight_decay": "weight decays",
     "lam": "FAM's strengths",
     "rho": "SAM's radii",
 }
-CHOSEN = ("every", "normalize", "detach_hessian")  # these take one, and are FAM's alone
+CHOSEN = ("every", "normalize", "detach_hessian")  # these take one value, and only FAM has them
 OPTIONS: dict[str, dict[str, Any]] = {
     "--optimizer": {
         **SEVERAL,
@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line."""
+    """Reads the command line."""
     common, tasks = ("--seeds", "--device", "--data"), {name: task.about for name, task in TASKS.items()}
     smoke = "one epoch of a few samples"
     parser = command.parser("train", __doc__, *common, out=Path("runs"), smoke=smoke, listed=tasks)
@@ -80,12 +80,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
 
 
 def kappa_asked(options: Options) -> dict[str, Any]:
-    """What was asked of kappa, of the penalty and of what is measured after every epoch alike."""
+    """Returns the options of kappa that were given, for the penalty and for what is measured alike."""
     return {name: getattr(options, name) for name in MEASURING if getattr(options, name) is not None}
 
 
 def adapted(task: Task, options: Options) -> Task:
-    """The task with the layers and the kappa that were asked for."""
+    """Returns the task with the layers and the kappa that were asked for."""
     proximal = options.mode == "proximal"
     fam = {**(optimizers.PROXIMAL if proximal else task.methods.get("fam", {})), **kappa_asked(options)}
     layers = tuple(options.layer or (("hidden",) if proximal else task.layers))
@@ -93,7 +93,7 @@ def adapted(task: Task, options: Options) -> Task:
 
 
 def combinations(task: Task, options: Options) -> Iterator[tuple[str, Settings]]:
-    """Every optimizer with every value that was given: the run's label and its settings."""
+    """Yields the run's label and settings for every optimizer with every value that was given."""
     given = {name: getattr(options, name) for name in (*SWEPT, *CHOSEN) if getattr(options, name) is not None}
     kappa = {"layer": "+".join(options.layer)} if options.layer else {}
     kappa |= kappa_asked(options)
@@ -106,7 +106,7 @@ def combinations(task: Task, options: Options) -> Iterator[tuple[str, Settings]]
         lists = [values if isinstance(values, list) else [values] for values in own.values()]
         for values in itertools.product(*lists):
             changes = dict(zip(own, values, strict=True))
-            named = {**changes, **kappa}.items()  # kappa is measured of every optimizer's run
+            named = {**changes, **kappa}.items()  # kappa is measured in every optimizer's run
             parts = [name if value is True else f"{name}={value}" for name, value in named]
             label = "-".join([optimizer, *parts])
             yield label, optimizers.settings(task, optimizer, changes)
@@ -116,7 +116,7 @@ def combinations(task: Task, options: Options) -> Iterator[tuple[str, Settings]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train every combination with every seed."""
+    """Trains every combination with every seed."""
     options, console = parse_arguments(arguments), make_console()
     with command.in_a_sentence(options.task, "stopped; the same command with --resume goes on from there"):
         task = adapted(load_task(options.task), options)

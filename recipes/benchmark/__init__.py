@@ -1,1 +1,1 @@
-"""What a step costs, in time, memory and operations, relative to the plain step."""
+"""Measures what a step costs in time, memory and operations, relative to the plain step."""

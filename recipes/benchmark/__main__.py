@@ -30,7 +30,7 @@ from recipes.shared.tables import console, markdown, show
 
 
 def measure(name: str, options: Options) -> dict[str, Any]:
-    """One row: check, then all candidates in alternation."""
+    """Measures one row: checks kappa, then times all candidates in turns."""
     torch.manual_seed(0)
     problem = CASES[name].build().copy(device=options.device)
     candidates = chosen(options.candidates, name)
@@ -42,7 +42,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    """Read the command line."""
+    """Reads the command line."""
     layers = {name: "; all layers but the last" if name in HIDDEN else "" for name in CASES}
     listed = {f"row {name}": f"{case.about}{layers[name]}" for name, case in CASES.items()}
     listed |= {f"column {label}": candidate.about for label, candidate in CANDIDATES.items()}
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, save."""
+    """Measures, prints and saves."""
     options = parse(arguments)
     with in_a_sentence("benchmark"):
         path = options.plot or run(options)
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: Options) -> Path:
-    """Measure the rows that were asked for; others in the results stay."""
+    """Measures the rows that were asked for; other rows in the results stay."""
     torch.set_num_threads(options.threads)
     name = "accelerator" if options.accelerator else "benchmark"
     path, begin = out(options) / f"{name}.json", time.perf_counter()

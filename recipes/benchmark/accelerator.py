@@ -1,8 +1,8 @@
-"""What is worth measuring on a GPU, in one command of at most ten minutes.
+"""Measures what is worth measuring on a GPU, in one command of at most ten minutes.
 
-Networks in float32, in bfloat16, and in bfloat16 compiled. For each, kappa is compared with the CPU's; every
-step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds those that make the host wait
-for the device; then the steps take turns; peak memory is measured too.
+Each network is measured in float32, in bfloat16, and in bfloat16 compiled. In float32 kappa is compared with
+the CPU's. Every step is made once under ``torch.cuda.set_sync_debug_mode("error")``, which finds the steps
+that make the host wait for the device. Then the steps are timed in turns. Their peak memory is measured too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = {
     **{label: CANDIDATES[label] for label in ("plain", "FAM proximal", "SAM")},
     "FAM exact": Candidate("the penalty of the last layer", {**PENALTY, "layers": ["last"]}),
 }
-# A penalty would have to be built before the model first runs compiled, which it does in the plain step.
+# A penalty would have to be built before the compiled model runs first, and the plain step runs it first.
 COMPILED = ("plain", "FAM proximal")
 NETWORKS = {
     "ResNet-18": partial(images, resnet18_cifar, hidden, 256),
@@ -58,7 +58,7 @@ class Autocast(nn.Module):
 
 
 def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, Any]]:
-    """A row per network and precision, the compiled ones last, until the time is over."""
+    """Yields a row per network and precision, the compiled ones last, until the time is over."""
     end, networks = time.perf_counter() + LIMIT, SMOKE if smoke else NETWORKS
     for (precision, reserve), (name, network) in product(RESERVE.items(), networks.items()):
         row: dict[str, Any] = {"task": f"{name}, {precision}", "candidates": {}}
@@ -75,7 +75,7 @@ def measure(device: torch.device, *, smoke: bool = False) -> Iterator[dict[str, 
 
 
 def check(problem: Problem) -> dict[str, float]:
-    """kappa of the last hidden layer on two samples, on the device and on the CPU."""
+    """Returns kappa of the last hidden layer on two samples, on the device and on the CPU."""
     part = problem.part(2).copy()
     part.model.eval()
     part = replace(part, regularised=part.layers[-1])
@@ -85,7 +85,7 @@ def check(problem: Problem) -> dict[str, float]:
 
 
 def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -> dict[str, Any]:
-    """Of every candidate: whether its step waits, its time and its peak memory."""
+    """Returns for every candidate whether its step waits, its time and its peak memory."""
 
     def before(model: nn.Module) -> None:
         if compiled:
@@ -100,7 +100,7 @@ def steps(problem: Problem, device: torch.device, compiled: bool, smoke: bool) -
 
 
 def what_waits(step: Step, device: torch.device) -> str:
-    """Why a step makes the host wait for the device; empty if it does not, or torch cannot tell."""
+    """Returns why a step makes the host wait for the device; empty if it does not, or torch cannot tell."""
     set_mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else lambda mode: None
     set_mode("error")
     try:
@@ -115,7 +115,7 @@ def what_waits(step: Step, device: torch.device) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """What is wrong, in a sentence or two; empty if nothing is."""
+    """Returns what is wrong, in a sentence or two; empty if nothing is."""
     sentences = []
     for row in rows:
         here, there = row.get("check", {"device": 0.0, "cpu": 0.0}).values()

@@ -17,7 +17,7 @@ from recipes.tasks.models import resnet18_cifar
 
 
 class Transformer(nn.Module):
-    """An encoder with a pooler on the first token, as BERT-small's, or with the mean over the tokens."""
+    """An encoder with a pooler on the first token, like BERT-small's, or with the mean over the tokens."""
 
     def __init__(self, width: int, heads: int, depth: int, classes: int, pooler: bool) -> None:
         super().__init__()
@@ -35,51 +35,51 @@ class Transformer(nn.Module):
 
 
 def soft_dice(logits: Tensor, targets: Tensor) -> Tensor:
-    """One minus the soft Dice coefficient of every sample, averaged."""
+    """Returns one minus the soft Dice coefficient, averaged over the samples."""
     p, t = logits.sigmoid().flatten(1), targets.flatten(1)
     return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
 
 
-Layers = Callable[[nn.Module], Any]  # those of a model that are regularised
+Layers = Callable[[nn.Module], Any]  # returns the layers of a model that are regularised
 
 
 def module(name: str) -> Layers:
-    """The one of that name."""
+    """Returns a function from a model to its module of that name."""
     return lambda model: model.get_submodule(name)
 
 
 def hidden(model: nn.Module) -> list[Any]:
-    """All but the last."""
+    """Returns all weight layers but the last."""
     return weight_layers(model)[:-1]
 
 
 def classifier(model: nn.Module, layers: Layers, inputs: Tensor, classes: int) -> Problem:
-    """A network with random labels."""
+    """Returns the problem of a network with random labels."""
     return Problem(model, layers(model), inputs, torch.randint(0, classes, (len(inputs),)))
 
 
 def images(
     model: Callable[[], nn.Module], layers: Layers, number: int = 64, size: int = 32, classes: int = 10
 ) -> Problem:
-    """A network on coloured images."""
+    """Returns a network on random colour images."""
     return classifier(model(), layers, torch.randn(number, 3, size, size), classes)
 
 
 def resnet50() -> Any:
-    """torchvision's."""
+    """Returns torchvision's ResNet-50."""
     return package("torchvision.models").resnet50()
 
 
 def head(classes: int, features: int, rows: int) -> Problem:
-    """A linear classifier alone; its inputs are trained too, as if a body stood below."""
+    """Returns a linear classifier alone; its inputs are trained too, as if a body stood below."""
     model = nn.Sequential(nn.Embedding(rows, features), nn.Linear(features, classes))
     return classifier(model, module("1"), torch.arange(rows), classes)
 
 
 def tied_language_model() -> Problem:
-    """The size of GPT-2's head, which shares the embedding's weight, over one block."""
+    """Returns a head of GPT-2's size, which shares the embedding's weight, over one block."""
     embedding, head = nn.Embedding(50257, 768), nn.Linear(768, 50257, bias=False)
-    # As GPT-2's: with torch's own scale probabilities underflow, and denormal numbers are slow.
+    # GPT-2's scale: with torch's own, probabilities underflow, and denormal numbers are slow.
     nn.init.normal_(embedding.weight, std=0.02)
     head.weight = embedding.weight
     block = nn.Linear(768, 768), nn.GELU(), nn.LayerNorm(768)
@@ -88,25 +88,25 @@ def tied_language_model() -> Problem:
 
 
 def bert(layers: Layers, number: int = 16, tokens: int = 64) -> Problem:
-    """Sentences of so many tokens."""
+    """Returns BERT-small's encoder on sentences of so many tokens."""
     model = Transformer(512, 8, 4, classes=2, pooler=True)
     return classifier(model, layers, torch.randn(number, tokens, 512), 2)
 
 
 def vit(layers: Layers) -> Problem:
-    """32 images of 65 tokens."""
+    """Returns a vision transformer's encoder on 32 images of 65 tokens."""
     model = Transformer(192, 3, 6, classes=10, pooler=False)
     return classifier(model, layers, torch.randn(32, 65, 192), 10)
 
 
 def perceptron(layers: Layers, rows: int, *widths: int) -> Problem:
-    """Linear layers of these widths with ReLU."""
+    """Returns linear layers of these widths, with ReLU between them."""
     modules = [module for a, b in pairwise(widths) for module in (nn.Linear(a, b), nn.ReLU())]
     return classifier(nn.Sequential(*modules[:-1]), layers, torch.randn(rows, widths[0]), widths[-1])
 
 
 def skull_autoencoder() -> Problem:
-    """Four volumes with a Dice loss; five stride-2 convolutions down, two linear layers, five up."""
+    """Returns a 3D autoencoder: five stride-2 convolutions, two linear layers, five deconvolutions."""
     down: list[nn.Module] = []
     up: list[nn.Module] = []
     for a, b in pairwise((1, 8, 16, 32, 64, 64)):
@@ -119,7 +119,7 @@ def skull_autoencoder() -> Problem:
 
 
 class Case(NamedTuple):
-    """A row: its sentence, and what builds it."""
+    """A row: its description, and what builds it."""
 
     about: str
     build: Callable[[], Problem]
@@ -163,4 +163,4 @@ OTHER_ROWS = {
 }
 CASES = {**HIDDEN_ROWS, **OTHER_ROWS}
 HIDDEN, ONE = frozenset(HIDDEN_ROWS), frozenset(OTHER_ROWS)
-INNER = HIDDEN | {"tiny 16x16"}  # where the Hessian is not Gauss-Newton's
+INNER = HIDDEN | {"tiny 16x16"}  # where the Hessian may differ from Gauss-Newton's

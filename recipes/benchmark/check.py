@@ -1,4 +1,4 @@
-"""The numbers before the times: the exact kappa against the mean of its random estimates."""
+"""Checks the exact kappa against the mean of its random estimates, before anything is timed."""
 
 import copy
 import math
@@ -15,9 +15,9 @@ TOLERANCE = 1e-4  # relative, in float32
 
 
 def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dict[str, Any]:
-    """Of every curvature that a candidate penalises: kappa, and mean and standard error of its estimates.
+    """Returns, for each curvature of a penalty, kappa with the mean and standard error of its estimates.
 
-    Where samples interact, exact Gauss-Newton takes a product for each output: it is checked on four.
+    Gauss-Newton is checked on four samples: if samples interact, its exact mode takes a product per output.
     """
     penalties = [c.settings for c in candidates if c.settings.get("mode", "exact") != "proximal"]
     used = dict.fromkeys(s.get("curvature", "hessian") for s in penalties if s["optimizer"] == "fam")
@@ -36,13 +36,13 @@ def check(problem: Problem, candidates: Iterable[Candidate], probes: int) -> dic
 
 
 def seeded(problem: Problem, **options: Any) -> list[float]:
-    """The library's numbers, of the same forward whatever the options: dropout is seeded."""
+    """Returns the library's kappas; dropout is seeded, so that the forward is always the same."""
     torch.manual_seed(0)
     return [kappa.item() for kappa in problem.penalised(**options)[1:]]
 
 
 def agreement(exact: float, values: list[float], name: str) -> dict[str, float]:
-    """Mean and standard error of the values, which must agree with the exact one."""
+    """Returns mean and standard error of the values. Raises AssertionError unless they fit the exact one."""
     mean = statistics.fmean(values)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     if not abs(mean - exact) <= 5 * error + TOLERANCE * abs(exact):

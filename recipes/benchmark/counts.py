@@ -1,7 +1,7 @@
 """Counts the multiplications of a training step with FAM and SAM, relative to a step of plain SGD.
 
-Counted are those of matrix products and convolutions, forward and backward; a step that does more every tenth
-time counts with its mean. Where other operations take the time, the measured ratio is higher.
+It counts those of matrix products and convolutions, forward and backward. If a step does more every tenth
+time, the mean counts. Where other operations take the time, the measured ratio is higher.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from recipes.shared.results import CPU
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    """One row per task."""
+    """Yields one row per task."""
     for name in options.tasks:
         torch.manual_seed(options.seed)
         _, found = prepared(CASES[name].build(), chosen(list(CANDIDATES), name), CPU, weighed=False)

@@ -2,16 +2,16 @@
 
     python -m recipes.benchmark.estimators --curvature gauss_newton --out runs/gauss_newton
 
-Compared with the exact mode, before training and after, with equal numbers of products:
+It compares these with the exact mode, before training and after, with equal numbers of products:
 
-    library, row       Hutchinson's estimate of the observed layer, signs of their own for every row
-    library, weight    the same of the bare parameter: what a convolution gets
-    library, apart     Gauss-Newton: the sum of squares, of every row or of every sample by itself
+    library, row       Hutchinson's estimate of the observed layer, every row with signs of its own
+    library, weight    Hutchinson's estimate of the bare parameter, as a convolution gets it
+    library, apart     Gauss-Newton: the square of every row or sample by itself, summed up
     library, whole     Gauss-Newton: the square of the whole batch's sum
 
 All are unbiased. The error of the gradient (in all parameters) is the root mean square distance from the
-exact one, relative to its norm. The time is that of the estimate and its gradient. Means of independent
-estimates keep ``error * sqrt(milliseconds)``, the error at one millisecond.
+exact one, relative to its norm. The time is that of the estimate and its gradient. A mean of independent
+estimates has the same ``error * sqrt(milliseconds)``, which is the error at one millisecond.
 """
 
 import math
@@ -43,20 +43,20 @@ Key = tuple[str, int]  # an estimator and its number of products
 
 
 def network() -> nn.Sequential:
-    """A small multilayer perceptron on images ``(N, 784)``."""
+    """Returns a small multilayer perceptron on images ``(N, 784)``."""
     first, second, head = nn.Linear(784, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 10)
     return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), head)
 
 
 def convolutional() -> nn.Sequential:
-    """A small convolutional network on images ``(N, 784)``, whose samples do not interact."""
+    """Returns a small convolutional network on images ``(N, 784)``, whose samples do not interact."""
     first, second = nn.Conv2d(1, 16, 3, 2), nn.Conv2d(16, 32, 3, 2)
     body = nn.Unflatten(1, (1, 28, 28)), first, nn.Tanh(), second, nn.Tanh(), nn.Flatten()
     return nn.Sequential(*body, nn.Linear(32 * 36, 10))
 
 
 def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str) -> list[dict[str, Any]]:
-    """One row per estimator and number of products, of one layer; the first is the exact mode."""
+    """Returns a row per estimator and number of products, for one layer; the first is the exact mode."""
     with observe(problem.layer) as layer:
         loss = problem.loss()
     kappa = partial(relative_flatness, loss, curvature=curvature)
@@ -85,7 +85,7 @@ def spread(problem: Problem, draws: int, products: Sequence[int], curvature: str
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per estimator and number of products, a column per network: the gradient's error, and at 1 ms."""
+    """Makes a table of the gradient's error: a row per estimator and its products, a column per network."""
 
     def cell(run: Mapping[str, Any]) -> str:
         error, took = run["gradient"], run["milliseconds"]
@@ -101,12 +101,12 @@ def table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def network_of(run: Mapping[str, Any]) -> str:
-    """Layer and stage of a row."""
+    """Returns the layer and the stage of a row."""
     return f"{run['layer']}, {run['stage']}"
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """The gradient's error by milliseconds, a panel per network."""
+    """Draws the gradient's error by milliseconds, a panel per network."""
     runs = [run for run in results["runs"] if run["estimator"] != "exact"]
     networks, chosen = grouped(runs, network_of), looks(run["estimator"] for run in runs)
     figure, axes = panels(1, len(networks), 0.8 + 2.2 * len(networks), 3, sharey=True)
@@ -120,7 +120,7 @@ def plot(results: Mapping[str, Any]) -> Figure:
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    """The layers of the network, or of both, before training and after."""
+    """Yields the rows of all layers, before training and after; convolutions for Gauss-Newton only."""
     products = PRODUCTS[:1] if options.smoke else PRODUCTS
     images, labels = fashion_mnist("train")
     order = torch.randperm(len(labels))

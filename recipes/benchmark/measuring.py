@@ -15,7 +15,7 @@ from recipes.benchmark.memory import alive_bytes, peak_bytes
 from recipes.shared import timing
 from recipes.shared.problem import Problem
 
-LEAST, MOST = 5, 400  # rounds, whatever they take
+LEAST, MOST = 5, 400  # rounds, however long they take
 Result = dict[str, Any]
 
 
@@ -28,10 +28,10 @@ def prepared(
     counted: bool = True,
     weighed: bool = True,
 ) -> tuple[dict[str, Step], dict[str, Result]]:
-    """The candidates' steps on copies of the problem, warmed up, and their peak memory and operations.
+    """Returns the candidates' warmed-up steps on copies of the problem, with peak memory and operations.
 
-    ``before`` is called with every copy of the model. A candidate that refuses the problem has no step: its
-    result is the refusal.
+    ``before`` is called with every copy of the model. A candidate that refuses the problem has no step, and
+    the refusal is its result.
     """
     steps: dict[str, Step] = {}
     results: dict[str, Result] = {}
@@ -49,7 +49,7 @@ def prepared(
                 results[label]["peak_bytes"] = max(peaks) - others
             if counted:
                 results[label]["operations"] = flops(period) / candidate.period
-        except REFUSALS as error:  # an answer too
+        except REFUSALS as error:  # a refusal is a result too
             results[label] = {"refused": str(error)}
         else:
             steps[label] = step
@@ -63,10 +63,10 @@ def prepared(
 def timings(
     steps: Mapping[str, Step], candidates: Mapping[str, Candidate], seconds: float, device: torch.device
 ) -> dict[str, Result]:
-    """Median and quartiles of the ratios to the plain step of the same round, in about so many seconds.
+    """Returns median and quartiles of the ratios to the plain step of the same round, in about ``seconds``.
 
-    In a round every candidate takes as many steps in a row as the longest period has, so that each is timed
-    with its share of the dear ones.
+    In a round every candidate takes equally many steps in a row, a multiple of its period, so that its costly
+    steps count with their share.
     """
     size = math.lcm(*(candidates[label].period for label in steps))
     blocks = {label: timing.repeated(step, size) for label, step in steps.items()}
@@ -79,13 +79,13 @@ def timings(
 
 
 def flops(call: Callable[[], Any]) -> int:
-    """Operations of matrix products and convolutions in a call: two per multiplication."""
+    """Returns the operations of matrix products and convolutions in a call: two per multiplication."""
 
     def addmm_(total: Sequence[int], a: Sequence[int], b: Sequence[int], **rest: Any) -> int:
-        return 2 * a[0] * a[1] * b[1]  # which torch's table leaves out
+        return 2 * a[0] * a[1] * b[1]  # torch's table leaves it out
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
-    # It would follow modules by global hooks, of which FAM must find out whether they change an output.
+    # The counter's own tracker sets global hooks; FAM would have to find out whether they change an output.
     nothing = {"__enter__": lambda: None, "__exit__": lambda *error: None}
     counter.mod_tracker = SimpleNamespace(parents={"Global"}, **nothing)  # type: ignore[assignment]
     with counter as counted:

@@ -1,4 +1,4 @@
-"""Peak memory of a call: what is alive before it and the highest that it allocates on top."""
+"""Measures the peak memory of a call: what is alive before it, and the most that it allocates on top."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library is chat
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes at the highest point of ``call``, tensors that were alive before included."""
+    """Returns the bytes at the highest point of ``call``, with the tensors that were alive before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -27,7 +27,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _peak_on_cpu(call: Callable[[], Any], device: torch.device) -> int:
-    """The CPU allocator keeps no peak, so it is summed up from the profiler's record of allocations."""
+    """Adds up the profiler's record of allocations, since the CPU allocator keeps no peak."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with TemporaryDirectory() as folder:
@@ -42,7 +42,7 @@ def _peak_on_cpu(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def alive_bytes(device: torch.device) -> int:
-    """Bytes of all tensors that are alive now."""
+    """Returns the bytes of all tensors that are alive now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()

@@ -1,8 +1,8 @@
 """Measures how the cost of kappa grows with a last layer's classes d and inputs m, and with the batch size N.
 
-One of the three sizes grows at a time. Timed is the gradient of ``loss + kappa`` in the layer's weights and
-inputs, in turns with that of the loss alone; memory is the peak. The exponents are fitted to the largest
-sizes. The predictions count the operations:
+One of the three sizes grows at a time. The gradient of ``loss + kappa`` in the layer's weights and inputs is
+timed in turns with that of the loss alone; memory is the peak. The exponents are fitted to the largest sizes.
+The predictions count the operations:
 
                   time                memory
     exact         N m d               N m + d m + N d    closed form of the softmax; by pairs of classes, in
@@ -32,11 +32,11 @@ from recipes.shared.results import CPU, grouped
 from recipes.shared.tables import table as make_table
 from recipes.shared.timing import alternate, median
 
-FITTED = 3  # the largest sizes, to which an exponent is fitted
+FITTED = 3  # number of sizes, the largest, to which an exponent is fitted
 HEAD = {"d": (4096, 512, 256), "m": (512, 4096, 256), "N": (512, 512, 4096)}
 TINY = {"d": (64, 16, 1024), "m": (4, 256, 2048), "N": (8, 8, 16384)}
-# mode -> the largest (d, m, N) of each sweep, whose own size halves from there so many times; the exponents
-# of time and memory
+# mode -> the largest (d, m, N) of each sweep, how many times its growing size is halved from there, and the
+# predicted exponents of time and memory
 LINEAR = {"d": (1, 1), "m": (1, 1), "N": (1, 1)}
 SWEEPS = {
     "exact": (HEAD, 5, LINEAR),
@@ -48,7 +48,7 @@ QUANTITIES = {"seconds": "time (s)", "bytes": "peak memory (bytes)"}
 
 
 def gradient(mode: str, sizes: Sequence[int]) -> Callable[[], Any]:
-    """A call that computes the gradient of ``loss + kappa`` (of the loss alone for "plain")."""
+    """Returns a call that computes the gradient of ``loss + kappa`` (of the loss alone for "plain")."""
     d, m, n = sizes
     torch.manual_seed(0)
     layer = nn.Linear(m, d)
@@ -62,7 +62,7 @@ def gradient(mode: str, sizes: Sequence[int]) -> Callable[[], Any]:
 
 
 def sweep(mode: str, letter: str, options: Options) -> Iterator[dict[str, Any]]:
-    """One row per size of the letter, the smallest first."""
+    """Yields one row per size of the letter, the smallest first."""
     largest, count, _ = SWEEPS[mode]
     for halvings in (5, 4) if options.smoke else range(count, -1, -1):
         sizes = dict(zip("dmN", largest[letter], strict=True))
@@ -78,14 +78,14 @@ def sweep(mode: str, letter: str, options: Options) -> Iterator[dict[str, Any]]:
 
 
 def exponent(rows: Sequence[dict[str, Any]], quantity: str) -> float:
-    """p of ``quantity = c size^p``, by least squares on the largest sizes."""
+    """Returns p of ``quantity = c size^p``, fitted to logarithms at the largest sizes by least squares."""
     sizes = [row[row["swept"]] for row in rows[-FITTED:]]
     values = [row[quantity] for row in rows[-FITTED:]]
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Fitted exponents beside the predicted one, and the ratio to the plain gradient at the largest size."""
+    """Makes a table of fitted and predicted exponents, and the ratio to the plain gradient at the end."""
     columns = ("mode", "grows", "time", "predicted", "plain time", "memory", "predicted", "plain memory")
     result = make_table(*columns, "time / plain", "memory / plain")
     for (mode, letter), rows in grouped(runs, itemgetter("mode", "swept")).items():
@@ -99,7 +99,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """Time above and memory below, a column per size that grows."""
+    """Draws time above and memory below, a column per size that grows."""
     sweeps = grouped(results["runs"], itemgetter("swept"))
     chosen = looks([*SWEEPS, "plain"])
     figure, axes = panels(2, len(sweeps), 1 + 2.8 * len(sweeps), 5.4, sharex="col")
@@ -115,7 +115,7 @@ def plot(results: Mapping[str, Any]) -> Figure:
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    """One row per mode, letter and size."""
+    """Yields one row per mode, letter and size."""
     for mode, letter in product(SWEEPS, "d" if options.smoke else "dmN"):
         yield from sweep(mode, letter, options)
 

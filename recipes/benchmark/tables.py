@@ -1,4 +1,4 @@
-"""The benchmark's tables: time, peak memory and operations of every candidate, relative to the plain step."""
+"""Makes the benchmark's tables: time, peak memory and operations, relative to the plain step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,22 +8,22 @@ from rich.table import Table
 from recipes.shared.tables import table as make_table
 from recipes.shared.timing import with_quartiles
 
-# of a result -> the table's title; the quantity itself, in which unit, and that number's share of it
+# a ratio in the results -> the table's title; the quantity itself, its unit, the factor to that unit
 QUANTITIES = {
     "ratio": ("time", "seconds", "ms", 1e3),
     "memory": ("peak memory", "peak_bytes", "MB", 1e-6),
-    "count": ("multiplications", "operations", "million", 0.5e-6),  # an operation is half of a multiplication
+    "count": ("multiplications", "operations", "million", 0.5e-6),  # a multiplication is two operations
 }
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """Time with quartiles, peak memory, multiplications, where they were measured."""
+    """Makes the tables of time, peak memory and multiplications, as far as they were measured."""
     found = [table_of(quantity, rows) for quantity in QUANTITIES]
     return [table for table in found if len(table.columns) > 2]
 
 
 def table_of(quantity: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """A row per case, a column per candidate of which there is something to say."""
+    """Makes a table with a row per case, and a column per candidate that has the quantity."""
     title, name, unit, factor = QUANTITIES[quantity]
     measured = [row for row in rows if quantity in row["candidates"].get("plain", {})]
     found = [label for row in measured for label, own in row["candidates"].items() if quantity in own]
@@ -38,7 +38,7 @@ def table_of(quantity: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def cell(result: dict[str, Any], quantity: str) -> str:
-    """What there is to say of one candidate."""
+    """Returns one candidate's cell: the ratio, "refused", or nothing."""
     if "refused" in result or quantity not in result:
         return "refused" if "refused" in result else ""
     if quantity == "ratio":

@@ -1,1 +1,1 @@
-"""Trains any task with any optimizer: what a task is, its optimizers, batches, run folders, progress."""
+"""Trains any task with any optimizer: tasks, optimizers, batches, the loop, run folders, progress."""

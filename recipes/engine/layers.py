@@ -7,7 +7,7 @@ from torch import nn
 
 from fam_optim.layers import named_weight_layers
 
-GROUPS = {  # of what FAM can regularise
+GROUPS = {  # parts of the list of layers that FAM can regularise
     "all": slice(None),
     "hidden": slice(-1),
     "last": slice(-1, None),
@@ -17,7 +17,7 @@ GROUPS = {  # of what FAM can regularise
 
 
 def select(model: nn.Module, names: Sequence[str]) -> list[Any]:
-    """The layers of these names, each once."""
+    """Returns the layers of these names or groups, each once."""
     by_name = named_weight_layers(model)
     groups = {name: [*by_name][part] for name, part in GROUPS.items()}
     chosen: dict[str, None] = {}

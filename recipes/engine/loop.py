@@ -1,8 +1,8 @@
-"""The loop: trains the network of any task with any optimizer, epoch by epoch.
+"""Trains the network of any task with any optimizer, epoch by epoch.
 
-Everything random in an epoch (order, augmentation, dropout, probes) comes from generators that are seeded
-anew at its beginning, from the run's seed and the epoch's number. So two optimizers with the same seed see
-the same batches, and a run that is continued needs no generator's state to be the same bit for bit.
+At the beginning of an epoch, all random generators (order, augmentation, dropout, probes) are seeded from the
+run's seed and the epoch's number. So two optimizers with the same seed see the same batches, and a continued
+run is the same bit for bit, although no generator's state is saved.
 """
 
 import random
@@ -24,7 +24,7 @@ from recipes.shared.results import CPU
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run is made under, besides its task and its optimizer."""
+    """The conditions of a run, besides its task and its optimizer."""
 
     seed: int
     epochs: int
@@ -32,11 +32,11 @@ class Conditions:
     source: Source = Source()  # noqa: RUF009  (it is frozen)
     device: torch.device = CPU
     workers: int = 0  # processes that load the samples
-    keep: int | None = None  # the network after every so many epochs, beside the last checkpoint
+    keep: int | None = None  # save the network every so many epochs, beside the last checkpoint
 
 
 def seed_everything(*seeds: int) -> None:
-    """Seed Python's, NumPy's and torch's generators from one or several numbers."""
+    """Seeds Python's, NumPy's and torch's generators from one or several numbers."""
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -56,7 +56,7 @@ class Loop:
         if conditions.batch_size > count and not conditions.source.smoke:
             got = f"{conditions.batch_size}: give a smaller --batch-size"
             raise ValueError(f"expected a batch size of at most the {count} training samples, got {got}")
-        seed_everything(conditions.seed)  # of the initial weights, whatever the data have drawn
+        seed_everything(conditions.seed)  # fixes the initial weights, whatever the data have drawn
         self.model = task.model(conditions.source).to(conditions.device)
         self.optimizer = make(self.model)
         self.per_epoch = len(self._loader(0))
@@ -66,7 +66,7 @@ class Loop:
     def epochs(
         self, finished: int = 0, after_step: Callable[[int, Tensor], None] = lambda step, loss: None
     ) -> Iterator[tuple[int, float]]:
-        """Train; yields the number of each epoch and its mean loss. ``after_step`` is told step and loss."""
+        """Trains; yields each epoch's number and mean loss. ``after_step`` gets each step and its loss."""
         for epoch in range(finished + 1, self.conditions.epochs + 1):
             seed_everything(self.conditions.seed, epoch)
             self.model.train()
@@ -78,26 +78,26 @@ class Loop:
             yield epoch, torch.stack(losses).mean().item()
 
     def step(self, inputs: Any, targets: Any) -> Tensor:
-        """One step on a batch; its loss, without a penalty."""
+        """Takes one step on a batch, and returns its loss without a penalty."""
         return take_step(self.optimizer, self.model, self.task.loss, inputs, targets)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The training samples in the order of an epoch, on the device."""
+        """Returns the training batches of an epoch, on the device."""
         return self._moved(self._loader(epoch))
 
     def evaluate(self, evaluation: Evaluation, samples: Samples, batch_size: int | None = None) -> Metrics:
-        """The metrics on these samples, in eval mode."""
+        """Returns the metrics on these samples, with the network in eval mode."""
         self.model.eval()
         size = batch_size or self.conditions.batch_size
         return evaluation(self.model, self._moved(ordered(samples, size, self.conditions.workers)))
 
     def state(self) -> dict[str, Any]:
-        """All that a run needs to go on."""
+        """Returns all states that a run needs to go on."""
         parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
         return {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Goes on from a state that ``state`` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

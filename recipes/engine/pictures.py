@@ -1,4 +1,4 @@
-"""The pictures of a report: what changed by epoch, and the spread over samples."""
+"""Draws the pictures of a report: what changed by epoch, and the spread over samples."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -16,7 +16,7 @@ from recipes.shared.results import grouped
 
 Run = dict[str, Any]
 WIDTH = 8.2  # inches, about 1,000 pixels: what a README shows
-NAMES = {  # of quantities, by the end of their name, with the unit
+NAMES = {  # what axes call quantities, by the end of their name, with the unit
     "train_loss": "training loss",
     "accuracy": "accuracy (%)",
     "dsc": "DSC (0 to 1)",
@@ -27,12 +27,12 @@ NAMES = {  # of quantities, by the end of their name, with the unit
     "mse": "squared error",
     "kappa": "kappa",
 }
-MARKED = 6  # points of a curve, at most
-LEADING = ("accuracy", "dsc", "explained")  # of the metrics, those that have a panel
+MARKED = 6  # markers on a curve, about
+LEADING = ("accuracy", "dsc", "explained")  # the metrics that have a panel
 
 
 def title(name: str) -> str:
-    """What an axis or a column says of a quantity, such as "test accuracy (%)"."""
+    """Returns what an axis or a column calls a quantity, such as "test accuracy (%)"."""
     if name in NAMES:
         return NAMES[name]
     samples, _, metric = name.rpartition("_")
@@ -40,7 +40,7 @@ def title(name: str) -> str:
 
 
 def fewest(runs: Sequence[Run]) -> list[Run]:
-    """The runs that a picture has room for: of many labels those with the best first metric at the end."""
+    """Returns the runs that fit a picture: of many labels, those with the best first metric at the end."""
     by_label = grouped(runs, lambda run: run["label"])
     if len(by_label) <= SERIES:
         return list(runs)
@@ -55,7 +55,7 @@ def fewest(runs: Sequence[Run]) -> list[Run]:
 
 
 def plot_curves(runs: Sequence[Run]) -> Figure:
-    """Small multiples, a row or two per task: what was measured by epoch; a faint line per seed."""
+    """Draws what was measured by epoch: a row or two of panels per task, a faint line per seed."""
     tasks = {task: fewest(own) for task, own in grouped(runs, itemgetter("task")).items()}
     names = {task: quantities(own) for task, own in tasks.items()}
     most = max(map(len, names.values()))
@@ -80,13 +80,13 @@ def plot_curves(runs: Sequence[Run]) -> Figure:
 
 
 def loss_unit(runs: Sequence[Run]) -> str:
-    """The unit of the loss, which is kappa's too: a cross-entropy's, a Dice loss's, or a squared error's."""
+    """Returns the unit of the loss and of kappa: a cross-entropy's, a Dice loss's or a squared error's."""
     names = {name.rpartition("_")[2] for run in runs for name in run["history"]}
     return "nats" if "accuracy" in names else "Dice loss" if "dsc" in names else "squared error"
 
 
 def quantities(runs: Sequence[Run]) -> list[str]:
-    """What has a panel: the leading metric of every evaluation set, the training loss, and kappa."""
+    """Returns what has a panel: the leading metric of every evaluation set, the training loss, and kappa."""
     known = dict.fromkeys(name for run in runs for name in run["history"])
     leading = [name for name in known if name.rpartition("_")[2] in LEADING]
     tested = [name for name in leading if not name.startswith("validation_")]
@@ -94,7 +94,7 @@ def quantities(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: dict[str, dict[str, str]]) -> None:
-    """Draw each optimizer's mean over its seeds, and the seeds themselves, faint."""
+    """Draws each optimizer's mean over its seeds, and the seeds themselves as faint lines."""
     shown = []
     for number, (label, seeds) in enumerate(grouped(runs, lambda run: run["label"]).items()):
         curves = np.array([*zip_longest(*(curve(run, name) for run in seeds), fillvalue=np.nan)])
@@ -111,7 +111,7 @@ def draw(axis: Axes, runs: Sequence[Run], name: str, chosen: dict[str, dict[str,
 
 
 def scale(axis: Axes, name: str, curves: Sequence[NDArray[np.float64]]) -> None:
-    """kappa by its order of magnitude, also below zero; of a metric what the second half shows."""
+    """Makes kappa's axis logarithmic, also below zero; fits a metric's axis to the last half of a curve."""
     values = np.concatenate([values[len(values) // 2 :] for values in curves])
     if name == "kappa" and values.size:
         if values.min() > 0:
@@ -129,19 +129,19 @@ def scale(axis: Axes, name: str, curves: Sequence[NDArray[np.float64]]) -> None:
 
 
 def curve(run: Run, name: str) -> NDArray[np.float64]:
-    """A quantity by epoch; nan where it was not measured or not finite, which is left out of the picture."""
+    """Returns a quantity by epoch; nan, which pictures leave out, where it was not measured or not finite."""
     values = run["history"].get(name, [])
     return np.array([np.nan if value is None else np.mean(value) for value in values], dtype=np.float64)
 
 
 def at(run: Run, name: str, index: int) -> float:
-    """A quantity after an epoch; nan where it was not finite, or the run is not there yet."""
+    """Returns a quantity after an epoch; nan where it was not finite, or the run is not there yet."""
     values = curve(run, name)
     return float(values[index]) if index < len(values) else float("nan")
 
 
 def plot_boxes(runs: Sequence[Run]) -> Figure | None:
-    """The last epoch's spread over the samples, of what has a value per sample; None if nothing has."""
+    """Draws the spread over the samples after the last epoch; None if nothing has a value per sample."""
     names = [name for name, values in runs[0]["history"].items() if isinstance(values[-1], list)]
     runs = [run for run in runs if names and isinstance(run["history"].get(names[0], [None])[-1], list)]
     if not runs:

@@ -1,4 +1,4 @@
-"""How a run is doing: a line per epoch, and one a minute where an epoch takes longer."""
+"""Prints how a run is doing: a line per epoch, and one a minute if an epoch takes longer."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ PATIENCE = 60.0  # seconds
 
 
 class Progress:
-    """Prints the lines; metrics and kappa are those of the last epoch."""
+    """Prints the lines of a run; their metrics and kappa are those of the last epoch."""
 
     def __init__(self, title: str, loop: Loop, finished: int, step_time: float, console: Console) -> None:
         self.title, self.loop, self.step_time, self.console = title, loop, step_time, console
@@ -24,17 +24,17 @@ class Progress:
         self.record: Mapping[str, Any] = {"epoch": finished}
 
     def after_step(self, step: int, loss: Tensor) -> None:
-        """Say something if it is time: to read the loss is to wait for the device."""
+        """Prints a line if a minute has passed; the loss is read only then, as this waits for the device."""
         if time.monotonic() - self.said >= PATIENCE:
             self.say(step, loss.item())
 
     def after_epoch(self, record: Mapping[str, Any]) -> None:
-        """Say what was measured."""
+        """Prints what was measured after an epoch."""
         self.record = record
         self.say(record["epoch"] * self.loop.per_epoch, record["train_loss"])
 
     def say(self, step: int, loss: float) -> None:
-        """Loss, metrics, kappa and the cost of a step, the most important first."""
+        """Prints loss, metrics, kappa and the cost of a step, the most important first."""
         self.said, loop, record = time.monotonic(), self.loop, self.record
         left = (self.said - self.begin) / max(1, step - self.first) * (loop.steps - step)
         names = [name for name in record if name.endswith(f"_{loop.task.metric}")]

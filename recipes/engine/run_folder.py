@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, on which machine, what came out. ``recipes/README.md`` lists its files."""
+"""Keeps a run's configuration, machine and results in its folder; ``recipes/README.md`` lists its files."""
 
 import json
 import os
@@ -18,7 +18,7 @@ class RunFolder:
         self.checkpoint = path / "checkpoint.pt"
 
     def check(self, config: dict[str, Any], resume: bool) -> None:
-        """Raise unless the folder is free or, with ``resume``, was begun with the same configuration."""
+        """Raises unless the folder is free or, with ``resume``, was begun with the same configuration."""
         if self.path.exists() and not resume:
             remedy = "continue it with --resume, or choose another --out"
             raise FileExistsError(f"{self.path} holds a run already: {remedy}")
@@ -31,29 +31,29 @@ class RunFolder:
             raise ValueError(f"{self.path} was begun with another configuration ({'; '.join(unlike)})")
 
     def begin(self, config: dict[str, Any], environment: dict[str, Any], step_time: dict[str, Any]) -> None:
-        """Take the folder for a run."""
+        """Makes the folder, and writes what is known before the training."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("environment.json", environment)
         self.write("step_time.json", step_time)
         self.write("config.json", config)
 
     def read(self, name: str) -> Any:
-        """The JSON file of that name."""
+        """Returns the content of the JSON file of that name."""
         if not (self.path / name).exists():
             raise FileNotFoundError(f"{self.path}: expected a run's folder, with {name} in it")
         return json.loads((self.path / name).read_text())
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file."""
+        """Writes a JSON file."""
         (self.path / name).write_text(json.dumps(content, indent=1) + "\n")
 
     def epochs(self) -> list[dict[str, Any]]:
-        """What was measured after each epoch so far."""
+        """Returns what was measured after each epoch so far."""
         path = self.path / "epochs.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save(self, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
-        """Keep an epoch. A file is replaced by a whole new one only, so that a kill loses nothing."""
+        """Saves an epoch. A file is only ever replaced by a whole new one, so a kill loses nothing."""
         lines = "".join(json.dumps(compact(record, digits=7)) + "\n" for record in records)
         partial = self.path / "partial"
         partial.write_text(lines)
@@ -62,12 +62,12 @@ class RunFolder:
         os.replace(partial, self.checkpoint)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The last checkpoint, None before the first."""
+        """Returns the last checkpoint, or None before the first."""
         there = self.checkpoint.exists()
         return torch.load(self.checkpoint, map_location=device, weights_only=True) if there else None
 
     def networks(self) -> dict[int, dict[str, Any]]:
-        """The state of the network by epoch, of those that were kept and of the last."""
+        """Returns the network's state by epoch, for the epochs that were kept and the last one."""
         kept = {int(path.stem[5:]): path for path in self.path.glob("epoch*.pt")}
         found = {epoch: torch.load(kept[epoch], CPU, weights_only=True) for epoch in sorted(kept)}
         last = self.load(CPU)

@@ -1,4 +1,4 @@
-"""What an optimizer's step costs relative to the plain step of its base, measured before a run."""
+"""Measures, before a run, the time of an optimizer's step relative to the plain step of its base."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from recipes.engine.optimizers import Settings, build, plain, take_step
 from recipes.engine.task import Batch
 from recipes.shared.timing import alternate, relative, repeated
 
-STEPS, BLOCKS = 10, 3  # measured of a step whose cost is always the same; blocks, where some cost more
+STEPS, BLOCKS = 10, 3  # timed steps if all cost the same; timed blocks if some cost more
 
 
 def relative_step_time(loop: Loop, settings: Settings, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Median and quartiles of the ratio of the two steps on the same batches, on copies of the model.
+    """Returns median and quartiles of the step's time over the plain step's, measured on copies of the model.
 
-    The two take turns. A step that costs more every so often is measured in blocks of so many.
+    The two take turns on the same batches. If every k-th step costs more, blocks of k steps are timed.
     """
     if settings == plain(settings):
         return {"median": 1.0, "quartiles": [1.0, 1.0], "steps": 0}

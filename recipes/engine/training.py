@@ -1,4 +1,4 @@
-"""Trains a task into a run's folder, keeps there what is measured, and continues where it was stopped."""
+"""Trains a task, keeps what is measured in the run's folder, and continues a run that was stopped."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -20,8 +20,8 @@ from recipes.engine.step_time import relative_step_time
 from recipes.engine.task import Batch, Evaluation, Task
 from recipes.shared.results import environment
 
-TIMED_BATCHES = 10  # behind the relative step time
-WATCHED = 20  # how often a run is watched, where its task has something quick to watch
+TIMED_BATCHES = 10  # on which the relative step time is measured
+WATCHED = 20  # how often in a run a task's quick evaluation is made
 
 
 def train(
@@ -34,17 +34,17 @@ def train(
     console: Console | None = None,
     resume: bool = False,
 ) -> None:
-    """Train into the folder ``path``; after each epoch it holds everything measured, and a checkpoint.
+    """Trains into the folder ``path``; after each epoch it holds everything measured, and a checkpoint.
 
-    The console is told how it goes. A folder that holds a run is taken with ``resume`` alone. What is not
-    possible is said before there is a folder.
+    The console shows the progress. A folder that holds a run is continued only with ``resume``. Settings that
+    cannot work raise before a folder is made.
     """
     folder = RunFolder(path)
     asked = configuration(task, settings, conditions)
     folder.check(asked, resume)
     loop = Loop(task, conditions, lambda model: build(settings, model, select(model, task.layers)))
     state, records = folder.load(conditions.device), folder.epochs()
-    if state is None:  # the folder comes after what a wrong setting could stop
+    if state is None:  # the folder is made after all that a wrong setting could stop
         folder.begin(asked, environment(conditions.device), rehearse(loop, settings))
     else:
         loop.load(state)
@@ -60,17 +60,17 @@ def train(
 
 
 def rehearse(loop: Loop, settings: Settings) -> dict[str, Any]:
-    """The relative time of the step, once kappa of a batch was measured: before a folder is begun."""
+    """Measures kappa of a batch, then the relative time of the step; raises ValueError if either fails."""
     timed = list(islice(loop.batches(0), TIMED_BATCHES))
     try:
         kappa(loop.task, loop.model, timed[:1])
         return relative_step_time(loop, settings, timed)
-    except (RuntimeError, TypeError) as error:  # the library's, which say what to do instead
+    except (RuntimeError, TypeError) as error:  # the library's errors say what to do instead
         raise ValueError(str(error)) from error
 
 
 def configuration(task: Task, settings: Settings, conditions: Conditions) -> dict[str, Any]:
-    """What identifies a run: continuing it asks for the same."""
+    """Returns what identifies a run: only a command with the same configuration can continue it."""
     what = {
         "task": task.name,
         "layers": list(task.layers),
@@ -82,7 +82,7 @@ def configuration(task: Task, settings: Settings, conditions: Conditions) -> dic
 
 
 def measured(loop: Loop, epoch: int) -> dict[str, Any]:
-    """What the task has measured after this epoch: metrics by the evaluation sets' names, and kappa."""
+    """Returns what the task measures after this epoch: metrics by the evaluation sets' names, and kappa."""
     task, epochs = loop.task, loop.conditions.epochs
 
     def due(parts: Iterable[float]) -> bool:
@@ -106,13 +106,13 @@ def measured(loop: Loop, epoch: int) -> dict[str, Any]:
 
 
 def kappa_options(task: Task) -> dict[str, Any]:
-    """Measure, mode, curvature and number of probes, where the task has its own."""
+    """Returns measure, mode, curvature and number of probes of kappa, if the task sets them."""
     fam = task.methods.get("fam", {})
     own = {name: value for name, value in fam.items() if name in MEASURING}
     return GAUSS_NEWTON if fam.get("mode") == "proximal" else own
 
 
 def kappa(task: Task, model: nn.Module, batches: Iterable[Batch]) -> float:
-    """kappa of the loss, as the task has it for FAM, for every optimizer: the sum over the layers."""
+    """Returns kappa as the task has it for FAM, whatever the optimizer is: the sum over the layers."""
     layers = select(model, task.layers)
     return dataset_relative_flatness(model, layers, task.loss, batches, **kappa_options(task)).sum().item()

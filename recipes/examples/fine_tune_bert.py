@@ -2,8 +2,8 @@
 
     python recipes/examples/fine_tune_bert.py
 
-Nothing is downloaded: the model is made from a configuration, and the sentences are random words. Their class
-is in which half of the vocabulary the first word is. For your own task take `from_pretrained` and your data.
+Nothing is downloaded: the model is made from a configuration, and the sentences are random words. The class
+says in which half of the vocabulary the first word is. For your task take `from_pretrained` and your data.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""A loop that logs loss and kappa to TensorBoard while it trains, and draws kappa at the end.
+"""Logs loss and kappa to TensorBoard while a small network trains, and draws kappa at the end.
 
     python recipes/examples/log_kappa.py                 # writes runs/log_kappa
     tensorboard --logdir runs/log_kappa
@@ -38,7 +38,7 @@ with SummaryWriter(str(folder)) as writer:
         rows = torch.randint(len(x), (64,))
         optimizer.zero_grad()
         loss = optimizer.step(lambda: F.cross_entropy(model(x[rows]), y[rows]))
-        if step % 10 == 9 and optimizer.last_kappa is not None:  # the step that took it
+        if step % 10 == 9 and optimizer.last_kappa is not None:  # the step that measured it
             kappas[step] = optimizer.last_kappa.item()
             writer.add_scalar("loss", loss.item(), step)
             writer.add_scalar("kappa", kappas[step], step)

@@ -1,4 +1,4 @@
-"""A plain training loop: a small network on 2,000 Fashion-MNIST images, of whose labels 40 % are wrong.
+"""Trains a small network in a plain loop, on 2,000 Fashion-MNIST images with 40 % wrong labels.
 
 python recipes/examples/plain_loop.py              # FAM over SGD
 python recipes/examples/plain_loop.py --lam 0      # SGD alone: at lam = 0 FAM's step is the base's

@@ -1,6 +1,6 @@
-"""DistributedDataParallel: two processes on the CPU train as one on the whole batch.
+"""Trains with DistributedDataParallel: two processes on the CPU train as one would on the whole batch.
 
-Nothing in the loop knows of the other process: every tenth step FAM averages what it has seen over both.
+The loop does not mention the other process: in every tenth step FAM averages what it has seen over both.
 
     torchrun --nproc-per-node 2 recipes/examples/two_processes.py
 

@@ -1,4 +1,4 @@
-"""Lightning with automatic optimisation: FAM is one line of `configure_optimizers`.
+"""Trains with Lightning's automatic optimisation: FAM is one line of `configure_optimizers`.
 
 python recipes/examples/with_lightning.py
 """
@@ -15,7 +15,7 @@ from fam_optim import FAM
 
 
 def samples(number: int) -> TensorDataset:
-    """Points in ten dimensions; their class is whether they lie in a circle of the first two."""
+    """Returns points in ten dimensions; the class says whether the first two lie in a circle."""
     x = torch.randn(number, 10)
     return TensorDataset(x, (x[:, :2].norm(dim=1) < 1.18).long())
 

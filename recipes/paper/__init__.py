@@ -1,1 +1,1 @@
-"""The paper's figures on the cost of second derivatives, and what relative flatness means in pictures."""
+"""Repeats the paper's figures on the cost of second derivatives, and draws what kappa means."""

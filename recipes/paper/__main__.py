@@ -2,7 +2,7 @@
 
     python -m recipes.paper --out recipes/results/paper.md      # into a file
 
-Ours are those of the results that lie beside the recipes.
+Our numbers come from the saved results in recipes/results.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def tables() -> list[Table]:
-    """A table per experiment, of the paper's setting or of the small form that was run instead; Figure 4."""
+    """Makes a table per experiment, in the paper's setting or the small form that was run; then Figure 4."""
     saved = [load(path) for path in sorted(RESULTS.glob("*.json"))]
     ours = (run for results in saved if results.get("recipe") == "train" for run in results["runs"])
     runs, found = grouped(ours, lambda run: run["task"]), []
@@ -31,7 +31,7 @@ def tables() -> list[Table]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables as Markdown, or write them."""
+    """Prints the tables as Markdown, or writes them to a file."""
     reader = parser("paper", __doc__)
     reader.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: print)")
     out: Path | None = reader.parse_args(arguments).out

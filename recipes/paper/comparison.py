@@ -1,6 +1,6 @@
-"""The paper's numbers, which stand in ``numbers.json``, beside those of runs: "not run" where it was not.
+"""Compares the paper's numbers, which stand in ``numbers.json``, with those of our runs.
 
-What follows a ± in Table 1 (standard deviation or error), its number of seeds, and HD's unit are not stated.
+The paper does not state what follows a ± in Table 1 (standard deviation or error), its seeds, or HD's unit.
 """
 
 import json
@@ -18,7 +18,7 @@ from recipes.shared.tables import table as make_table
 
 Run = dict[str, Any]
 NOT_RUN, OTHER = "not run", "other than in the paper"
-IN_STAND_INS = ("epochs", "measure", "detach_hessian", "curvature")  # compared of a small form
+IN_STAND_INS = ("epochs", "measure", "detach_hessian", "curvature")  # what is compared for a small form
 PRINTED = json.loads((Path(__file__).parent / "numbers.json").read_text())
 
 
@@ -29,12 +29,12 @@ class Row:
     experiment: str  # the task of the recipes that has its settings
     where: str
     scale: float  # from the unit of the records to the paper's
-    stated: Mapping[str, Any]  # of a run's configuration and settings, what the paper says of them
+    stated: Mapping[str, Any]  # what the paper says of a run's configuration and settings
     name: str
-    optimizers: tuple[str, ...]  # of the recipes that are this line
-    numbers: Mapping[str, str]  # by the name of the quantity in a run's records, as printed
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the optimizer, which make it this line
-    part: float = 1  # of the training, after which it was measured
+    optimizers: tuple[str, ...]  # the recipes' names of this line
+    numbers: Mapping[str, str]  # as printed, by the quantity's name in a run's records
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the optimizer on this line
+    part: float = 1  # of the training, after which the line was measured
 
 
 ROWS = [
@@ -42,14 +42,14 @@ ROWS = [
     for experiment, own in PRINTED["experiments"].items()
     for line in own["lines"]
 ]
-# tasks that are small forms of the paper's experiments: experiment, what else differs
+# a task that is a small form of one of the paper's experiments -> that experiment, what else differs
 STAND_INS = {task: tuple(form.values()) for task, form in PRINTED["small_forms"].items()}
-# appendix A.1: how many times faster than the one before, on an NVIDIA RTX A6000
+# appendix A.1: a method -> a slower one, how many times faster it is than that (NVIDIA RTX A6000)
 FIGURE_4: dict[str, tuple[str, str]] = PRINTED["figure_4"]
 
 
 def compare(task: str, runs: Sequence[Run]) -> Table | None:
-    """The table of a task that is one of the paper's experiments or its small form, None for another."""
+    """Makes the table of one of the paper's experiments or of its small form; None for another task."""
     experiment, other = STAND_INS.get(task, (task, ""))
     rows = [row for row in ROWS if row.experiment == experiment]
     if not rows:
@@ -67,10 +67,10 @@ def compare(task: str, runs: Sequence[Run]) -> Table | None:
 
 
 def matching(row: Row, runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """The runs that are a line of the paper's, by label: those of a label differ in their seed alone."""
+    """Returns the runs that match a line of the paper, by label; those of a label differ only in seed."""
 
     def belongs(chosen: Mapping[str, Any]) -> bool:
-        plain = chosen["optimizer"] == "fam" and chosen.get("lam") == 0  # bit for bit the base optimizer
+        plain = chosen["optimizer"] == "fam" and chosen.get("lam") == 0  # bit for bit the base's step
         optimizer = chosen["base"] if plain else chosen["optimizer"]
         return optimizer in row.optimizers and all(chosen.get(k) == v for k, v in row.settings.items())
 
@@ -78,20 +78,20 @@ def matching(row: Row, runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def measured(row: Row, name: str, runs: Sequence[Run]) -> str:
-    """What the runs have at the line's part of the training, in the paper's unit."""
+    """Returns what the runs measured at the line's part of the training, in the paper's unit."""
     if not runs:
         return NOT_RUN
     return summary(name, [row.scale * at(run, name, round(row.part * run["epochs"]) - 1) for run in runs])
 
 
 def differences(row: Row, runs: Sequence[Run], other: str) -> str:
-    """In what the runs' settings are not those that the paper states, such as "epochs 60, not 200"."""
+    """Returns in what the runs' settings differ from the paper's, such as "epochs 60, not 200"."""
     if not runs:
         return "-"
     chosen = runs[0]["settings"]
     stated = {**row.stated, "detach_hessian": False, "curvature": "hessian"}
     if [*row.optimizers] == ["sam"]:
-        stated.pop("lr", None)  # SAM has its own
+        stated.pop("lr", None)  # SAM has its own learning rate
     found = {**runs[0], **(chosen if "fam" in row.optimizers else {"lr": chosen["lr"]})}
     compared = [name for name in stated if name in found and (name in IN_STAND_INS or not other)]
     said = [other] if other else []
@@ -103,7 +103,7 @@ def differences(row: Row, runs: Sequence[Run], other: str) -> str:
 
 
 def figure_4(runs: Sequence[Run]) -> Table:
-    """How many times faster each way to a Hessian is than the one before: the paper's words, and here."""
+    """Makes a table of how many times faster each way to a Hessian is than a slower one: paper, and here."""
     names = ("faster", "than", "paper (RTX A6000)", "here, range over the sizes", "here, largest Hessian")
     result = make_table(*names, title="Figure 4, appendix A.1: how many times faster")
     seconds = {(run["method"], run["family"], run["d"], run["m"]): run["seconds"] for run in runs}

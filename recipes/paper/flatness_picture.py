@@ -29,14 +29,14 @@ from recipes.shared.tables import table as make_table
 from recipes.tasks import Trained
 
 STRENGTHS = np.geomspace(1e-3, 1, 13).tolist()  # standard deviation of a coordinate, relative to ||phi||
-SAMPLES = 250  # of the training set, on which loss and kappa are taken
+SAMPLES = 250  # training samples on which loss and kappa are measured
 
 
 @torch.no_grad()
 def mean_loss(
     task: Task, model: nn.Module, layer: nn.Linear, batches: Sequence[Batch], strength: float, seed: int
 ) -> float:
-    """The loss over all samples, with noise on the layer's input phi (..., m) in proportion to its norm."""
+    """Returns the loss over all samples, with noise on the layer's input phi (..., m) scaled by its norm."""
     generator = torch.Generator().manual_seed(seed)
 
     def perturb(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -50,7 +50,7 @@ def mean_loss(
 
 
 def extra_loss(run: Trained, draws: int, strengths: Sequence[float]) -> dict[str, Any]:
-    """The curve of one run: mean and standard error of the extra loss over the draws, in double precision."""
+    """Returns a run's curve: mean and standard error of the extra loss over the draws, in float64."""
     task, (*_, model) = run.task, run.networks.values()
     layer, *others = select(model.double().eval(), run.config["layers"])
     if others or not isinstance(layer, nn.Linear):
@@ -60,7 +60,7 @@ def extra_loss(run: Trained, draws: int, strengths: Sequence[float]) -> dict[str
     batches = [each_tensor(lambda t: t.double() if t.is_floating_point() else t, batch) for batch in samples]
     loss = partial(mean_loss, task, model, layer, batches)
     plain, means, errors = loss(0, 0), [], []
-    for strength in strengths:  # each noise with both signs: what is linear in it cancels
+    for strength in strengths:  # each noise is used with both signs, so that terms linear in it cancel
         both = [(loss(strength, seed) + loss(-strength, seed)) / 2 - plain for seed in range(draws)]
         means.append(statistics.fmean(both))
         errors.append(statistics.stdev(both) / draws**0.5)
@@ -76,19 +76,19 @@ def extra_loss(run: Trained, draws: int, strengths: Sequence[float]) -> dict[str
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """One curve per run."""
+    """Measures one curve per run."""
     options.strengths = STRENGTHS[::4] if options.smoke else STRENGTHS  # saved with the results
     return [extra_loss(run, options.draws, options.strengths) for run in runs_asked(options)]
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """One line per run."""
+    """Makes a table with one line per run."""
     rows = [(run["label"], str(run["seed"]), f"{run['kappa']:.4g}", f"{run['loss']:.4g}") for run in runs]
     return make_table("run", "seed", "kappa", "loss", rows=rows)
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """The measured curves, and kappa's parabolas dashed."""
+    """Draws the measured curves, and kappa's parabolas as dashed lines."""
     runs, strengths = results["runs"], np.array(results["configuration"]["strengths"])
     figure, axes = panels(1, 1, 6.4, 4.4)
     axis = axes[0, 0]

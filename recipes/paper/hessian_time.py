@@ -1,12 +1,12 @@
 """Measures the time of the Hessian of one layer's weights by the layer's size (figure 4 of the paper).
 
-Compared, on the networks of recipes.paper.layer_timing, forward included:
+It compares these, on the networks of recipes.paper.layer_timing, forward included:
 
     autograd loop         one backward per entry of the gradient
     vectorised autograd   torch.autograd.functional.hessian(vectorize=True)
     torch.func            torch.func.hessian
     exact kappa           relative_flatness(mode="exact"), which forms no Hessian
-    exact, gradient       the gradient of loss + kappa in all parameters, what FAM's step computes
+    exact, gradient       the gradient of loss + kappa in all parameters, which FAM's penalty needs
     plain step            forward and backward of the network
 """
 
@@ -21,7 +21,7 @@ from recipes.shared.problem import Problem
 
 
 def autograd_loop(problem: Problem) -> Tensor:
-    """The Hessian ``(d, m, d, m)``, row by row."""
+    """Returns the Hessian ``(d, m, d, m)``, computed row by row."""
     weight = problem.weight
     gradient = torch.autograd.grad(problem.loss(), weight, create_graph=True)[0].flatten()
     # Not "for entry in gradient": the backward of that would stack all entries again, for every row.
@@ -31,20 +31,20 @@ def autograd_loop(problem: Problem) -> Tensor:
 
 
 def vectorised_autograd(problem: Problem) -> Any:
-    """The Hessian ``(d, m, d, m)``, all rows in one batched backward."""
+    """Returns the Hessian ``(d, m, d, m)``, all rows computed in one batched backward."""
     hessian: Any = torch.autograd.functional.hessian
     return hessian(problem.loss_of_weight, problem.weight.detach(), vectorize=True)
 
 
 def exact_gradient(problem: Problem) -> Tensor:
-    """kappa, ``()``, after the gradient of the penalised loss."""
+    """Computes the gradient of the penalised loss, and returns kappa, ``()``."""
     loss, kappa = problem.penalised()
     problem.gradient(loss + kappa)
     return kappa
 
 
 def kappa_of(problem: Problem, hessian: Tensor) -> Tensor:
-    """``<W W^T, T>`` with ``T[s, u] = Tr(H_{s,u})``, ``()``."""
+    """Returns ``<W W^T, T>`` with ``T[s, u] = Tr(H_{s,u})``, ``()``."""
     weight = problem.weight
     return (weight @ weight.T * torch.einsum("stut->su", hessian)).sum()
 

@@ -1,6 +1,6 @@
-"""Networks by size, what is timed on them, a check and the picture, for the paper's figures 4 and 5.
+"""Times methods on a layer of two kinds of networks, by the layer's size, for the paper's figures 4 and 5.
 
-Two families of networks, the measured layer ``(d, m)`` in brackets:
+The two families of networks, with the measured layer ``(d, m)`` in brackets, are:
 
     hidden   [Linear(m, d)], Tanh, Linear(d, 10)     square, d = m
     last     Linear(32, m), Tanh, [Linear(m, 10)]    d = 10 classes
@@ -27,23 +27,23 @@ from recipes.shared.results import CPU
 from recipes.shared.tables import pivot
 
 BATCH, CLASSES = 64, 10
-FEATURES = 32  # what the body of the "last" family sees
+FEATURES = 32  # inputs of the "last" family
 SIZES = {  # m by family
     "hidden": (4, 8, 16, 32, 64, 80, 128, 256, 512),
     "last": (2, 8, 32, 128, 400, 640, 2048, 8192, 26000),
 }
 TITLES = {"hidden": "hidden layer, d = m", "last": "last layer, d = 10 classes"}
 QUANTITIES = {"seconds": "time of a call (s)", "error": "error of the trace (a fraction)"}
-# weights: a Hessian is 0.4 GB in float64 there, its computation takes several times that
+# weights; a Hessian of so many is 0.4 GB in float64, and computing it takes several times that
 QUADRATIC_LIMIT = 7000
 TOLERANCE = 1e-6  # of the check, relative
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is timed, and how the number to be checked follows from its result (None: not checked).
+    """A function to time, and how the number to be checked follows from its result (None: it is not checked).
 
-    A quadratic one takes time or memory by the square of the number of weights: for small layers only.
+    A quadratic one takes time or memory by the square of the number of weights, so it is for small layers.
     """
 
     run: Callable[[Problem], Tensor]
@@ -52,7 +52,7 @@ class Method:
 
 
 def build(family: str, m: int) -> Problem:
-    """The family's network with m inputs of the layer."""
+    """Builds the family's network whose measured layer has m inputs."""
     if family == "hidden":
         first = layer = nn.Linear(m, m)
         model = nn.Sequential(layer, nn.Tanh(), nn.Linear(m, CLASSES))
@@ -63,18 +63,18 @@ def build(family: str, m: int) -> Problem:
 
 
 def plain_step(problem: Problem) -> Tensor:
-    """One forward and backward of the network, for comparison."""
+    """Makes one forward and backward of the network, for comparison."""
     return problem.gradient(problem.loss())
 
 
 def whole_hessian(problem: Problem) -> Tensor:
-    """torch.func's Hessian ``(d, m, d, m)`` of the weight, forward over reverse."""
+    """Returns torch.func's Hessian ``(d, m, d, m)`` of the weight, forward over reverse."""
     hessian: Tensor = torch.func.hessian(problem.loss_of_weight)(problem.weight.detach())
     return hessian
 
 
 def check(problem: Problem, methods: Mapping[str, Method], expected: Callable[[Problem], Tensor]) -> None:
-    """Raise if a method's answer is another than the expected one."""
+    """Raises RuntimeError if a method's answer differs from the expected one."""
     reference = expected(problem).item()
     for label, method in methods.items():
         if method.answer is None:
@@ -86,7 +86,7 @@ def check(problem: Problem, methods: Mapping[str, Method], expected: Callable[[P
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Median milliseconds, one line per layer."""
+    """Makes a table of median milliseconds, with one line per layer."""
     return pivot(
         ("layer", "d x m"),
         runs,
@@ -98,7 +98,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """A column per family, a row per quantity, a line per method."""
+    """Draws the measurements: a column per family, a row per quantity, a line per method."""
     runs = results["runs"]
     chosen = looks(run["method"] for run in runs)
     rows = [name for name in QUANTITIES if any(name in run for run in runs)]
@@ -121,7 +121,7 @@ def timing_recipe(
     also: Callable[[str, Problem, Options], dict[str, Any]] = lambda method, problem, options: {},
     tables: Callable[[Sequence[dict[str, Any]]], Table | list[Table]] = table,
 ) -> Recipe:
-    """Every size of both families: check, then time. ``also`` is what else is measured of a method."""
+    """Returns a recipe that checks and times every size; ``also`` adds measurements of a method."""
 
     def rows(options: Options) -> Iterator[dict[str, Any]]:
         count = 3 if options.smoke else None

@@ -2,7 +2,7 @@
 
 A ReLU network is trained with SGD on Fashion-MNIST. Then its hidden layer's weight and bias are multiplied
 by alpha and the last layer's weight is divided by alpha, which leaves its function as it is, since
-relu(alpha z) = alpha relu(z) for alpha > 0. Of both layers, on the training set, in float64:
+relu(alpha z) = alpha relu(z) for alpha > 0. Both layers are measured on the training set, in float64:
 
     kappa        sum_{s,u} <w_s, w_u> Tr(H_{s,u})    unchanged
     kappa_hat    ||W||^2 Tr(H)                       unchanged
@@ -38,12 +38,12 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def batches(images: Tensor, labels: Tensor, size: int) -> Batches:
-    """Every sample once, in order."""
+    """Returns every sample once, in order."""
     return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
 
 
 def measure(model: nn.Module, layer: nn.Module, data: Batches) -> dict[str, float]:
-    """The three quantities of one layer."""
+    """Returns the three quantities of one layer."""
     kappa, kappa_hat = (
         dataset_relative_flatness(model, layer, cross_entropy, data, measure=name).item()
         for name in ("neuronwise", "layerwise")
@@ -54,7 +54,7 @@ def measure(model: nn.Module, layer: nn.Module, data: Batches) -> dict[str, floa
 
 @torch.no_grad()
 def rescaled(model: nn.Sequential, alpha: float) -> nn.Sequential:
-    """A copy with the hidden layer times alpha and the last layer's weight divided by it."""
+    """Returns a copy with the hidden layer times alpha, and the last layer's weight divided by alpha."""
     twin = copy.deepcopy(model)
     for name, factor in (("1.weight", alpha), ("1.bias", alpha), ("3.weight", 1 / alpha)):
         twin.get_parameter(name).mul_(factor)
@@ -62,7 +62,7 @@ def rescaled(model: nn.Sequential, alpha: float) -> nn.Sequential:
 
 
 def sweep(options: Options) -> Iterator[dict[str, Any]]:
-    """Train, then one row per layer and alpha, with the change of each quantity since alpha = 1."""
+    """Trains, then yields a row per layer and alpha, with each quantity's change from alpha = 1."""
     images, labels = (tensor[: options.images] for tensor in fashion_mnist("train"))
     torch.manual_seed(options.seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -82,7 +82,7 @@ def sweep(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """One line per layer and whole power of two."""
+    """Makes a table with one line per layer and whole power of two."""
     rows = [
         [run["layer"], f"{run['alpha']:g}", *(f"{run[name]:.5g}" for name in QUANTITIES)]
         for run in runs
@@ -94,12 +94,12 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Mapping[str, Any]) -> Figure:
-    """One panel per layer: each quantity relative to its value at alpha = 1, by alpha."""
+    """Draws a panel per layer: each quantity relative to its value at alpha = 1, by alpha."""
     figure, axes = panels(1, 2, 8, 3.8, sharey=True)
     for axis, layer in zip(axes[0], ("hidden", "last"), strict=True):
         runs = [run for run in results["runs"] if run["layer"] == layer]
         alphas = np.array([run["alpha"] for run in runs])
-        for name, (label, style, colour) in QUANTITIES.items():  # kappa_hat as dots, since it lies on kappa
+        for name, (label, style, colour) in QUANTITIES.items():  # kappa_hat is dots, since it lies on kappa
             relative = 1 + np.array([run[f"{name}_change"] for run in runs])
             axis.plot(alphas, relative, style, color=colour, markersize=4, label=label)
         axis.set_xlabel("alpha, the factor of the hidden layer's weights")

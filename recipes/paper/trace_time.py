@@ -1,6 +1,6 @@
 """Measures the time of the trace of one layer's Hessian, and an estimate's error (figure 5 of the paper).
 
-Compared, on the networks of recipes.paper.layer_timing, forward included:
+It compares these, on the networks of recipes.paper.layer_timing, forward included:
 
     torch.func, Hessian    torch.func.hessian, then its diagonal
     torch.func, products   a Hessian-vector product (jvp of grad) per basis vector, vmapped in chunks
@@ -28,7 +28,7 @@ CHUNK = 256  # basis vectors in one vmap, so that no Hessian is formed
 
 
 def basis_products(problem: Problem) -> Tensor:
-    """The trace ``()`` as the sum of ``<e, H e>`` over the basis."""
+    """Returns the trace ``()`` as the sum of ``<e, H e>`` over all basis vectors e."""
     weight = problem.weight.detach()
     places = torch.arange(weight.numel(), device=weight.device)
     gradient = torch.func.grad(problem.loss_of_weight)
@@ -42,7 +42,7 @@ def basis_products(problem: Problem) -> Tensor:
 
 
 def trace(problem: Problem, **options: Any) -> Tensor:
-    """The trace ``()`` from kappa_hat = ||W||^2 Tr(H), in the library's exact mode or another."""
+    """Returns the trace ``()`` from kappa_hat = ||W||^2 Tr(H), in the library's exact mode or another."""
     return problem.flatness(measure="layerwise", **options) / problem.weight.detach().square().sum()
 
 
@@ -60,7 +60,7 @@ METHODS = {
 
 
 def relative_error(label: str, problem: Problem, options: Options) -> dict[str, Any]:
-    """Of an estimator: root mean square of its estimates' distance from the trace, relative to it."""
+    """Returns an estimator's root mean square error relative to the trace; nothing for another method."""
     if label not in ESTIMATORS:
         return {}
     repeats, problem = 2 if options.smoke else REPEATS, problem.copy(torch.float64)

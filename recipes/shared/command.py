@@ -1,4 +1,4 @@
-"""The command line that the recipes share, and the course of one that measures, saves, prints and draws."""
+"""Parses the recipes' command lines, and runs the recipes that measure, save, print and draw."""
 
 import argparse
 import math
@@ -21,18 +21,18 @@ from recipes.shared.results import CPU, environment, load, save
 from recipes.shared.tables import console, show
 
 Options = argparse.Namespace
-NOT_CONFIGURATION = ("out", "plot", "device", "data", "runs")  # of the options: where, not what
+NOT_CONFIGURATION = ("out", "plot", "device", "data", "runs")  # options that say where, not what
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """Reads a whole number from 1 on, for argparse."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
     return int(text)
 
 
 def number(text: str, least: float = -math.inf, most: float = math.inf, what: str = "finite number") -> float:
-    """A finite number, for argparse."""
+    """Reads a finite number, for argparse."""
     try:
         found = float(text)
     except ValueError:
@@ -46,7 +46,7 @@ fraction = partial(number, least=0, most=1, what="fraction from 0 to 1, such as 
 
 
 def device(text: str) -> torch.device:
-    """A device that torch can use here, for argparse."""
+    """Reads a device that torch can use here, for argparse."""
     try:
         found = torch.device(text)
         torch.empty(0, device=found)
@@ -57,7 +57,7 @@ def device(text: str) -> torch.device:
 
 
 class Distinct(argparse.Action):
-    """Several values, none of them twice."""
+    """Stores several values. Raises ArgumentError if one is given twice."""
 
     def __call__(self, reader: Any, space: Options, values: Any, option: str | None = None) -> None:
         if len(set(values)) < len(values):
@@ -91,9 +91,9 @@ def parser(
     smoke: str = "",
     listed: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
-    """For ``python -m recipes.<name>``: its docstring, and below the options what is listed.
+    """Returns the parser of ``python -m recipes.<name>``; its help shows ``doc``, the options and ``listed``.
 
-    It has these common options, ``--out`` where a folder is given, and ``--smoke`` with what that does.
+    It has these common options, ``--out`` if a default is given, and ``--smoke`` if its effect is given.
     """
     lines = [f"  {key}\n      {what}" for key, what in (listed or {}).items()]
     reader = argparse.ArgumentParser(
@@ -116,13 +116,13 @@ def parser(
 
 
 def out(options: Options) -> Path:
-    """Where results go: a smoke test has a folder of its own, out of the way of real ones."""
+    """Returns the folder of the results. A smoke test has one of its own, apart from real results."""
     chosen: Path = options.out
     return chosen / "smoke" if options.smoke else chosen
 
 
 def fresh(folder: Path) -> Path:
-    """The folder, without what an earlier smoke test left there."""
+    """Removes the folder with all that it holds, and returns its path."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 
@@ -131,7 +131,7 @@ def fresh(folder: Path) -> Path:
 def in_a_sentence(
     name: str, stopped: str = "stopped", errors: tuple[type[Exception], ...] = (ValueError, OSError)
 ) -> Iterator[None]:
-    """Say what is missing or wrong, in place of a traceback; ``stopped`` is for who stops it by hand."""
+    """Ends a program that fails with a sentence, not a traceback; Ctrl-C ends it with ``stopped``."""
     try:
         yield
     except errors as error:
@@ -142,18 +142,18 @@ def in_a_sentence(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A command that measures: a table, a JSON file and a picture in --out."""
+    """A command that measures, prints a table, and writes JSON and a picture into --out."""
 
     name: str  # its module below recipes, such as "paper.hessian_time"
     doc: str | None  # the module's docstring
-    measure: Callable[[Options], Iterable[dict[str, Any]]]  # one dict per row of what was measured
-    tables: Callable[[Sequence[dict[str, Any]]], Table | list[Table]]  # of the saved rows
-    plot: Callable[[Mapping[str, Any]], Figure] | None = None  # of the saved results
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of its own, as for argparse
+    measure: Callable[[Options], Iterable[dict[str, Any]]]  # yields a dict per row
+    tables: Callable[[Sequence[dict[str, Any]]], Table | list[Table]]  # made from the saved rows
+    plot: Callable[[Mapping[str, Any]], Figure] | None = None  # drawn from the saved results
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # its own, as for argparse
     smoke: Mapping[str, Any] = field(default_factory=dict)  # the options' values in a smoke test
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
-        """Measure, save, print, draw."""
+        """Measures, saves, prints and draws."""
         options = self.parse(arguments)
         with in_a_sentence(self.name):
             path = options.plot or self.run(options)
@@ -165,7 +165,7 @@ class Recipe:
             print(f"{path.with_suffix('')}.* written")
 
     def parse(self, arguments: Sequence[str] | None) -> Options:
-        """Read the command line."""
+        """Reads the command line."""
         reader = parser(
             self.name, self.doc, "--plot", out=Path("runs") / self.stem, smoke="the smallest sizes"
         )
@@ -180,11 +180,11 @@ class Recipe:
 
     @property
     def stem(self) -> str:
-        """The name of its files."""
+        """The name of its files, without folder and ending."""
         return self.name.rpartition(".")[2]
 
     def run(self, options: Options) -> Path:
-        """Measure, and save under the name of the recipe."""
+        """Measures, saves the results under the recipe's name, and returns the file's path."""
         torch.manual_seed(options.seed)
         torch.set_num_threads(options.threads)
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The look that all pictures share: one colour and marker for a method on all pages, units, no box."""
+"""Gives all pictures one look: a method has the same colour and marker on every page."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # they are drawn to files and need no display
+matplotlib.use("Agg")  # pictures are drawn to files and need no display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from recipes.shared.results import grouped
 
 DPI = 120
-SERIES = 8  # in one picture, at most
+SERIES = 8  # labels in one picture, at most
 # Colours that people with any kind of colour vision can tell apart (Okabe and Ito, 2008, and darker ones).
 GREY, BLUE, SKY, ORANGE, RED = "#555555", "#0072b2", "#56b4e9", "#e69f00", "#d1495b"
 GREEN, PINK, VIOLET, BROWN, TEAL = "#009e73", "#cc79a7", "#7b5ea7", "#8c6d31", "#1b9e9e"
-# A word of the label, in small letters -> the method's colour and marker. The first word in it counts.
+# A word of the label, in lower case -> the method's colour and marker. The first match counts.
 METHODS = {
     "proximal": (RED, "o"),
     "looksam": (SKY, "v"),
@@ -44,12 +44,12 @@ METHODS = {
     "nesterov": (GREY, "."),
     "plain": (GREY, "."),
 }
-OTHER = (TEAL, "h")  # of what is not in the list
+OTHER = (TEAL, "h")  # for labels without a match
 MARKERS = "o^sDvP>X<p*h."
 
 
 def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of every label, as matplotlib takes them: its method's, in shades for several."""
+    """Returns every label's colour and marker for matplotlib; labels of one method get shades of a colour."""
     labels = list(dict.fromkeys(labels))
     by_look = grouped(labels, own_look)
     chosen, markers = {}, [m for m in MARKERS if m not in {marker for _, marker in by_look}]
@@ -62,13 +62,13 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def own_look(label: str) -> tuple[str, str]:
-    """Colour and marker of the label's method."""
+    """Returns the colour and marker of the label's method."""
     text = label.lower().replace("_", " ")
     return next((look for word, look in METHODS.items() if word in text), OTHER)
 
 
 def mixed(colour: str, darkness: float) -> str:
-    """From a light shade at 0 over the colour itself at 1/2 to a dark one at 1."""
+    """Returns a shade of the colour: light at darkness 0, the colour itself at 1/2, and dark at 1."""
     other, part = (np.ones(3), 0.5 - darkness) if darkness < 0.5 else (np.zeros(3), darkness - 0.5)
     red, green, blue = np.array(to_rgb(colour)) * (1 - part) + other * part
     return to_hex((red, green, blue))
@@ -77,14 +77,14 @@ def mixed(colour: str, darkness: float) -> str:
 def panels(
     rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Figure, NDArray[Any]]:
-    """A figure of so many inches with a grid of axes, ``(rows, columns)``."""
+    """Returns a figure of so many inches with a grid of axes, ``(rows, columns)``."""
     size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained", "squeeze": False}
     figure, axes = plt.subplots(rows, columns, **size, **options)
     return figure, axes
 
 
 def tidy(axis: Axes, title: str = "", *, log: str = "") -> None:
-    """A panel without a box, with a grid; ``log`` names the logarithmic axes. To be called after drawing."""
+    """Removes a panel's box and adds a grid; ``log`` names the logarithmic axes. Call it after drawing."""
     if title:
         axis.set_title(title, loc="left", fontsize=9)
     if "x" in log:
@@ -101,7 +101,7 @@ def tidy(axis: Axes, title: str = "", *, log: str = "") -> None:
 
 
 def label(axis: Axis, low: float, high: float) -> None:
-    """A logarithmic axis: labels at powers of ten, and where these are few at 2 and 5 times them too."""
+    """Labels a logarithmic axis at powers of ten; if these are few, also at 2 and 5 times them."""
     if high < 100 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -111,14 +111,14 @@ def label(axis: Axis, low: float, high: float) -> None:
 def draw_lines(
     axis: Axes, rows: Iterable[Mapping[str, Any]], x: str, y: str, by: str, chosen: Mapping[str, Any]
 ) -> None:
-    """A line per label, which is the rows' value of ``by``: their quantity y by x, in the label's look."""
+    """Draws y by x, with a line for each value that the rows have of ``by``, in the look chosen for it."""
     for label, own in grouped(rows, lambda row: row[by]).items():
         xs, ys = ([row[name] for row in own] for name in (x, y))
         axis.plot(xs, ys, **chosen[label], markersize=4, label=label)
 
 
 def legend_above(figure: Figure, axis: Axes, columns: int) -> None:
-    """One legend for all panels, above them, in so many columns."""
+    """Draws one legend for all panels, above them, in at most so many columns."""
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     look: dict[str, Any] = {"loc": "outside upper center", "frameon": False, "fontsize": 9}
@@ -126,7 +126,7 @@ def legend_above(figure: Figure, axis: Axes, columns: int) -> None:
 
 
 def save(figure: Figure, target: Path) -> None:
-    """Write a picture."""
+    """Writes a picture to a file, and closes the picture."""
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=DPI)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""A network, some of its layers, a batch and a loss: what the recipes on cost and on figures compute with."""
+"""A problem is a network, some of its layers, a batch and a loss; recipes measure costs and kappa on it."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ from fam_optim import observe, relative_flatness
 
 @dataclass(frozen=True)
 class Problem:
-    """``loss = loss_fn(model(inputs), targets)``, with the flatness of one layer or several."""
+    """The loss ``loss_fn(model(inputs), targets)``, and the layers whose flatness is measured."""
 
     model: nn.Module
     regularised: nn.Module | list[nn.Module]
@@ -31,21 +31,21 @@ class Problem:
 
     @property
     def layer(self) -> nn.Module:
-        """The layer, of a problem that has one."""
+        """The layer of a problem that has only one."""
         (layer,) = self.layers
         return layer
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight of the one layer."""
+        """The weight of the only layer."""
         return self.layer.get_parameter("weight")
 
     def part(self, samples: int) -> "Problem":
-        """The same on the first samples of the batch."""
+        """Returns the problem with the first samples of the batch alone."""
         return replace(self, inputs=self.inputs[:samples], targets=self.targets[:samples])
 
     def copy(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Problem":
-        """The same with parameters of its own, in another precision or on another device where asked."""
+        """Returns a copy with its own parameters, in another precision or on another device if asked."""
         twin = copy.deepcopy(self)
         twin.model.to(device=device, dtype=dtype)
         floats = dtype if self.inputs.is_floating_point() else None
@@ -53,18 +53,18 @@ class Problem:
         return replace(twin, inputs=inputs, targets=targets)
 
     def loss(self) -> Tensor:
-        """The loss of the batch, ``()``."""
+        """Returns the loss of the batch, ``()``."""
         return self.loss_fn(self.model(self.inputs), self.targets)
 
     def loss_of_weight(self, weight: Tensor) -> Tensor:
-        """The loss as a function of the layer's weight alone: nothing else asks for a graph."""
+        """Returns the loss as a function of the layer's weight; all other parameters are constants."""
         constants = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         (name,) = (name for name, module in self.model.named_modules() if module is self.layer)
         outputs = functional_call(self.model, {**constants, f"{name}.weight": weight}, (self.inputs,))
         return self.loss_fn(outputs, self.targets)
 
     def penalised(self, times: int = 1, **options: Any) -> tuple[Tensor, ...]:
-        """The loss of a forward, and the library's kappa, ``()`` each; estimated several times if asked."""
+        """Returns the loss of one forward, and ``times`` values of the library's kappa, ``()`` each."""
         with ExitStack() as stack:
             enter = stack.enter_context
             layers = [enter(observe(each)) if isinstance(each, nn.Module) else each for each in self.layers]
@@ -72,11 +72,11 @@ class Problem:
         return loss, *(relative_flatness(loss, layers, **options) for _ in range(times))
 
     def flatness(self, **options: Any) -> Tensor:
-        """The library's kappa, forward included, ``()``."""
+        """Makes a forward, and returns the library's kappa, ``()``."""
         return self.penalised(**options)[1]
 
     def gradient(self, value: Tensor, **options: Any) -> Tensor:
-        """The gradient of a number in all parameters, as one vector."""
+        """Returns the gradient of a number in all parameters, as one vector."""
         parameters = list(self.model.parameters())
         parts = torch.autograd.grad(value, parameters, materialize_grads=True, **options)
         return torch.cat([part.flatten() for part in parts])
@@ -88,7 +88,7 @@ def train_plainly(
     schedule: Callable[[int], float] = lambda step: 1.0,
     **settings: Any,
 ) -> None:
-    """SGD on the cross-entropy of each batch: for recipes whose subject is not the training."""
+    """Trains with SGD on the cross-entropy of each batch, for recipes with another subject."""
     optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, **settings})
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     for inputs, targets in batches:

@@ -1,4 +1,4 @@
-"""Results of the recipes as JSON: what was measured, with which configuration, on which machine."""
+"""Saves and loads results as JSON: what was measured, with which configuration, on which machine."""
 
 import json
 import math
@@ -19,10 +19,10 @@ Key = TypeVar("Key")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware behind a measurement."""
+    """Returns the versions and the hardware behind a measurement."""
     return {
         "torch": version("torch"),
-        "fam_optim": fam_optim.__version__,  # of what runs, which need not be what was installed
+        "fam_optim": fam_optim.__version__,  # the code that runs; another may be installed
         "pytorch_optimizer": version("pytorch_optimizer"),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -32,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name where the system tells it, otherwise the architecture."""
+    """Returns the processor's name if the system tells it, otherwise the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -40,7 +40,7 @@ def cpu_name() -> str:
 
 
 def compact(value: Any, digits: int = 5) -> Any:
-    """Round floats to significant digits, and write those that JSON cannot hold (inf, nan) as null."""
+    """Rounds floats to significant digits, and replaces those that JSON cannot hold (inf, nan) by None."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -51,7 +51,7 @@ def compact(value: Any, digits: int = 5) -> Any:
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
-    """The rows by their key, in the order in which these come."""
+    """Groups the rows by key, in the order in which the keys first appear."""
     groups: dict[Key, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -59,9 +59,9 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Ro
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write results as JSON, one run per line, small enough to be kept beside the code.
+    """Writes results as JSON, one run per line, small enough to be kept beside the code.
 
-    Every recipe's have the keys "recipe", "environment" and "runs"; most have "configuration" and "seconds".
+    All results have the keys "recipe", "environment" and "runs"; most have "configuration" and "seconds" too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {key: value for key, value in results.items() if key != "runs"}
@@ -70,7 +70,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote."""
+    """Reads what ``save`` wrote. Raises ValueError if the file holds something else or is missing."""
     try:
         results = json.loads(path.read_text())
         if not results["runs"]:

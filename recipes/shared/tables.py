@@ -1,4 +1,4 @@
-"""Tables for a terminal, whatever its width, and as Markdown."""
+"""Makes tables for a terminal of any width, and as Markdown."""
 
 import math
 import statistics
@@ -12,17 +12,17 @@ from rich.table import Table
 
 from recipes.shared.results import grouped
 
-WIDE = 1000  # columns: where nothing is a terminal, a table is as wide as it needs
+WIDE = 1000  # columns of a file or a pipe, where a table may be as wide as it needs
 
 
 def console() -> Console:
-    """Of the terminal's width; a file or a pipe takes lines of any length."""
+    """Returns a console of the terminal's width; a file or a pipe takes lines of any length."""
     usual = Console()
     return usual if usual.is_terminal else Console(width=WIDE)
 
 
 def table(*columns: str, title: str = "", rows: Sequence[Sequence[str]] = ()) -> Table:
-    """A table whose text is valid Markdown."""
+    """Makes a table whose text is valid Markdown."""
     result = Table(*columns, title=title or None, title_justify="left", box=box.MARKDOWN)
     for row in rows:
         result.add_row(*row)
@@ -37,7 +37,7 @@ def pivot(
     cell: Callable[[Mapping[str, Any]], str],
     title: str = "",
 ) -> Table:
-    """A cell per row, in its line, whose first cells these are, and its column; empty where there is none."""
+    """Makes a table with a cell per row: ``line`` gives its line's first cells, ``column`` its column."""
     columns = list(dict.fromkeys(column(row) for row in rows))
     result = table(*heads, *columns, title=title)
     for first, own in grouped(rows, line).items():
@@ -47,17 +47,17 @@ def pivot(
 
 
 def summary(name: str, values: Sequence[float]) -> str:
-    """Mean and standard deviation, such as "0.96 ± 0.02"; of an accuracy the maximum too."""
+    """Returns mean and standard deviation, such as "0.96 ± 0.02"; for an accuracy, the maximum too."""
     mean = statistics.fmean(values)
     text = f"{mean:.4g}"
-    if len(values) > 1 and math.isfinite(mean):  # a run may have diverged, or not be there yet
+    if len(values) > 1 and math.isfinite(mean):  # a run may have diverged, or may not be there yet
         text += f" ± {statistics.stdev(values):.2g}"
         text += f" (max {max(values):.4g})" if name.endswith("accuracy") else ""
     return text
 
 
 def show(target: Console, *tables: Table) -> None:
-    """Print tables; one that is too wide is turned: a line per column instead, no number cut."""
+    """Prints tables. One that is too wide for the terminal gets a line per cell, so that no number is cut."""
     for wide in tables:
         if target.measure(wide, options=target.options.update(width=WIDE)).maximum <= target.width:
             target.print(wide)
@@ -73,13 +73,13 @@ def show(target: Console, *tables: Table) -> None:
 
 
 def titled(result: Table, heading: str, caption: str) -> Table:
-    """The table with a heading, and with what one must know to read it."""
+    """Returns the table with a heading, and with a caption that says how to read it."""
     result.title, result.caption = heading, caption
     return result
 
 
 def markdown(*tables: Table) -> str:
-    """Tables as Markdown, each under its title; one that has a caption too has a heading."""
+    """Returns tables as Markdown, each under its title, which is a heading if the table has a caption."""
     parts = []
     for each in tables:
         text = StringIO()

@@ -14,21 +14,21 @@ Label = TypeVar("Label")
 
 
 def timed(call: Callable[[], Any], device: torch.device = CPU) -> tuple[float, Any]:
-    """Seconds of a call, everything that it queues on the device included, and its result."""
+    """Returns the seconds of a call, with everything that it queues on the device, and its result."""
     begin = clock(device)
     result = call()
     return clock(device) - begin, result
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, after everything queued on the device is done."""
+    """Returns the time in seconds, after everything queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
-    """So many calls as one."""
+    """Returns a function that makes the call so many times."""
 
     def several() -> None:
         for _ in range(times):
@@ -40,9 +40,9 @@ def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
 def turns(
     calls: Mapping[Label, Callable[[], Any]], rounds: int, device: torch.device = CPU, warm_up: int = 1
 ) -> Iterator[tuple[Label, float, Any]]:
-    """Label, seconds and result of every call; each round begins with another one.
+    """Yields label, seconds and result of every call, round by round.
 
-    The first ``warm_up`` rounds are made, but not yielded.
+    Each round begins with another call. The first ``warm_up`` rounds are made, but not yielded.
     """
     order = deque(calls)
     for number in range(-warm_up, rounds):
@@ -56,7 +56,7 @@ def turns(
 def alternate(
     calls: Mapping[Label, Callable[[], Any]], rounds: int, device: torch.device = CPU, warm_up: int = 1
 ) -> dict[Label, list[float]]:
-    """The seconds of every call by label, in the order of the rounds."""
+    """Returns the seconds of every call by label, in the order of the rounds."""
     seconds: dict[Label, list[float]] = {label: [] for label in calls}
     for label, took, _ in turns(calls, rounds, device, warm_up):
         seconds[label].append(took)
@@ -64,7 +64,7 @@ def alternate(
 
 
 def relative(seconds: Mapping[Label, Sequence[float]], reference: Label) -> dict[Label, dict[str, Any]]:
-    """Of every call: median and quartiles of the ratio to the reference of the same round; median seconds."""
+    """Returns each call's median seconds, and median and quartiles of its ratio to the reference by round."""
     found = {}
     for label, own in seconds.items():
         middle, quartiles = median([a / b for a, b in zip(own, seconds[reference], strict=True)])
@@ -73,12 +73,12 @@ def relative(seconds: Mapping[Label, Sequence[float]], reference: Label) -> dict
 
 
 def median(values: Sequence[float]) -> tuple[float, list[float]]:
-    """The median, and the lower and the upper quartile."""
+    """Returns the median, and the lower and the upper quartile."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return middle, [low, high]
 
 
 def with_quartiles(middle: float, quartiles: Sequence[float]) -> str:
-    """A cell of a table: a median, in brackets its quartiles."""
+    """Returns a table's cell: a median, with its quartiles in brackets."""
     low, high = quartiles
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"

@@ -1,1 +1,1 @@
-"""The comparison of FAM with other methods, in one command; ``recipes/study/README.md`` shows its results."""
+"""Compares FAM with other methods, in one command; ``recipes/study/README.md`` shows the results."""

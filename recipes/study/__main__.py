@@ -38,24 +38,24 @@ from recipes.study.trial import Trial, filled, measured, missing, run, shortened
 
 
 def read(folder: Path) -> dict[str, Results]:
-    """What was measured so far, by stage."""
+    """Returns what was measured so far, by stage."""
     files = {stage: lines(folder / f"{stage}.jsonl") for stage in STAGES}
     return {stage: [filled(json.loads(line)) for line in found] for stage, found in files.items()}
 
 
 def lines(path: Path) -> list[str]:
-    """The lines that were written to their end: a kill may leave half of one."""
+    """Returns the lines that were written to their end, since a kill may leave half of one."""
     return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
 def pending(stage: str, options: Options) -> list[Trial]:
-    """The stage's trials that were not measured yet, in this stage or in another."""
+    """Returns the stage's trials that were not measured yet, in this stage or in another."""
     everything = list(chain(*read(options.out).values()))
     return missing(everything, (trial for trial in STAGES[stage](everything) if trial.task in options.tasks))
 
 
 def execute(trials: Sequence[Trial], workers: int) -> Iterator[dict[str, Any]]:
-    """The results of the trials as they come in."""
+    """Yields the results of the trials as they come in."""
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -66,10 +66,10 @@ def execute(trials: Sequence[Trial], workers: int) -> Iterator[dict[str, Any]]:
 
 
 def run_stage(stage: str, options: Options, console: Console) -> None:
-    """Train what the stage still lacks; every trial is a line as soon as it is finished."""
+    """Trains what the stage still lacks; every trial is a line in its file as soon as it is finished."""
     path: Path = options.out / f"{stage}.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines(path)))
-    while trials := pending(stage, options):  # a choice at an edge asks for more
+    while trials := pending(stage, options):  # a best value at the edge of a grid asks for more
         with path.open("a") as file:
             for result in track(execute(trials, options.workers), stage, len(trials), console=console):
                 file.write(json.dumps(compact(shortened(result))) + "\n")
@@ -77,7 +77,7 @@ def run_stage(stage: str, options: Options, console: Console) -> None:
 
 
 def smoke(console: Console) -> None:
-    """One epoch of a few samples of every condition, tested, and one of every method."""
+    """Trains and tests every condition, and trains every method, for one epoch of a few samples."""
     few, short = Source(smoke=True), {"lr": 0.01, "epochs": 1, "every": 2}
     for condition in CONDITIONS:
         trial = conditions.trial(condition, "FAM, proximal", 1.0, 0, **short, tested=True)
@@ -88,7 +88,7 @@ def smoke(console: Console) -> None:
 
 
 def report(folder: Path, console: Console) -> None:
-    """Write the tables and pictures of what was measured."""
+    """Writes the tables and pictures of what was measured."""
     stages = read(folder)
     if not any(stages.values()):
         remedy = "python -m recipes.study --out FOLDER makes one"
@@ -103,7 +103,7 @@ def report(folder: Path, console: Console) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    """Read the command line."""
+    """Reads the command line."""
     listed = {f"stage {name}": (stage.__doc__ or "").splitlines()[0] for name, stage in STAGES.items()}
     for task in TASKS:
         names = (c.name for c in (*CONDITIONS, *LANGUAGE) if c.task == task)
@@ -126,7 +126,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages, then report."""
+    """Runs the stages, then reports."""
     options, console = parse(arguments), Console(width=160)
     with command.in_a_sentence("study", "stopped; the same command goes on where it was", (Missing,)):
         if options.report is not None:
@@ -138,14 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: Options, console: Console) -> None:
-    """Time steps, or train what is lacking."""
+    """Measures the time of a step, or trains what is lacking and reports."""
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cost:
         cost = {"environment": environment(CPU), "tasks": relative_costs(options.tasks)}
         (options.out / "cost.json").write_text(json.dumps(compact(cost), indent=1) + "\n")
         return
     for task in options.tasks:
-        conditions.usual(task).data(Source(download=True), 0)  # what is missing is said, or fetched, at once
+        conditions.usual(task).data(Source(download=True), 0)  # missing data are fetched, or reported, now
     for stage in options.stages:
         run_stage(stage, options, console)
     report(options.out, console)

@@ -1,4 +1,4 @@
-"""Other forms of the proximal step, one thing changed at a time; compared by validation only."""
+"""Makes other forms of the proximal step, with one thing changed at a time, to compare by validation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from fam_optim.step_roots import StepRoots
 
 @dataclass(frozen=True)
 class Form:
-    """How the step is made."""
+    """A form of the proximal step."""
 
     layers: str = "hidden"  # which weights are moved
     lam: float = 1.0
-    n_samples: int = 1  # signs in a due step
+    n_samples: int = 1  # sign matrices in a due step
     rows: bool = True  # whether A is made of rows where it can be; otherwise it is the weight's gradient
     kept: float = KEPT  # part of T's running mean that a due step keeps
-    averages_rows: bool = False  # whether T is a running mean there too
+    averages_rows: bool = False  # whether T is a running mean also if A is made of rows
     implicit: bool = True  # whether W moves to the minimum of the quadratic, or along its gradient
     trust: bool = (
-        True  # whether the length is the base's, or the penalty's: c = every lr lam / (1 - momentum)
+        True  # whether c follows the base's step, or is the penalty's, every lr lam / (1 - momentum)
     )
 
 
@@ -47,7 +47,7 @@ FORMS = {
 
 
 def with_form(optimizer: Optimizer, form: Form, layers: Sequence[nn.Module], every: int, seed: int) -> None:
-    """Give a FAM another form of the step."""
+    """Gives a FAM another form of the step."""
     assert isinstance(optimizer, FAM)
     random = form.n_samples, torch.Generator().manual_seed(seed)
     other = optimizer.regularizer = OtherForm(layers, form.lam, every, *random)
@@ -57,17 +57,17 @@ def with_form(optimizer: Optimizer, form: Form, layers: Sequence[nn.Module], eve
 
 
 class Gradients(StepRoots):
-    """A is the weight's gradient everywhere."""
+    """Takes the weight's gradient as A everywhere."""
 
     def rows(self, reached: Any) -> dict[int, Any]:
         return {}
 
 
 class OtherForm(Proximal):
-    """The library's step with its parts exchanged, in one process."""
+    """The library's step with some parts exchanged, for a single process."""
 
     form: Form
-    group: Mapping[str, Any]  # of the base, with its settings
+    group: Mapping[str, Any]  # the base's parameter group, with its settings
 
     @torch.no_grad()
     def _pull(self, roots: dict[int, Tensor], of_rows: set[int], before: list[Tensor]) -> None:
@@ -84,7 +84,7 @@ class OtherForm(Proximal):
             weight.parameter.copy_(weight.back(moved))
 
     def length(self, t: Tensor, w: Tensor, old: Tensor) -> Tensor:
-        """``2 c``."""
+        """Returns ``2 c``."""
         if self.form.trust:
             found = self.lam * self.every * (w - old).norm() / (t @ w).norm()
             return torch.where(found.isfinite(), found, 0)

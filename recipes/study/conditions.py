@@ -1,4 +1,4 @@
-"""The study's conditions, each a task with a part of its labels wrong, their seeds, and a trial of one."""
+"""Lists the study's conditions (tasks with a part of their labels wrong) and seeds, and makes trials."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from recipes.tasks import load_task
 
 
 class Condition(NamedTuple):
-    """What is learned."""
+    """A task with a fraction ``noise`` of its labels wrong."""
 
     task: str
     noise: float
@@ -43,27 +43,27 @@ LANGUAGE = (
 TASKS = tuple(dict.fromkeys(condition.task for condition in (*CONDITIONS, *LANGUAGE)))
 CHEAP = ("diabetes", "digits", "finetune-200", "finetune-1000", "mnist1d", "mnist1d-layernorm")
 IMAGES = ("fashion-nobatchnorm", "fashion", "fashion-vit", "fashion-resnet")
-TUNING_SEEDS = (100, 101)  # by which everything is chosen
-SEEDS = (5, 6, 7, 8, 9)  # of 0 to 4 test scores were known when the search became a joint one
+TUNING_SEEDS = (100, 101)  # everything is chosen with these
+SEEDS = (5, 6, 7, 8, 9)  # test scores of 0 to 4 were known before the search became a joint one
 MORE_SEEDS = (10, 11, 12, 13, 14)
 LATER_SEEDS = (15, 16, 17, 18, 19)
-FRESH_SEEDS = (25, 26, 27)  # of 20 to 24 lam and every were chosen, in the pilot
+FRESH_SEEDS = (25, 26, 27)  # a pilot chose lam and every with 20 to 24
 DECAY = 5e-4  # the usual weight decay
 
 
 def of(task: str, noise: float) -> Condition:
-    """The condition of a task and a noise."""
+    """Returns the condition of a task and a noise."""
     return next(c for c in (*CONDITIONS, *LANGUAGE) if (c.task, c.noise) == (task, noise))
 
 
 def cheap_first() -> list[Condition]:
-    """The conditions in the order in which they are trained."""
+    """Returns the conditions in the order in which they are trained."""
     return sorted(CONDITIONS, key=lambda c: (*CHEAP, *IMAGES).index(c.task))
 
 
 @cache
 def usual(task: str) -> Task:
-    """The task with networks of its usual size."""
+    """Returns the task with networks of its usual size."""
     return load_task(task)
 
 
@@ -78,7 +78,7 @@ def fits(method: str, task: str) -> bool:
 
 
 def trial(condition: Condition, method: str, value: float, seed: int, **changes: Any) -> Trial:
-    """A trial of the task's length, with the usual weight decay."""
+    """Returns a trial of the task's length, with the usual weight decay."""
     task, noise, _ = condition
     own = usual(task)
     settings = {"epochs": own.epochs, "batch_size": own.batch_size, "lr": value, "weight_decay": DECAY}

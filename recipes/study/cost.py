@@ -1,4 +1,4 @@
-"""What a step of each method costs relative to a step of SGD, on every network of the study."""
+"""Measures what a step of each method costs relative to a step of SGD, on the study's networks."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -21,9 +21,9 @@ TIMED = [
 
 
 def relative_costs(tasks: Iterable[str], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Median and quartiles of the ratio, all methods in alternation on the same batches, one thread.
+    """Returns median and quartiles of each method's ratio to SGD, measured in turns on the same batches.
 
-    Not of the language model, whose steps take seconds.
+    One thread is used. The language model is left out, since its steps take seconds.
     """
     torch.set_num_threads(1)
     costs, conditions = {}, {condition.task: condition for condition in reversed(CONDITIONS)}

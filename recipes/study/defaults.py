@@ -1,8 +1,8 @@
-"""Without a search: every method at its default beside usual settings; and how good the defaults are.
+"""Lists the trials without a search: every method at its default, and tests of how good the defaults are.
 
-SGD's weight decay is the usual 5e-4, its learning rate the one that is best with it on validation data, but
-at least 0.05 where classes are learned. AdamW has 1e-3 and torch's own weight decay. Beside these stands SGD
-with both searched.
+SGD has the usual weight decay 5e-4, and the learning rate that is best with it on validation data, but at
+least 0.05 where classes are learned. AdamW has 1e-3 and torch's own weight decay. SGD with both searched is
+trained for comparison.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from recipes.study.conditions import FRESH_SEEDS, TUNING_SEEDS, Condition, cheap
 from recipes.study.search import base, chosen, sgd_of
 from recipes.study.trial import FLATTENING, Trial, missing
 
-DEFAULTS = {  # noise: of 4.5 %, the best for these conditions by validation
+DEFAULTS = {  # the noise, 4.5 %, is the best for these conditions by validation
     "base": 0.0,
     "SAM": 0.05,
     "LookSAM, k = 5": 0.1,
@@ -29,10 +29,10 @@ DEFAULTS = {  # noise: of 4.5 %, the best for these conditions by validation
     "FAM, proximal": 1.0,
 }
 KEY = ("FAM, proximal", "SAM", "control, T = I")
-DEFAULT_SEEDS = (*conditions.LATER_SEEDS, *conditions.MORE_SEEDS)  # by which none of these values was chosen
+DEFAULT_SEEDS = (*conditions.LATER_SEEDS, *conditions.MORE_SEEDS)  # no default was chosen with them
 USUAL_RATE = 0.05
-NOT_SEARCHED = ("fashion", "fashion-resnet")  # without wrong labels, or at all: they have the usual rate
-OTHER_RATES = (  # SGD's best where that is below 0.05, or with another weight decay
+NOT_SEARCHED = ("fashion", "fashion-resnet")  # they have the usual rate, whatever SGD's search gives
+OTHER_RATES = (  # SGD's best, where it is below 0.05 or has another weight decay
     ("mnist1d", 0.0, 0.4),
     ("mnist1d", 0.4, 0.0125),
     ("mnist1d-layernorm", 0.2, 0.006),
@@ -74,7 +74,7 @@ REVIEWED = (
 
 
 def defaults(results: Results) -> Iterator[Trial]:
-    """Every method at its default, seed by seed; those of the front page first."""
+    """Every method at its default is trained seed by seed, those of the front page first."""
     front = ("base", *KEY)
     for seeds, methods in product(
         (conditions.LATER_SEEDS, conditions.MORE_SEEDS), (front, sorted(DEFAULTS.keys() - {*front}))
@@ -87,39 +87,39 @@ def defaults(results: Results) -> Iterator[Trial]:
 
 
 def other_rates(results: Results) -> Iterator[Trial]:
-    """Every method at its default, at other learning rates of SGD."""
+    """The main methods at their defaults are trained at other learning rates of SGD."""
     for seed, (task, noise, lr), method in product(conditions.LATER_SEEDS, OTHER_RATES, ("base", *KEY)):
         settings = {"lr": lr, "variant": "other rate", "tested": True}
         yield trial(of(task, noise), method, DEFAULTS[method], seed, **settings)
 
 
 def half(results: Results) -> Iterator[Trial]:
-    """The proximal step at half its lam with AdamW, which a pilot had found to be safer."""
+    """The proximal step at half its lam is trained with AdamW, where a pilot had found this safer."""
     for seed, key in product(DEFAULT_SEEDS, WITH_ADAMW):
         yield trial(of(*key), "FAM, proximal", 0.5, seed, **ADAMW, variant="half", tested=True)
 
 
 def bar(results: Results) -> Iterator[Trial]:
-    """SGD with searched learning rate and weight decay on the same seeds."""
+    """SGD with searched learning rate and weight decay is trained on the same seeds."""
     for seed, condition in product(DEFAULT_SEEDS, cheap_first()):
         if not missing(results, sgd_of(results, condition)):
             yield replace(chosen(results, condition, "SGD"), seed=seed)
 
 
 def bases(results: Results, condition: Condition) -> Iterator[dict[str, Any]]:
-    """The base optimizers of a condition with their settings."""
+    """Yields the settings of each base optimizer of a condition."""
     yield {"lr": rate(results, condition)}
     if (condition.task, condition.noise) in WITH_ADAMW:
         yield ADAMW
 
 
 def with_a_rate(results: Results, wanted: Iterable[Condition]) -> list[Condition]:
-    """Those whose learning rate is known: the others wait for SGD's search."""
+    """Returns the conditions whose learning rate is known; the others wait for SGD's search."""
     return [c for c in wanted if c.task in NOT_SEARCHED or not missing(results, sgd_of(results, c))]
 
 
 def rate(results: Results, condition: Condition) -> float:
-    """SGD's usual learning rate."""
+    """Returns SGD's usual learning rate on a condition."""
     if condition.task in NOT_SEARCHED:
         return USUAL_RATE
     best = base(results, condition, weight_decay=conditions.DECAY)["lr"]
@@ -127,7 +127,7 @@ def rate(results: Results, condition: Condition) -> float:
 
 
 def step(results: Results) -> Iterator[Trial]:
-    """lam and every on the tasks where they were chosen, by validation."""
+    """lam and every are varied on the tasks where they were chosen, and compared by validation."""
     wanted = [c for c in cheap_first() if c.task not in NOT_CHOSEN_ON]
     for condition, seed in product(with_a_rate(results, wanted), TUNING_SEEDS):
         for settings, (lam, every) in product(bases(results, condition), GRID):
@@ -135,7 +135,7 @@ def step(results: Results) -> Iterator[Trial]:
 
 
 def confirmation(results: Results) -> Iterator[Trial]:
-    """lam and every where nothing was chosen, by test scores of fresh seeds; and the base alone."""
+    """lam and every are varied where nothing was chosen, beside the base alone, and tested on fresh seeds."""
     for seed, (task, noise, changes) in product(FRESH_SEEDS, CONFIRMED_ON):
         for condition in with_a_rate(results, [of(task, noise)]):
             settings = {**changes, "lr": rate(results, condition), "variant": "confirmation", "tested": True}
@@ -145,7 +145,7 @@ def confirmation(results: Results) -> Iterator[Trial]:
 
 
 def ablations(results: Results) -> Iterator[Trial]:
-    """Other forms of the proximal step, by validation."""
+    """Other forms of the proximal step are compared by validation."""
     wanted = with_a_rate(results, [of(*key) for key in ABLATED_ON])
     for seed, condition, (name, form) in product(TUNING_SEEDS, wanted, FORMS.items()):
         settings = {"lr": rate(results, condition), "variant": "ablations"}
@@ -153,7 +153,7 @@ def ablations(results: Results) -> Iterator[Trial]:
 
 
 def flattening(results: Results) -> Iterator[Trial]:
-    """kappa of every layer along the training."""
+    """kappa of every layer is measured along the training."""
     wanted = with_a_rate(results, [of("mnist1d", 0.2)])
     for seed, condition, (method, value) in product(FRESH_SEEDS, wanted, FLATTENED.items()):
         settings = {"lr": rate(results, condition), "variant": FLATTENING, "tested": True}
@@ -161,7 +161,7 @@ def flattening(results: Results) -> Iterator[Trial]:
 
 
 def reviews(results: Results) -> Iterator[Trial]:
-    """A pretrained language model, fine-tuned with AdamW at 1e-4."""
+    """A pretrained language model is fine-tuned with AdamW at 1e-4."""
     settings = {**ADAMW, "lr": 1e-4, "variant": "defaults", "tested": True}
     for (method, value), seed, condition in product(REVIEWED, FRESH_SEEDS, conditions.LANGUAGE):
         yield trial(condition, method, value, seed, **settings)

@@ -1,13 +1,13 @@
-"""The methods that the study compares. Each has one value that is searched; all else is the searched SGD's.
+"""Defines the methods that the study compares. Most have one value of their own, which is searched.
 
-Noise on the inputs of a layer is the finite sample of FAM's penalty. With eps standard normal and
+Noise on the inputs of a layer is a finite sample of FAM's penalty. With eps standard normal and
 ``phi' = phi + sigma ||phi|| eps`` at one row phi for each sample,
 
     E L(phi') = L + sigma^2 / 2 ||phi||^2 Tr(Hess_phi L) + ... = L + sigma^2 / 2 kappa + ...
 
-so its value is named by the lam of which it is a sample, ``sigma = sqrt(2 lam)``. A convolution shares its
-weight among positions; there ``W' = W + sigma W Z``, Z ``(m, m)`` standard normal, has the same second order:
-``E <WZ, H WZ> = <W W^T, T>``.
+So the value of the noise is the lam of the penalty that it samples, ``sigma = sqrt(2 lam)``. A convolution
+shares its weight among positions; there ``W' = W + sigma W Z``, with Z ``(m, m)`` standard normal, has the
+same second order: ``E <WZ, H WZ> = <W W^T, T>``.
 """
 
 import itertools
@@ -28,22 +28,22 @@ from recipes.study.ablations import FORMS, with_form
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, but for the value of its hyper-parameter."""
+    """A way to train, without the value of its hyper-parameter."""
 
-    values: tuple[float, ...]  # all that may be tried, at most one step beyond the best of what was
-    start: tuple[float, ...]  # those tried first
-    kind: str  # what takes the value
-    layers: str = ""  # those that are regularised, as `recipes.engine.layers` knows them
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the optimizer, fixed ones
+    values: tuple[float, ...]  # all that may be tried, from ``start`` on one step at a time
+    start: tuple[float, ...]  # the values tried first
+    kind: str  # says what takes the value
+    layers: str = ""  # the regularised layers, by a name of `recipes.engine.layers`
+    options: Mapping[str, Any] = field(default_factory=dict)  # fixed options of the optimizer
 
 
 def powers(lowest: int, highest: int) -> tuple[float, ...]:
-    """1 and 3 times the powers of ten."""
+    """Returns 1 and 3 times the powers of ten."""
     return tuple(float(f"{m}e{e}") for e in range(lowest, highest + 1) for m in (1, 3))
 
 
 def fam(layers: str, *start: float, **options: Any) -> Method:
-    """FAM with Gauss-Newton curvature from one random vector; on the last layer in closed form."""
+    """Returns FAM with Gauss-Newton curvature from one random vector; on the last layer in closed form."""
     if layers != "last":
         options = {**GAUSS_NEWTON, **options}
     return Method(powers(-8, 1), start or (1e-3, 3e-3, 1e-2), "fam", layers, options)
@@ -55,7 +55,7 @@ WEIGHT_DECAYS = (0.0, 1e-4, 5e-4, 2e-3, 8e-3, 3e-2, 0.1, 0.3)
 RHO = ((0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2), (0.05, 0.1, 0.2))
 RHO_ADAPTIVE = ((0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16), (0.5, 1, 2))
 
-COMPARED: dict[str, Method] = {  # with a search
+COMPARED: dict[str, Method] = {  # methods with a search
     "SGD": Method((), (), "sgd"),
     "SGD, no weight decay": Method((), (), "sgd"),
     "label smoothing": Method((0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9), (0.1, 0.2, 0.4), "smoothing"),
@@ -69,20 +69,20 @@ COMPARED: dict[str, Method] = {  # with a search
     "FAM, hidden, detached": fam("hidden", **DETACHED),
     "FAM, proximal": Method((0.1, 0.2, 0.3, 0.5, 1, 2, 4), (0.5, 1, 2), "proximal", "hidden"),
 }
-OTHERS: dict[str, Method] = {  # without one
+OTHERS: dict[str, Method] = {  # methods without a search
     "base": Method((), (), "sgd"),
     "LookSAM, k = 10": Method(*RHO, "looksam", options={"k": 10}),
     "FAM, last layer": fam("last"),
     "control, T = I": Method((0.1, 0.3, 1.0), (0.3,), "control", "hidden"),
 }
-OTHER_FORMS: dict[str, Method] = {  # of the proximal step
+OTHER_FORMS: dict[str, Method] = {  # forms of the proximal step
     name: Method((form.lam,), (form.lam,), "form", form.layers, {"form": form})
     for name, form in FORMS.items()
 }
 METHODS = {**COMPARED, **OTHERS, **OTHER_FORMS}
 
 
-# kind -> the optimizer around the base, and which of its options has the method's value
+# kind -> the optimizer around the base, and its option that takes the method's value
 WRAPPED = {"sam": ("sam", "rho"), "looksam": ("looksam", "rho")}
 WRAPPED |= dict.fromkeys(("fam", "proximal", "form"), ("fam", "lam"))
 
@@ -90,7 +90,7 @@ WRAPPED |= dict.fromkeys(("fam", "proximal", "form"), ("fam", "lam"))
 def make_optimizer(
     method: Method, value: float, model: nn.Module, base: str, seed: int, every: int = 10, **settings: float
 ) -> Optimizer:
-    """The method's optimizer of the model's parameters; ``settings`` are the base's."""
+    """Returns the method's optimizer of the model's parameters; ``settings`` are the base's."""
     chosen: Settings = {"optimizer": base, "base": base, **BASES[base], **settings}
     if method.kind in WRAPPED:
         name, takes = WRAPPED[method.kind]
@@ -108,9 +108,9 @@ def make_optimizer(
 
 
 def add_control(optimizer: Optimizer, weights: Sequence[Tensor], lam: float, every: int) -> None:
-    """The proximal step with T = I: weight decay by the trust ratio, after every so many steps.
+    """Adds the proximal step with T = I, which is weight decay by the trust ratio, after every so many steps.
 
-    ``W <- W / (1 + 2 c)`` with ``c = lam every ||W - W'|| / ||2 W||``, W' being W before that step.
+    ``W <- W / (1 + 2 c)`` with ``c = lam every ||W - W'|| / ||2 W||``, where W' is W before that step.
     """
     steps = itertools.count(1)
     before: list[Tensor] = []
@@ -129,18 +129,18 @@ def add_control(optimizer: Optimizer, weights: Sequence[Tensor], lam: float, eve
 
 
 def add_hooks(method: Method, value: float, model: nn.Module) -> None:
-    """What the method does inside the network, in train mode."""
+    """Adds what the method does inside the network, in train mode."""
     if method.kind == "noise":
         for layer in select(model, [method.layers]):
             add_noise(layer, (2 * value) ** 0.5)
-    if method.kind == "dropout":  # on what each Linear layer but the first takes in
+    if method.kind == "dropout":  # on the input of each Linear layer but the first
         for layer in weight_layers(model)[1:]:
             if isinstance(layer, nn.Linear):
                 layer.register_forward_pre_hook(lambda own, x: dropout(x[0], value, own.training))
 
 
 def add_noise(layer: nn.Module, sigma: float) -> None:
-    """Relative Gaussian noise of standard deviation sigma on what the layer takes in, in train mode."""
+    """Adds relative Gaussian noise to a Linear layer's input or a convolution's weight, in train mode."""
 
     def on_rows(own: nn.Module, arguments: tuple[Tensor]) -> Tensor:
         (x,) = arguments

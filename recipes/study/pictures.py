@@ -1,4 +1,4 @@
-"""Pictures of the study, from its saved results."""
+"""Draws the study's pictures from its saved results."""
 
 import statistics
 from collections.abc import Mapping
@@ -33,14 +33,14 @@ FLATTENED_NAMES = {
     "last but one": "FAM, proximal, layer 2 alone",
 }
 BY_TIME = ("SGD", "noise, hidden layers", "SAM", "LookSAM, k = 5", "FAM, hidden, detached", "FAM, proximal")
-LOST = 5.0  # points that the picture for choosing lam shows
+LOST = 5.0  # points, the range of the picture for choosing lam
 LOOKS: dict[str, Any] = looks([*GAINS, *BY_TIME])
 LOOKS |= looks(["SGD", "first", "last but one"])
 LOOKS["base"] = LOOKS["SGD"]
 
 
 def draw(found: Found, costs: Mapping[str, Any], folder: Path) -> None:
-    """Draw what the stages that were run allow."""
+    """Draws the pictures of those stages that were run."""
     if found["defaults"]:
         gain_by_method(found, folder / "front.png")
     if found["longer"] and costs:
@@ -52,7 +52,7 @@ def draw(found: Found, costs: Mapping[str, Any], folder: Path) -> None:
 
 
 def gain_by_method(found: Found, target: Path) -> None:
-    """Gain over SGD alone: a point per condition, and the mean over conditions with its interval."""
+    """Draws the gain over SGD alone: a point per condition, and the mean over them with its interval."""
     _, gained = without_a_search(found, "sgd")
     methods = [method for method in reversed(GAINS) if method in gained]
     figure, ((axis,),) = panels(1, 1, 7.2, 3.6)
@@ -72,7 +72,7 @@ def gain_by_method(found: Found, target: Path) -> None:
 
 
 def accuracy_by_time(results: Results, costs: Mapping[str, Any], target: Path) -> None:
-    """Test accuracy against training time, one point per length of training; a panel per condition."""
+    """Draws test accuracy by training time: a point per length of training, a panel per condition."""
     shown = [c for c in (of(*key) for key in search.LONGER) if c.task in costs["tasks"]]
     figure, axes = panels(1, len(shown), 1 + 4 * len(shown), 3.8)
     for axis, condition in zip(axes[0], shown, strict=True):
@@ -89,7 +89,7 @@ def accuracy_by_time(results: Results, costs: Mapping[str, Any], target: Path) -
 
 
 def by_length(axis: Axes, own: Results, ratio: float, method: str) -> None:
-    """One method's line."""
+    """Draws one method's line."""
     epochs = sorted({r["epochs"] for r in own})
     values = [values_of(where(own, epochs=number), "test_score") for number in epochs]
     means = [statistics.fmean(seeds) for seeds in values]
@@ -99,7 +99,7 @@ def by_length(axis: Axes, own: Results, ratio: float, method: str) -> None:
 
 
 def kappa_by_epoch(results: Results, target: Path) -> None:
-    """kappa of every layer along the training, a panel per layer: geometric mean over seeds."""
+    """Draws kappa of every layer by epoch, a panel per layer: geometric mean over seeds."""
     names = dict.fromkeys(r["method"] for r in results)
     layers = len(next(iter(results[0]["kappas"].values())))
     figure, axes = panels(1, layers, 1 + 2.8 * layers, 3.6, sharey=True)
@@ -118,7 +118,7 @@ def kappa_by_epoch(results: Results, target: Path) -> None:
 
 
 def lost_by_setting(found: Found, target: Path) -> None:
-    """Points lost to the best setting, mean and worst over conditions, by lam and by every."""
+    """Draws the points lost to the best setting, mean and worst over conditions, by lam and by every."""
     figure, axes = panels(1, 2, 8.4, 3.4, sharey=True)
     stages = (
         ("step", "chosen by", "validation", LOOKS["FAM, proximal"]["color"], "o"),

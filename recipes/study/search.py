@@ -1,8 +1,8 @@
-"""With a search: learning rate, weight decay and each method's own value, chosen jointly on validation data.
+"""Lists the trials of the joint search for learning rate, weight decay and each method's own value.
 
-Chosen is what has the best score on validation data after the last epoch, averaged over two seeds that are
-not used again. Validation labels are as noisy as the training labels. Test data are looked at in the stages
-"comparison", "more_seeds" and "longer", once per network, after everything was chosen.
+The settings with the best validation score after the last epoch are chosen, averaged over two seeds that are
+not used again. Validation labels are as noisy as the training labels. Of these stages only "comparison",
+"more_seeds" and "longer" look at test data, once per network, after everything was chosen.
 """
 
 from collections import Counter
@@ -20,24 +20,24 @@ from recipes.study.trial import Trial, missing
 
 Setting = tuple[float, float, float]  # learning rate, weight decay, the method's own value
 SETTINGS = ("lr", "weight_decay", "value")
-RATES, DECAYS = (0.0125, 0.05, 0.2), (5e-4, 2e-3, 8e-3)  # of SGD, tried first
-SGD_ALONE = (("fashion", 0.0), ("fashion-resnet", 0.4), ("fashion-resnet", 0.0))  # nothing else is searched
+RATES, DECAYS = (0.0125, 0.05, 0.2), (5e-4, 2e-3, 8e-3)  # SGD's values that are tried first
+SGD_ALONE = (("fashion", 0.0), ("fashion-resnet", 0.4), ("fashion-resnet", 0.0))  # only SGD is searched
 SHORTLIST = [method for method in COMPARED if method not in ("SGD, no weight decay", "dropout")]
-TIMES = (2, 4, 0.5, 0.25)  # lengths of training, relative to that which was tuned
+TIMES = (2, 4, 0.5, 0.25)  # lengths of training, relative to the tuned one
 LONGER = (("mnist1d", 0.2), ("digits", 0.4))
 
 
 def sgd(results: Results) -> Iterator[Trial]:
-    """Learning rate and weight decay of plain SGD, jointly; and the learning rate without weight decay.
+    """SGD's learning rate and weight decay are searched jointly, and its learning rate without weight decay.
 
-    The grid gains a row or a column where the best of it is at an edge.
+    The grid gains a row or a column if its best is at an edge.
     """
     for condition in CONDITIONS:
         yield from sgd_of(results, condition)
 
 
 def sgd_of(results: Results, condition: Condition) -> Iterator[Trial]:
-    """One condition's grid."""
+    """Yields the trials of one condition's grid."""
     by_both = mean_by(tuned(results, condition, "SGD"), "lr", "weight_decay")
     rates = to_try(LEARNING_RATES, RATES, best_by(by_both, 0))
     decays = to_try(WEIGHT_DECAYS, DECAYS, best_by(by_both, 1))
@@ -49,7 +49,7 @@ def sgd_of(results: Results, condition: Condition) -> Iterator[Trial]:
 
 
 def best_by(by_both: Mapping[Any, float], position: int) -> dict[float, float]:
-    """For each value of one of two, the score with the best of the other."""
+    """Returns the best score of each value at one position of the key, whatever stands at the other."""
     found: dict[float, float] = {}
     for key, score in by_both.items():
         found[key[position]] = max(score, found.get(key[position], score))
@@ -57,7 +57,7 @@ def best_by(by_both: Mapping[Any, float], position: int) -> dict[float, float]:
 
 
 def tuned(results: Results, condition: Condition, method: str) -> Results:
-    """The tuning trials of a method, as far as all tuning seeds were run."""
+    """Returns the tuning trials of a method, for the settings that were run with all tuning seeds."""
     task, noise, _ = condition
     found = where(results, task=task, noise=noise, method=method, variant="", tested=False)
     setting = itemgetter(*SETTINGS)
@@ -66,20 +66,20 @@ def tuned(results: Results, condition: Condition, method: str) -> Results:
 
 
 def tuned_scores(results: Results, condition: Condition, method: str) -> dict[Setting, float]:
-    """The validation scores of these trials, by setting."""
+    """Returns the validation scores of `tuned`, by setting."""
     return mean_by(tuned(results, condition, method), *SETTINGS)
 
 
 def base(results: Results, condition: Condition, **fields: Any) -> dict[str, float]:
-    """The learning rate and weight decay that were best for SGD; of these fields only, if there are any."""
+    """Returns the learning rate and weight decay that were best for SGD, among trials with these fields."""
     by_both = mean_by(where(tuned(results, condition, "SGD"), **fields), "lr", "weight_decay")
     return dict(zip(("lr", "weight_decay"), best(by_both), strict=True))
 
 
 def at_one_rate(results: Results, condition: Condition, method: str) -> list[Setting]:
-    """A method's own value at SGD's best learning rate, with SGD's best weight decay and with the usual one.
+    """Returns the settings to try at SGD's best learning rate, with its best weight decay and the usual one.
 
-    Each line goes on while its best is at an end.
+    For each weight decay, values are added while the best is at an end.
     """
     own, sgd = METHODS[method], base(results, condition)
     scores = tuned_scores(results, condition, method)
@@ -91,7 +91,7 @@ def at_one_rate(results: Results, condition: Condition, method: str) -> list[Set
 
 
 def searched(results: Results, condition: Condition, method: str) -> Iterator[Setting]:
-    """All that is tried of a method: the above, then other learning rates with the best pair."""
+    """Yields all settings to try of a method: `at_one_rate`, then other learning rates with the best pair."""
     scores = tuned_scores(results, condition, method)
     at_one = at_one_rate(results, condition, method)
     yield from at_one
@@ -104,7 +104,7 @@ def searched(results: Results, condition: Condition, method: str) -> Iterator[Se
 
 
 def values(results: Results, condition: Condition, method: str) -> Iterator[Trial]:
-    """A method's tuning trials, once SGD is tuned."""
+    """Yields a method's tuning trials, once SGD is tuned."""
     if METHODS[method].kind != "sgd" and not missing(results, sgd_of(results, condition)):
         settings = dict.fromkeys(searched(results, condition, method))
         for (lr, decay, value), seed in product(settings, TUNING_SEEDS):
@@ -112,7 +112,7 @@ def values(results: Results, condition: Condition, method: str) -> Iterator[Tria
 
 
 def compared_on(condition: Condition) -> list[str]:
-    """The methods that are searched for a condition."""
+    """Returns the methods that are searched for a condition."""
     task, noise, _ = condition
     possible = [method for method in COMPARED if conditions.fits(method, task)]
     return possible if (task, noise) not in SGD_ALONE else []
@@ -124,7 +124,7 @@ def settled(results: Results, condition: Condition, method: str) -> bool:
 
 
 def tuning(results: Results) -> Iterator[Trial]:
-    """Searches the value of every method that is compared."""
+    """The value of every compared method is searched."""
     for condition in CONDITIONS:
         own = where(results, task=condition.task, noise=condition.noise)
         for method in compared_on(condition):
@@ -132,7 +132,7 @@ def tuning(results: Results) -> Iterator[Trial]:
 
 
 def chosen(results: Results, condition: Condition, method: str, **changes: Any) -> Trial:
-    """A trial with what was chosen by validation; the first seed."""
+    """Returns a trial with what was chosen by validation, on the first seed."""
     if METHODS[method].kind == "sgd":
         without = {"weight_decay": 0.0} if method == "SGD, no weight decay" else {}
         settings = base(results, condition, **without)
@@ -145,17 +145,17 @@ def chosen(results: Results, condition: Condition, method: str, **changes: Any) 
 
 
 def comparison(results: Results) -> Iterator[Trial]:
-    """Every method with the values chosen for it, and fresh seeds."""
+    """Every method is tested with the values chosen for it, on fresh seeds."""
     yield from tested(results, CONDITIONS, [*COMPARED], SEEDS)
 
 
 def more_seeds(results: Results) -> Iterator[Trial]:
-    """Five more seeds of "comparison"."""
+    """The shortlisted methods of "comparison" are tested on five more seeds."""
     yield from tested(results, CONDITIONS, SHORTLIST, conditions.MORE_SEEDS)
 
 
 def longer(results: Results) -> Iterator[Trial]:
-    """Some methods trained for longer and shorter than they were tuned for."""
+    """The shortlisted methods are trained for longer and shorter than they were tuned for."""
     for condition, times in product((conditions.of(*key) for key in LONGER), TIMES):
         epochs = round(times * conditions.usual(condition.task).epochs)
         yield from tested(results, [condition], SHORTLIST, SEEDS, epochs=epochs)
@@ -164,7 +164,7 @@ def longer(results: Results) -> Iterator[Trial]:
 def tested(
     results: Results, wanted: Iterable[Condition], methods: list[str], seeds: Iterable[int], **changes: Any
 ) -> Iterator[Trial]:
-    """Tested trials of those of the methods whose tuning is complete."""
+    """Yields the test trials of those methods whose tuning is complete."""
     for condition in wanted:
         own = where(results, task=condition.task, noise=condition.noise)
         for method in compared_on(condition):

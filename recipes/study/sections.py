@@ -1,4 +1,4 @@
-"""The study's tables with what one must know to read them, from its saved results."""
+"""Puts the study's tables together, each with a heading and with what one must know to read it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ LOSS = "Negative log-likelihood (squared error of the regression), mean and stan
 
 
 def sections(found: Found, everything: Results, costs: Mapping[str, Any]) -> Iterator[Table]:
-    """All tables that the results allow."""
+    """Yields all tables that the results allow."""
     for base, name in BASES.items():
         yield from of_defaults(found, base, name)
     yield from of_the_step(found)
@@ -42,7 +42,7 @@ def sections(found: Found, everything: Results, costs: Mapping[str, Any]) -> Ite
 
 
 def without_a_search(found: Found, base: str) -> tuple[Results, dict[str, Gains]]:
-    """The base alone, and every method's gain over it; SGD's search is one of the methods."""
+    """Returns the base alone, and every method's gain over it; SGD's search is one of the methods."""
     own = where(found["defaults"], base=base)
     alone = where(own, method="base")
     methods = {m: gains(where(own, method=m), alone) for m in DEFAULTS if m != "base"}
@@ -54,12 +54,12 @@ def without_a_search(found: Found, base: str) -> tuple[Results, dict[str, Gains]
 
 
 def measured(methods: Mapping[str, Gains]) -> dict[str, Gains]:
-    """Those that were."""
+    """Returns the methods that were measured."""
     return {method: gained for method, gained in methods.items() if gained}
 
 
 def of_defaults(found: Found, base: str, name: str) -> Iterator[Table]:
-    """Without a search, over one base optimizer."""
+    """Yields the tables without a search, over one base optimizer."""
     alone, by_method = without_a_search(found, base)
     if not by_method:
         return
@@ -91,7 +91,7 @@ def of_defaults(found: Found, base: str, name: str) -> Iterator[Table]:
 
 
 def of_the_step(found: Found) -> Iterator[Table]:
-    """A pretrained network; lam, every, and the step's forms."""
+    """Yields the tables of a pretrained network, of lam and every, and of the step's forms."""
     if found["reviews"]:
         yield titled(
             tables.reviews(found["reviews"]),
@@ -126,7 +126,7 @@ def of_the_step(found: Found) -> Iterator[Table]:
 
 
 def of_the_search(compared: Results, everything: Results) -> Iterator[Table]:
-    """With a search."""
+    """Yields the tables with a search."""
     sgd = where(compared, method="SGD")
     by_method = measured({m: gains(where(compared, method=m), sgd) for m in COMPARED if m != "SGD"})
     yield titled(

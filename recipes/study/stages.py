@@ -1,4 +1,4 @@
-"""The study's stages: each looks at what was measured so far, and says which trials are still wanted.
+"""Names the study's stages; each looks at what was measured so far, and yields the trials still wanted.
 
 A stage that chooses is asked again until it wants nothing more.
 """

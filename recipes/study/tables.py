@@ -1,4 +1,4 @@
-"""The study's tables: what a row, a column and a cell are."""
+"""Makes the study's tables: it says what their rows, columns and cells are."""
 
 import math
 import statistics
@@ -26,28 +26,28 @@ Gains = dict[Condition, list[float]]  # points of test score, seed by seed
 
 
 def of(results: Results, condition: Condition) -> Results:
-    """A condition's trials."""
+    """Returns a condition's trials."""
     return where(results, task=condition.task, noise=condition.noise)
 
 
 def by_conditions(results: Results) -> dict[Condition, Results]:
-    """The trials of every condition that has any."""
+    """Returns the trials of every condition that has any."""
     return {condition: own for condition in ALL if (own := of(results, condition))}
 
 
 def gains(own: Results, reference: Results) -> Gains:
-    """Of every condition that both have with a common seed, the differences by seed."""
+    """Returns the differences by seed, for every condition in which both have a common seed."""
     found = {c: analysis.differences(of(own, c), of(reference, c), "test_score") for c in ALL}
     return {condition: values for condition, values in found.items() if values}
 
 
 def means(found: Gains) -> dict[Condition, float]:
-    """Of every condition the mean over its seeds."""
+    """Returns the mean over the seeds, for every condition."""
     return {condition: statistics.fmean(values) for condition, values in found.items()}
 
 
 def summary(by_method: Mapping[str, Gains]) -> Table:
-    """A row per method: what it gains on average, where it is better or worse, and its worst."""
+    """Makes a table, a row per method: its mean gains, where it is better or worse, and its smallest gain."""
     heads = ("all conditions", "wrong labels", "clean", "better", "worse")
     result = table("method", *heads, "loses more than a point", "smallest gain")
     for method, found in by_method.items():
@@ -62,7 +62,7 @@ def summary(by_method: Mapping[str, Gains]) -> Table:
 
 
 def by_condition(reference: Results, by_method: Mapping[str, Gains], name: str) -> Table:
-    """A row per condition: the reference's score, and every method's gain over it; then the mean."""
+    """Makes a table, a row per condition: the reference's score, each method's gain; last the mean gains."""
     result = table("condition", "seeds", name, *by_method)
     for condition, own in by_conditions(reference).items():
         cells = [signed(found.get(condition, [])) for found in by_method.values()]
@@ -73,7 +73,7 @@ def by_condition(reference: Results, by_method: Mapping[str, Gains], name: str) 
 
 
 def scores(results: Results, methods: Collection[str], quantity: str) -> Table:
-    """A row per condition, a column per method: mean and standard deviation over seeds."""
+    """Makes a table, a row per condition and a column per method: mean and standard deviation over seeds."""
     result = table("condition", *methods)
     for condition, own in by_conditions(results).items():
         known = [r for r in own if r.get(quantity) is not None]
@@ -83,7 +83,7 @@ def scores(results: Results, methods: Collection[str], quantity: str) -> Table:
 
 
 def choices(everything: Results) -> Table:
-    """A row per condition, a column per method: value, learning rate and weight decay that were chosen."""
+    """Makes a table, a row per condition and a column per method: chosen value, rate and weight decay."""
     searched = {c: compared for c in CONDITIONS if (compared := search.compared_on(c))}
     rows = [
         [condition.name, *(choice(everything, condition, m) if m in compared else "" for m in COMPARED)]
@@ -93,7 +93,7 @@ def choices(everything: Results) -> Table:
 
 
 def choice(everything: Results, condition: Condition, method: str) -> str:
-    """A cell of it; empty where the search is not complete."""
+    """Returns a cell of `choices`; it is empty where the search is not complete."""
     if not search.settled(everything, condition, method):
         return ""
     one, grid = search.chosen(everything, condition, method), METHODS[method].values
@@ -102,7 +102,7 @@ def choice(everything: Results, condition: Condition, method: str) -> str:
 
 
 def by_epochs(results: Results) -> Table:
-    """A row per condition and method, a column per length of training."""
+    """Makes a table with a row per condition and method, and a column per length of training."""
     times = sorted({1, *search.TIMES})
     result = table("condition", "method", *(f"{t:g} x" for t in times))
     for condition in (condition_of(task, noise) for task, noise in search.LONGER):
@@ -122,7 +122,7 @@ VARIED = {"width": "width {}", "depth": "{} hidden layers", "batch_size": "batch
 
 
 def lost(results: Results, quantity: str) -> Losses:
-    """What every lam and every lose against the best of the row."""
+    """Returns the points that every lam and every lose against the best of the row."""
     found = {}
     for name, own in grouped(where(results, method="FAM, proximal"), row_name).items():
         by_setting = mean_by(own, "value", "every", quantity=quantity)
@@ -131,7 +131,7 @@ def lost(results: Results, quantity: str) -> Losses:
 
 
 def row_name(r: Mapping[str, Any]) -> str:
-    """The condition, with what is unusual about the network."""
+    """Returns the condition's name, with what is unusual about the network."""
     name = condition_of(r["task"], r["noise"]).name
     ordinary = {"width": WIDTH, "depth": DEPTH, "batch_size": usual(r["task"]).batch_size}
     unusual = [text.format(r[field]) for field, text in VARIED.items() if r[field] != ordinary[field]]
@@ -140,7 +140,7 @@ def row_name(r: Mapping[str, Any]) -> str:
 
 
 def by_setting(losses: Losses) -> Table:
-    """A row per condition, a column per lam and every: points lost to the best; then mean and worst."""
+    """Makes a table, a row per condition, a column per lam and every: points lost; then mean and worst."""
     complete = {name: own for name, own in losses.items() if set(own) >= set(GRID)}
     result = table("condition", *(f"lam {lam:g}, every {every}" for lam, every in GRID))
     for name, own in complete.items():
@@ -152,7 +152,7 @@ def by_setting(losses: Losses) -> Table:
 
 
 def reviews(results: Results) -> Table:
-    """A row per number of sentences, method and value: accuracy and loss with clean and with wrong labels."""
+    """Makes a table, a row per task, method and value: accuracy and loss with clean and wrong labels."""
     heads = [f"{labels}: {what}" for labels in ("clean", "20 % wrong") for what in ("accuracy", "loss")]
     result = table("sentences", "method", *heads, "seeds")
     for task, name in {c.task: c.name for c in LANGUAGE}.items():
@@ -166,7 +166,7 @@ def reviews(results: Results) -> Table:
 
 
 def ablations(results: Results) -> Table:
-    """A row per form of the step, a column per condition: validation score; then the mean's difference."""
+    """Makes a table, a row per form, a column per condition: validation score; then the mean difference."""
     found = by_conditions(results)
     scores = [mean_by(own, "method") for own in found.values()]
     result = table("form", *(condition.name for condition in found), "mean, minus the first row's")
@@ -179,7 +179,7 @@ def ablations(results: Results) -> Table:
 
 
 def flattening(results: Results) -> Table:
-    """A row per method: test score, and kappa of every layer after the last epoch."""
+    """Makes a table, a row per method: test score, and kappa of every layer after the last epoch."""
     layers = len(next(iter(results[0]["kappas"].values())))
     result = table("method", "test score", *(f"kappa, layer {layer + 1}" for layer in range(layers)), "seeds")
     for method in dict.fromkeys(r["method"] for r in results):
@@ -191,7 +191,7 @@ def flattening(results: Results) -> Table:
 
 
 def cost(costs: Mapping[str, Any]) -> Table:
-    """A row per method, a column per network."""
+    """Makes a table, a row per method and a column per network: time of a step relative to SGD's."""
     found = costs["tasks"]
     result = table("method", *(f"{task} ({own['milliseconds']:.2g} ms)" for task, own in found.items()))
     for method in dict.fromkeys(chain(*(own["methods"] for own in found.values()))):
@@ -202,7 +202,7 @@ def cost(costs: Mapping[str, Any]) -> Table:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
+    """Returns mean and standard deviation as text."""
     if not values:
         return ""
     mean = statistics.fmean(values)
@@ -213,7 +213,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def signed(values: Sequence[float]) -> str:
-    """A mean difference with its 95 % interval; bold where that leaves out zero."""
+    """Returns a mean difference with its 95 % interval, in bold where that leaves out zero."""
     if len(values) < 2:
         return f"{values[0]:+.1f}" if values else ""
     mean, half = analysis.with_interval(values)

@@ -31,10 +31,10 @@ DATA = Source(download=True)
 
 @dataclass(frozen=True)
 class Trial:
-    """All that decides what comes out of a training."""
+    """Everything that decides the result of a training."""
 
     task: str
-    noise: float  # part of the labels that are wrong
+    noise: float  # fraction of wrong labels
     method: str
     value: float
     seed: int
@@ -46,38 +46,38 @@ class Trial:
     batch_size: int = 64
     base: str = "sgd"
     every: int = 10  # steps from one proximal step to the next
-    variant: str = ""  # name of what differs from the task's ordinary training, if that is on purpose
+    variant: str = ""  # names what differs on purpose from the task's ordinary training
     tested: bool = False  # whether test data are looked at
 
 
 def missing(results: Iterable[Mapping[str, Any]], trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that were not measured yet."""
+    """Returns the trials that were not measured yet."""
     done = {identity(r) for r in results}
     return [one for one in dict.fromkeys(trials) if identity(asdict(one)) not in done]
 
 
 def measured(results: Iterable[dict[str, Any]], trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """The results of these trials; others may be left from an earlier choice."""
+    """Returns the results of these trials; others may be left from an earlier choice."""
     wanted = {identity(asdict(one)) for one in trials}
     return [r for r in results if identity(r) in wanted]
 
 
-identity = itemgetter(*(field.name for field in fields(Trial)))  # what of a result makes it the trial's
+identity = itemgetter(*(field.name for field in fields(Trial)))  # the fields that tell whose result it is
 DEFAULTS = {field.name: field.default for field in fields(Trial) if field.default is not MISSING}
 
 
 def shortened(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without the fields that have their default."""
+    """Returns a result without the fields that have their default."""
     return {key: value for key, value in result.items() if key not in DEFAULTS or value != DEFAULTS[key]}
 
 
 def filled(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The result again."""
+    """Returns a shortened result with its defaults again."""
     return {**DEFAULTS, **result}
 
 
 def loop_of(trial: Trial, source: Source = DATA) -> Loop:
-    """The network with its optimizer, and the samples: noise hits all labels but the test's."""
+    """Returns the network with its optimizer and samples; noise hits all labels but the test's."""
     method, arguments = METHODS[trial.method], {"noise": trial.noise}
     if not trial.task.startswith("reviews"):
         arguments |= {"width": trial.width, "depth": trial.depth}
@@ -94,7 +94,7 @@ def loop_of(trial: Trial, source: Source = DATA) -> Loop:
 
 
 def run(trial: Trial, source: Source = DATA) -> dict[str, Any]:
-    """Train as the trial says: its fields and what was measured; None for what is not a finite number."""
+    """Trains as the trial says; returns its fields and what was measured (nan where it diverged)."""
     begin = time.perf_counter()
     result: dict[str, Any] = {**asdict(trial), "validation": math.nan}
     loop = loop_of(trial, source)
@@ -116,12 +116,12 @@ def run(trial: Trial, source: Source = DATA) -> dict[str, Any]:
 
 
 def evaluated(loop: Loop, samples: Samples) -> list[Any]:
-    """The network's score, in percent, and its loss."""
+    """Returns the network's score, in percent, and its loss."""
     return [*loop.evaluate(loop.task.evaluate, samples, EVALUATED).values()]
 
 
 def calibration(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-    """How far the predicted probabilities are from the frequencies, in percent."""
+    """Returns how far predicted probabilities are from frequencies, in percent; nothing if not finite."""
     logits, labels = predictions(model, batches)
     if not logits.isfinite().all():
         return {}
@@ -130,7 +130,7 @@ def calibration(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
 
 
 def kappas(loop: Loop) -> list[float]:
-    """Gauss-Newton kappa of every layer on the training data."""
+    """Returns Gauss-Newton kappa of every layer on the training data."""
     batches, probes = ordered(loop.data.train, EVALUATED), torch.Generator().manual_seed(0)
     options: dict[str, Any] = {**GAUSS_NEWTON, "n_samples": 4, "generator": probes}
     return [

@@ -1,4 +1,4 @@
-"""The tasks by name, and the trained networks in a run's folder."""
+"""Lists the tasks by name, and reads the trained networks in a run's folder."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ from recipes.engine.task import Data, Source, Task
 
 
 class Entry(NamedTuple):
-    """A task's sentence, and the function that makes it, imported when it is asked for."""
+    """A task's description, and the function that makes it, which is imported only when it is asked for."""
 
     about: str
-    function: str  # below recipes.tasks
+    function: str  # its module and name below recipes.tasks
     arguments: Mapping[str, Any] = {}
 
 
@@ -63,7 +63,7 @@ TASKS = {
 
 
 def load_task(name: str, **changes: Any) -> Task:
-    """Build a task, with changes to its arguments; raises ``Missing`` where a package is not there."""
+    """Builds a task, with changes to its arguments. Raises Missing if a package is not installed."""
     if name not in TASKS:
         raise ValueError(f"expected a task that recipes.train knows ({', '.join(TASKS)}), got {name!r}")
     entry = TASKS[name]
@@ -73,7 +73,7 @@ def load_task(name: str, **changes: Any) -> Task:
 
 
 class Trained(NamedTuple):
-    """What a run's folder holds, with the task and the data that it was trained on."""
+    """The contents of a run's folder, with the task and the data that it was trained on."""
 
     task: Task
     data: Data
@@ -83,7 +83,7 @@ class Trained(NamedTuple):
 
 
 def trained(path: Path, folder: Path) -> Trained:
-    """Read a run's folder, and its data from the folder of data sets."""
+    """Reads a run's folder, and the run's data from the folder of data sets."""
     run = RunFolder(path)
     config = run.read("config.json")
     task, source = load_task(config["task"]), Source(folder, smoke=config["smoke"])

@@ -1,4 +1,4 @@
-"""Images of Fashion-MNIST: those that lie beside the recipes, and all of them."""
+"""Loads images of Fashion-MNIST: the 8,000 that are shipped with the recipes, or all 70,000."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,14 @@ Images = tuple[Tensor, Tensor]  # normalised (n, 1, 28, 28), labels (n,)
 
 
 def fashion_mnist(split: str) -> Images:
-    """4,000 images of "train" or "test", which lie beside the recipes."""
+    """Returns the 4,000 shipped images of "train" or "test", with their labels."""
     with np.load(SHIPPED) as arrays:
         images, labels = (torch.from_numpy(arrays[f"{split}_{what}"]) for what in ("images", "labels"))
     return normalised(images), labels.long()
 
 
 def whole_fashion_mnist(source: Source) -> tuple[Images, Images]:
-    """The 60,000 and the 10,000 images, by torchvision; the shipped ones for a smoke test."""
+    """Returns the 60,000 and the 10,000 images, by torchvision; for a smoke test the shipped ones."""
     if source.smoke:
         return fashion_mnist("train"), fashion_mnist("test")
     otherwise = ", or gunzip the files of Debian's package dataset-fashion-mnist into FashionMNIST/raw there"
@@ -36,7 +36,7 @@ def whole_fashion_mnist(source: Source) -> tuple[Images, Images]:
 def by_torchvision(
     make: Callable[..., Any], path: Path, source: Source, otherwise: str = "", transforms: Any = (None, None)
 ) -> list[Any]:
-    """The training and the test set that ``make`` reads from a folder."""
+    """Returns the training and the test set that ``make`` reads from a folder."""
     try:
         return [
             make(str(path), train=train, transform=chosen, download=source.download)
@@ -47,5 +47,5 @@ def by_torchvision(
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Bytes (n, 28, 28) to floats (n, 1, 28, 28) of mean 0 and standard deviation 1."""
+    """Turns bytes (n, 28, 28) into floats (n, 1, 28, 28) of mean 0 and standard deviation 1."""
     return (images.unsqueeze(1).float() / 255 - MEAN) / STD

@@ -1,4 +1,4 @@
-"""Networks of the recipes, where torchvision, MONAI and transformers have none."""
+"""Builds the networks of the tasks; some are variants of networks from torchvision and timm."""
 
 from collections import OrderedDict
 from functools import cache
@@ -17,7 +17,7 @@ from recipes.tasks.images import fashion_mnist
 
 
 class SmallConvNet(nn.Module):
-    """Two convolutions with BatchNorm and max-pooling, one hidden layer, for grey 28 x 28 images."""
+    """A network for grey 28 x 28 images: two convolutions (BatchNorm, max-pooling), one hidden layer."""
 
     def __init__(self, classes: int = 10, channels: tuple[int, int] = (16, 32), hidden: int = 128) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class SmallConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # halves the step on CPU  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
+        """Returns the logits."""
         logits: Tensor = self.head(self.features(images.contiguous(memory_format=torch.channels_last)))
         return logits
 
 
 class WideBlock(nn.Module):
-    """Two pre-activated 3 x 3 convolutions with dropout between them, and a shortcut."""
+    """A block of two pre-activated 3 x 3 convolutions with dropout between them, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -49,16 +49,16 @@ class WideBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Any:
-        """Return the block's features."""
+        """Returns the block's features."""
         y = self.start(x)
         return self.body(y) + (x if self.shortcut is None else self.shortcut(y))
 
 
 def wide_resnet(depth: int = 28, widening: int = 10, dropout: float = 0.3, classes: int = 10) -> nn.Module:
-    """Wide residual network (Zagoruyko and Komodakis, 2016) for 32 x 32 images; a depth is 6 n + 4.
+    """Returns a wide residual network (Zagoruyko and Komodakis, 2016) for 32 x 32 images.
 
-    The paper adds a linear layer of 64 neurons, ``penultimate``, before the classifier ``head``, so that the
-    matrix which it regularises is the 10 x 64 of the head.
+    The depth is 6 n + 4 with a whole number n. The paper adds a linear layer of 64 neurons, ``penultimate``,
+    before the classifier ``head``, so that the matrix which it regularises is the 10 x 64 of the head.
     """
     width, blocks = 16, []
     for group in (1, 2, 4):
@@ -74,7 +74,7 @@ def wide_resnet(depth: int = 28, widening: int = 10, dropout: float = 0.3, class
 
 
 def resnet18_cifar() -> nn.Module:
-    """torchvision's ResNet-18 with the 3 x 3 stem and without the pooling, for 32 x 32 images."""
+    """Returns torchvision's ResNet-18 with a 3 x 3 stem and without the pooling, for 32 x 32 images."""
     model: nn.Module = package("torchvision.models").resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -82,7 +82,7 @@ def resnet18_cifar() -> nn.Module:
 
 
 def perceptron(inputs: int, outputs: int, width: int, depth: int, normalised: bool = False) -> nn.Module:
-    """``depth`` hidden layers of one width with ReLU; or with LayerNorm and GELU."""
+    """Returns a perceptron: ``depth`` hidden layers of one width, with ReLU or with LayerNorm and GELU."""
     layers: list[nn.Module] = []
     for fan_in in (inputs, *[width] * (depth - 1)):
         behind = [nn.LayerNorm(width), nn.GELU()] if normalised else [nn.ReLU()]
@@ -91,7 +91,7 @@ def perceptron(inputs: int, outputs: int, width: int, depth: int, normalised: bo
 
 
 def without_batchnorm(width: int) -> nn.Module:
-    """Two convolutions with stride and one hidden layer, for images of 28 x 28 pixels."""
+    """Returns a network of two convolutions with stride and one hidden layer, for 28 x 28 pixels."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1),
         nn.ReLU(),
@@ -105,7 +105,7 @@ def without_batchnorm(width: int) -> nn.Module:
 
 
 def residual(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """torchvision's block of two 3 x 3 convolutions with BatchNorm, and a shortcut (He et al., 2016)."""
+    """Returns torchvision's block of two 3 x 3 convolutions, BatchNorm and a shortcut (He et al., 2016)."""
     block: nn.Module = package("torchvision.models.resnet", "study").BasicBlock(inputs, outputs, stride)
     if inputs != outputs:
         convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
@@ -114,7 +114,7 @@ def residual(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 def small_resnet() -> nn.Module:
-    """A ResNet with a stem of stride 2 and six blocks of 16, 32 and 64 channels, for 28 x 28 pixels."""
+    """Returns a ResNet for 28 x 28 pixels: a stem of stride 2 and six blocks of 16, 32 and 64 channels."""
     shapes = ((16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
@@ -130,7 +130,7 @@ def small_resnet() -> nn.Module:
 
 
 def vision_transformer() -> nn.Module:
-    """timm's, with LayerNorm and GELU: patches of 7 x 7, two blocks of 64 channels, four heads."""
+    """Returns timm's transformer (LayerNorm, GELU): 7 x 7 patches, two blocks of 64 channels, four heads."""
     model: nn.Module = package("timm.models.vision_transformer", "study").VisionTransformer(
         img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=4, mlp_ratio=2
     )
@@ -140,7 +140,7 @@ def vision_transformer() -> nn.Module:
 
 
 def pretrained(epochs: int = 8) -> nn.Module:
-    """A convolutional network trained on the 8,000 shipped images of Fashion-MNIST, with a new last layer."""
+    """Returns a network trained on the 8,000 shipped images of Fashion-MNIST, with a new last layer."""
     model = SmallConvNet(channels=(8, 16))
     model.load_state_dict(_pretrained_weights(epochs))
     model.head.reset_parameters()

@@ -1,8 +1,8 @@
-"""Skull-like shells with defects, for want of clinical data: generated, always the same.
+"""Generates skull-like shells with defects, in place of clinical data.
 
-A shell is a bumpy ellipsoid of varying thickness without a base, of its own size, place and orientation. A
-defect is what is cut out of it: a round patch in the upper half ("round"), or a larger rectangular window low
-in the front or at a side ("window").
+A shell is a bumpy ellipsoid without a base. Its thickness varies, and it has a size, place and orientation of
+its own. A defect is a part that is cut out of it: a round patch in the upper half ("round"), or a larger
+rectangular window low in the front or at a side ("window").
 The spreads below were chosen so that the autoencoder overfits without FAM, as the paper's does.
 """
 
@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float64]
 Volume = npt.NDArray[np.bool_]
 
 SIDE, FRONT, UP = range(3)  # the coordinates
-AXES = np.array((0.62, 0.79, 0.68))  # half, of the mean ellipsoid, in a cube of half width 1
+AXES = np.array((0.62, 0.79, 0.68))  # half axes of the mean ellipsoid, in a cube of half width 1
 AXES_SPREAD = np.array((0.08, 0.1, 0.08))
 PLACE_SPREAD = 0.06
 TURN = 0.12  # standard deviation of the entries of a random turn
@@ -23,7 +23,7 @@ BUMPS = 0.14  # largest height on the surface, relative to its radius
 
 
 def shell(random: np.random.Generator, size: int, defects: Mapping[str, str]) -> dict[str, Volume]:
-    """A random shell, "complete" and with each of the named defects, every one ``(size, size, size)``."""
+    """Returns a random shell, "complete" and with each named defect, each a volume ``(size, size, size)``."""
     centres = (np.arange(size) + 0.5) * 2 / size - 1  # of the voxels
     grid: Floats = np.stack(np.meshgrid(centres, centres, centres, indexing="ij"), axis=-1)
     axes = random.uniform(AXES - AXES_SPREAD, AXES + AXES_SPREAD)
@@ -44,7 +44,7 @@ def _complete(points: Floats, axes: Floats, random: np.random.Generator) -> Volu
 
 
 def _round(points: Floats, axes: Floats, random: np.random.Generator) -> Volume:
-    """A ball around a point of the upper half."""
+    """Returns a ball around a random point of the upper half."""
     azimuth, elevation = random.uniform(0, 2 * np.pi), random.uniform(np.pi / 8, np.pi / 2)
     centre = _on_surface(azimuth, elevation, axes)
     distance: Floats = np.linalg.norm(points - centre, axis=-1)
@@ -52,7 +52,7 @@ def _round(points: Floats, axes: Floats, random: np.random.Generator) -> Volume:
 
 
 def _window(points: Floats, axes: Floats, random: np.random.Generator) -> Volume:
-    """A box, turned at random, around a low point of the front or of a side."""
+    """Returns a box, turned at random, around a low point of the front or of a side."""
     azimuth = random.choice((0, np.pi / 2, np.pi)) + random.uniform(-0.3, 0.3)
     centre = _on_surface(azimuth, random.uniform(-0.2, 0.3), axes)
     offsets = np.abs((points - centre) @ _rotation(random, 0.3))
@@ -64,7 +64,7 @@ DEFECTS = {"round": _round, "window": _window}
 
 
 def _on_surface(azimuth: float, elevation: float, axes: Floats) -> Floats:
-    """Where the ellipsoid is met in a direction; azimuth pi/2 is the front, elevation pi/2 the top."""
+    """Returns where a ray leaves the ellipsoid; azimuth pi/2 is the front, elevation pi/2 the top."""
     across = np.cos(elevation)
     direction = np.array((across * np.cos(azimuth), across * np.sin(azimuth), np.sin(elevation)))
     point: Floats = direction / np.linalg.norm(direction / axes)
@@ -72,14 +72,14 @@ def _on_surface(azimuth: float, elevation: float, axes: Floats) -> Floats:
 
 
 def _waves(directions: Floats, random: np.random.Generator) -> Floats:
-    """A random smooth function of the direction, between -1 and 1: the mean of a few plane waves."""
+    """Returns a random smooth function of the direction between -1 and 1, the mean of six plane waves."""
     frequencies, phases = random.normal(0, 2, (3, 6)), random.uniform(0, 2 * np.pi, 6)
     waves: Floats = np.cos(directions @ frequencies + phases).mean(-1)
     return waves
 
 
 def _rotation(random: np.random.Generator, scale: float) -> Floats:
-    """The orthogonal matrix nearest to the identity plus noise: a small turn about a random axis."""
+    """Returns a small turn about a random axis: the orthogonal matrix nearest to identity plus noise."""
     left, _, right = np.linalg.svd(np.eye(3) + random.normal(0, scale, (3, 3)))
     rotation: Floats = left @ right
     return rotation

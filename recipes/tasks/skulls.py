@@ -1,11 +1,11 @@
-"""Completing the shape of skulls with a 3D autoencoder: the paper's Table 2 and Figures 1 and 2.
+"""Completes the shape of skulls with a 3D autoencoder, as in the paper's Table 2 and Figures 1 and 2.
 
-The network sees a skull with a defect and gives back the complete skull. It is trained on one kind of defect
-and evaluated on one set of other skulls, each with two defects: one of this kind, one of another.
+The network sees a skull with a defect and gives back the complete skull. It is trained on one kind of defect.
+It is evaluated on other skulls, each once with a defect of this kind and once with one of another kind.
 
-The paper's clinical skulls go into ``skulls/`` of the data folder, as NIfTI files of equal names in
-``train/{complete,defective}`` and ``evaluation/{complete,same_defect,other_defect}``, which are the split for
-every seed; with ``--download`` skull-like shells are generated instead. ``skulls-small`` always has these.
+Put the paper's clinical skulls into ``skulls/`` of the data folder, as NIfTI files of equal names in
+``train/{complete,defective}`` and ``evaluation/{complete,same_defect,other_defect}``. Every seed has this
+split. With ``--download``, and always in ``skulls-small``, skull-like shells are generated instead.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ from recipes.tasks import shells
 nibabel, metrics = package("nibabel"), package("monai.metrics")
 AutoEncoder, Norm = package("monai.networks.nets").AutoEncoder, package("monai.networks.layers").Norm
 DiceLoss = package("monai.losses").DiceLoss
-LATENT = 8  # numbers of the code, from which a linear layer makes 64
+LATENT = 8  # numbers in the code; a linear layer turns them into 64
 TRAINED = {"defective": "round"}  # a sub-folder -> the defect of the generated shells
 EVALUATED = {"same_defect": "round", "other_defect": "window"}
 
@@ -35,8 +35,8 @@ class Setting:
     """How large the experiment is."""
 
     size: int  # voxels along each side of a volume
-    channels: tuple[int, ...]  # of the stride-2 convolutions: few where the volume is large
-    train: int  # generated shells
+    channels: tuple[int, ...]  # of the stride-2 convolutions; few near the input, where volumes are large
+    train: int  # number of generated shells
     evaluation: int
 
 
@@ -59,7 +59,7 @@ Norm.add_factory_callable("instance_as_groups", lambda spatial_dims: InstanceNor
 
 
 class LatentAutoEncoder(AutoEncoder):  # type: ignore[misc, valid-type]
-    """Stride-2 convolutions, two linear layers with a latent code between them, as many deconvolutions."""
+    """Stride-2 convolutions, two linear layers around a latent code, and as many deconvolutions."""
 
     def __init__(self, setting: Setting) -> None:
         strides = (2,) * len(setting.channels)
@@ -70,7 +70,7 @@ class LatentAutoEncoder(AutoEncoder):  # type: ignore[misc, valid-type]
         self.from_latent = nn.Linear(LATENT, features)
 
     def forward(self, volumes: Tensor) -> Tensor:
-        """Return the logits of the complete skulls."""
+        """Returns the logits of the complete skulls."""
         latent = self.to_latent(self.encode(volumes).flatten(1))
         code = self.from_latent(latent).relu().unflatten(1, (-1, *[self.code_size] * 3))
         logits: Tensor = self.decode(code)
@@ -81,13 +81,13 @@ Volumes = dict[str, Tensor]  # "complete" and each kind of defect: (n, 1, size, 
 
 
 def pairs(train: Volumes, evaluation: Volumes) -> Data:
-    """The defective skulls as inputs, the complete ones as targets."""
+    """Returns the defective skulls as inputs, with the complete ones as targets."""
     evaluated = {kind: TensorDataset(evaluation[kind], evaluation["complete"]) for kind in EVALUATED}
     return Data(TensorDataset(train["defective"], train["complete"]), evaluated)
 
 
 def generated(setting: Setting) -> Data:
-    """Shells of this setting, which are always the same."""
+    """Returns the shells of a setting, which are the same at every call."""
 
     def volumes(count: int, seed: int, defects: Mapping[str, str]) -> Volumes:
         random = [np.random.default_rng((seed, number)) for number in range(count)]
@@ -99,13 +99,13 @@ def generated(setting: Setting) -> Data:
 
 
 def stored(folder: Path, size: int) -> Data:
-    """The skulls of a folder: complete and defective ones have equal names."""
+    """Reads the skulls of a folder; a complete skull and its defective versions have equal names."""
     train = stored_volumes(folder / "train", TRAINED, size)
     return pairs(train, stored_volumes(folder / "evaluation", EVALUATED, size))
 
 
 def stored_volumes(folder: Path, defects: Iterable[str], size: int) -> Volumes:
-    """Those of the sub-folders of this name."""
+    """Reads the volumes in the sub-folders "complete" and of each kind of defect."""
     files = {kind: sorted((folder / kind).glob("*.nii.gz")) for kind in ("complete", *defects)}
     names = {kind: [path.name for path in paths] for kind, paths in files.items()}
     if not files["complete"] or any(found != names["complete"] for found in names.values()):
@@ -116,7 +116,7 @@ def stored_volumes(folder: Path, defects: Iterable[str], size: int) -> Volumes:
 
 
 def read(path: Path, size: int) -> Tensor:
-    """A NIfTI file as zeros and ones."""
+    """Reads a NIfTI file as zeros and ones ``(1, size, size, size)``."""
     stored = np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj, np.float32)
     resized = nn.functional.interpolate(torch.from_numpy(stored)[None, None], (size,) * 3, mode="nearest")
     return (resized[0] > 0.5).float()
@@ -124,9 +124,9 @@ def read(path: Path, size: int) -> Tensor:
 
 @torch.no_grad()
 def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-    """One value per skull: Dice coefficient, Hausdorff distance and its 95th percentile, in voxels.
+    """Returns Dice coefficient, Hausdorff distance and its 95th percentile (in voxels), a value per skull.
 
-    An empty prediction has no distance to anything: it counts as the volume's diagonal.
+    An empty prediction has no distance to anything, so the volume's diagonal counts as its distance.
     """
     columns: dict[str, list[Tensor]] = {"dsc": [], "hd": [], "hd95": []}
     for inputs, targets in batches:
@@ -141,13 +141,13 @@ def overlap_and_distances(model: nn.Module, batches: Iterable[Batch]) -> Metrics
 
 @torch.no_grad()
 def mean_overlap(model: nn.Module, batches: Iterable[Batch]) -> Metrics:
-    """The mean Dice coefficient alone, which is quick: for the curves by epoch."""
+    """Returns the mean Dice coefficient alone, which is quick, for the curves by epoch."""
     values = [metrics.compute_dice((model(inputs) > 0).float(), targets) for inputs, targets in batches]
     return {"dsc": torch.cat(values).mean().item()}
 
 
 def skulls(small: bool = False) -> Task:
-    """The experiment, with the settings of Table 2, whose lambdas are 0, 0.0006, 0.002, 0.02, 0.1 and 0.7."""
+    """Returns the experiment of Table 2, whose lambdas are 0, 0.0006, 0.002, 0.02, 0.1 and 0.7."""
     setting = SMALL if small else PAPER
 
     def data(source: Source, seed: int) -> Data:
@@ -155,7 +155,7 @@ def skulls(small: bool = False) -> Task:
             return generated(SMOKE if source.smoke else setting)
         return stored(source.folder / "skulls", setting.size)
 
-    # The exact kappa would take 64 Hessian-vector products through the deconvolutions; a probe, one.
+    # The exact kappa would take 64 Hessian-vector products through the deconvolutions; a probe takes one.
     kappa = {**PAPERS, "measure": "layerwise", "mode": "hutchinson", "n_samples": 1, "normalize": False}
     return Task(
         data=data,

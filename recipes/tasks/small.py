@@ -1,4 +1,4 @@
-"""Tasks that two cores can finish: small networks on samples that lie beside the recipes or in packages."""
+"""Makes tasks that two cores can finish: small networks on samples that are shipped or easy to get."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,7 +14,7 @@ from recipes.tasks.images import MEAN, STD, fashion_mnist, whole_fashion_mnist
 from recipes.tasks.models import SmallConvNet, perceptron
 from recipes.tasks.splitting import Pair, split
 
-BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, also inside SAM and FAM
+BASE = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # of SGD, also inside SAM and FAM
 WIDTH, DEPTH = 128, 2  # of the hidden layers of a network that has a choice
 SMOKE = 384  # samples for training and validation in a smoke test, at most
 
@@ -26,14 +26,14 @@ def small(
     noise: float = 0.0,
     **own: Any,
 ) -> Task:
-    """Samples for training and validation, of whose labels a part may be wrong, and a network."""
+    """Returns the task of a network on training and validation samples, with a part of their labels wrong."""
 
     def data(source: Source, seed: int) -> Data:
         train, (x, y) = load(source)
         if not source.smoke:
             return split(train, (x, y), sizes, seed, noise)
         count = min(len(train[1]), SMOKE)
-        few = count * 2 // 3, count // 3 if sizes[1] else 0  # validation only where there is any
+        few = count * 2 // 3, count // 3 if sizes[1] else 0  # validation only if the task has any
         return split(train, (x[:count], y[:count]), few, seed, noise)
 
     usual = {"layers": ("last",), "epochs": 60, "batch_size": 64, "options": BASE}
@@ -42,7 +42,7 @@ def small(
 
 @cache
 def shipped(source: Source) -> tuple[Pair, Pair]:
-    """4,000 and 4,000 images that lie beside the recipes."""
+    """Returns the 4,000 training and the 4,000 test images that are shipped with the recipes."""
     return fashion_mnist("train"), fashion_mnist("test")
 
 
@@ -50,7 +50,7 @@ VALIDATION = 1000  # of the 4,000 shipped training images
 
 
 def quickstart(noise: float = 0.0, train_size: int = 2000) -> Task:
-    """The quick start's: shipped images, a part of whose labels may be wrong."""
+    """Returns the quick start's task, on shipped images with a fraction ``noise`` of wrong labels."""
     name = f"quickstart-noise{100 * noise:g}" if noise else "quickstart"
     about = f"small convolutional network, {train_size} images of Fashion-MNIST, {noise:.0%} wrong labels"
     own: dict[str, Any] = {"name": name, "about": about, "layers": ("head",), "kappa_samples": train_size}
@@ -59,7 +59,7 @@ def quickstart(noise: float = 0.0, train_size: int = 2000) -> Task:
 
 
 def fashion_mnist_small(tuning: bool = False) -> Task:
-    """All 60,000 images; for tuning 10,000 of the training images, and 5,000 others to validate on."""
+    """Returns the task on 60,000 images; for tuning on 10,000 of them, with 5,000 for validation."""
     sizes = (10_000, 5_000) if tuning else (60_000, 0)
     return small(whole_fashion_mnist, sizes, lambda source: SmallConvNet(), layers=("head",), epochs=10)
 
@@ -73,13 +73,13 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def fashion(network: str, noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
-    """The study's networks on the shipped images."""
+    """Returns the task of one of the study's networks on the shipped images."""
     return small(shipped, (2000, VALIDATION), lambda source: NETWORKS[network](width), noise, epochs=20)
 
 
 @cache
 def mnist1d_samples(source: Source) -> tuple[Pair, Pair]:
-    """MNIST-1D (n, 40) (Greydanus and Kobak, 2024), generated with its authors' seed: 4,000 and 1,000."""
+    """Returns MNIST-1D (n, 40) (Greydanus and Kobak, 2024), 4,000 and 1,000 samples by its authors' seed."""
     made = package("mnist1d.data", "study")
     arrays = made.make_dataset(made.get_dataset_args())
     train, test = (
@@ -91,7 +91,7 @@ def mnist1d_samples(source: Source) -> tuple[Pair, Pair]:
 
 @cache
 def digits_samples(source: Source) -> tuple[Pair, Pair]:
-    """scikit-learn's 8 x 8 digits (n, 64); the last 597 of 1,797 are the test set (other writers)."""
+    """Returns scikit-learn's 8 x 8 digits (n, 64); the test set is the last 597 of 1,797 (other writers)."""
     images, labels = package("sklearn.datasets", "study").load_digits(return_X_y=True)
     x, y = torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()
     return (x[:1200], y[:1200]), (x[1200:], y[1200:])
@@ -99,7 +99,7 @@ def digits_samples(source: Source) -> tuple[Pair, Pair]:
 
 @cache
 def diabetes_samples(source: Source) -> tuple[Pair, Pair]:
-    """scikit-learn's diabetes (n, 10): progression after a year; the last 142 of 442 are the test set."""
+    """Returns scikit-learn's diabetes (n, 10), progression after a year; the last 142 of 442 are the test."""
     inputs, targets = package("sklearn.datasets", "study").load_diabetes(return_X_y=True)
     x, y = torch.from_numpy(inputs).float(), torch.from_numpy(targets).float().unsqueeze(1)
     x, y = (x / x[:300].std(0), (y - y[:300].mean()) / y[:300].std())
@@ -107,24 +107,24 @@ def diabetes_samples(source: Source) -> tuple[Pair, Pair]:
 
 
 def mnist1d(noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH, normalised: bool = False) -> Task:
-    """MNIST-1D; with LayerNorm and GELU where it is normalised."""
+    """Returns the task of a perceptron on MNIST-1D, with LayerNorm and GELU if it is normalised."""
     make = partial(perceptron, 40, 10, width, depth, normalised)
     return small(mnist1d_samples, (2000, 1000), lambda source: make(), noise)
 
 
 def digits(noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
-    """Digits as vectors."""
+    """Returns the task of a perceptron on the digits as vectors."""
     return small(digits_samples, (800, 400), lambda source: perceptron(64, 10, width, depth), noise)
 
 
 def diabetes(noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
-    """A regression."""
+    """Returns the task of a perceptron on diabetes, a regression."""
     measured: dict[str, Any] = {"loss": mse_loss, "evaluate": regression, "metric": "explained"}
     return small(diabetes_samples, (200, 100), lambda source: perceptron(10, 1, width, depth), **measured)
 
 
 def finetuning(samples: int, noise: float = 0.0, width: int = WIDTH, depth: int = DEPTH) -> Task:
-    """Digits, enlarged to the size of Fashion-MNIST's images and scaled as these, by a pretrained network."""
+    """Returns the task of a pretrained network on digits, enlarged and scaled as Fashion-MNIST's images."""
 
     def enlarged(source: Source) -> tuple[Pair, Pair]:
         train, test = (

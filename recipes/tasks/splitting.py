@@ -1,4 +1,4 @@
-"""Splits the samples and makes labels wrong, by seed: the same for all methods with one seed."""
+"""Splits samples and makes labels wrong, in a way that depends on the seed but not on the method."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ Pair = tuple[Tensor, Tensor]  # inputs as the network takes them, targets
 
 
 def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: float = 0.0) -> Data:
-    """Training and validation samples from ``train``; noise hits the labels of both, never the test's."""
+    """Splits ``train`` into training and validation samples; noise hits labels of both, not of ``test``."""
     (inputs, targets), used = train, sum(sizes)
     if used > len(targets):
         raise ValueError(
@@ -27,7 +27,7 @@ def split(train: Pair, test: Pair, sizes: tuple[int, int], seed: int, noise: flo
 
 
 def with_symmetric_noise(labels: Tensor, fraction: float, classes: int, generator: torch.Generator) -> Tensor:
-    """Give a random ``fraction`` of the labels another class, each other class equally often."""
+    """Gives a random ``fraction`` of the labels another class; all other classes are equally likely."""
     noisy = labels.clone()
     flipped = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     shift = torch.randint(1, classes, (len(flipped),), generator=generator)

@@ -1,7 +1,7 @@
-"""Table 1 of the paper: image classification, with the paper's networks, augmentation and settings.
+"""Classifies images as in Table 1 of the paper, with the paper's networks, augmentation and settings.
 
-``recipes/paper/settings.md`` says who states which setting. The regularised matrix is the output's, 10 x 64
-in WideResNet: ``recipes/paper/README.md`` says why. That of the 64 neurons is ``--layer penultimate``.
+``recipes/paper/settings.md`` says who states which setting. FAM regularises the output layer (10 x 64 in
+WideResNet); ``recipes/paper/README.md`` says why. ``--layer penultimate`` chooses the layer below it.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ CROP_AND_FLIP = (v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip())
 
 
 def cutout(image: Tensor, length: int = 16) -> Tensor:
-    """A copy of the image ``(channels, height, width)`` with a square blackened, whose centre is any pixel.
+    """Returns a copy of the image ``(channels, height, width)`` with a square of zeros around a random pixel.
 
     DeVries and Taylor (2017). torchvision's RandomErasing stays inside the image; this square may hang over
     the border, and covers 196 of 32 x 32 pixels on average, not 256. It comes after the normalisation, as in
@@ -43,7 +43,7 @@ def cutout(image: Tensor, length: int = 16) -> Tensor:
 def transform(
     *steps: Any, mean: tuple[float, ...], std: tuple[float, ...], then: tuple[Any, ...] = ()
 ) -> Any:
-    """Images to normalised tensors; ``then`` is what follows the normalisation."""
+    """Returns the transform from images to normalised tensors; ``then`` follows the normalisation."""
     to_tensor = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
     return v2.Compose([*to_tensor, *steps, v2.Normalize(mean, std), *then])
 
@@ -51,7 +51,7 @@ def transform(
 def images(
     folder: str, make: Callable[..., Any], train: Any, test: Any, classes: int = 10
 ) -> Callable[[Source, int], Data]:
-    """The training and test images that ``make`` reads from a folder; for a smoke test generated ones."""
+    """Returns a task's data function: it reads images with ``make``, or generates some for a smoke test."""
 
     def data(source: Source, seed: int) -> Data:
         if source.smoke:
@@ -65,7 +65,7 @@ def images(
 
 
 def cifar10() -> Task:
-    """ResNet-18 on CIFAR10."""
+    """Returns the task of ResNet-18 on CIFAR10."""
     train = transform(*CROP_AND_FLIP, **CIFAR)
     return Task(
         data=images("cifar10", datasets.CIFAR10, train, transform(**CIFAR)),
@@ -83,14 +83,14 @@ def cifar10() -> Task:
 
 
 def cifar100() -> Task:
-    """EfficientNet-B7 with ImageNet weights on CIFAR100 at 224 x 224."""
+    """Returns the task of EfficientNet-B7 with ImageNet weights on CIFAR100, at 224 x 224 pixels."""
     resize = v2.Resize(224, antialias=True)
     train, test = transform(*CROP_AND_FLIP, resize, **IMAGENET), transform(resize, **IMAGENET)
 
     def model(source: Source) -> nn.Module:
         try:
             network: nn.Module = (
-                models.efficientnet_b0()  # its smallest relative
+                models.efficientnet_b0()  # the smallest of its kind
                 if source.smoke
                 else models.efficientnet_b7(weights=models.EfficientNet_B7_Weights.IMAGENET1K_V1)
             )
@@ -117,7 +117,7 @@ def cifar100() -> Task:
 
 
 def on_wide_resnet(data: Callable[[Source, int], Data], batch_size: int, epochs: int, lr: float) -> Task:
-    """What SVHN and Fashion-MNIST share: WideResNet-28-10, its smallest relative for a smoke test."""
+    """Returns what SVHN and Fashion-MNIST share: WideResNet-28-10 (a small one for a smoke test)."""
     return Task(
         data=data,
         model=lambda source: wide_resnet(10, 1) if source.smoke else wide_resnet(28, 10),
@@ -132,7 +132,7 @@ def on_wide_resnet(data: Callable[[Source, int], Data], batch_size: int, epochs:
 
 
 def svhn() -> Task:
-    """WideResNet-28-10 on SVHN."""
+    """Returns the task of WideResNet-28-10 on SVHN."""
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.SVHN)
     train = v2.Compose([policy, transform(*CROP_AND_FLIP, **CIFAR, then=(cutout,))])
 
@@ -143,7 +143,7 @@ def svhn() -> Task:
 
 
 def fashion_mnist() -> Task:
-    """WideResNet-28-10 on Fashion-MNIST, as three-channel images of 32 x 32 pixels."""
+    """Returns the task of WideResNet-28-10 on Fashion-MNIST, as three-channel images of 32 x 32."""
     enlarge = (v2.Grayscale(3), v2.Resize(32, antialias=True))
     train, test = transform(*enlarge, **HALF, then=(cutout,)), transform(*enlarge, **HALF)
     return on_wide_resnet(images("", datasets.FashionMNIST, train, test), 64, 200, 0.01)
