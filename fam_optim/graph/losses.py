@@ -143,13 +143,11 @@ def without_scale(g: Tensor, scale: Any) -> Tensor:
 
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
-    """Returns dL/d(the node's result)."""
-    if node is loss.grad_fn:
-        return torch.ones_like(loss)
+    """Returns dL/d(the node's result), in at least float32."""
     (coefficient,) = torch.autograd.grad(
         loss, GradientEdge(node, 0), create_graph=differentiable, retain_graph=True
     )
-    return coefficient if differentiable else coefficient.detach()
+    return at_least_float32(coefficient if differentiable else coefficient.detach())
 
 
 def _root_of(weights: Tensor) -> Tensor:
@@ -173,8 +171,7 @@ class Softmax(NamedTuple):
 def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
     """Returns the cross-entropy that a loss makes of a log_softmax in which it is linear."""
     dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
-    coefficient = at_least_float32(_coefficient(node, loss, differentiable))
-    a = -coefficient.sum(dim, keepdim=True)
+    a = -_coefficient(node, loss, differentiable).sum(dim, keepdim=True)
     return Softmax(_operand(node, 0), log_p if differentiable else log_p.detach(), dim, a)
 
 
@@ -210,7 +207,8 @@ def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
     None if more than o depends on the layers."""
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
         return None
-    logits, target, weight, of_positives = nodes.binary_targets(node)
+    names = ("self", "target", "weight", "pos_weight")
+    logits, target, weight, of_positives = (nodes.kept(node, name) for name in names)
     b = _logistic_curvature(logits, differentiable)
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
@@ -228,7 +226,7 @@ def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bo
     """``log(1 + exp(o))``, or minus that of -o: ``logsigmoid(o)``."""
     if _measures_distance(node.next_functions[0][0], path):
         return None
-    a, o = at_least_float32(_coefficient(node, loss, differentiable)), nodes.kept(node, "self")
+    a, o = _coefficient(node, loss, differentiable), nodes.kept(node, "self")
     if nodes.kind(node) == "LogSigmoid":
         return _diagonal(node, -a * _logistic_curvature(o, differentiable), {0: 1.0})
     beta, threshold = nodes.kept(node, "beta"), nodes.kept(node, "threshold")
@@ -237,20 +235,15 @@ def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bo
 
 
 def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """The square of an error; so are small errors to a Huber or smooth L1 loss, which is linear in others."""
+    """The square of an error or of an output, unless that is a loss, a norm or a distance; and a Huber or
+    smooth L1 loss, which is the square of small errors and linear in others."""
     sides = {i: (-1.0) ** i for i, (below, _) in enumerate(node.next_functions) if below in path}
-    if any(_measures_distance(node.next_functions[i][0], path) for i in sides):
+    curvature = nodes.curvature_of_error(node)
+    if curvature is None or any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
     shape = nodes.shape(*node.next_functions[min(sides)])
-    b = nodes.curvature_of_error(node) * _per_entry(node, loss, shape.numel(), differentiable)
+    b = curvature * _per_entry(node, loss, shape.numel(), differentiable)
     return _diagonal(node, b.expand(shape), sides)
-
-
-def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """Returns o of ``o.square()``; None for other powers, and where o is a loss, a norm or a distance."""
-    if nodes.exponent(node) != 2 or _measures_distance(node.next_functions[0][0], path):
-        return None
-    return _diagonal(node, 2 * at_least_float32(_coefficient(node, loss, differentiable)), {0: 1.0})
 
 
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
@@ -272,7 +265,7 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
 
 def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:
     """Returns the derivative of L in an entry of the loss that the node reduces."""
-    coefficient = at_least_float32(_coefficient(node, loss, differentiable))
+    coefficient = _coefficient(node, loss, differentiable)
     return coefficient / entries if nodes.averages(node) else coefficient
 
 
@@ -284,5 +277,5 @@ _KINDS = {
     "MseLoss": _squared_error,
     "SmoothL1Loss": _squared_error,
     "HuberLoss": _squared_error,
-    "Pow": _square,
+    "Pow": _squared_error,
 }

@@ -151,23 +151,16 @@ def by_one_index(node: Any, axis: int) -> bool:
     return index.shape[axis] == 1 or index.stride(axis) == 0
 
 
-def exponent(node: Any) -> float | None:
-    """Returns the exponent of a power; None if it is a tensor, which may be learned."""
-    return float(node._saved_exponent) if node.name() == "PowBackward0" else None
-
-
 def averages(node: Any) -> bool:
-    """Returns whether a loss is the mean of its entries, rather than their sum or one loss for each."""
-    return int(node._saved_reduction) == 1
-
-
-def binary_targets(node: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Returns logits, targets, entry weights and positive-class weights of a binary cross-entropy node."""
-    return node._saved_self, node._saved_target, node._saved_weight, node._saved_pos_weight
+    """Returns whether a loss is the mean of its entries, rather than their sum or one number for each."""
+    return getattr(node, "_saved_reduction", None) == 1
 
 
 def curvature_of_error(node: Any) -> Any:
-    """The second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors."""
+    """The second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors; None for
+    other powers than squares."""
+    if kind(node) == "Pow":  # Pow with another number has a tensor for its exponent, which may be learned
+        return 2 if node.name() == "PowBackward0" and node._saved_exponent == 2 else None
     if kind(node) == "MseLoss":
         return 2
     error = (node._saved_self - node._saved_target).detach().abs()
