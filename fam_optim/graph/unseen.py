@@ -35,7 +35,7 @@ def check_all_seen(
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
     through a call, or on a parameter with a sparse gradient. `uses_of` has the uses found of each layer."""
     records = ((node, recorded_use(node)) for node in parents)
-    recorded = {_product_of_call(node) for node, found in records if found and not found[0].is_released}
+    recorded = {_product_of_call(node) for node, found in records if found}
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from fam_optim.layer import hooks
 from fam_optim.layer.kinds import objection, overridden, use_type
 from fam_optim.layer.use import Conv1DUse, LayerUse, describe
 from fam_optim.unnoticed import opaque
-
-if TYPE_CHECKING:
-    from fam_optim.layer.use import Use
 
 _KEY = "fam_optim.use"
 _OBSERVED = (
@@ -71,9 +68,9 @@ class Observation:
             self._finalizer()
             self._finalizer = None
 
-    def owns(self, use: Use) -> bool:
-        """Returns whether `use` is a call of the module, with its input still there."""
-        return isinstance(use, LayerUse) and use.module() is self.module and not use.is_released
+    def owns(self, use: LayerUse) -> bool:
+        """Returns whether `use` is a call of the module."""
+        return use.module() is self.module
 
     @property
     def stores_transposed(self) -> bool:
@@ -127,9 +124,10 @@ def observe(module: nn.Module) -> Observation:
 
 
 def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
-    """Returns the use whose output `node` computes, with the edge at which L's derivative in z is taken."""
-    record = nodes.metadata(node).get(_KEY)
-    return None if record is None else (record[0], GradientEdge(node, record[1]))
+    """Returns the use whose output `node` computes, with the edge at which L's derivative in z is taken; None
+    if there is none, or if its input is gone."""
+    use, output = nodes.metadata(node).get(_KEY, (None, 0))
+    return None if use is None or use.is_released else (use, GradientEdge(node, output))
 
 
 def parametrization(module: nn.Module) -> nn.Module | None:
