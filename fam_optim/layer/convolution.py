@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim.layer.use import LayerUse, Layout
+from fam_optim.layer.use import LayerUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,10 +63,6 @@ class ConvTransposeUse(ConvUse):
     """Transposed convolution. torch stores the weight as (in, d / groups, *kernel)."""
 
     inputs_first = True
-
-    @classmethod
-    def layout_of(cls, module: Any, weight: Tensor) -> Layout:
-        return Layout(weight.shape, cls.inputs_first, module.groups)
 
     def _operation(self, module: Any) -> Convolve:
         stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor  # noqa: TC002  # torch.jit.script looks for it
@@ -31,12 +30,11 @@ class _Uncopied(OrderedDict[int, Any]):
         super().__init__()
         self.module = weakref.ref(module)
         if isinstance(before, _Uncopied):  # the module is a shallow copy of one with our hook
-            self.update(before.copy())
-            return
-        self._before, self._removals, myself = before, [], weakref.ref(self)
+            before = before.copy()
+        self._before = before
         for key in before:
             self[key], before[key] = before[key], _Token()
-            self._removals.append(weakref.ref(before[key], partial(_remove, myself, key)))
+            weakref.finalize(before[key], _remove, weakref.ref(self), key)
 
     def copy(self) -> Any:
         return OrderedDict(item for item in self.items() if item[0] != self.private)
@@ -45,7 +43,7 @@ class _Uncopied(OrderedDict[int, Any]):
         return OrderedDict, (), None, None, iter(self.copy().items())
 
 
-def _remove(hooks: weakref.ref[_Uncopied], key: int, token: object) -> None:
+def _remove(hooks: weakref.ref[_Uncopied], key: int) -> None:
     """Removes a hook after its handle has removed the token."""
     alive = hooks()
     if alive is not None:
@@ -71,10 +69,11 @@ def detach(module: nn.Module) -> None:
             hooks.pop(hooks.private, None)
 
 
-def attached(module: nn.Module) -> Any:
-    """Returns the hook that `attach` has added to `module`; None if there is none."""
+def owner(module: nn.Module) -> Any:
+    """Returns the object whose method `attach` has added to `module` as a hook; None if there is none."""
     hooks: Any = module._forward_hooks
-    return hooks.get(hooks.private) if isinstance(hooks, _Uncopied) and hooks.module() is module else None
+    ours = isinstance(hooks, _Uncopied) and hooks.module() is module
+    return getattr(hooks.get(hooks.private), "__self__", None) if ours else None
 
 
 def is_first(module: nn.Module) -> bool:

@@ -38,6 +38,9 @@ class Observation:
         module: the layer, as in `observe`.
     """
 
+    _recorder: Any = None  # the last recorder of the module's calls
+    _finalizer: Any = None  # ends the recording; None while nothing is recorded
+
     def __init__(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
@@ -46,24 +49,19 @@ class Observation:
             )
         module = getattr(module, "_orig_mod", module)  # torch.compile(module) runs the module's own hooks
         use_type(module)
-        self._prepare(module)
-
-    def _prepare(self, module: nn.Module) -> None:
         self.module = module
-        self._recorder: _Recorder | None = None
-        self._finalizer: Any = None
 
     def start(self) -> None:
         """Starts to record the module's calls."""
         if self._finalizer is None:
-            self._recorder = _recorder_of(self.module) or _Recorder(self.module)
+            self._recorder = hooks.owner(self.module) or _Recorder(self.module)
             self._recorder.observers.add(self)
             # A forgotten observation must not leave its hook on the user's model.
             self._finalizer = weakref.finalize(self, self._recorder.leave)
 
     def stop(self) -> None:
         """Ends the recording. Calls recorded so far stay usable as long as their graph lives."""
-        if self._finalizer is not None and self._recorder is not None:
+        if self._finalizer is not None:
             self._recorder.observers.discard(self)
             self._finalizer()
             self._finalizer = None
@@ -93,7 +91,7 @@ class Observation:
         return {"module": self.module, "watching": self._finalizer is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._prepare(state["module"])
+        self.module = state["module"]
         if state["watching"]:
             self.start()
 
@@ -159,7 +157,7 @@ class _Recorder:
     def leave(self) -> None:
         """Removes the hooks if nobody observes the module any more."""
         module = self.module()
-        if module is not None and not list(self.observers) and _recorder_of(module) is self:
+        if module is not None and not list(self.observers) and hooks.owner(module) is self:
             hooks.detach(module)
             source = parametrization(module)
             if source is not None:
@@ -228,15 +226,10 @@ class _Recorder:
         source = parametrization(module)
         if source is None:
             return cast("Tensor", module.weight)
-        if getattr(hooks.attached(source), "__self__", None) is not self:
+        if hooks.owner(source) is not self:
             raise RuntimeError(
                 f"`layer` {describe(module)} was parametrised after it was observed. Register "
                 "parametrizations before building FAM or entering observe()."
             )
         computed = vars(self._computed).pop("weight", None)
         return cast("Tensor", module.weight if computed is None else computed)
-
-
-def _recorder_of(module: nn.Module) -> _Recorder | None:
-    recorder = getattr(hooks.attached(module), "__self__", None)
-    return recorder if isinstance(recorder, _Recorder) and recorder.module() is module else None

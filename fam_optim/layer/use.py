@@ -143,7 +143,7 @@ class LayerUse(Use):
     @classmethod
     def layout_of(cls, module: nn.Module, weight: Tensor) -> Layout:
         """Returns how a weight of the module is read as a matrix."""
-        return Layout(weight.shape, cls.inputs_first)
+        return Layout(weight.shape, cls.inputs_first, getattr(module, "groups", 1))
 
     def release(self, holder: object) -> None:
         """Removes a holder, and drops the input if none is left."""
