@@ -107,7 +107,8 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
         The nodes of the first derivative; none if the path has neither functions nor scripted regions.
     """
     functions = [node for node in path if nodes.is_function(node)]
-    if not functions and not any(map(nodes.is_scripted, path)):
+    scripted = any("DifferentiableGraph" in node.name() for node in path)  # by torch.jit.script or trace
+    if not functions and not scripted:
         return frozenset()
     roots = [(g.grad_fn, g.output_nr) for g in gradient]
     forward = {*path, *ends, None}
@@ -119,9 +120,8 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
         if node in outputs:
             outputs[node].add(output)
     between: Any = {node: path | ends if node in path else path | ends | made for node in outputs}
-    if any(map(nodes.is_error, made)) or any(
-        _drops_out(n, of or {0}, between[n]) for n, of in outputs.items()
-    ):
+    forbidden = any(node.name() == "torch::autograd::Error" for node in made)  # by once_differentiable
+    if forbidden or any(_drops_out(n, of or {0}, between[n]) for n, of in outputs.items()):
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
             f"{_SECOND}, and an autograd.Function there ({names}) has none: its backward is marked with "

@@ -63,7 +63,7 @@ def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
 
 def has_sparse_gradient(node: Node) -> bool:
     """Returns whether the node is an embedding whose weight gets a sparse gradient."""
-    return kind(node).startswith("Embedding") and bool(getattr(node, "_saved_sparse", False))
+    return bool(getattr(node, "_saved_sparse", False))
 
 
 def metadata(node: Node) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def order(node: Any, dimensions: int) -> list[int]:
         return [from_front(axis, dimensions) for axis in node._saved_dims]
     swapped = list(range(dimensions))
     if hasattr(node, "_saved_dim0"):
-        pair = [from_front(axis, dimensions) for axis in (node._saved_dim0, node._saved_dim1)]
-        swapped[pair[0]], swapped[pair[1]] = pair[1], pair[0]
+        a, b = from_front(node._saved_dim0, dimensions), from_front(node._saved_dim1, dimensions)
+        swapped[a], swapped[b] = b, a
         return swapped
     return swapped[::-1]  # t(), of a matrix
 
@@ -196,24 +196,9 @@ def keep_buffers() -> None:
     torch._functorch.config.donated_buffer = False
 
 
-def is_scripted(node: Node) -> bool:
-    """Returns whether `node` is a region that torch.jit.script or trace made."""
-    return "DifferentiableGraph" in node.name()
-
-
 def is_reentrant_checkpoint(node: Node) -> bool:
     """Returns whether `node` hides a part of the forward in a reentrant checkpoint."""
     return node.name() == "CheckpointFunctionBackward"
-
-
-def is_error(node: Node) -> bool:
-    """Returns whether `node` stands for a derivative that once_differentiable forbids."""
-    return node.name() == "torch::autograd::Error"
-
-
-def is_derivative(node: Node) -> bool:
-    """Returns whether `node` is of a derivative that the forward took, named as a backward of a backward."""
-    return node.name().count("Backward") > 1
 
 
 def keeps_numbers(node: Any) -> bool:
@@ -258,10 +243,9 @@ def derivative() -> int:
 def within_derivative(function: Callable[[], list[Any]]) -> list[Any]:
     """Calls a function while autograd takes a derivative, and returns its result."""
     found: list[Any] = []
-    start = torch.zeros((), device="cpu", requires_grad=True)
-    end: Any = start.clone()
-    end.grad_fn.register_hook(lambda below, above: found.extend(function()))
-    torch.autograd.grad(end, start)
+    start: Any = torch.zeros((), device="cpu", requires_grad=True)
+    start.register_hook(lambda gradient: found.extend(function()))
+    torch.autograd.grad(start.clone(), start)
     return found
 
 

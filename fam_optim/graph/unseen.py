@@ -34,19 +34,17 @@ def check_all_seen(
 ) -> None:
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
     through a call, or on a parameter with a sparse gradient. `uses_of` has the uses found of each layer."""
-    records = ((node, recorded_use(node)) for node in parents)
-    recorded = {_product_of_call(node) for node, found in records if found}
+    recorded = {_product_of_call(node) for node in parents if recorded_use(node)}
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
     frozen = not all(weight.requires_grad for weight in every)
     constants = _constant_factors(parents) if frozen else {}
     # A derivative may have multiplied a frozen weight with constants, which leaves no trace.
-    derivative = frozen and any(map(nodes.is_derivative, parents))
+    derivative = frozen and any(node.name().count("Backward") > 1 for node in parents)
     by_name: dict[str, list[Node]] = {}
     for node in parents if any(weight.grad_fn is not None for weight in every) else ():
-        if nodes.leaf(node) is None:
-            by_name.setdefault(node.name(), []).append(node)
+        by_name.setdefault(node.name(), []).append(node)
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
             products = _of_trained(_starts(weights, by_name), parents, layer.stores_transposed)

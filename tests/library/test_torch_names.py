@@ -176,7 +176,7 @@ def test_functions_of_python() -> None:
     assert nodes.is_function(node) and nodes.kind(node) == "function Function"
     assert not nodes.is_function(node.next_functions[0][0])
     (grad,) = torch.autograd.grad(z.square().sum(), ROW, create_graph=True)
-    assert any(nodes.is_error(below) for below in everything_below(grad))
+    assert any(below.name() == "torch::autograd::Error" for below in everything_below(grad))
 
 
 KEPT: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
@@ -225,7 +225,7 @@ def test_leaves_and_checkpoints() -> None:
     assert any(nodes.leaf(node) is ROW for node in everything_below(ROW * 2))
     assert nodes.is_reentrant_checkpoint(checkpoint(torch.sin, ROW, use_reentrant=True).grad_fn)
     (grad,) = torch.autograd.grad(ROW.tanh().sum(), ROW, create_graph=True)
-    assert nodes.is_derivative(grad.grad_fn)
+    assert grad.grad_fn.name().count("Backward") > 1
 
 
 def test_a_call_within_a_reentrant_checkpoint_is_numbered_next() -> None:
