@@ -116,11 +116,6 @@ def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Te
     return (grad * p,)
 
 
-def _hardsigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of hardsigmoid, relu6(x + 3) / 6. torch's own backward has no derivative."""
-    return (grad * ((x > -3) & (x < 3)) / 6,)
-
-
 def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """Returns the gradients of ``w = g v / ||v||``. The second derivative in v of torch 2.6 to 2.15 is off by
     some per cent."""
@@ -148,11 +143,6 @@ def _binary_cross_entropy(
     return (by_o if weight is None else by_o * weight,)
 
 
-def _log_sigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of ``log(sigmoid(x))``, with the curvature that torch loses in float32."""
-    return (grad * _sigmoid(-x),)
-
-
 def _softplus(node: Any, x: Tensor, beta: float, threshold: float, grad: Tensor) -> tuple[Tensor, ...]:
     """Returns the gradient of ``log(1 + exp(beta x)) / beta``, which is x where ``beta x > threshold``."""
     scaled = beta * at_least_float32(x)
@@ -161,12 +151,12 @@ def _softplus(node: Any, x: Tensor, beta: float, threshold: float, grad: Tensor)
 
 _CORRECTIONS: dict[str, tuple[int, str, Gradients]] = {
     "WeightNormInterface": (1, "v g", _weight_norm),
-    "Hardsigmoid": (1, "self", _hardsigmoid),
+    "Hardsigmoid": (1, "self", lambda node, x, grad: (grad * ((x > -3) & (x < 3)) / 6,)),
     "NativeLayerNorm": (2, "input weight normalized_shape result2", _layer_norm),
     "LogSoftmax": (2, "result", _log_softmax),
     "Logsumexp": (2, "self keepdim", _logsumexp),
     "BinaryCrossEntropyWithLogits": (2, "self target weight pos_weight", _binary_cross_entropy),
-    "LogSigmoid": (2, "self", _log_sigmoid),
+    "LogSigmoid": (2, "self", lambda node, x, grad: (grad * _sigmoid(-x),)),
     "Softplus": (2, "self beta threshold", _softplus),
 }
 """By kind of node: how many derivatives must follow the backward for torch's to fail, the names of what the
