@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
-
-    from torch.autograd.graph import Node
 
 _NO_SECOND = {  # by a pattern that both the kind of the node and torch's message match
     r"scaled_?dot_?product|_(efficient|flash|cudnn)_attention": "Fused attention has no second derivative: "
@@ -28,6 +26,12 @@ _NO_SECOND = {  # by a pattern that both the kind of the node and torch's messag
     "without `options`.",
     r"logcumsumexp": "Those of torch.logcumsumexp are nan: write it out, (x - c).exp().cumsum(dim).log() + c "
     "with c = x.detach().amax(dim, keepdim=True).",
+}
+_NO_THIRD = {  # by kind of node
+    "Pdist": "torch's of pdist is nan. Use FAM(..., detach_hessian=True), or write it out: "
+    "(x[i] - x[j]).norm(dim=1) with i, j = torch.triu_indices(len(x), len(x), 1).",
+    "NativeLayerNormBackward": "torch's of LayerNorm is wrong (pytorch/pytorch#175754) within "
+    "torch.jit.script and autograd.Function. Use FAM(..., detach_hessian=True), or call it outside of them.",
 }
 _REMEDIES = _NO_SECOND | {
     "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
@@ -164,27 +168,17 @@ def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
     """Returns why kappa has no gradient through a tail; None if it has one. `derivative` holds nodes of the
     tail's derivative, where they show what a function or a scripted region hides."""
     for node in path | derivative:
+        why = _NO_THIRD.get(nodes.kind(node))
         if nodes.normalises_over_batch(node):
             # InstanceNorm and weight standardisation give batch_norm all samples or filters as one sample.
             what = "InstanceNorm" if nodes.shape(node, 0)[0] == 1 else "BatchNorm in train mode"
             why = (
-                f"torch has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the "
-                "layer in eval mode, replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which "
-                "computes the same, or regularise a layer behind it."
+                f"torch has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm in eval mode, "
+                "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the same, or "
+                "regularise a layer behind it."
             )
-        elif nodes.kind(node) == "Pdist":
-            why = (
-                "torch's of pdist is nan. Use FAM(..., detach_hessian=True), or write it out: "
-                "(x[i] - x[j]).norm(dim=1) with i, j = torch.triu_indices(len(x), len(x), 1)."
-            )
-        elif nodes.kind(node) == "NativeLayerNormBackward":
-            why = (
-                "torch's of LayerNorm is wrong (pytorch/pytorch#175754) within torch.jit.script and "
-                "autograd.Function. Use FAM(..., detach_hessian=True), or call LayerNorm outside of them."
-            )
-        else:
-            continue
-        return f"the whole gradient of kappa needs the third derivative of what follows the layer, and {why}"
+        if why is not None:
+            return f"the whole gradient of kappa needs third derivatives of what follows the layer, and {why}"
     return None
 
 
