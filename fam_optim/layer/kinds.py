@@ -66,12 +66,6 @@ def base_type(module: nn.Module) -> type[nn.Module] | None:
     return next((base for base in _kinds() if isinstance(module, base)), None)
 
 
-def inputs_first(module: nn.Module) -> bool:
-    """Returns whether the module stores its weight transposed."""
-    base = base_type(module)
-    return base is not None and _kinds()[base].inputs_first
-
-
 def overridden(module: nn.Module) -> str | None:
     """Returns which method of its base the module's class or instance overrides; None if neither does."""
     base: Any = base_type(module)
