@@ -25,10 +25,8 @@ VIEWS = _kinds("View UnsafeView ReshapeAlias Squeeze Unsqueeze Clone ToCopy Alia
 
 PERMUTATIONS = _kinds("Permute Transpose T")
 
-PARTS = _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
-"""Operations that take some of the entries along one axis and leave all other axes as they are."""
-
-MOVES = VIEWS | PERMUTATIONS | PARTS | _kinds("Expand Index Flip Roll")
+MOVES = VIEWS | PERMUTATIONS | _kinds("Expand Index Flip Roll")
+MOVES |= _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
 """Operations that only copy entries of the operand, alike at every place along an axis that is kept apart."""
 
 ADDITIONS = _kinds("Add Sub Rsub Neg")
@@ -190,9 +188,7 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
     ),
     (
         "NativeLayerNorm FusedRmsNorm",
-        lambda at: (
-            _but_the_last(at, len(nodes.kept(at.node, "normalized_shape"))) if at.position == 0 else None
-        ),
+        lambda at: _but_the_last(at, len(nodes.kept(at.node, "normalized_shape"))),
     ),
     (
         "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -61,15 +60,12 @@ def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
     """Returns for every node of a loss's graph the nodes that use its result, in the order of a walk down."""
     root = loss.grad_fn
     parents: dict[Node, list[Node]] = {} if root is None else {root: []}
-    queue = deque(parents)
-    while queue:
-        node = queue.popleft()
-        for below, _ in node.next_functions:
-            if below is None:
-                continue
+    walked = list(parents)
+    for node in walked:  # the list grows during the loop
+        for below in (below for below, _ in node.next_functions if below is not None):
             if below not in parents:
                 parents[below] = []
-                queue.append(below)
+                walked.append(below)
             parents[below].append(node)
     return parents
 

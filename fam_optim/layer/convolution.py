@@ -15,8 +15,6 @@ from fam_optim.layer.use import LayerUse
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -31,7 +29,7 @@ class ConvUse(LayerUse):
         self.channel = len(shape) - weight.dim() + 1
         self.has_rows = bool(module.groups == 1)
 
-    def _operation(self, module: Any) -> Convolve:
+    def _operation(self, module: Any) -> Callable[..., Tensor]:
         """Returns the convolution of an input with a weight and a bias, with the module's settings."""
         # The class's own, padding modes included: a subclass may compute something else.
         kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
@@ -64,7 +62,7 @@ class ConvTransposeUse(ConvUse):
 
     inputs_first = True
 
-    def _operation(self, module: Any) -> Convolve:
+    def _operation(self, module: Any) -> Callable[..., Tensor]:
         stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
         kernel = self.weight.shape[2:]
         ends = zip(self.shape[-len(kernel) :], self.phi.shape[-len(kernel) :], strict=True)
