@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.autograd.graph import GradientEdge
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim import unnoticed
 from fam_optim.graph import errors, nodes, operations
@@ -25,9 +26,6 @@ from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence, Set
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
 
 
 def linear_in(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import same_graph
@@ -18,9 +19,6 @@ from fam_optim.layer.use import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence, Set
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
 
     from fam_optim.layer.use import Use
 
