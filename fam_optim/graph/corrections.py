@@ -101,19 +101,17 @@ def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     return (torch.where(top, at_top, grad - others * total),)
 
 
-def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Tensor, ...]:
+def _logsumexp(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """Returns the gradient of ``log sum exp x``, which is p. Along one axis the largest p is one minus all
     others, as in `_log_softmax`; along several axes p is left as it is."""
-    axes = tuple(sorted(nodes.axes(node, x.dim())))
-    for axis in () if keeps_axis else axes:
-        grad = grad.unsqueeze(axis)
-    x = at_least_float32(x)
-    p = (x - x.logsumexp(axes, keepdim=True)).exp()
+    x, axes = at_least_float32(x), tuple(nodes.axes(node, x.dim()))
+    total = x.logsumexp(axes, keepdim=True)
+    p = (x - total).exp()
     if len(axes) == 1:
         top = is_largest(p, *axes)
         others = p.masked_fill(top, 0)
         p = torch.where(top, 1 - others.sum(axes, keepdim=True), others)
-    return (grad * p,)
+    return (grad.reshape(total.shape) * p,)
 
 
 def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -154,7 +152,7 @@ _CORRECTIONS: dict[str, tuple[int, str, Gradients]] = {
     "Hardsigmoid": (1, "self", lambda node, x, grad: (grad * ((x > -3) & (x < 3)) / 6,)),
     "NativeLayerNorm": (2, "input weight normalized_shape result2", _layer_norm),
     "LogSoftmax": (2, "result", _log_softmax),
-    "Logsumexp": (2, "self keepdim", _logsumexp),
+    "Logsumexp": (2, "self", _logsumexp),
     "BinaryCrossEntropyWithLogits": (2, "self target weight pos_weight", _binary_cross_entropy),
     "LogSigmoid": (2, "self", lambda node, x, grad: (grad * _sigmoid(-x),)),
     "Softplus": (2, "self beta threshold", _softplus),

@@ -116,7 +116,6 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_pos_weight": ("weights of its positives", lambda: binary(), None),
     "_saved_reduction": ("whether a loss is a mean", lambda: binary(), 1),
     "_saved_exponent": ("squares", lambda: ROW.square(), 2),
-    "_saved_keepdim": ("logsumexp written out", lambda: ROW.logsumexp(1, keepdim=True), True),
     "_saved_beta": ("softplus written out, smooth L1", lambda: F.softplus(ROW, 2.0), 2),
     "_saved_delta": ("Huber's loss", lambda: F.huber_loss(ROW, torch.zeros(4, 4), delta=2.0), 2),
     "_saved_threshold": ("softplus written out", lambda: F.softplus(ROW), 20),
