@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 _DICTS = ("_forward_hooks", "_forward_hooks_with_kwargs")
 
 
-class _Token:
-    """Stands for a hook that was registered before ours, in the dict that the hook's handle knows."""
-
-
 class _Uncopied(OrderedDict[int, Any]):
     """The hooks of one module. Copies and pickles of it leave out the hook with the key `private`."""
 
@@ -31,9 +27,9 @@ class _Uncopied(OrderedDict[int, Any]):
         self.module = weakref.ref(module)
         if isinstance(before, _Uncopied):  # the module is a shallow copy of one with our hook
             before = before.copy()
-        self._before = before
+        self._before = before  # the dict that the handles of earlier hooks know, each with a token in it now
         for key in before:
-            self[key], before[key] = before[key], _Token()
+            self[key], before[key] = before[key], set()
             weakref.finalize(before[key], _remove, weakref.ref(self), key)
 
     def copy(self) -> Any:
