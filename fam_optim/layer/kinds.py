@@ -107,20 +107,15 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
     )
 
 
-def check_matrix(weight: Tensor, name: str) -> None:
-    """Raises TypeError if a parameter has fewer than two dimensions or complex numbers."""
-    if weight.dim() < 2:
-        raise TypeError(
-            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
-            f"{tuple(weight.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
-        )
-    if weight.is_complex():
-        raise TypeError(complex_weight(name, weight))
-
-
 def parameter_use(parameter: Tensor) -> Use:
     """Returns the bare parameter as a weight matrix, rows along its first axis; TypeError if it is none."""
-    check_matrix(parameter, describe(parameter))
+    if parameter.dim() < 2:
+        raise TypeError(
+            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
+            f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
+        )
+    if parameter.is_complex():
+        raise TypeError(complex_weight(describe(parameter), parameter))
     if is_sharded(parameter):
         raise TypeError(
             f"expected `layer` to be a whole weight, got a sharded one, a {describe(parameter)}. With FSDP2 "
@@ -166,7 +161,6 @@ def weight_matrix(layer: object) -> WeightMatrix:
         )
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
-    check_matrix(weight, name)
     if weight.numel() == 0:
         raise TypeError(f"expected `layer` to have a weight that is not empty, got {name}. Leave it out.")
     if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):
@@ -174,8 +168,8 @@ def weight_matrix(layer: object) -> WeightMatrix:
             f"mode='proximal' needs the whole weight of `layer` {name} on every process, and this one is "
             "sharded (FSDP, tensor parallelism). Use DDP, or with FSDP2 mode='hutchinson'."
         )
-    layout = Layout(weight.shape) if kind is None else kind.layout_of(module, weight)
-    return WeightMatrix(weight, name, layout)
+    layout = parameter_use(weight).layout  # refuses a weight that is no real matrix
+    return WeightMatrix(weight, name, layout if kind is None else kind.layout_of(module, weight))
 
 
 def own_weight(layer: object) -> nn.Parameter | None:
