@@ -28,11 +28,8 @@ DDP_SINK = "_DDPSink"
 def kind(node: Node) -> str:
     """Returns the operation, "Addmm" for AddmmBackward0. A user's autograd.Function is "function NAME", since
     it may have the name of one of torch's operations and compute something else."""
-    name = node.name()
-    if is_function(node):
-        name = name.removesuffix("Backward")
-        return name if name == DDP_SINK else f"function {name}"
-    return name.rstrip("0123456789").removesuffix("Backward")
+    name = node.name().rstrip("0123456789").removesuffix("Backward")
+    return f"function {name}" if is_function(node) and name != DDP_SINK else name
 
 
 def is_function(node: Node) -> bool:
@@ -224,14 +221,10 @@ def is_scalar(node: Node) -> bool:
 def communicates(node: Node) -> bool:
     """Returns whether a derivative through `node` talks to other processes, except to average gradients: in
     tensor parallelism, collectives in the model or the loss, and SyncBatchNorm."""
-    if "c10d" in node.name():
-        return True
-    function = getattr(type(node), "_forward_cls", None)  # the autograd.Function that made it
-    if function is None:
-        return False
-    home = function.__module__
-    averages = home.startswith("torch.distributed.fsdp.")
-    return (home.startswith("torch.distributed.") and not averages) or function.__name__ == "SyncBatchNorm"
+    function = getattr(type(node), "_forward_cls", type(node))  # the autograd.Function that made it, if any
+    home, averages = function.__module__, function.__module__.startswith("torch.distributed.fsdp.")
+    collective = home.startswith("torch.distributed.") and not averages
+    return collective or "c10d" in node.name() or function.__name__ == "SyncBatchNorm"
 
 
 def derivative() -> int:

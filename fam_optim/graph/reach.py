@@ -33,8 +33,7 @@ def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
     """
     wanted = {id(weight): weight for weight in weights}
     parents = parents_below(loss)
-    of_leaves = ((nodes.leaf(node), node) for node in parents)
-    leaves = {wanted[id(leaf)]: node for leaf, node in of_leaves if id(leaf) in wanted}
+    leaves = {wanted[id(leaf)]: node for node in parents if id(leaf := nodes.leaf(node)) in wanted}
     return Reach(above(leaves.values(), parents), leaves, parents)
 
 
