@@ -14,8 +14,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import same_graph
+from fam_optim.layer.kinds import use_type
 from fam_optim.layer.record import Observation, recorded_use
-from fam_optim.layer.use import describe
+from fam_optim.layer.use import Conv1DUse, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence, Set
@@ -45,8 +46,9 @@ def check_all_seen(
         by_name.setdefault(node.name(), []).append(node)
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            products = _of_trained(_starts(weights, by_name), parents, layer.stores_transposed)
-            products |= _of_frozen(weights, constants, layer.stores_transposed)
+            transposed = use_type(layer.module) is Conv1DUse  # stores W^T and multiplies with that
+            products = _of_trained(_starts(weights, by_name), parents, transposed)
+            products |= _of_frozen(weights, constants, transposed)
             unseen = [through for product, through in products.items() if product not in recorded]
             if any(unseen) or (derivative and uses and not weights[0].requires_grad):
                 raise RuntimeError(_DERIVATIVE.format(describe(layer.module)))

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from fam_optim.graph import nodes
 from fam_optim.layer import hooks
 from fam_optim.layer.kinds import objection, overridden, use_type
-from fam_optim.layer.use import Conv1DUse, LayerUse, describe
+from fam_optim.layer.use import LayerUse, describe
 from fam_optim.unnoticed import opaque
 
 _KEY = "fam_optim.use"
@@ -51,41 +51,32 @@ class Observation:
         use_type(module)
         self.module = module
 
-    def start(self) -> None:
-        """Starts to record the module's calls."""
+    def start(self) -> Observation:
+        """Starts to record the module's calls, and returns itself."""
         if self._finalizer is None:
             self._recorder = hooks.owner(self.module) or _Recorder(self.module)
             self._recorder.observers.add(self)
             # A forgotten observation must not leave its hook on the user's model.
             self._finalizer = weakref.finalize(self, self._recorder.leave)
+        return self
 
-    def stop(self) -> None:
+    def stop(self, *exc_info: object) -> None:
         """Ends the recording. Calls recorded so far stay usable as long as their graph lives."""
         if self._finalizer is not None:
             self._recorder.observers.discard(self)
             self._finalizer()
             self._finalizer = None
 
+    __enter__, __exit__ = start, stop
+
     def owns(self, use: LayerUse) -> bool:
         """Returns whether `use` is a call of the module."""
         return use.module() is self.module
-
-    @property
-    def stores_transposed(self) -> bool:
-        """Whether the module stores W^T and multiplies its input with that."""
-        return use_type(self.module) is Conv1DUse
 
     def called_within(self, checkpoint: Node) -> bool:
         """Returns whether the module was called inside a reentrant checkpoint, where there is no graph."""
         made = nodes.sequence_number(checkpoint) + 1
         return self._recorder is not None and made in self._recorder.without_graph
-
-    def __enter__(self) -> Observation:
-        self.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "watching": self._finalizer is not None}
