@@ -44,8 +44,7 @@ def shape(node: Node, output: int) -> torch.Size:
 
 def results(node: Node) -> Sequence[Any]:
     """Returns the shape, dtype and device of each of the operation's results."""
-    described: Sequence[Any] = node._input_metadata
-    return described
+    return node._input_metadata
 
 
 def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
@@ -106,11 +105,10 @@ def order(node: Any, dimensions: int) -> list[int]:
     if hasattr(node, "_saved_dims"):
         return [from_front(axis, dimensions) for axis in node._saved_dims]
     swapped = list(range(dimensions))
-    if hasattr(node, "_saved_dim0"):
-        a, b = from_front(node._saved_dim0, dimensions), from_front(node._saved_dim1, dimensions)
-        swapped[a], swapped[b] = b, a
-        return swapped
-    return swapped[::-1]  # t(), of a matrix
+    pair = getattr(node, "_saved_dim0", 0), getattr(node, "_saved_dim1", 1)  # t() of a matrix keeps none
+    a, b = (from_front(axis, dimensions) for axis in pair)
+    swapped[a], swapped[b] = b, a
+    return swapped
 
 
 def from_front(axis: int, dimensions: int) -> int:
