@@ -70,11 +70,9 @@ def overridden(module: nn.Module) -> str | None:
     """Returns which method of its base the module's class or instance overrides; None if neither does."""
     base: Any = base_type(module)
     for name in ("forward", "_conv_forward"):
-        own = getattr(module, name, None)
-        if own is None:
-            continue
-        replaced = name in vars(module) or own.__module__ != base.__module__
-        if replaced or getattr(type(module), name) is not getattr(base, name, None):
+        own, of_base = getattr(module, name, None), getattr(base, name, None)
+        patched = of_base is not None and of_base.__module__ != base.__module__
+        if patched or getattr(own, "__func__", own) is not of_base:
             return f"{base.__name__}.{name}"
     return None
 
