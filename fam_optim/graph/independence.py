@@ -12,7 +12,7 @@ groups must add them, and from there to the loss everything must be linear. What
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -98,14 +98,12 @@ def _after(
 def _operands_first(path: Set[Node]) -> Iterable[Node]:
     """Returns the nodes of a path, each after the nodes that it is computed from."""
     done: dict[Node, None] = {}
-    for root in path:
-        stack = [root]
-        while stack:
-            below = [n for n, _ in stack[-1].next_functions if n in path and n not in done]
-            if below:
-                stack.extend(n for n in below if n is not None)
-            else:
-                done[stack.pop()] = None
+    stack: list[Any] = [*path]
+    while stack:
+        below = [n for n, _ in stack[-1].next_functions if n in path and n not in done]
+        stack += below
+        if not below:
+            done[stack.pop()] = None
     return done
 
 
