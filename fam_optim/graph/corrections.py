@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ from fam_optim.graph import nodes
 from fam_optim.layer.use import LOW_PRECISION, at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -40,20 +40,11 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
     return [(node, needed, partial(gradients, node, *of)) for (node, needed, _, gradients), of in rows]
 
 
-@contextmanager
-def corrected(those: Corrections, *, derivatives_to_come: int) -> Iterator[None]:
+def corrected(those: Corrections, *, derivatives_to_come: int) -> AbstractContextManager[None]:
     """Makes a backward in this context use the corrected gradients. Its result will be differentiated
     `derivatives_to_come` times, once or twice."""
-    handles = [
-        node.register_hook(partial(_replaced, gradients))
-        for node, needed_from, gradients in those
-        if derivatives_to_come >= needed_from
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    needed = (row for row in those if derivatives_to_come >= row[1])
+    return nodes.hooked((node, partial(_replaced, gradients)) for node, _, gradients in needed)
 
 
 def _replaced(gradients: Gradients, old: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:

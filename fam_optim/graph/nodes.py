@@ -18,6 +18,7 @@ import torch._functorch.config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch.autograd.graph import Node
 
@@ -251,14 +252,19 @@ def sequence_number(node: Node) -> int:
 
 
 @contextmanager
-def not_passed(some: Iterable[Node]) -> Iterator[None]:
-    """Makes derivatives in this context end at some nodes."""
-    handles = [node.register_hook(lambda below, above: (None,) * len(below)) for node in some]
+def hooked(hooks: Iterable[tuple[Node, Callable[..., Any]]]) -> Iterator[None]:
+    """Makes derivatives in this context pass on what hooks return in place of what the nodes compute."""
+    handles = [node.register_hook(hook) for node, hook in hooks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def not_passed(some: Iterable[Node]) -> AbstractContextManager[None]:
+    """Makes derivatives in this context end at some nodes."""
+    return hooked((node, lambda below, above: (None,) * len(below)) for node in some)
 
 
 def after_backward(function: Callable[[], None]) -> None:
