@@ -86,8 +86,7 @@ def check_differentiable(path: Iterable[Node]) -> None:
         if nodes.is_compiled(node):
             raise RuntimeError(
                 f"{_SECOND}, and a region compiled by torch.compile has none. Compile only what comes before "
-                "the layer, model.body.compile() instead of model.compile(), or put torch.compiler.disable "
-                "on what follows it and on the loss."
+                "the layer, model.body.compile(), or put torch.compiler.disable on the rest and on the loss."
             )
         for pattern, text in _NO_SECOND.items():  # torch's own error comes late, in the backward of kappa
             if re.match(pattern, nodes.kind(node), re.IGNORECASE):
@@ -96,8 +95,7 @@ def check_differentiable(path: Iterable[Node]) -> None:
         if nodes.communicates(node):
             raise RuntimeError(
                 f"{_SECOND}, and {node.name()} there communicates with other processes, so it has none. "
-                "Regularise a layer behind it, or keep what follows the layer and the loss local to the "
-                "process."
+                "Regularise a layer behind it, or keep what follows the layer local to the process."
             )
 
 
@@ -206,9 +204,8 @@ def without_gradient(kappa: Tensor, why: str) -> Tensor:
 def once_differentiable(kappa: Tensor) -> Tensor:
     """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError."""
     why = (
-        "this kappa can be differentiated once only, and a backward with create_graph=True asks for more (a "
-        "Hessian-vector product, as AdaHessian takes it). Take it of the loss without kappa, or use "
-        "mode='full'."
+        "this kappa can be differentiated once only, and a backward with create_graph=True asks for more, as "
+        "AdaHessian does. Take Hessian-vector products of the loss without kappa, or use mode='full'."
     )
     attached: Tensor = _Refused.apply(kappa, why, False)
     return attached

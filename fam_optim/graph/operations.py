@@ -166,7 +166,6 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
     ("Index", _indexed),
     ("Permute Transpose T", lambda at: nodes.order(at.node, len(at.operand)).index(at.axis)),
     ("ConstantPadNd", lambda at: _but_the_last(at, len(nodes.kept(at.node, "pad")) // 2)),
-    ("NllLoss Mv", _product({0: 0})),
     ("NllLoss2D", _product({0: 0, 2: 1, 3: 2})),
     ("Mm", _product({0: 0}, {1: 1})),
     ("Addmm", _product(None, {0: 0}, {1: 1})),
@@ -183,7 +182,7 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
         MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
         AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
         UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ReflectionPad1D ReflectionPad2D
-        ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D""",
+        ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NllLoss Mv""",
         _product({0: 0}),
     ),
     (

@@ -107,9 +107,8 @@ def not_used(layer: nn.Module | Tensor, graph: Collection[Node]) -> str:
     """Returns the message that says why the loss with this graph does not depend on a layer."""
     if any(map(nodes.is_reentrant_checkpoint, graph)):
         return (
-            f"`loss` does not depend on `layer` {describe(layer)} outside reentrant activation checkpoints, "
-            "and what happens in one is not in the graph. Checkpoint with use_reentrant=False, or leave the "
-            "layer out of the checkpoint."
+            f"`loss` does not depend on `layer` {describe(layer)} outside reentrant checkpoints, and what is "
+            "in one is not in the graph. Checkpoint with use_reentrant=False, or leave the layer out of it."
         )
     if isinstance(layer, Tensor):
         frozen = "" if layer.requires_grad else " It does not require gradients: call requires_grad_() first."

@@ -35,10 +35,9 @@ def use_type(module: nn.Module) -> type[LayerUse]:
         return _kinds()[base]
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         raise TypeError(
-            f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
-            "adapter's output to that of its base_layer. Pass layer.base_layer to regularise the flatness in "
-            "the base weight alone, or write the adapter as a parametrization of nn.Linear "
-            "(torch.nn.utils.parametrize)."
+            f"expected `layer` to have a weight matrix, got the wrapper {describe(module)} of a base_layer "
+            "and an adapter. Pass layer.base_layer to regularise the base weight alone, or write the adapter "
+            "as a parametrization of nn.Linear (torch.nn.utils.parametrize)."
         )
     raise TypeError(
         "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, transformers' Conv1D "
