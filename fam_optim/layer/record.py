@@ -47,9 +47,8 @@ class Observation:
                 f"expected `module` to be an nn.Module, got {describe(module)}. A weight is not observed: "
                 "pass the nn.Parameter itself to relative_flatness."
             )
-        module = getattr(module, "_orig_mod", module)  # torch.compile(module) runs the module's own hooks
-        use_type(module)
-        self.module = module
+        self.module = getattr(module, "_orig_mod", module)  # torch.compile keeps the module's own hooks
+        use_type(self.module)
 
     def start(self) -> Observation:
         """Starts to record the module's calls, and returns itself."""
