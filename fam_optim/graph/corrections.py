@@ -70,8 +70,7 @@ def _layer_norm(
     normal = centred * scale
     g = grad if weight is None else grad * weight
     by_x = scale * (g - g.mean(axes, keepdim=True) - normal * (g * normal).mean(axes, keepdim=True))
-    lead = tuple(range(x.dim() - len(axes)))
-    return by_x, (grad * normal).sum(lead), grad.sum(lead)
+    return by_x, (grad * normal).sum_to_size(shape), grad.sum_to_size(shape)
 
 
 def is_largest(t: Tensor, dim: int) -> Tensor:
