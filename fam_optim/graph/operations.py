@@ -129,11 +129,6 @@ def _beside(at: _At) -> int | None:
     return at.axis if len(at.result) == len(at.operand) else at.axis - sum(a < at.axis for a in along)
 
 
-def _stacked(at: _At) -> int:
-    (new,) = nodes.axes(at.node, len(at.result))
-    return at.axis + (at.axis >= new)
-
-
 def _indexed(at: _At) -> int | None:
     """Rule of ``x[:, index]``, which leaves the axes in front of and behind the picked ones as they are."""
     picked = nodes.picked_axes(at.node)
@@ -162,7 +157,7 @@ def _but_the_last(at: _At, several: int) -> int | None:
 
 _BY_RULE: tuple[tuple[str, Rule], ...] = (
     ("Repeat", _aligned),
-    ("Stack", _stacked),
+    ("Stack", lambda at: at.axis + (at.axis >= min(nodes.axes(at.node, len(at.result))))),
     ("Index", _indexed),
     ("Permute Transpose T", lambda at: nodes.order(at.node, len(at.operand)).index(at.axis)),
     ("ConstantPadNd", lambda at: _but_the_last(at, len(nodes.kept(at.node, "pad")) // 2)),
