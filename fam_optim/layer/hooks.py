@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 _DICTS = ("_forward_hooks", "_forward_hooks_with_kwargs")
+_OURS = -1  # the key of our hook; torch counts from 0
 
 
 class _Uncopied(OrderedDict[int, Any]):
-    """The hooks of one module. Copies and pickles of it leave out the hook with the key `private`."""
-
-    private = -1
+    """The hooks of one module. Copies and pickles of it leave out ours."""
 
     def __init__(self, module: nn.Module, before: OrderedDict[int, Any]) -> None:
         super().__init__()
@@ -33,7 +32,7 @@ class _Uncopied(OrderedDict[int, Any]):
             weakref.finalize(before[key], _remove, weakref.ref(self), key)
 
     def copy(self) -> Any:
-        return OrderedDict(item for item in self.items() if item[0] != self.private)
+        return OrderedDict(item for item in self.items() if item[0] != _OURS)
 
     def __reduce__(self) -> Any:
         return OrderedDict, (), None, None, iter(self.copy().items())
@@ -48,13 +47,13 @@ def _remove(hooks: weakref.ref[_Uncopied], key: int) -> None:
 
 def attach(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Calls ``hook(module, args, kwargs, output)`` after every forward of `module`, before any other hook."""
-    for name in _DICTS:
+    for name, ours in zip(_DICTS, (hook, True), strict=True):
         hooks = getattr(module, name)
         if not isinstance(hooks, _Uncopied) or hooks.module() is not module:
-            setattr(module, name, _Uncopied(module, hooks))
-    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-    for name in _DICTS:
-        getattr(module, name).private = handle.id
+            hooks = _Uncopied(module, hooks)
+            setattr(module, name, hooks)
+        hooks[_OURS] = ours
+        hooks.move_to_end(_OURS, last=False)
 
 
 def detach(module: nn.Module) -> None:
@@ -62,20 +61,20 @@ def detach(module: nn.Module) -> None:
     for name in _DICTS:
         hooks = getattr(module, name)
         if isinstance(hooks, _Uncopied):
-            hooks.pop(hooks.private, None)
+            hooks.pop(_OURS, None)
 
 
 def owner(module: nn.Module) -> Any:
     """Returns the object whose method `attach` has added to `module` as a hook; None if there is none."""
     hooks: Any = module._forward_hooks
     ours = isinstance(hooks, _Uncopied) and hooks.module() is module
-    return getattr(hooks.get(hooks.private), "__self__", None) if ours else None
+    return getattr(hooks.get(_OURS), "__self__", None) if ours else None
 
 
 def is_first(module: nn.Module) -> bool:
     """Returns whether the hook sees the output as the module's forward returned it."""
     hooks: Any = module._forward_hooks
-    return not every_module._global_forward_hooks and next(iter(hooks)) == hooks.private
+    return not every_module._global_forward_hooks and next(iter(hooks)) == _OURS
 
 
 def unscripted(hook: Callable[..., Any]) -> Callable[..., Any]:
