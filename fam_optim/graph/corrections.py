@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Corrections:
     """Returns what makes a differentiable backward along a path right to all orders: for each node concerned,
-    how many derivatives must follow the backward for a correction to be needed, and its gradient formula.
-
-    Args:
-        derivatives_to_come: how often the backward's result will be differentiated at most, once or twice.
-    """
+    how many derivatives must follow the backward for a correction to be needed, and its gradient formula. The
+    backward's result will be differentiated at most `derivatives_to_come` times, once or twice."""
     concerned = [(node, *_CORRECTIONS[nodes.kind(node)]) for node in path if nodes.kind(node) in _CORRECTIONS]
     concerned = [row for row in concerned if derivatives_to_come >= row[1]]
     if not concerned:

@@ -104,9 +104,7 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
 
     torch silently takes the function's part to be zero, or makes an error node that a derivative may miss.
     `gradient` is the first derivative in z, `path` the nodes between loss and z, `ends` those that make z.
-
-    Returns:
-        The nodes of the first derivative; none if the path has neither functions nor scripted regions.
+    Returns the nodes of the first derivative; none if the path has neither functions nor scripted regions.
     """
     functions = [node for node in path if nodes.is_function(node)]
     scripted = any("DifferentiableGraph" in node.name() for node in path)  # by torch.jit.script or trace

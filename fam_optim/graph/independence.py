@@ -36,23 +36,15 @@ SUM = 0
 
 
 class Groups(NamedTuple):
-    """What the graph shows about whether groups interact.
+    """What the graph shows about whether groups interact."""
 
-    Attributes:
-        strides: the stride of the digit (`operations.moved`) or `SUM`, by node and number of its result.
-        dependent: the nodes that feed an operation in which groups may interact.
-    """
-
-    strides: Mapping[Result, int]
-    dependent: Set[Node]
+    strides: Mapping[Result, int]  # of the digit (`operations.moved`) in each result, or `SUM`
+    dependent: Set[Node]  # the nodes that feed an operation in which groups may interact
 
 
 def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups:
     """Follows `length` groups along a path from some layers, whose own nodes it includes, to the loss.
-
-    Args:
-        starts: the stride of the groups' digit in each z, by the node and number of the result that z is.
-    """
+    `starts` has the stride of the groups' digit in each z."""
     strides: dict[Result, int] = {}
     mixing: list[Node] = []
     for node in _operands_first(path):

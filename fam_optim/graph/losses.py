@@ -58,31 +58,20 @@ def linear_in(
 
 
 class Output(NamedTuple):
-    """One output o in which the loss is convex.
+    """One output o in which the loss is convex."""
 
-    Attributes:
-        edges: where o is made; for the square of a difference, where its sides are made.
-        shape: the shape of o.
-        a: the weights of rows or of entries, none of which may be negative.
-        root: returns ``S r`` at each edge, for r in the shape of o.
-    """
-
-    edges: list[GradientEdge]
-    shape: torch.Size
-    a: Tensor
-    root: Callable[[Tensor], list[Tensor]]
+    edges: list[GradientEdge]  # where o is made; for the square of a difference, where its sides are made
+    shape: torch.Size  # of o
+    a: Tensor  # the weights of rows or of entries, none of which may be negative
+    root: Callable[[Tensor], list[Tensor]]  # returns ``S r`` at each edge, for r in the shape of o
 
 
 def find_outputs(
     loss: Tensor, path: frozenset[Node], ends: frozenset[Node], *, differentiable: bool
 ) -> list[Output]:
     """Returns the outputs in which the loss is convex, as far as it depends on some layers. Raises
-    RuntimeError if the loss is not known to be convex in outputs.
-
-    Args:
-        path, ends: the nodes from the loss to the layers, the layers' own nodes included; and the latter.
-        differentiable: whether the result carries gradients.
-    """
+    RuntimeError if the loss is not known to be convex in outputs. `path` leads from the loss to the layers'
+    own nodes `ends`, included; the result carries gradients if `differentiable`."""
     known, unknown = linear_in(loss, path, ends, _KINDS.keys())
     with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
@@ -119,10 +108,8 @@ def _rounding(weights: Tensor) -> Tensor:
 def cotangents(
     outputs: Sequence[Output], r: Sequence[Tensor]
 ) -> tuple[list[GradientEdge], list[Tensor], Any]:
-    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it.
-
-    The factor is 1 except in float16, where it leaves as much room below the largest entry as above it.
-    """
+    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it:
+    1, except in float16, where it leaves as much room below the largest entry as above it."""
     edges = [edge for output in outputs for edge in output.edges]
     vectors = [v for output, signs in zip(outputs, r, strict=True) for v in output.root(signs)]
     dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
@@ -148,10 +135,8 @@ def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
 
 
 def _root_of(weights: Tensor) -> Tensor:
-    """Returns the square root of weights, with derivative 0 at 0, so that a weight of 0 moves nothing.
-
-    So a learned weight of exactly 0 learns nothing from kappa. The root of a negative weight is nan.
-    """
+    """Returns the square root of weights, with derivative 0 at 0, so that a weight of 0 moves nothing. (A
+    learned weight of exactly 0 learns nothing from kappa.) The root of a negative weight is nan."""
     counts = (weights > 0) | (weights < -_rounding(weights))
     return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 

@@ -61,12 +61,10 @@ def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
 def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
     """Returns the tail from `loss` to each layer's outputs; None for a layer that it does not depend on.
 
-    A single walk finds all tails. The tail of a parameter ends at the parameter itself.
-
-    Raises:
-        LayerNotUsedError: if the loss depends on none of the layers.
-        RuntimeError: if a record is out of date, if the loss depends on calls that were not recorded, or if
-            it is made of a derivative that was taken through a layer, or through nn.LayerNorm behind one.
+    A single walk finds all tails. The tail of a parameter ends at the parameter itself. Raises
+    LayerNotUsedError if the loss depends on none of the layers, and RuntimeError if a record is out of date,
+    if the loss depends on calls that were not recorded, or if it is made of a derivative that was taken
+    through a layer, or through nn.LayerNorm behind one.
     """
     check_scalar(loss)
     parents = parents_below(loss)

@@ -78,10 +78,8 @@ def is_first(module: nn.Module) -> bool:
 
 
 def unscripted(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes torch.jit.script compile `hook` as a function that does nothing, and returns `hook`.
-
-    torch.jit.script compiles a wrapped function in place of its wrapper. It cannot compile keyword hooks.
-    """
+    """Returns `hook`, for which torch.jit.script now compiles a function that does nothing. (It compiles a
+    wrapped function in place of its wrapper, and cannot compile keyword hooks.)"""
     hook.__wrapped__ = _nothing  # type: ignore[attr-defined]
     return hook
 

@@ -79,9 +79,7 @@ def overridden(module: nn.Module) -> str | None:
 def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> str | None:
     """Returns why kappa cannot be computed of a call; None if its output is what the module's class computes,
     by the same operations on the same tensors, to the same numbers. (With fake quantisation it is not.)
-
-    Numbers that were `seen` before are not compared again on an accelerator, since reading them would wait.
-    """
+    Numbers that were `seen` before are not compared again on an accelerator: reading them would wait."""
     try:
         computed = use.forward(cast("Tensor | None", module.bias))
     except RuntimeError:  # the shapes do not even fit
@@ -138,12 +136,9 @@ class WeightMatrix:
 
 
 def weight_matrix(layer: object) -> WeightMatrix:
-    """Returns a layer's weight as a matrix. The rows of a bare parameter lie along its first axis.
-
-    Raises:
-        TypeError: for a layer without one, for a weight that is computed at every call (a parametrization,
-            pruning), and for one that is not whole on this process (FSDP, tensor parallelism).
-    """
+    """Returns a layer's weight as a matrix. The rows of a bare parameter lie along its first axis. Raises
+    TypeError for a layer without one, for a weight that is computed at every call (a parametrization,
+    pruning), and for one that is not whole on this process (FSDP, tensor parallelism)."""
     name = describe(layer)
     if not isinstance(layer, (nn.Module, nn.Parameter)):
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")

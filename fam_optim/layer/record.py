@@ -127,15 +127,12 @@ def parametrization(module: nn.Module) -> nn.Module | None:
 
 
 class _Recorder:
-    """A module's hooks and what they know. All observations of the module share one recorder.
-
-    Attributes:
-        without_graph: how many graph nodes the thread had made at each of the last calls without a graph.
-    """
+    """A module's hooks and what they know. All observations of the module share one recorder."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self.observers: weakref.WeakSet[Observation] = weakref.WeakSet()
+        # How many graph nodes the thread had made at each of the last calls without a graph.
         self.without_graph: deque[int] = deque(maxlen=256)
         self._numbers_seen = False
         self._computed = threading.local()  # a parametrised weight, on its way from one hook to the other
