@@ -76,8 +76,7 @@ def find_outputs(
     with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
-    if len(outputs) < len(found):
-        unknown = known[found.index(None)]
+    unknown = known[found.index(None)] if None in found else unknown
     if unknown is not None:
         remedy = (
             "Compute the loss outside of what is compiled (in transformers' Trainer by compute_loss_func)."

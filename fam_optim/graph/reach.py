@@ -59,11 +59,12 @@ def parents_below(loss: Tensor) -> dict[Node, list[Node]]:
     parents: dict[Node, list[Node]] = {} if root is None else {root: []}
     walked = list(parents)
     for node in walked:  # the list grows during the loop
-        for below in (below for below, _ in node.next_functions if below is not None):
-            if below not in parents:
-                parents[below] = []
+        for below, _ in node.next_functions:
+            if below in parents:
+                parents[below].append(node)
+            elif below is not None:
+                parents[below] = [node]
                 walked.append(below)
-            parents[below].append(node)
     return parents
 
 
