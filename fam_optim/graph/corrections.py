@@ -40,8 +40,11 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
 def corrected(those: Corrections, *, derivatives_to_come: int) -> AbstractContextManager[None]:
     """Makes a backward in this context use the corrected gradients. Its result will be differentiated
     `derivatives_to_come` times, once or twice."""
-    needed = (row for row in those if derivatives_to_come >= row[1])
-    return nodes.hooked((node, partial(_replaced, gradients)) for node, _, gradients in needed)
+    return nodes.hooked(
+        (node, partial(_replaced, gradients))
+        for node, needed_from, gradients in those
+        if derivatives_to_come >= needed_from
+    )
 
 
 def _replaced(gradients: Gradients, old: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:

@@ -93,8 +93,8 @@ def find_outputs(
         # Reading from an accelerator would wait for it: there the roots, and so kappa, become nan instead.
         if not unnoticed.reading_waits(a) and bool((a < -_rounding(a)).any()):
             raise RuntimeError(
-                "Gauss-Newton curvature needs a loss that is convex in the outputs, and some sample or class "
-                "counts with a negative weight. Use mode='hutchinson' with curvature='hessian'."
+                "Gauss-Newton curvature needs a loss convex in the network's outputs, and some sample or "
+                "class counts with a negative weight. Use mode='hutchinson' with curvature='hessian'."
             )
     return outputs
 

@@ -221,7 +221,8 @@ def communicates(node: Node) -> bool:
     """Returns whether a derivative through `node` talks to other processes, except to average gradients: in
     tensor parallelism, collectives in the model or the loss, and SyncBatchNorm."""
     function = getattr(type(node), "_forward_cls", type(node))  # the autograd.Function that made it, if any
-    home, averages = function.__module__, function.__module__.startswith("torch.distributed.fsdp.")
+    home = function.__module__
+    averages = home.startswith("torch.distributed.fsdp.")
     collective = home.startswith("torch.distributed.") and not averages
     return collective or "c10d" in node.name() or function.__name__ == "SyncBatchNorm"
 

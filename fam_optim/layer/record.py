@@ -47,7 +47,7 @@ class Observation:
                 f"expected `module` to be an nn.Module, got {describe(module)}. A weight is not observed: "
                 "pass the nn.Parameter itself to relative_flatness."
             )
-        self.module = getattr(module, "_orig_mod", module)  # torch.compile keeps the module's own hooks
+        self.module = getattr(module, "_orig_mod", module)  # torch.compile runs the module's own hooks
         use_type(self.module)
 
     def start(self) -> Observation:
