@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from fam_optim.layer.kinds import base_type, inputs_first, parameter_use
+from fam_optim.layer.kinds import base_type, parameter_use, use_type
 from fam_optim.layer.record import Observation, parametrization
 from fam_optim.layer.use import describe
 
@@ -48,7 +48,7 @@ def named_weight_layers(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]
             shared_with = path if weight is None else first.setdefault(id(weight), path)
             known = found.setdefault(shared_with, layer)
             # A bare parameter must have its rows along the first axis, which a transposed weight has not.
-            if known is not layer and not (isinstance(known, nn.Module) and inputs_first(known)):
+            if known is not layer and not (isinstance(known, nn.Module) and use_type(known).inputs_first):
                 found[shared_with] = cast("nn.Parameter", weight)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ from fam_optim.graph import nodes
 from fam_optim.layer.use import LOW_PRECISION, at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Corrections:
     """Returns what makes a differentiable backward along a path right to all orders: for each node concerned,
-    how many derivatives must follow the backward for a correction to be needed, and its gradient formula.
-
-    Args:
-        derivatives_to_come: how often the backward's result will be differentiated at most, once or twice.
-    """
+    how many derivatives must follow the backward for a correction to be needed, and its gradient formula. The
+    backward's result will be differentiated at most `derivatives_to_come` times, once or twice."""
     concerned = [(node, *_CORRECTIONS[nodes.kind(node)]) for node in path if nodes.kind(node) in _CORRECTIONS]
     concerned = [row for row in concerned if derivatives_to_come >= row[1]]
     if not concerned:
@@ -40,20 +37,14 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
     return [(node, needed, partial(gradients, node, *of)) for (node, needed, _, gradients), of in rows]
 
 
-@contextmanager
-def corrected(those: Corrections, *, derivatives_to_come: int) -> Iterator[None]:
+def corrected(those: Corrections, *, derivatives_to_come: int) -> AbstractContextManager[None]:
     """Makes a backward in this context use the corrected gradients. Its result will be differentiated
     `derivatives_to_come` times, once or twice."""
-    handles = [
-        node.register_hook(partial(_replaced, gradients))
+    return nodes.hooked(
+        (node, partial(_replaced, gradients))
         for node, needed_from, gradients in those
         if derivatives_to_come >= needed_from
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
 
 
 def _replaced(gradients: Gradients, old: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]) -> Any:
@@ -79,8 +70,7 @@ def _layer_norm(
     normal = centred * scale
     g = grad if weight is None else grad * weight
     by_x = scale * (g - g.mean(axes, keepdim=True) - normal * (g * normal).mean(axes, keepdim=True))
-    lead = tuple(range(x.dim() - len(axes)))
-    return by_x, (grad * normal).sum(lead), grad.sum(lead)
+    return by_x, (grad * normal).sum_to_size(shape), grad.sum_to_size(shape)
 
 
 def is_largest(t: Tensor, dim: int) -> Tensor:
@@ -101,24 +91,17 @@ def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     return (torch.where(top, at_top, grad - others * total),)
 
 
-def _logsumexp(node: Any, x: Tensor, keeps_axis: bool, grad: Tensor) -> tuple[Tensor, ...]:
+def _logsumexp(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """Returns the gradient of ``log sum exp x``, which is p. Along one axis the largest p is one minus all
     others, as in `_log_softmax`; along several axes p is left as it is."""
-    axes = tuple(sorted(nodes.axes(node, x.dim())))
-    for axis in () if keeps_axis else axes:
-        grad = grad.unsqueeze(axis)
-    x = at_least_float32(x)
-    p = (x - x.logsumexp(axes, keepdim=True)).exp()
+    x, axes = at_least_float32(x), tuple(nodes.axes(node, x.dim()))
+    total = x.logsumexp(axes, keepdim=True)
+    p = (x - total).exp()
     if len(axes) == 1:
         top = is_largest(p, *axes)
         others = p.masked_fill(top, 0)
         p = torch.where(top, 1 - others.sum(axes, keepdim=True), others)
-    return (grad * p,)
-
-
-def _hardsigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of hardsigmoid, relu6(x + 3) / 6. torch's own backward has no derivative."""
-    return (grad * ((x > -3) & (x < 3)) / 6,)
+    return (grad.reshape(total.shape) * p,)
 
 
 def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -148,11 +131,6 @@ def _binary_cross_entropy(
     return (by_o if weight is None else by_o * weight,)
 
 
-def _log_sigmoid(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of ``log(sigmoid(x))``, with the curvature that torch loses in float32."""
-    return (grad * _sigmoid(-x),)
-
-
 def _softplus(node: Any, x: Tensor, beta: float, threshold: float, grad: Tensor) -> tuple[Tensor, ...]:
     """Returns the gradient of ``log(1 + exp(beta x)) / beta``, which is x where ``beta x > threshold``."""
     scaled = beta * at_least_float32(x)
@@ -161,12 +139,12 @@ def _softplus(node: Any, x: Tensor, beta: float, threshold: float, grad: Tensor)
 
 _CORRECTIONS: dict[str, tuple[int, str, Gradients]] = {
     "WeightNormInterface": (1, "v g", _weight_norm),
-    "Hardsigmoid": (1, "self", _hardsigmoid),
+    "Hardsigmoid": (1, "self", lambda node, x, grad: (grad * ((x > -3) & (x < 3)) / 6,)),
     "NativeLayerNorm": (2, "input weight normalized_shape result2", _layer_norm),
     "LogSoftmax": (2, "result", _log_softmax),
-    "Logsumexp": (2, "self keepdim", _logsumexp),
+    "Logsumexp": (2, "self", _logsumexp),
     "BinaryCrossEntropyWithLogits": (2, "self target weight pos_weight", _binary_cross_entropy),
-    "LogSigmoid": (2, "self", _log_sigmoid),
+    "LogSigmoid": (2, "self", lambda node, x, grad: (grad * _sigmoid(-x),)),
     "Softplus": (2, "self beta threshold", _softplus),
 }
 """By kind of node: how many derivatives must follow the backward for torch's to fail, the names of what the

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence, Set
-
-    from torch.autograd.graph import Node
 
 _NO_SECOND = {  # by a pattern that both the kind of the node and torch's message match
     r"scaled_?dot_?product|_(efficient|flash|cudnn)_attention": "Fused attention has no second derivative: "
@@ -28,6 +26,12 @@ _NO_SECOND = {  # by a pattern that both the kind of the node and torch's messag
     "without `options`.",
     r"logcumsumexp": "Those of torch.logcumsumexp are nan: write it out, (x - c).exp().cumsum(dim).log() + c "
     "with c = x.detach().amax(dim, keepdim=True).",
+}
+_NO_THIRD = {  # by kind of node
+    "Pdist": "torch's of pdist is nan. Use FAM(..., detach_hessian=True), or write it out: "
+    "(x[i] - x[j]).norm(dim=1) with i, j = torch.triu_indices(len(x), len(x), 1).",
+    "NativeLayerNormBackward": "torch's of LayerNorm is wrong (pytorch/pytorch#175754) within "
+    "torch.jit.script and autograd.Function. Use FAM(..., detach_hessian=True), or call it outside of them.",
 }
 _REMEDIES = _NO_SECOND | {
     "use_reentrant": "Reentrant activation checkpointing has no second derivative: checkpoint what follows "
@@ -82,8 +86,7 @@ def check_differentiable(path: Iterable[Node]) -> None:
         if nodes.is_compiled(node):
             raise RuntimeError(
                 f"{_SECOND}, and a region compiled by torch.compile has none. Compile only what comes before "
-                "the layer, model.body.compile() instead of model.compile(), or put torch.compiler.disable "
-                "on what follows it and on the loss."
+                "the layer, model.body.compile(), or put torch.compiler.disable on the rest and on the loss."
             )
         for pattern, text in _NO_SECOND.items():  # torch's own error comes late, in the backward of kappa
             if re.match(pattern, nodes.kind(node), re.IGNORECASE):
@@ -92,8 +95,7 @@ def check_differentiable(path: Iterable[Node]) -> None:
         if nodes.communicates(node):
             raise RuntimeError(
                 f"{_SECOND}, and {node.name()} there communicates with other processes, so it has none. "
-                "Regularise a layer behind it, or keep what follows the layer and the loss local to the "
-                "process."
+                "Regularise a layer behind it, or keep what follows the layer local to the process."
             )
 
 
@@ -102,12 +104,11 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
 
     torch silently takes the function's part to be zero, or makes an error node that a derivative may miss.
     `gradient` is the first derivative in z, `path` the nodes between loss and z, `ends` those that make z.
-
-    Returns:
-        The nodes of the first derivative; none if the path has neither functions nor scripted regions.
+    Returns the nodes of the first derivative; none if the path has neither functions nor scripted regions.
     """
     functions = [node for node in path if nodes.is_function(node)]
-    if not functions and not any(map(nodes.is_scripted, path)):
+    scripted = any("DifferentiableGraph" in node.name() for node in path)  # by torch.jit.script or trace
+    if not functions and not scripted:
         return frozenset()
     roots = [(g.grad_fn, g.output_nr) for g in gradient]
     forward = {*path, *ends, None}
@@ -119,9 +120,8 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
         if node in outputs:
             outputs[node].add(output)
     between: Any = {node: path | ends if node in path else path | ends | made for node in outputs}
-    if any(map(nodes.is_error, made)) or any(
-        _drops_out(n, of or {0}, between[n]) for n, of in outputs.items()
-    ):
+    forbidden = any(node.name() == "torch::autograd::Error" for node in made)  # by once_differentiable
+    if forbidden or any(_drops_out(n, of or {0}, between[n]) for n, of in outputs.items()):
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
             f"{_SECOND}, and an autograd.Function there ({names}) has none: its backward is marked with "
@@ -164,27 +164,17 @@ def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
     """Returns why kappa has no gradient through a tail; None if it has one. `derivative` holds nodes of the
     tail's derivative, where they show what a function or a scripted region hides."""
     for node in path | derivative:
+        why = _NO_THIRD.get(nodes.kind(node))
         if nodes.normalises_over_batch(node):
             # InstanceNorm and weight standardisation give batch_norm all samples or filters as one sample.
             what = "InstanceNorm" if nodes.shape(node, 0)[0] == 1 else "BatchNorm in train mode"
             why = (
-                f"torch has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm behind the "
-                "layer in eval mode, replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which "
-                "computes the same, or regularise a layer behind it."
+                f"torch has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm in eval mode, "
+                "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the same, or "
+                "regularise a layer behind it."
             )
-        elif nodes.kind(node) == "Pdist":
-            why = (
-                "torch's of pdist is nan. Use FAM(..., detach_hessian=True), or write it out: "
-                "(x[i] - x[j]).norm(dim=1) with i, j = torch.triu_indices(len(x), len(x), 1)."
-            )
-        elif nodes.kind(node) == "NativeLayerNormBackward":
-            why = (
-                "torch's of LayerNorm is wrong (pytorch/pytorch#175754) within torch.jit.script and "
-                "autograd.Function. Use FAM(..., detach_hessian=True), or call LayerNorm outside of them."
-            )
-        else:
-            continue
-        return f"the whole gradient of kappa needs the third derivative of what follows the layer, and {why}"
+        if why is not None:
+            return f"the whole gradient of kappa needs third derivatives of what follows the layer, and {why}"
     return None
 
 
@@ -212,9 +202,8 @@ def without_gradient(kappa: Tensor, why: str) -> Tensor:
 def once_differentiable(kappa: Tensor) -> Tensor:
     """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError."""
     why = (
-        "this kappa can be differentiated once only, and a backward with create_graph=True asks for more (a "
-        "Hessian-vector product, as AdaHessian takes it). Take it of the loss without kappa, or use "
-        "mode='full'."
+        "this kappa can be differentiated once only, and a backward with create_graph=True asks for more, as "
+        "AdaHessian does. Take Hessian-vector products of the loss without kappa, or use mode='full'."
     )
     attached: Tensor = _Refused.apply(kappa, why, False)
     return attached

@@ -12,7 +12,7 @@ groups must add them, and from there to the loss everything must be linear. What
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,23 +36,15 @@ SUM = 0
 
 
 class Groups(NamedTuple):
-    """What the graph shows about whether groups interact.
+    """What the graph shows about whether groups interact."""
 
-    Attributes:
-        strides: the stride of the digit (`operations.moved`) or `SUM`, by node and number of its result.
-        dependent: the nodes that feed an operation in which groups may interact.
-    """
-
-    strides: Mapping[Result, int]
-    dependent: Set[Node]
+    strides: Mapping[Result, int]  # of the digit (`operations.moved`) in each result, or `SUM`
+    dependent: Set[Node]  # the nodes that feed an operation in which groups may interact
 
 
 def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups:
     """Follows `length` groups along a path from some layers, whose own nodes it includes, to the loss.
-
-    Args:
-        starts: the stride of the groups' digit in each z, by the node and number of the result that z is.
-    """
+    `starts` has the stride of the groups' digit in each z."""
     strides: dict[Result, int] = {}
     mixing: list[Node] = []
     for node in _operands_first(path):
@@ -98,14 +90,12 @@ def _after(
 def _operands_first(path: Set[Node]) -> Iterable[Node]:
     """Returns the nodes of a path, each after the nodes that it is computed from."""
     done: dict[Node, None] = {}
-    for root in path:
-        stack = [root]
-        while stack:
-            below = [n for n, _ in stack[-1].next_functions if n in path and n not in done]
-            if below:
-                stack.extend(n for n in below if n is not None)
-            else:
-                done[stack.pop()] = None
+    stack: list[Any] = [*path]
+    while stack:
+        below = [n for n, _ in stack[-1].next_functions if n in path and n not in done]
+        stack += below
+        if not below:
+            done[stack.pop()] = None
     return done
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.autograd.graph import GradientEdge
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim import unnoticed
 from fam_optim.graph import errors, nodes, operations
@@ -25,9 +26,6 @@ from fam_optim.layer.use import at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence, Set
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
 
 
 def linear_in(
@@ -60,37 +58,25 @@ def linear_in(
 
 
 class Output(NamedTuple):
-    """One output o in which the loss is convex.
+    """One output o in which the loss is convex."""
 
-    Attributes:
-        edges: where o is made; for the square of a difference, where its sides are made.
-        shape: the shape of o.
-        a: the weights of rows or of entries, none of which may be negative.
-        root: returns ``S r`` at each edge, for r in the shape of o.
-    """
-
-    edges: list[GradientEdge]
-    shape: torch.Size
-    a: Tensor
-    root: Callable[[Tensor], list[Tensor]]
+    edges: list[GradientEdge]  # where o is made; for the square of a difference, where its sides are made
+    shape: torch.Size  # of o
+    a: Tensor  # the weights of rows or of entries, none of which may be negative
+    root: Callable[[Tensor], list[Tensor]]  # returns ``S r`` at each edge, for r in the shape of o
 
 
 def find_outputs(
     loss: Tensor, path: frozenset[Node], ends: frozenset[Node], *, differentiable: bool
 ) -> list[Output]:
     """Returns the outputs in which the loss is convex, as far as it depends on some layers. Raises
-    RuntimeError if the loss is not known to be convex in outputs.
-
-    Args:
-        path, ends: the nodes from the loss to the layers, the layers' own nodes included; and the latter.
-        differentiable: whether the result carries gradients.
-    """
+    RuntimeError if the loss is not known to be convex in outputs. `path` leads from the loss to the layers'
+    own nodes `ends`, included; the result carries gradients if `differentiable`."""
     known, unknown = linear_in(loss, path, ends, _KINDS.keys())
     with errors.explained("derivatives"), nodes.not_passed(known):
         found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
-    if len(outputs) < len(found):
-        unknown = known[found.index(None)]
+    unknown = known[found.index(None)] if None in found else unknown
     if unknown is not None:
         remedy = (
             "Compute the loss outside of what is compiled (in transformers' Trainer by compute_loss_func)."
@@ -107,9 +93,8 @@ def find_outputs(
         # Reading from an accelerator would wait for it: there the roots, and so kappa, become nan instead.
         if not unnoticed.reading_waits(a) and bool((a < -_rounding(a)).any()):
             raise RuntimeError(
-                "Gauss-Newton curvature needs a loss that is convex in the network's outputs, and some "
-                "sample or class counts with a negative weight. Use mode='hutchinson' with "
-                "curvature='hessian' for it."
+                "Gauss-Newton curvature needs a loss convex in the network's outputs, and some sample or "
+                "class counts with a negative weight. Use mode='hutchinson' with curvature='hessian'."
             )
     return outputs
 
@@ -122,10 +107,8 @@ def _rounding(weights: Tensor) -> Tensor:
 def cotangents(
     outputs: Sequence[Output], r: Sequence[Tensor]
 ) -> tuple[list[GradientEdge], list[Tensor], Any]:
-    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it.
-
-    The factor is 1 except in float16, where it leaves as much room below the largest entry as above it.
-    """
+    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it:
+    1, except in float16, where it leaves as much room below the largest entry as above it."""
     edges = [edge for output in outputs for edge in output.edges]
     vectors = [v for output, signs in zip(outputs, r, strict=True) for v in output.root(signs)]
     dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
@@ -143,20 +126,16 @@ def without_scale(g: Tensor, scale: Any) -> Tensor:
 
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
-    """Returns dL/d(the node's result)."""
-    if node is loss.grad_fn:
-        return torch.ones_like(loss)
+    """Returns dL/d(the node's result), in at least float32."""
     (coefficient,) = torch.autograd.grad(
         loss, GradientEdge(node, 0), create_graph=differentiable, retain_graph=True
     )
-    return coefficient if differentiable else coefficient.detach()
+    return at_least_float32(coefficient if differentiable else coefficient.detach())
 
 
 def _root_of(weights: Tensor) -> Tensor:
-    """Returns the square root of weights, with derivative 0 at 0, so that a weight of 0 moves nothing.
-
-    So a learned weight of exactly 0 learns nothing from kappa. The root of a negative weight is nan.
-    """
+    """Returns the square root of weights, with derivative 0 at 0, so that a weight of 0 moves nothing. (A
+    learned weight of exactly 0 learns nothing from kappa.) The root of a negative weight is nan."""
     counts = (weights > 0) | (weights < -_rounding(weights))
     return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 
@@ -173,8 +152,7 @@ class Softmax(NamedTuple):
 def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
     """Returns the cross-entropy that a loss makes of a log_softmax in which it is linear."""
     dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
-    coefficient = at_least_float32(_coefficient(node, loss, differentiable))
-    a = -coefficient.sum(dim, keepdim=True)
+    a = -_coefficient(node, loss, differentiable).sum(dim, keepdim=True)
     return Softmax(_operand(node, 0), log_p if differentiable else log_p.detach(), dim, a)
 
 
@@ -210,7 +188,8 @@ def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
     None if more than o depends on the layers."""
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
         return None
-    logits, target, weight, of_positives = nodes.binary_targets(node)
+    names = ("self", "target", "weight", "pos_weight")
+    logits, target, weight, of_positives = (nodes.kept(node, name) for name in names)
     b = _logistic_curvature(logits, differentiable)
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
@@ -228,7 +207,7 @@ def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bo
     """``log(1 + exp(o))``, or minus that of -o: ``logsigmoid(o)``."""
     if _measures_distance(node.next_functions[0][0], path):
         return None
-    a, o = at_least_float32(_coefficient(node, loss, differentiable)), nodes.kept(node, "self")
+    a, o = _coefficient(node, loss, differentiable), nodes.kept(node, "self")
     if nodes.kind(node) == "LogSigmoid":
         return _diagonal(node, -a * _logistic_curvature(o, differentiable), {0: 1.0})
     beta, threshold = nodes.kept(node, "beta"), nodes.kept(node, "threshold")
@@ -237,20 +216,15 @@ def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bo
 
 
 def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """The square of an error; so are small errors to a Huber or smooth L1 loss, which is linear in others."""
+    """The square of an error or of an output, unless that is a loss, a norm or a distance; and a Huber or
+    smooth L1 loss, which is the square of small errors and linear in others."""
     sides = {i: (-1.0) ** i for i, (below, _) in enumerate(node.next_functions) if below in path}
-    if any(_measures_distance(node.next_functions[i][0], path) for i in sides):
+    curvature = nodes.curvature_of_error(node)
+    if curvature is None or any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
     shape = nodes.shape(*node.next_functions[min(sides)])
-    b = nodes.curvature_of_error(node) * _per_entry(node, loss, shape.numel(), differentiable)
+    b = curvature * _per_entry(node, loss, shape.numel(), differentiable)
     return _diagonal(node, b.expand(shape), sides)
-
-
-def _square(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """Returns o of ``o.square()``; None for other powers, and where o is a loss, a norm or a distance."""
-    if nodes.exponent(node) != 2 or _measures_distance(node.next_functions[0][0], path):
-        return None
-    return _diagonal(node, 2 * at_least_float32(_coefficient(node, loss, differentiable)), {0: 1.0})
 
 
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
@@ -272,7 +246,7 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
 
 def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:
     """Returns the derivative of L in an entry of the loss that the node reduces."""
-    coefficient = at_least_float32(_coefficient(node, loss, differentiable))
+    coefficient = _coefficient(node, loss, differentiable)
     return coefficient / entries if nodes.averages(node) else coefficient
 
 
@@ -284,5 +258,5 @@ _KINDS = {
     "MseLoss": _squared_error,
     "SmoothL1Loss": _squared_error,
     "HuberLoss": _squared_error,
-    "Pow": _square,
+    "Pow": _squared_error,
 }

@@ -18,6 +18,7 @@ import torch._functorch.config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch.autograd.graph import Node
 
@@ -28,11 +29,8 @@ DDP_SINK = "_DDPSink"
 def kind(node: Node) -> str:
     """Returns the operation, "Addmm" for AddmmBackward0. A user's autograd.Function is "function NAME", since
     it may have the name of one of torch's operations and compute something else."""
-    name = node.name()
-    if is_function(node):
-        name = name.removesuffix("Backward")
-        return name if name == DDP_SINK else f"function {name}"
-    return name.rstrip("0123456789").removesuffix("Backward")
+    name = node.name().rstrip("0123456789").removesuffix("Backward")
+    return f"function {name}" if is_function(node) and name != DDP_SINK else name
 
 
 def is_function(node: Node) -> bool:
@@ -47,8 +45,7 @@ def shape(node: Node, output: int) -> torch.Size:
 
 def results(node: Node) -> Sequence[Any]:
     """Returns the shape, dtype and device of each of the operation's results."""
-    described: Sequence[Any] = node._input_metadata
-    return described
+    return node._input_metadata
 
 
 def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
@@ -63,7 +60,7 @@ def inputs_of(node: Node, output: int) -> Sequence[tuple[Node | None, int]]:
 
 def has_sparse_gradient(node: Node) -> bool:
     """Returns whether the node is an embedding whose weight gets a sparse gradient."""
-    return kind(node).startswith("Embedding") and bool(getattr(node, "_saved_sparse", False))
+    return bool(getattr(node, "_saved_sparse", False))
 
 
 def metadata(node: Node) -> dict[str, Any]:
@@ -109,11 +106,10 @@ def order(node: Any, dimensions: int) -> list[int]:
     if hasattr(node, "_saved_dims"):
         return [from_front(axis, dimensions) for axis in node._saved_dims]
     swapped = list(range(dimensions))
-    if hasattr(node, "_saved_dim0"):
-        pair = [from_front(axis, dimensions) for axis in (node._saved_dim0, node._saved_dim1)]
-        swapped[pair[0]], swapped[pair[1]] = pair[1], pair[0]
-        return swapped
-    return swapped[::-1]  # t(), of a matrix
+    pair = getattr(node, "_saved_dim0", 0), getattr(node, "_saved_dim1", 1)  # t() of a matrix keeps none
+    a, b = (from_front(axis, dimensions) for axis in pair)
+    swapped[a], swapped[b] = b, a
+    return swapped
 
 
 def from_front(axis: int, dimensions: int) -> int:
@@ -151,23 +147,16 @@ def by_one_index(node: Any, axis: int) -> bool:
     return index.shape[axis] == 1 or index.stride(axis) == 0
 
 
-def exponent(node: Any) -> float | None:
-    """Returns the exponent of a power; None if it is a tensor, which may be learned."""
-    return float(node._saved_exponent) if node.name() == "PowBackward0" else None
-
-
 def averages(node: Any) -> bool:
-    """Returns whether a loss is the mean of its entries, rather than their sum or one loss for each."""
-    return int(node._saved_reduction) == 1
-
-
-def binary_targets(node: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Returns logits, targets, entry weights and positive-class weights of a binary cross-entropy node."""
-    return node._saved_self, node._saved_target, node._saved_weight, node._saved_pos_weight
+    """Returns whether a loss is the mean of its entries, rather than their sum or one number for each."""
+    return getattr(node, "_saved_reduction", None) == 1
 
 
 def curvature_of_error(node: Any) -> Any:
-    """The second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors."""
+    """The second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors; None for
+    other powers than squares."""
+    if kind(node) == "Pow":  # Pow with another number has a tensor for its exponent, which may be learned
+        return 2 if node.name() == "PowBackward0" and node._saved_exponent == 2 else None
     if kind(node) == "MseLoss":
         return 2
     error = (node._saved_self - node._saved_target).detach().abs()
@@ -203,24 +192,9 @@ def keep_buffers() -> None:
     torch._functorch.config.donated_buffer = False
 
 
-def is_scripted(node: Node) -> bool:
-    """Returns whether `node` is a region that torch.jit.script or trace made."""
-    return "DifferentiableGraph" in node.name()
-
-
 def is_reentrant_checkpoint(node: Node) -> bool:
     """Returns whether `node` hides a part of the forward in a reentrant checkpoint."""
     return node.name() == "CheckpointFunctionBackward"
-
-
-def is_error(node: Node) -> bool:
-    """Returns whether `node` stands for a derivative that once_differentiable forbids."""
-    return node.name() == "torch::autograd::Error"
-
-
-def is_derivative(node: Node) -> bool:
-    """Returns whether `node` is of a derivative that the forward took, named as a backward of a backward."""
-    return node.name().count("Backward") > 1
 
 
 def keeps_numbers(node: Any) -> bool:
@@ -246,14 +220,11 @@ def is_scalar(node: Node) -> bool:
 def communicates(node: Node) -> bool:
     """Returns whether a derivative through `node` talks to other processes, except to average gradients: in
     tensor parallelism, collectives in the model or the loss, and SyncBatchNorm."""
-    if "c10d" in node.name():
-        return True
-    function = getattr(type(node), "_forward_cls", None)  # the autograd.Function that made it
-    if function is None:
-        return False
+    function = getattr(type(node), "_forward_cls", type(node))  # the autograd.Function that made it, if any
     home = function.__module__
     averages = home.startswith("torch.distributed.fsdp.")
-    return (home.startswith("torch.distributed.") and not averages) or function.__name__ == "SyncBatchNorm"
+    collective = home.startswith("torch.distributed.") and not averages
+    return collective or "c10d" in node.name() or function.__name__ == "SyncBatchNorm"
 
 
 def derivative() -> int:
@@ -265,10 +236,9 @@ def derivative() -> int:
 def within_derivative(function: Callable[[], list[Any]]) -> list[Any]:
     """Calls a function while autograd takes a derivative, and returns its result."""
     found: list[Any] = []
-    start = torch.zeros((), device="cpu", requires_grad=True)
-    end: Any = start.clone()
-    end.grad_fn.register_hook(lambda below, above: found.extend(function()))
-    torch.autograd.grad(end, start)
+    start: Any = torch.zeros((), device="cpu", requires_grad=True)
+    start.register_hook(lambda gradient: found.extend(function()))
+    torch.autograd.grad(start.clone(), start)
     return found
 
 
@@ -283,14 +253,19 @@ def sequence_number(node: Node) -> int:
 
 
 @contextmanager
-def not_passed(some: Iterable[Node]) -> Iterator[None]:
-    """Makes derivatives in this context end at some nodes."""
-    handles = [node.register_hook(lambda below, above: (None,) * len(below)) for node in some]
+def hooked(hooks: Iterable[tuple[Node, Callable[..., Any]]]) -> Iterator[None]:
+    """Makes derivatives in this context pass on what hooks return in place of what the nodes compute."""
+    handles = [node.register_hook(hook) for node, hook in hooks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def not_passed(some: Iterable[Node]) -> AbstractContextManager[None]:
+    """Makes derivatives in this context end at some nodes."""
+    return hooked((node, lambda below, above: (None,) * len(below)) for node in some)
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -25,10 +25,8 @@ VIEWS = _kinds("View UnsafeView ReshapeAlias Squeeze Unsqueeze Clone ToCopy Alia
 
 PERMUTATIONS = _kinds("Permute Transpose T")
 
-PARTS = _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
-"""Operations that take some of the entries along one axis and leave all other axes as they are."""
-
-MOVES = VIEWS | PERMUTATIONS | PARTS | _kinds("Expand Index Flip Roll")
+MOVES = VIEWS | PERMUTATIONS | _kinds("Expand Index Flip Roll")
+MOVES |= _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
 """Operations that only copy entries of the operand, alike at every place along an axis that is kept apart."""
 
 ADDITIONS = _kinds("Add Sub Rsub Neg")
@@ -131,11 +129,6 @@ def _beside(at: _At) -> int | None:
     return at.axis if len(at.result) == len(at.operand) else at.axis - sum(a < at.axis for a in along)
 
 
-def _stacked(at: _At) -> int:
-    (new,) = nodes.axes(at.node, len(at.result))
-    return at.axis + (at.axis >= new)
-
-
 def _indexed(at: _At) -> int | None:
     """Rule of ``x[:, index]``, which leaves the axes in front of and behind the picked ones as they are."""
     picked = nodes.picked_axes(at.node)
@@ -164,11 +157,10 @@ def _but_the_last(at: _At, several: int) -> int | None:
 
 _BY_RULE: tuple[tuple[str, Rule], ...] = (
     ("Repeat", _aligned),
-    ("Stack", _stacked),
+    ("Stack", lambda at: at.axis + (at.axis >= min(nodes.axes(at.node, len(at.result))))),
     ("Index", _indexed),
     ("Permute Transpose T", lambda at: nodes.order(at.node, len(at.operand)).index(at.axis)),
     ("ConstantPadNd", lambda at: _but_the_last(at, len(nodes.kept(at.node, "pad")) // 2)),
-    ("NllLoss Mv", _product({0: 0})),
     ("NllLoss2D", _product({0: 0, 2: 1, 3: 2})),
     ("Mm", _product({0: 0}, {1: 1})),
     ("Addmm", _product(None, {0: 0}, {1: 1})),
@@ -185,14 +177,12 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
         MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D
         AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
         UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ReflectionPad1D ReflectionPad2D
-        ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D""",
+        ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NllLoss Mv""",
         _product({0: 0}),
     ),
     (
         "NativeLayerNorm FusedRmsNorm",
-        lambda at: (
-            _but_the_last(at, len(nodes.kept(at.node, "normalized_shape"))) if at.position == 0 else None
-        ),
+        lambda at: _but_the_last(at, len(nodes.kept(at.node, "normalized_shape"))),
     ),
     (
         "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",

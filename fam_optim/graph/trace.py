@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -32,9 +33,9 @@ class Tail:
 
     layer: nn.Module | Tensor
     loss: Tensor
+    parents: Mapping[Node, Sequence[Node]] = field(repr=False)  # for each node of the graph, the nodes above
     uses: tuple[Use, ...]  # the layer's uses that the loss depends on
     edges: tuple[GradientEdge, ...]  # where to differentiate with respect to the outputs of the uses
-    parents: Mapping[Node, Sequence[Node]] = field(repr=False)  # for each node of the graph, the nodes above
 
     @property
     def ends(self) -> frozenset[Node]:
@@ -60,18 +61,19 @@ def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
 def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
     """Returns the tail from `loss` to each layer's outputs; None for a layer that it does not depend on.
 
-    A single walk finds all tails. The tail of a parameter ends at the parameter itself.
-
-    Raises:
-        LayerNotUsedError: if the loss depends on none of the layers.
-        RuntimeError: if a record is out of date, if the loss depends on calls that were not recorded, or if
-            it is made of a derivative that was taken through a layer, or through nn.LayerNorm behind one.
+    A single walk finds all tails. The tail of a parameter ends at the parameter itself. Raises
+    LayerNotUsedError if the loss depends on none of the layers, and RuntimeError if a record is out of date,
+    if the loss depends on calls that were not recorded, or if it is made of a derivative that was taken
+    through a layer, or through nn.LayerNorm behind one.
     """
     check_scalar(loss)
     parents = parents_below(loss)
     parts = [layer.module if isinstance(layer, Observation) else layer for layer in layers]
-    found = _uses(parents, parts)
-    ends = [edge.node for of_layer in found for _, edge in of_layer]
+    tails = [
+        Tail(part, loss, parents, *zip(*uses, strict=True)) if uses else None
+        for part, uses in zip(parts, _uses(parents, parts), strict=True)
+    ]
+    ends = {edge.node for tail in tails if tail for edge in tail.edges}
     if not ends:
         raise LayerNotUsedError(not_used(parts[0], parents))
     derivatives = [node for node in parents if nodes.kind(node) == "NativeLayerNormBackward"]
@@ -80,53 +82,46 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tai
             "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
             "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
         )
-    uses = [tuple(use for use, _ in of_layer) for of_layer in found]
-    for use in (use for of_layer in uses for use in of_layer):
+    uses = [tail.uses if tail else () for tail in tails]
+    for use in chain(*uses):
         use.check()
     check_all_seen(parents, layers, uses)
-    edges = [tuple(edge for _, edge in of_layer) for of_layer in found]
-    of_layers = zip(parts, uses, edges, strict=True)
-    return [Tail(part, loss, use, edge, parents) if use else None for part, use, edge in of_layers]
+    return tails
 
 
-def _uses(
-    parents: Collection[Node], layers: Sequence[nn.Module | Tensor]
-) -> list[list[tuple[Use, GradientEdge]]]:
-    """Returns each layer's uses in a graph, with the edges of their outputs, in the graph's order."""
-    numbers = {id(layer): number for number, layer in enumerate(layers)}
-    uses: list[list[tuple[Use, GradientEdge]]] = [[] for _ in layers]
-    for node in parents:
+def _uses(graph: Collection[Node], layers: Sequence[nn.Module | Tensor]) -> list[Any]:
+    """Returns each layer's uses in a graph, in its order, as pairs of a `Use` and the edge of its output."""
+    uses: dict[int, list[tuple[Use, GradientEdge]]] = {id(layer): [] for layer in layers}
+    for node in graph:
         record, leaf = recorded_use(node), nodes.leaf(node)
-        if record is not None and not record[0].is_released and id(record[0].module()) in numbers:
-            uses[numbers[id(record[0].module())]].append(record)
-        elif leaf is not None and id(leaf) in numbers:
-            uses[numbers[id(leaf)]].append((parameter_use(leaf), GradientEdge(node, 0)))
-    return uses
+        if record is not None and id(record[0].module()) in uses:
+            uses[id(record[0].module())].append(record)
+        elif leaf is not None and id(leaf) in uses:
+            uses[id(leaf)].append((parameter_use(leaf), GradientEdge(node, 0)))
+    return list(uses.values())
 
 
 def not_used(layer: nn.Module | Tensor, graph: Collection[Node]) -> str:
     """Returns the message that says why the loss with this graph does not depend on a layer."""
     if any(map(nodes.is_reentrant_checkpoint, graph)):
         return (
-            f"`loss` does not depend on `layer` {describe(layer)} outside reentrant activation checkpoints, "
-            "and what happens in one is not in the graph. Checkpoint with use_reentrant=False, or leave the "
-            "layer out of the checkpoint."
+            f"`loss` does not depend on `layer` {describe(layer)} outside reentrant checkpoints, and what is "
+            "in one is not in the graph. Checkpoint with use_reentrant=False, or leave the layer out of it."
         )
     if isinstance(layer, Tensor):
         frozen = "" if layer.requires_grad else " It does not require gradients: call requires_grad_() first."
         return f"`loss` does not depend on `layer`, a {describe(layer)}.{frozen}"
+    text = f"`loss` does not depend on an observed call of `layer` {describe(layer)}"
     weight = layer._parameters.get("weight")
-    used = weight is not None and any(nodes.leaf(node) is weight for node in graph)
-    text = (
-        f"`loss` does not depend on an observed call of `layer` {describe(layer)}"
-        f"{', although on its weight' if used else ''}. Call the layer, as a module, in the forward that "
-        "made the loss, after FAM was built or inside `with observe(layer)`, and before the loss's backward."
-    )
-    if used:
+    if weight is not None and any(nodes.leaf(node) is weight for node in graph):
         text += (
-            " If its owner uses the weight itself (nn.MultiheadAttention its out_proj.weight, SwinV2 its "
-            "qkv.weight), pass that weight, an nn.Parameter, as `layer` with mode='hutchinson'."
+            ", although on its weight (if its owner uses that itself, as nn.MultiheadAttention its "
+            "out_proj.weight or SwinV2 its qkv.weight, pass it, an nn.Parameter, with mode='hutchinson')"
         )
+    text += (
+        ". Call the layer, as a module, in the forward that made the loss, after FAM was built or inside "
+        "`with observe(layer)`, and before the loss's backward."
+    )
     if any(map(nodes.is_compiled, graph)):
         text += (
             " A model that ran compiled before does not call the hook that observes the layer: call "

@@ -9,18 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import same_graph
+from fam_optim.layer.kinds import use_type
 from fam_optim.layer.record import Observation, recorded_use
-from fam_optim.layer.use import describe
+from fam_optim.layer.use import Conv1DUse, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence, Set
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
 
     from fam_optim.layer.use import Use
 
@@ -34,23 +33,22 @@ def check_all_seen(
 ) -> None:
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
     through a call, or on a parameter with a sparse gradient. `uses_of` has the uses found of each layer."""
-    records = ((node, recorded_use(node)) for node in parents)
-    recorded = {_product_of_call(node) for node, found in records if found and not found[0].is_released}
+    recorded = {_product_of_call(node) for node in parents if recorded_use(node)}
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
     frozen = not all(weight.requires_grad for weight in every)
     constants = _constant_factors(parents) if frozen else {}
     # A derivative may have multiplied a frozen weight with constants, which leaves no trace.
-    derivative = frozen and any(map(nodes.is_derivative, parents))
+    derivative = frozen and any(node.name().count("Backward") > 1 for node in parents)
     by_name: dict[str, list[Node]] = {}
     for node in parents if any(weight.grad_fn is not None for weight in every) else ():
-        if nodes.leaf(node) is None:
-            by_name.setdefault(node.name(), []).append(node)
+        by_name.setdefault(node.name(), []).append(node)
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            products = _of_trained(_starts(weights, by_name), parents, layer.stores_transposed)
-            products |= _of_frozen(weights, constants, layer.stores_transposed)
+            transposed = use_type(layer.module) is Conv1DUse  # stores W^T and multiplies with that
+            products = _of_trained(_starts(weights, by_name), parents, transposed)
+            products |= _of_frozen(weights, constants, transposed)
             unseen = [through for product, through in products.items() if product not in recorded]
             if any(unseen) or (derivative and uses and not weights[0].requires_grad):
                 raise RuntimeError(_DERIVATIVE.format(describe(layer.module)))

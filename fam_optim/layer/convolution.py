@@ -10,16 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fam_optim.layer.use import LayerUse, Layout
+from fam_optim.layer.use import LayerUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class ConvUse(LayerUse):
@@ -31,7 +28,7 @@ class ConvUse(LayerUse):
         self.channel = len(shape) - weight.dim() + 1
         self.has_rows = bool(module.groups == 1)
 
-    def _operation(self, module: Any) -> Convolve:
+    def _operation(self, module: Any) -> Callable[..., Tensor]:
         """Returns the convolution of an input with a weight and a bias, with the module's settings."""
         # The class's own, padding modes included: a subclass may compute something else.
         kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
@@ -64,20 +61,12 @@ class ConvTransposeUse(ConvUse):
 
     inputs_first = True
 
-    @classmethod
-    def layout_of(cls, module: Any, weight: Tensor) -> Layout:
-        return Layout(weight.shape, cls.inputs_first, module.groups)
-
-    def _operation(self, module: Any) -> Convolve:
-        stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
+    def _operation(self, module: Any) -> Callable[..., Tensor]:
         kernel = self.weight.shape[2:]
-        ends = zip(self.shape[-len(kernel) :], self.phi.shape[-len(kernel) :], strict=True)
-        settings = zip(ends, stride, padding, dilation, kernel, strict=True)
+        settings = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+        lengths = self.shape[-len(kernel) :], self.phi.shape[-len(kernel) :], kernel
+        along = zip(*lengths, *settings.values(), strict=True)
         # forward(output_size=...) picks the padding per call, so it is read off the output's shape.
-        extra = [out - ((size - 1) * s - 2 * p + d * (k - 1) + 1) for (out, size), s, p, d, k in settings]
-
-        def convolve(phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            function = _CONV_TRANSPOSE[len(kernel)]
-            return function(phi, weight, bias, stride, padding, extra, groups, dilation)
-
-        return convolve
+        extra = [out - ((size - 1) * s - 2 * p + d * (k - 1) + 1) for out, size, k, s, p, d in along]
+        function = getattr(F, f"conv_transpose{len(kernel)}d")
+        return partial(function, output_padding=extra, groups=module.groups, **settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor  # noqa: TC002  # torch.jit.script looks for it
@@ -16,36 +15,30 @@ if TYPE_CHECKING:
     from torch import nn
 
 _DICTS = ("_forward_hooks", "_forward_hooks_with_kwargs")
-
-
-class _Token:
-    """Stands for a hook that was registered before ours, in the dict that the hook's handle knows."""
+_OURS = -1  # the key of our hook; torch counts from 0
 
 
 class _Uncopied(OrderedDict[int, Any]):
-    """The hooks of one module. Copies and pickles of it leave out the hook with the key `private`."""
-
-    private = -1
+    """The hooks of one module. Copies and pickles of it leave out ours."""
 
     def __init__(self, module: nn.Module, before: OrderedDict[int, Any]) -> None:
         super().__init__()
         self.module = weakref.ref(module)
         if isinstance(before, _Uncopied):  # the module is a shallow copy of one with our hook
-            self.update(before.copy())
-            return
-        self._before, self._removals, myself = before, [], weakref.ref(self)
+            before = before.copy()
+        self._before = before  # the dict that the handles of earlier hooks know, each with a token in it now
         for key in before:
-            self[key], before[key] = before[key], _Token()
-            self._removals.append(weakref.ref(before[key], partial(_remove, myself, key)))
+            self[key], before[key] = before[key], set()
+            weakref.finalize(before[key], _remove, weakref.ref(self), key)
 
     def copy(self) -> Any:
-        return OrderedDict(item for item in self.items() if item[0] != self.private)
+        return OrderedDict(item for item in self.items() if item[0] != _OURS)
 
     def __reduce__(self) -> Any:
         return OrderedDict, (), None, None, iter(self.copy().items())
 
 
-def _remove(hooks: weakref.ref[_Uncopied], key: int, token: object) -> None:
+def _remove(hooks: weakref.ref[_Uncopied], key: int) -> None:
     """Removes a hook after its handle has removed the token."""
     alive = hooks()
     if alive is not None:
@@ -54,13 +47,13 @@ def _remove(hooks: weakref.ref[_Uncopied], key: int, token: object) -> None:
 
 def attach(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Calls ``hook(module, args, kwargs, output)`` after every forward of `module`, before any other hook."""
-    for name in _DICTS:
+    for name, ours in zip(_DICTS, (hook, True), strict=True):
         hooks = getattr(module, name)
         if not isinstance(hooks, _Uncopied) or hooks.module() is not module:
-            setattr(module, name, _Uncopied(module, hooks))
-    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-    for name in _DICTS:
-        getattr(module, name).private = handle.id
+            hooks = _Uncopied(module, hooks)
+            setattr(module, name, hooks)
+        hooks[_OURS] = ours
+        hooks.move_to_end(_OURS, last=False)
 
 
 def detach(module: nn.Module) -> None:
@@ -68,26 +61,25 @@ def detach(module: nn.Module) -> None:
     for name in _DICTS:
         hooks = getattr(module, name)
         if isinstance(hooks, _Uncopied):
-            hooks.pop(hooks.private, None)
+            hooks.pop(_OURS, None)
 
 
-def attached(module: nn.Module) -> Any:
-    """Returns the hook that `attach` has added to `module`; None if there is none."""
+def owner(module: nn.Module) -> Any:
+    """Returns the object whose method `attach` has added to `module` as a hook; None if there is none."""
     hooks: Any = module._forward_hooks
-    return hooks.get(hooks.private) if isinstance(hooks, _Uncopied) and hooks.module() is module else None
+    ours = isinstance(hooks, _Uncopied) and hooks.module() is module
+    return getattr(hooks.get(_OURS), "__self__", None) if ours else None
 
 
 def is_first(module: nn.Module) -> bool:
     """Returns whether the hook sees the output as the module's forward returned it."""
     hooks: Any = module._forward_hooks
-    return not every_module._global_forward_hooks and next(iter(hooks)) == hooks.private
+    return not every_module._global_forward_hooks and next(iter(hooks)) == _OURS
 
 
 def unscripted(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes torch.jit.script compile `hook` as a function that does nothing, and returns `hook`.
-
-    torch.jit.script compiles a wrapped function in place of its wrapper. It cannot compile keyword hooks.
-    """
+    """Returns `hook`, for which torch.jit.script now compiles a function that does nothing. (It compiles a
+    wrapped function in place of its wrapper, and cannot compile keyword hooks.)"""
     hook.__wrapped__ = _nothing  # type: ignore[attr-defined]
     return hook
 

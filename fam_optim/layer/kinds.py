@@ -35,10 +35,9 @@ def use_type(module: nn.Module) -> type[LayerUse]:
         return _kinds()[base]
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         raise TypeError(
-            f"expected `layer` to have a weight matrix, got the wrapper {describe(module)}, which adds an "
-            "adapter's output to that of its base_layer. Pass layer.base_layer to regularise the flatness in "
-            "the base weight alone, or write the adapter as a parametrization of nn.Linear "
-            "(torch.nn.utils.parametrize)."
+            f"expected `layer` to have a weight matrix, got the wrapper {describe(module)} of a base_layer "
+            "and an adapter. Pass layer.base_layer to regularise the base weight alone, or write the adapter "
+            "as a parametrization of nn.Linear (torch.nn.utils.parametrize)."
         )
     raise TypeError(
         "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, transformers' Conv1D "
@@ -66,21 +65,13 @@ def base_type(module: nn.Module) -> type[nn.Module] | None:
     return next((base for base in _kinds() if isinstance(module, base)), None)
 
 
-def inputs_first(module: nn.Module) -> bool:
-    """Returns whether the module stores its weight transposed."""
-    base = base_type(module)
-    return base is not None and _kinds()[base].inputs_first
-
-
 def overridden(module: nn.Module) -> str | None:
     """Returns which method of its base the module's class or instance overrides; None if neither does."""
     base: Any = base_type(module)
     for name in ("forward", "_conv_forward"):
-        own = getattr(module, name, None)
-        if own is None:
-            continue
-        replaced = name in vars(module) or own.__module__ != base.__module__
-        if replaced or getattr(type(module), name) is not getattr(base, name, None):
+        own, of_base = getattr(module, name, None), getattr(base, name, None)
+        patched = of_base is not None and of_base.__module__ != base.__module__
+        if patched or getattr(own, "__func__", own) is not of_base:
             return f"{base.__name__}.{name}"
     return None
 
@@ -88,9 +79,7 @@ def overridden(module: nn.Module) -> str | None:
 def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> str | None:
     """Returns why kappa cannot be computed of a call; None if its output is what the module's class computes,
     by the same operations on the same tensors, to the same numbers. (With fake quantisation it is not.)
-
-    Numbers that were `seen` before are not compared again on an accelerator, since reading them would wait.
-    """
+    Numbers that were `seen` before are not compared again on an accelerator: reading them would wait."""
     try:
         computed = use.forward(cast("Tensor | None", module.bias))
     except RuntimeError:  # the shapes do not even fit
@@ -113,20 +102,15 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
     )
 
 
-def check_matrix(weight: Tensor, name: str) -> None:
-    """Raises TypeError if a parameter has fewer than two dimensions or complex numbers."""
-    if weight.dim() < 2:
-        raise TypeError(
-            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
-            f"{tuple(weight.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
-        )
-    if weight.is_complex():
-        raise TypeError(complex_weight(name, weight))
-
-
 def parameter_use(parameter: Tensor) -> Use:
     """Returns the bare parameter as a weight matrix, rows along its first axis; TypeError if it is none."""
-    check_matrix(parameter, describe(parameter))
+    if parameter.dim() < 2:
+        raise TypeError(
+            "expected `layer` to have a weight matrix (at least two dimensions), got a parameter of shape "
+            f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
+        )
+    if parameter.is_complex():
+        raise TypeError(complex_weight(describe(parameter), parameter))
     if is_sharded(parameter):
         raise TypeError(
             f"expected `layer` to be a whole weight, got a sharded one, a {describe(parameter)}. With FSDP2 "
@@ -152,12 +136,9 @@ class WeightMatrix:
 
 
 def weight_matrix(layer: object) -> WeightMatrix:
-    """Returns a layer's weight as a matrix. The rows of a bare parameter lie along its first axis.
-
-    Raises:
-        TypeError: for a layer without one, for a weight that is computed at every call (a parametrization,
-            pruning), and for one that is not whole on this process (FSDP, tensor parallelism).
-    """
+    """Returns a layer's weight as a matrix. The rows of a bare parameter lie along its first axis. Raises
+    TypeError for a layer without one, for a weight that is computed at every call (a parametrization,
+    pruning), and for one that is not whole on this process (FSDP, tensor parallelism)."""
     name = describe(layer)
     if not isinstance(layer, (nn.Module, nn.Parameter)):
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
@@ -172,7 +153,6 @@ def weight_matrix(layer: object) -> WeightMatrix:
         )
     if isinstance(weight, nn.UninitializedParameter):
         raise TypeError(f"`layer` {name} has no weight yet. Run one batch through the model first.")
-    check_matrix(weight, name)
     if weight.numel() == 0:
         raise TypeError(f"expected `layer` to have a weight that is not empty, got {name}. Leave it out.")
     if is_sharded(weight) or getattr(weight, "_fsdp_flattened", False):
@@ -180,8 +160,8 @@ def weight_matrix(layer: object) -> WeightMatrix:
             f"mode='proximal' needs the whole weight of `layer` {name} on every process, and this one is "
             "sharded (FSDP, tensor parallelism). Use DDP, or with FSDP2 mode='hutchinson'."
         )
-    layout = Layout(weight.shape) if kind is None else kind.layout_of(module, weight)
-    return WeightMatrix(weight, name, layout)
+    layout = parameter_use(weight).layout  # refuses a weight that is no real matrix
+    return WeightMatrix(weight, name, layout if kind is None else kind.layout_of(module, weight))
 
 
 def own_weight(layer: object) -> nn.Parameter | None:

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,8 @@ from torch.nn.utils import parametrize
 from fam_optim.graph import nodes
 from fam_optim.layer import hooks
 from fam_optim.layer.kinds import objection, overridden, use_type
-from fam_optim.layer.use import Conv1DUse, LayerUse, describe
+from fam_optim.layer.use import LayerUse, describe
 from fam_optim.unnoticed import opaque
-
-if TYPE_CHECKING:
-    from fam_optim.layer.use import Use
 
 _KEY = "fam_optim.use"
 _OBSERVED = (
@@ -41,62 +38,50 @@ class Observation:
         module: the layer, as in `observe`.
     """
 
+    _recorder: Any = None  # the last recorder of the module's calls
+    _finalizer: Any = None  # ends the recording; None while nothing is recorded
+
     def __init__(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"expected `module` to be an nn.Module, got {describe(module)}. A weight is not observed: "
                 "pass the nn.Parameter itself to relative_flatness."
             )
-        module = getattr(module, "_orig_mod", module)  # torch.compile(module) runs the module's own hooks
-        use_type(module)
-        self._prepare(module)
+        self.module = getattr(module, "_orig_mod", module)  # torch.compile runs the module's own hooks
+        use_type(self.module)
 
-    def _prepare(self, module: nn.Module) -> None:
-        self.module = module
-        self._recorder: _Recorder | None = None
-        self._finalizer: Any = None
-
-    def start(self) -> None:
-        """Starts to record the module's calls."""
+    def start(self) -> Observation:
+        """Starts to record the module's calls, and returns itself."""
         if self._finalizer is None:
-            self._recorder = _recorder_of(self.module) or _Recorder(self.module)
+            self._recorder = hooks.owner(self.module) or _Recorder(self.module)
             self._recorder.observers.add(self)
             # A forgotten observation must not leave its hook on the user's model.
             self._finalizer = weakref.finalize(self, self._recorder.leave)
+        return self
 
-    def stop(self) -> None:
+    def stop(self, *exc_info: object) -> None:
         """Ends the recording. Calls recorded so far stay usable as long as their graph lives."""
-        if self._finalizer is not None and self._recorder is not None:
+        if self._finalizer is not None:
             self._recorder.observers.discard(self)
             self._finalizer()
             self._finalizer = None
 
-    def owns(self, use: Use) -> bool:
-        """Returns whether `use` is a call of the module, with its input still there."""
-        return isinstance(use, LayerUse) and use.module() is self.module and not use.is_released
+    __enter__, __exit__ = start, stop
 
-    @property
-    def stores_transposed(self) -> bool:
-        """Whether the module stores W^T and multiplies its input with that."""
-        return use_type(self.module) is Conv1DUse
+    def owns(self, use: LayerUse) -> bool:
+        """Returns whether `use` is a call of the module."""
+        return use.module() is self.module
 
     def called_within(self, checkpoint: Node) -> bool:
         """Returns whether the module was called inside a reentrant checkpoint, where there is no graph."""
         made = nodes.sequence_number(checkpoint) + 1
         return self._recorder is not None and made in self._recorder.without_graph
 
-    def __enter__(self) -> Observation:
-        self.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "watching": self._finalizer is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._prepare(state["module"])
+        self.module = state["module"]
         if state["watching"]:
             self.start()
 
@@ -127,9 +112,10 @@ def observe(module: nn.Module) -> Observation:
 
 
 def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
-    """Returns the use whose output `node` computes, with the edge at which L's derivative in z is taken."""
-    record = nodes.metadata(node).get(_KEY)
-    return None if record is None else (record[0], GradientEdge(node, record[1]))
+    """Returns the use whose output `node` computes, with the edge at which L's derivative in z is taken; None
+    if there is none, or if its input is gone."""
+    use, output = nodes.metadata(node).get(_KEY, (None, 0))
+    return None if use is None or use.is_released else (use, GradientEdge(node, output))
 
 
 def parametrization(module: nn.Module) -> nn.Module | None:
@@ -141,15 +127,12 @@ def parametrization(module: nn.Module) -> nn.Module | None:
 
 
 class _Recorder:
-    """A module's hooks and what they know. All observations of the module share one recorder.
-
-    Attributes:
-        without_graph: how many graph nodes the thread had made at each of the last calls without a graph.
-    """
+    """A module's hooks and what they know. All observations of the module share one recorder."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self.observers: weakref.WeakSet[Observation] = weakref.WeakSet()
+        # How many graph nodes the thread had made at each of the last calls without a graph.
         self.without_graph: deque[int] = deque(maxlen=256)
         self._numbers_seen = False
         self._computed = threading.local()  # a parametrised weight, on its way from one hook to the other
@@ -161,7 +144,7 @@ class _Recorder:
     def leave(self) -> None:
         """Removes the hooks if nobody observes the module any more."""
         module = self.module()
-        if module is not None and not list(self.observers) and _recorder_of(module) is self:
+        if module is not None and not list(self.observers) and hooks.owner(module) is self:
             hooks.detach(module)
             source = parametrization(module)
             if source is not None:
@@ -230,15 +213,10 @@ class _Recorder:
         source = parametrization(module)
         if source is None:
             return cast("Tensor", module.weight)
-        if getattr(hooks.attached(source), "__self__", None) is not self:
+        if hooks.owner(source) is not self:
             raise RuntimeError(
                 f"`layer` {describe(module)} was parametrised after it was observed. Register "
                 "parametrizations before building FAM or entering observe()."
             )
         computed = vars(self._computed).pop("weight", None)
         return cast("Tensor", module.weight if computed is None else computed)
-
-
-def _recorder_of(module: nn.Module) -> _Recorder | None:
-    recorder = getattr(hooks.attached(module), "__self__", None)
-    return recorder if isinstance(recorder, _Recorder) and recorder.module() is module else None

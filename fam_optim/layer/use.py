@@ -67,22 +67,15 @@ class Layout(NamedTuple):
 
 
 class Use:
-    """One use of a weight, ``z = lin(phi; W)``. This class is for a bare parameter, where z is W itself.
-
-    Attributes:
-        weight: the weight as used, attached to the graph, in the layer's own shape.
-        layout: how the weight is read as a matrix.
-        shape: the shape of z.
-        d, m: the shape of the weight matrix.
-    """
+    """One use of a weight, ``z = lin(phi; W)``. This class is for a bare parameter, where z is W itself."""
 
     channel = 0
     has_rows = False  # whether z falls into rows that see W through one input vector each
 
     def __init__(self, weight: Tensor, shape: torch.Size | None = None, layout: Layout | None = None) -> None:
-        self.weight = weight
-        self.shape = weight.shape if shape is None else shape
-        self.layout = layout or Layout(weight.shape)
+        self.weight = weight  # as used, attached to the graph, in the layer's own shape
+        self.shape = weight.shape if shape is None else shape  # of z
+        self.layout = layout or Layout(weight.shape)  # how the weight is read as a matrix
         self.d, self.m = self.layout.d, self.layout.m
 
     def matrix(self) -> Tensor:
@@ -107,12 +100,7 @@ class Use:
 
 
 class LayerUse(Use):
-    """One call of a module, recorded in its forward. It holds the call's input, so it lives with the graph.
-
-    Attributes:
-        objection: why kappa cannot be computed of this call; None if it can.
-        holders: who may still ask for kappa of this call.
-    """
+    """One call of a module, recorded in its forward. It holds the call's input and lives with the graph."""
 
     has_rows = True
     inputs_first = False
@@ -126,8 +114,8 @@ class LayerUse(Use):
                 "weights that kappa still needs. Use FSDP2, torch.distributed.fsdp.fully_shard."
             )
         self.module = weakref.ref(module)
-        self.holders: weakref.WeakSet[object] = weakref.WeakSet()
-        self.objection: str | None = None
+        self.holders: weakref.WeakSet[object] = weakref.WeakSet()  # who may still ask for kappa of this call
+        self.objection: str | None = None  # why kappa cannot be computed of this call
         if weight.is_complex():
             self.objection = complex_weight(f"`layer` {describe(module)}", weight)
         elif phi.is_nested or phi.layout != torch.strided:
@@ -143,7 +131,7 @@ class LayerUse(Use):
     @classmethod
     def layout_of(cls, module: nn.Module, weight: Tensor) -> Layout:
         """Returns how a weight of the module is read as a matrix."""
-        return Layout(weight.shape, cls.inputs_first)
+        return Layout(weight.shape, cls.inputs_first, getattr(module, "groups", 1))
 
     def release(self, holder: object) -> None:
         """Removes a holder, and drops the input if none is left."""

@@ -114,7 +114,6 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_pos_weight": ("weights of its positives", lambda: binary(), None),
     "_saved_reduction": ("whether a loss is a mean", lambda: binary(), 1),
     "_saved_exponent": ("squares", lambda: ROW.square(), 2),
-    "_saved_keepdim": ("logsumexp written out", lambda: ROW.logsumexp(1, keepdim=True), True),
     "_saved_beta": ("softplus written out, smooth L1", lambda: F.softplus(ROW, 2.0), 2),
     "_saved_delta": ("Huber's loss", lambda: F.huber_loss(ROW, torch.zeros(4, 4), delta=2.0), 2),
     "_saved_threshold": ("softplus written out", lambda: F.softplus(ROW), 20),
@@ -175,7 +174,7 @@ def test_functions_of_python() -> None:
     assert nodes.is_function(node) and nodes.kind(node) == "function Function"
     assert not nodes.is_function(node.next_functions[0][0])
     (grad,) = torch.autograd.grad(z.square().sum(), ROW, create_graph=True)
-    assert any(nodes.is_error(below) for below in everything_below(grad))
+    assert any(below.name() == "torch::autograd::Error" for below in everything_below(grad))
 
 
 KEPT: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
@@ -224,7 +223,7 @@ def test_leaves_and_checkpoints() -> None:
     assert any(nodes.leaf(node) is ROW for node in everything_below(ROW * 2))
     assert nodes.is_reentrant_checkpoint(checkpoint(torch.sin, ROW, use_reentrant=True).grad_fn)
     (grad,) = torch.autograd.grad(ROW.tanh().sum(), ROW, create_graph=True)
-    assert nodes.is_derivative(grad.grad_fn)
+    assert grad.grad_fn.name().count("Backward") > 1
 
 
 def test_a_call_within_a_reentrant_checkpoint_is_numbered_next() -> None:
