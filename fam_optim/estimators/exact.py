@@ -75,7 +75,7 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
     """Returns ``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``, in weight space."""
     weight = curvature.uses[0].matrix()
     total = weight.new_zeros(())
-    for u, v in zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True):
+    for u, v in factor.pairs():
         for t in range(weight.shape[1]):
             matrix = torch.zeros_like(weight)
             matrix[:, t] = v
@@ -87,10 +87,10 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
     """Returns ``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups together."""
     phi = grouping.gather([use.rows() for use in grouping.uses])
     total = curvature.gradient[0].new_zeros(())
-    directions = list(zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True))
+    pairs = factor.pairs()
     for position in range(grouping.size):
         products = phi @ phi[:, position, :, None]
-        for u, v in directions:
+        for u, v in pairs:
             at = v.new_zeros(grouping.groups, grouping.size, len(v))
             at[:, position] = v
             moved = curvature.hvp(grouping.scatter(at))

@@ -72,7 +72,7 @@ class Jacobian:
         self.uses = [
             tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
         ]
-        self._below = self._edges_below()
+        self._below = self._edges_below() if differentiable else {}
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
         """Returns ``d<S r, o>/dz`` for every use of every layer; r has the shapes of the outputs."""
@@ -250,8 +250,8 @@ def _square(
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    scale, pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
-    return scale * (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
+    pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
+    return (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
 
 
 def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,19 +1,18 @@
-"""A measure of relative flatness is a factor F made of the weights: ``<F F^T, T>``, T[s,u] = Tr(H_{s,u}).
+"""A measure of relative flatness is ``c <F F^T, T>``, T[s,u] = Tr(H_{s,u}), with c and F made of the weights.
 
-    neuronwise (kappa, paper section 1):        F = W              sum_{s,u} <w_s, w_u> Tr(H_{s,u})
-    layerwise (kappa_hat, paper section 3.2):   F = ||W||_F I_d    ||W||_F^2 Tr(H)
+    neuronwise (kappa, paper section 1):        c = 1           F = W     sum_{s,u} <w_s, w_u> Tr(H_{s,u})
+    layerwise (kappa_hat, paper section 3.2):   c = ||W||_F^2   F = I_d   ||W||_F^2 Tr(H)
 
-An estimator asks the factor for the form of F that it needs: the Gram matrix, directions in output space,
-a random probe, or the covariance under a softmax. Every form carries gradients to W.
+An estimator returns ``<F F^T, T>``. It asks the factor for the form of F that it needs: the Gram matrix,
+directions in output space, a random probe, or the covariance under a softmax. All forms carry gradients to W.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +32,12 @@ class Neuronwise:
     """The factor F = W ``(d, m)`` of the neuronwise measure.
 
     Attributes:
+        c: the number by which ``<F F^T, T>`` is multiplied.
         columns: the number of F's columns.
-        directions: the number of columns of each matrix that `pairs` returns.
+        directions: the number of pairs that `pairs` returns.
     """
+
+    c = 1.0
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -47,27 +49,23 @@ class Neuronwise:
         """Returns ``F F^T``, ``(d, d)``."""
         return self.matrix @ self.matrix.T
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Returns ``U, V`` ``(d, directions)`` with ``U V^T = F F^T``.
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns vectors ``u_k, v_k`` ``(d,)`` with ``sum_k u_k v_k^T = F F^T``.
 
-        V is constant and U carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` is right,
+        v is constant and u carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` is right,
         although T is applied to constants only.
         """
         if self.by_unit:
-            return self.gram(), _identity(self.matrix)
-        return doubled(self.matrix), self.matrix.detach()
+            return _columns(self.gram(), _identity(self.matrix))
+        return _columns(doubled(self.matrix), self.matrix.detach())
 
-    def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        """Returns ``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
-        return 1.0, signs @ self.matrix.T
+    def probe(self, signs: Tensor) -> Tensor:
+        """Returns ``F s`` for each s in `signs` ``(..., columns)``."""
+        return signs @ self.matrix.T
 
-    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
-        """Returns ``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(n, d)``. `product` is
-        ``x W``, if the caller already has it."""
-        if product is None:
-            return 1.0, rows @ self.matrix
-        attached: Tensor = product if product.requires_grad else _Formed.apply(rows, self.matrix, product)
-        return 1.0, attached
+    def pulled(self, rows: Tensor, product: Tensor | None) -> Tensor:
+        """Returns ``F^T x`` for each x in `rows` ``(n, d)``. `product` is ``x W``, if the caller has it."""
+        return rows @ self.matrix if product is None else product
 
     def inner(self, rows: Tensor) -> Tensor:
         """Returns ``<F^T x_a, F^T x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
@@ -86,15 +84,16 @@ class Neuronwise:
             return (of_w * of_g).sum().clamp_min(0)
         return (self.matrix.mT @ g).square().sum()
 
-    def weight_probe(self, draw: Draw) -> tuple[Tensor | float, Tensor]:
-        """Returns ``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
+    def weight_probe(self, draw: Draw) -> Tensor:
+        """Returns a random V ``(d, m)`` with ``E[V_si V_uj] = (F F^T)_su 1[i = j]``.
 
-        So ``E[c <V, H V>] = <F F^T, T>``.
+        So ``E <V, H V> = <F F^T, T>``.
         """
         # V = W Z with uncorrelated entries Z[k,t] = s_k r_{t-k}, computed as a circular convolution.
         signs, ring = draw((self.columns,)), draw((self.columns,))
         spectrum = torch.fft.rfft(self.matrix * signs) * torch.fft.rfft(ring)
-        return 1.0, torch.fft.irfft(spectrum, n=self.columns)
+        v: Tensor = torch.fft.irfft(spectrum, n=self.columns)
+        return v
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         """Returns ``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
@@ -106,55 +105,40 @@ class Neuronwise:
         return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
 
 
-class _Formed(torch.autograd.Function):
-    """Gives ``x W``, which was formed elsewhere, its gradient in W; x is a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, product: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return product.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return None, x.mT @ grad, None
-
-
 class Layerwise:
-    """The factor F = ||W||_F I ``(d, d)`` of the layerwise measure, with the methods of `Neuronwise`."""
+    """The factor F = I ``(d, d)`` of the layerwise measure, with the methods of `Neuronwise`."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
+        self.c = matrix.square().sum()
         self.columns = self.directions = matrix.shape[0]
-        self.square_norm = matrix.square().sum()
 
     def gram(self) -> Tensor:
-        return self.square_norm * _identity(self.matrix)
+        return _identity(self.matrix)
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        return self.gram(), _identity(self.matrix)
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return _columns(self.gram(), self.gram())
 
-    def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        return self.square_norm, signs  # v does not contain ||W||, which has no derivative at W = 0
+    def probe(self, signs: Tensor) -> Tensor:
+        return signs
 
-    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
-        return self.square_norm, rows
+    def pulled(self, rows: Tensor, product: Tensor | None) -> Tensor:
+        return rows
 
     def inner(self, rows: Tensor) -> Tensor:
-        return self.square_norm * (rows @ rows.mT)
+        return rows @ rows.mT
 
     def square(self, g: Tensor) -> Tensor:
-        return self.square_norm * g.square().sum()
+        return g.square().sum()
 
-    def weight_probe(self, draw: Draw) -> tuple[Tensor | float, Tensor]:
-        return self.square_norm, draw(tuple(self.matrix.shape))
+    def weight_probe(self, draw: Draw) -> Tensor:
+        return draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         q, _ = _without_top(log_p)
         rest = q.sum(1)
         # 1 - ||p||^2, without subtracting numbers near 1
-        return self.square_norm * (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
+        return (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
 
 
 def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
@@ -182,6 +166,10 @@ def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 def _identity(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+
+
+def _columns(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(left.unbind(1), right.unbind(1), strict=True))
 
 
 Factor = Neuronwise | Layerwise
