@@ -9,7 +9,7 @@ of all samples share one product, and ``||F^T g_ic||^2`` is also summed over sam
 
 exact        sums over all columns
 hutchinson   uses random signs r, ``E ||F^T g_r||^2``; one backward per probe, whatever interacts
-full         forms T_G from each column separately; for tests
+full         sums over the columns of each sample, with a product for each; for tests
 
 ``g`` is ``sum_a delta_a phi_a^T`` over the rows a of z, ``delta = d<S r, o>/dz``. Where the graph shows that
 rows or samples do not interact, the sum of their squares has less variance than the square of their sum:
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,11 +163,11 @@ def gauss_newton(
     jacobian = Jacobian(tails, differentiable=differentiable)
     if all(0 in output.shape for output in jacobian.outputs):  # no rows, or the loss is linear in outputs
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
-    if mode == "full":
-        return _from_traces(jacobian, factors)
-    shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
-    if mode == "exact":
-        return _from_columns(jacobian, factors, shown)
+    shown: list[dict[int, Groups]] = [{} for _ in tails]
+    if mode != "full":
+        shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
+    if mode != "hutchinson":
+        return _from_columns(jacobian, factors, shown, MAX_PRODUCTS if mode == "exact" else math.inf)
     like = jacobian.uses[0][0].matrix()
     groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
     groupings = [g if g is not None and (g.size == 1 or _has_few_rows(g)) else None for g in groupings]
@@ -179,16 +179,16 @@ def gauss_newton(
 
 
 def _from_columns(
-    jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]]
+    jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]], limit: float
 ) -> list[Tensor]:
     """Returns ``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
     axes, digits = _shared(jacobian, shown)
     numbers = [_by_group(output.shape, of) for output, of in zip(jacobian.outputs, digits, strict=True)]
     columns = sum(by_group.shape[1] for by_group in numbers)
-    if columns > MAX_PRODUCTS:
+    if columns > limit:
         raise RuntimeError(
             f"exact Gauss-Newton kappa of `layer` {describe(jacobian.tails[0].layer)} takes {columns} "
-            f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
+            f"vector-Jacobian products here, more than the limit of {limit}. Use "
             "mode='hutchinson', which is unbiased with one."
         )
     groupings = [_grouping(jacobian, layer, axes) for layer in range(len(factors))]
@@ -262,16 +262,6 @@ def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Ten
             r = [like.new_zeros(other.shape) for other in jacobian.outputs]
             r[index].view(-1)[column] = 1
             yield r
-
-
-def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
-    """Returns ``<F F^T, T>`` of every layer, with T formed from each column of S separately."""
-    traces: list[Any] = [0.0] * len(factors)
-    for r in _columns(jacobian, [_by_group(output.shape, ()) for output in jacobian.outputs]):
-        for layer, found in enumerate(jacobian.pull(r)):
-            g = jacobian.in_weights(layer, found)
-            traces[layer] = traces[layer] + g @ g.T
-    return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 
 
 def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping | None:
