@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
 
 class Curvature:
@@ -134,10 +135,14 @@ class Curvature:
                     retain_graph=True,
                     allow_unused=True,
                 )
-        return [
-            use.matrix().new_zeros(use.shape) if p is None else at_least_float32(p).reshape(use.shape)
-            for p, use in zip(found, self.uses, strict=True)
-        ]
+        return [as_output(p, use) for p, use in zip(found, self.uses, strict=True)]
+
+
+def as_output(derivative: Tensor | None, use: Use) -> Tensor:
+    """Returns a derivative in z in z's shape and at least float32; zeros where there is none."""
+    if derivative is None:
+        return use.matrix().new_zeros(use.shape)
+    return at_least_float32(derivative).reshape(use.shape)
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -23,13 +23,13 @@ For cross-entropy kappa_GN is the expected squared gradient over labels drawn fr
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from fam_optim.estimators.curvature import as_output
 from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected, corrections
@@ -92,7 +92,9 @@ class Jacobian:
         unscaled = [None if g is None else without_scale(g, scale) for g in found]
         products = dict(zip(self._below, unscaled[len(at_z) :], strict=True))
         deltas = iter(unscaled)
-        return [[_pulled(use, next(deltas), products.get(use)) for use in uses] for uses in self.uses]
+        return [
+            [Pulled(as_output(next(deltas), use), products.get(use)) for use in uses] for uses in self.uses
+        ]
 
     def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
         """Returns g ``(d, m)`` of the layer with this number, summed over all uses of its weight."""
@@ -119,7 +121,6 @@ class Jacobian:
     def _edges_below(self) -> dict[Use, GradientEdge]:
         """Returns the edges where a backward to a lower layer forms ``delta W`` anyway: the inputs of Linear
         layers on vectors, in full precision, if nothing else reads them."""
-        readers = Counter(edge for node in self.path | self.ends for edge in node.next_functions)
         below: dict[Use, GradientEdge] = {}
         for tail, uses in zip(self.tails, self.uses, strict=True):
             for use, edge in zip(uses, tail.edges, strict=True):
@@ -127,7 +128,7 @@ class Jacobian:
                 if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
                     continue
                 node, output = edge.node.next_functions[position]
-                if node is not None and node in self.path and readers[node, output] == 1:
+                if node is not None and node in self.path and len(self.tails[0].parents[node]) == 1:
                     below[use] = GradientEdge(node, output)
         return below
 
@@ -137,12 +138,6 @@ class Pulled(NamedTuple):
 
     delta: Tensor
     product: Tensor | None
-
-
-def _pulled(use: Use, delta: Tensor | None, product: Tensor | None) -> Pulled:
-    if delta is None:
-        return Pulled(use.matrix().detach().new_zeros(use.shape), None)
-    return Pulled(delta.reshape(use.shape), product)
 
 
 def gauss_newton(
