@@ -177,8 +177,7 @@ def _from_columns(
     jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]], limit: float
 ) -> list[Tensor]:
     """Returns ``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
-    axes, digits = _shared(jacobian, shown)
-    numbers = [_by_group(output.shape, of) for output, of in zip(jacobian.outputs, digits, strict=True)]
+    axes, numbers = _shared(jacobian, shown)
     columns = sum(by_group.shape[1] for by_group in numbers)
     if columns > limit:
         raise RuntimeError(
@@ -191,13 +190,13 @@ def _from_columns(
     return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
 
 
-def _shared(
-    jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]
-) -> tuple[list[int], list[list[tuple[int, int]]]]:
+def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[list[int], list[Tensor]]:
     """Returns the axes along which all layers keep the same number of groups apart, and for every output the
-    digits ``(stride, length)`` that say to which group an entry belongs."""
+    numbers of its entries, sorted by group: ``(groups, columns)``."""
     axes: list[int] = []
-    digits: list[list[tuple[int, int]]] = [[] for _ in jacobian.outputs]
+    groups = 1
+    entries = [torch.arange(math.prod(output.shape)) for output in jacobian.outputs]
+    of_entries = [torch.zeros_like(numbers) for numbers in entries]  # the group that each entry belongs to
     for axis in set.intersection(*map(set, shown)):
         lengths = {use.lead[axis] for uses in jacobian.uses for use in uses}  # type: ignore[attr-defined]
         strides = [
@@ -207,18 +206,11 @@ def _shared(
         if len(lengths) > 1 or any(len(of) > 1 or SUM in of for of in strides):
             continue
         axes.append(axis)
-        for of_output, (stride,) in zip(digits, strides, strict=True):
-            of_output.append((stride, *lengths))
-    return axes, digits
-
-
-def _by_group(shape: Sequence[int], digits: Sequence[tuple[int, int]]) -> Tensor:
-    """Returns the numbers of an output's entries, sorted by group: ``(groups, columns)``."""
-    entries = torch.arange(math.prod(shape))
-    group, groups = torch.zeros_like(entries), 1
-    for stride, length in digits:
-        group, groups = group * length + entries // stride % length, groups * length
-    return group.argsort(stable=True).reshape(groups, -1)
+        (length,) = lengths
+        groups *= length
+        for group, numbers, (stride,) in zip(of_entries, entries, strides, strict=True):
+            group.mul_(length).add_(numbers // stride % length)
+    return axes, [group.argsort(stable=True).reshape(groups, -1) for group in of_entries]
 
 
 def _squares(
