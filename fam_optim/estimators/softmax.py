@@ -53,14 +53,12 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
 
 
 def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
-    norms = (head.use if differentiable else head.use.detached()).squared_norms()
+    norms = head.use.squared_norms()
     if not head.in_order:
         norms = _to_softmax(head, norms)
-    a = head.softmax.a.flatten() * (norms if differentiable else norms.detach()).flatten()
-    log_p, dim = head.softmax.log_p, head.softmax.dim
-    # A matrix is used as it is, since a view of it would be one more node of the graph.
-    rows = log_p if dim == log_p.dim() - 1 else log_p.movedim(dim, -1)
-    return factor.variance(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), a)
+    a = head.softmax.a.flatten() * norms.flatten()
+    log_p = head.softmax.log_p.movedim(head.softmax.dim, -1)
+    return factor.variance(log_p.reshape(-1, head.use.d), a if differentiable else a.detach())
 
 
 class Head(NamedTuple):
