@@ -161,22 +161,17 @@ def _over_batches(
 @contextmanager
 def _observed_in_eval_mode(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """Puts the model in eval mode and records its layers' calls; restores its state afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
-    try:
+    with ExitStack() as undoing:
+        for module in model.modules():
+            undoing.callback(setattr, module, "training", module.training)
         model.eval()
-        for parameter in frozen:  # else the graph would not show the parameter
-            parameter.requires_grad_()
-        with ExitStack() as recording:
-            for layer in layers:
-                if isinstance(layer, Observation):
-                    recording.enter_context(layer)
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module, training in modes:
-            module.training = training
+        for layer in layers:
+            if isinstance(layer, Observation):
+                undoing.enter_context(layer)
+            elif not layer.requires_grad:  # else the graph would not show the parameter
+                undoing.callback(layer.requires_grad_, False)
+                layer.requires_grad_()
+        yield
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
