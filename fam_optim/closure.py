@@ -71,13 +71,17 @@ class WatchedClosure:
             result = self.closure()
         if backward.seen:
             self._check_seen()
-        elif result is not None or not self._may_only_step():
+        elif result is not None or (self.regularizer.lam and not self.regularizer.given):
+            # Any other closure has regularised before, as in Lightning's manual optimisation, and only steps.
             self._check_unseen(result, before)
             if self.evaluations > 1:  # the base tries again, and the last try's gradients are still there
                 self.zero_grad()
             self._regularized(result).backward()  # type: ignore[no-untyped-call]  # outer closures see it
         self.check()
-        return self._value(result)
+        plain, value = self._values(result)
+        if self.evaluations == 1:
+            self.returned = plain
+        return value
 
     def _check_unseen(self, result: Any, before: list[tuple[Tensor, TensorWeakRef | None]]) -> None:
         """Raises RuntimeError if a closure without a backward returned no loss, or assigned gradients."""
@@ -96,9 +100,6 @@ class WatchedClosure:
                 "of optimizer.regularize(loss) and return None."
             )
 
-    def _may_only_step(self) -> bool:
-        return self.regularizer.given or not self.regularizer.lam  # as in Lightning's manual optimisation
-
     def _regularized(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss."""
         return self.regularizer.regularize(loss)
@@ -110,11 +111,9 @@ class WatchedClosure:
     def _check_seen(self) -> None:
         """Raises RuntimeError if the closure backpropagated nothing that could be regularised."""
 
-    def _value(self, result: Any) -> Any:
-        """Returns what the base gets in place of what the closure returned."""
-        if self.evaluations == 1:
-            self.returned = result
-        return result.detach() if isinstance(result, Tensor) else result
+    def _values(self, result: Any) -> tuple[Any, Any]:
+        """Returns what the user and what the base gets in place of what the closure returned."""
+        return result, result.detach() if isinstance(result, Tensor) else result
 
 
 class PenalizedClosure(WatchedClosure):
@@ -144,11 +143,9 @@ class PenalizedClosure(WatchedClosure):
                 "and every loss backpropagated in the closure, or none."
             )
 
-    def _value(self, result: Any) -> Any:
+    def _values(self, result: Any) -> tuple[Any, Any]:
         plain = self._plain(result)
-        if self.evaluations == 1:
-            self.returned = plain
-        return self._objective(result, plain)
+        return plain, self._objective(result, plain)
 
     def _seen(self, loss: Tensor) -> Tensor:
         """Returns the regularised loss, or the loss itself if it does not depend on the layers."""
