@@ -7,7 +7,7 @@ both      ->  c <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -173,15 +173,12 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
 @contextmanager
 def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
     """Keeps the user's hooks on a weight's gradient (to freeze rows, say) out of kappa's derivatives."""
-    hooks = [tail.uses[0].weight._backward_hooks or {} for tail in tails]
-    kept = [dict(of_one) for of_one in hooks]
-    try:
-        for of_one in hooks:
-            of_one.clear()
+    with ExitStack() as undoing:
+        for tail in tails:
+            hooks = tail.uses[0].weight._backward_hooks or {}
+            undoing.callback(hooks.update, dict(hooks))
+            hooks.clear()
         yield
-    finally:
-        for of_one, before in zip(hooks, kept, strict=True):
-            of_one.update(before)
 
 
 def check_mode(layer: object, settings: Settings) -> None:
