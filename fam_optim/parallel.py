@@ -13,7 +13,7 @@ import gc
 import math
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +67,13 @@ def unsunk(path: Iterable[Node]) -> Iterator[None]:
     if _in_process_group():
         known("torch.nn.parallel.distributed", nodes.DDP_SINK)
         sinks = [node for node in path if nodes.kind(node) == nodes.DDP_SINK]
-    static = [ddp for ddp in {node.ddp_weakref() for node in sinks} if ddp.static_graph]
-    before = [(ddp, ddp._static_graph_delay_allreduce_enqueued) for ddp in static]
-    for ddp in static:
-        ddp._static_graph_delay_allreduce_enqueued = True
-    try:
+    name = "_static_graph_delay_allreduce_enqueued"
+    with ExitStack() as undoing:
+        for ddp in {node.ddp_weakref() for node in sinks}:
+            if ddp.static_graph:
+                undoing.callback(setattr, ddp, name, getattr(ddp, name))
+                setattr(ddp, name, True)
         yield
-    finally:
-        for ddp, enqueued in before:
-            ddp._static_graph_delay_allreduce_enqueued = enqueued
 
 
 @contextmanager
