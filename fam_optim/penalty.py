@@ -184,14 +184,11 @@ class Penalty(Regularizer):
     def _is_used_beside(self, loss: Tensor) -> bool:
         """Returns whether the loss depends on a layer in another way than through regularised losses."""
         observed = [layer for layer in self.layers if isinstance(layer, Observation)]
-        parameters = {id(layer) for layer in self.layers if isinstance(layer, Tensor)}
         for node in _made_of(loss):
-            if _MARK in nodes.metadata(node):
-                continue
-            record = recorded_use(node)
+            record, leaf = recorded_use(node), nodes.leaf(node)
             if record is not None and any(layer.owns(record[0]) for layer in observed):
                 return True
-            if id(nodes.leaf(node)) in parameters:
+            if leaf is not None and any(leaf is layer for layer in self.layers):
                 return True
         return False
 
@@ -254,5 +251,4 @@ def _own_generator(layer: Layer) -> torch.Generator:
     """Returns a generator for the probes, so that they do not advance torch's own generator."""
     weight = next(iter(weights_of(layer)), None)
     generator = torch.Generator("cpu" if weight is None else weight.device)
-    generator.manual_seed(torch.initial_seed())
-    return generator
+    return generator.manual_seed(torch.initial_seed())
