@@ -134,15 +134,11 @@ class OptimizerWrapper(Optimizer):
 def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
     """A context that restores weights and state if the step in it raises; it costs a copy of both."""
     weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-    # LBFGS only appends tensors to its history and drops them, so they need not be copied.
-    lists = (
-        value
-        for of_one in optimizer.state.values()
-        for value in (of_one.values() if isinstance(optimizer.base_optimizer, LBFGS) else ())
-        if isinstance(value, list)
-    )
-    shared = {id(t): t for history in lists for t in history}
-    state = {p: copy.deepcopy(of_one, dict(shared)) for p, of_one in optimizer.state.items()}
+    uncopied: dict[int, Any] = {}
+    if isinstance(optimizer.base_optimizer, LBFGS):  # it only appends tensors to its history and drops them
+        values = [value for of_one in optimizer.state.values() for value in of_one.values()]
+        uncopied = {id(t): t for value in values if isinstance(value, list) for t in value}
+    state = {p: copy.deepcopy(of_one, dict(uncopied)) for p, of_one in optimizer.state.items()}
     try:
         yield
     except BaseException:
