@@ -161,33 +161,27 @@ def gauss_newton(
     shown: list[dict[int, Groups]] = [{} for _ in tails]
     if mode != "full":
         shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
-    if mode != "hutchinson":
-        return _from_columns(jacobian, factors, shown, MAX_PRODUCTS if mode == "exact" else math.inf)
-    like = jacobian.uses[0][0].matrix()
-    groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
-    groupings = [g if g is not None and (g.size == 1 or _has_few_rows(g)) else None for g in groupings]
-    samples = []
-    for _ in range(n_samples):
-        r = [rademacher(tuple(output.shape), like, generator) for output in jacobian.outputs]
-        samples.append(_squares(jacobian, factors, groupings, r))
-    return [torch.stack(of_layer).mean() for of_layer in zip(*samples, strict=True)]
-
-
-def _from_columns(
-    jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]], limit: float
-) -> list[Tensor]:
-    """Returns ``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
-    axes, numbers = _shared(jacobian, shown)
-    columns = sum(by_group.shape[1] for by_group in numbers)
-    if columns > limit:
-        raise RuntimeError(
-            f"exact Gauss-Newton kappa of `layer` {describe(jacobian.tails[0].layer)} takes {columns} "
-            f"vector-Jacobian products here, more than the limit of {limit}. Use "
-            "mode='hutchinson', which is unbiased with one."
-        )
-    groupings = [_grouping(jacobian, layer, axes) for layer in range(len(factors))]
-    values = [_squares(jacobian, factors, groupings, r) for r in _columns(jacobian, numbers)]
-    return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
+    draws: Iterator[list[Tensor]]
+    if mode == "hutchinson":
+        like = jacobian.uses[0][0].matrix()
+        shapes = [tuple(output.shape) for output in jacobian.outputs]
+        draws = ([rademacher(shape, like, generator) for shape in shapes] for _ in range(n_samples))
+        groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
+        groupings = [g if g is not None and _has_few_rows(g) else None for g in groupings]
+    else:  # groups that all layers keep apart share a product
+        axes, numbers = _shared(jacobian, shown)
+        columns = sum(by_group.shape[1] for by_group in numbers)
+        if mode == "exact" and columns > MAX_PRODUCTS:
+            raise RuntimeError(
+                f"exact Gauss-Newton kappa of `layer` {describe(tails[0].layer)} takes {columns} "
+                f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
+                "mode='hutchinson', which is unbiased with one."
+            )
+        draws = _columns(jacobian, numbers)
+        groupings = [_grouping(jacobian, layer, axes) for layer in range(len(tails))]
+    squares = [_squares(jacobian, factors, groupings, r) for r in draws]
+    sums = [torch.stack(of_layer).sum() for of_layer in zip(*squares, strict=True)]
+    return [total / n_samples for total in sums] if mode == "hutchinson" else sums
 
 
 def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[list[int], list[Tensor]]:
@@ -260,4 +254,4 @@ def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping |
 def _has_few_rows(grouping: Grouping) -> bool:
     """Whether squares from products of rows cost at most twice as much as the square of their sum."""
     d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
-    return size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m
+    return size == 1 or size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m
