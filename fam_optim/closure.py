@@ -126,11 +126,10 @@ class PenalizedClosure(WatchedClosure):
 
     def __call__(self) -> Any:
         self._backwards: list[_Backward] = []
-        self.penalty.touched = False
         return super().__call__()
 
     def _check_seen(self) -> None:
-        if self.penalty.lam and not self.penalty.touched:
+        if self.penalty.lam and not self._backwards:
             raise LayerNotUsedError(
                 "no loss that was backpropagated in the closure depends on `layer` "
                 f"{self.penalty.names}, so there is nothing to regularise. Expected the layer to be "

@@ -49,7 +49,6 @@ class Penalty(Regularizer):
         layers: the layers, as observations and parameters.
         last_lam: the value of lam when kappa last entered the penalty.
         ledger: knows whether all gradients come from regularised losses.
-        touched: whether a loss in this closure depended on a layer.
         losses: the losses regularised since the last step, detached.
     """
 
@@ -123,7 +122,7 @@ class Penalty(Regularizer):
         for use in list(self._used):
             use.release(observed.get(id(use.module())))
         self._used.clear()
-        self.touched = self.given = False
+        self.given = False
         self.losses: list[Tensor] = []
 
     def regularize(self, loss: Tensor) -> Tensor:
@@ -139,10 +138,8 @@ class Penalty(Regularizer):
         check_scalar(loss)
         mark = self._mark_to_extend(loss)
         if self._serial in mark.penalties:
-            self.touched = True
             return loss
         tails = list(used_tails(mark.plain, self.layers).values())
-        self.touched = True
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
         kappa = tails_flatness(tails, self.settings)
         self.last_kappa = kappa.detach()
