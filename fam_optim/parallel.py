@@ -90,7 +90,8 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
         group.post_backward = lambda *unused: None  # hides the class's method, for this group only
     try:
         for tail in tails if groups else ():
-            if any(_is_freed(use.weight) for use in tail.uses):
+            stored = [use.weight.untyped_storage().size() for use in tail.uses if use.weight.numel()]
+            if 0 in stored:  # FSDP2 has freed a weight
                 torch.autograd.grad(tail.loss, tail.edges, retain_graph=True, allow_unused=True)
         yield
     finally:
@@ -114,10 +115,6 @@ def _fsdp_groups() -> list[Any]:
     of_states = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
     # Modules that are sharded together share a state, so duplicates are dropped.
     return list(dict.fromkeys(group for groups in of_states for group in groups if group is not None))
-
-
-def _is_freed(weight: Tensor) -> bool:
-    return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 
 class Replicas:
