@@ -75,7 +75,7 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
     """Returns ``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``, in weight space."""
     weight = curvature.uses[0].matrix()
     total = weight.new_zeros(())
-    for u, v in factor.pairs():
+    for u, v in zip(*factor.pairs(), strict=True):
         for t in range(weight.shape[1]):
             matrix = torch.zeros_like(weight)
             matrix[:, t] = v
@@ -90,7 +90,7 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
     pairs = factor.pairs()
     for position in range(grouping.size):
         products = phi @ phi[:, position, :, None]
-        for u, v in pairs:
+        for u, v in zip(*pairs, strict=True):
             at = v.new_zeros(grouping.groups, grouping.size, len(v))
             at[:, position] = v
             moved = curvature.hvp(grouping.scatter(at))

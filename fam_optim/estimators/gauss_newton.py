@@ -170,17 +170,13 @@ def gauss_newton(
         groupings = [g if g is not None and _has_few_rows(g) else None for g in groupings]
     else:  # groups that all layers keep apart share a product
         axes, numbers = _shared(jacobian, shown)
-        columns = sum(by_group.shape[1] for by_group in numbers)
-        if mode == "exact" and columns > MAX_PRODUCTS:
-            raise RuntimeError(
-                f"exact Gauss-Newton kappa of `layer` {describe(tails[0].layer)} takes {columns} "
-                f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
-                "mode='hutchinson', which is unbiased with one."
-            )
-        draws = _columns(jacobian, numbers)
+        draws = _columns(jacobian, numbers, MAX_PRODUCTS if mode == "exact" else math.inf)
         groupings = [_grouping(jacobian, layer, axes) for layer in range(len(tails))]
-    squares = [_squares(jacobian, factors, groupings, r) for r in draws]
-    sums = [torch.stack(of_layer).sum() for of_layer in zip(*squares, strict=True)]
+    squares: list[list[Tensor]] = [[] for _ in tails]
+    for r in draws:
+        for layer, found in enumerate(jacobian.pull(r)):
+            squares[layer].append(_square(jacobian, layer, found, factors[layer], groupings[layer]))
+    sums = [torch.stack(of_layer).sum() for of_layer in squares]
     return [total / n_samples for total in sums] if mode == "hutchinson" else sums
 
 
@@ -207,21 +203,10 @@ def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[
     return axes, [group.argsort(stable=True).reshape(groups, -1) for group in of_entries]
 
 
-def _squares(
-    jacobian: Jacobian,
-    factors: Sequence[Factor],
-    groupings: Sequence[Grouping | None],
-    r: Sequence[Tensor],
-) -> list[Tensor]:
-    """Returns the sum over groups of ``||F^T g||^2`` of every layer, for one r; None means one group."""
-    of_layers = zip(jacobian.pull(r), factors, groupings, strict=True)
-    return [_square(jacobian, layer, *of_layer) for layer, of_layer in enumerate(of_layers)]
-
-
 def _square(
     jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
 ) -> Tensor:
-    """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number."""
+    """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number; None means one group."""
     if grouping is None:
         return factor.square(jacobian.in_weights(layer, found))
     delta = grouping.gather_outputs([f.delta for f in found])
@@ -235,8 +220,15 @@ def _square(
     return (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
 
 
-def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Iterator[list[Tensor]]:
     """Yields one-hot r that pick a column of S in every group at once, for one output after the other."""
+    columns = sum(by_group.shape[1] for by_group in numbers)
+    if columns > limit:
+        raise RuntimeError(
+            f"exact Gauss-Newton kappa of `layer` {describe(jacobian.tails[0].layer)} takes {columns} "
+            f"vector-Jacobian products here, more than the limit of {limit}. Use mode='hutchinson', which is "
+            "unbiased with one."
+        )
     like = jacobian.uses[0][0].matrix()
     for index, by_group in enumerate(numbers):
         for column in by_group.to(like.device).T:

@@ -34,7 +34,7 @@ class Neuronwise:
     Attributes:
         c: the number by which ``<F F^T, T>`` is multiplied.
         columns: the number of F's columns.
-        directions: the number of pairs that `pairs` returns.
+        directions: the number of rows of each matrix that `pairs` returns.
     """
 
     c = 1.0
@@ -49,15 +49,15 @@ class Neuronwise:
         """Returns ``F F^T``, ``(d, d)``."""
         return self.matrix @ self.matrix.T
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns vectors ``u_k, v_k`` ``(d,)`` with ``sum_k u_k v_k^T = F F^T``.
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Returns ``U, V`` ``(directions, d)`` with ``U^T V = F F^T``.
 
-        v is constant and u carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` is right,
-        although T is applied to constants only.
+        V is constant and U carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` over their rows
+        is right, although T is applied to constants only.
         """
         if self.by_unit:
-            return _columns(self.gram(), _identity(self.matrix))
-        return _columns(doubled(self.matrix), self.matrix.detach())
+            return self.gram(), _identity(self.matrix)
+        return doubled(self.matrix).T, self.matrix.detach().T
 
     def probe(self, signs: Tensor) -> Tensor:
         """Returns ``F s`` for each s in `signs` ``(..., columns)``."""
@@ -116,8 +116,8 @@ class Layerwise:
     def gram(self) -> Tensor:
         return _identity(self.matrix)
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return _columns(self.gram(), self.gram())
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        return self.gram(), self.gram()
 
     def probe(self, signs: Tensor) -> Tensor:
         return signs
@@ -166,10 +166,6 @@ def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 def _identity(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-
-
-def _columns(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(left.unbind(1), right.unbind(1), strict=True))
 
 
 Factor = Neuronwise | Layerwise
