@@ -143,7 +143,10 @@ class PenalizedClosure(WatchedClosure):
             )
 
     def _values(self, result: Any) -> tuple[Any, Any]:
-        plain = self._plain(result)
+        plain = result
+        if isinstance(result, Tensor):
+            known = {backward.node: backward.plain for backward in self._backwards}  # their graph is gone
+            plain = known[result.grad_fn] if result.grad_fn in known else without_penalties(result)
         return plain, self._objective(result, plain)
 
     def _seen(self, loss: Tensor) -> Tensor:
@@ -162,15 +165,6 @@ class PenalizedClosure(WatchedClosure):
         plain = without_penalties(regularized)  # now, since a backward frees the graph
         self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
-
-    def _plain(self, result: Any) -> Any:
-        """Returns what the closure returned, without penalties."""
-        if not isinstance(result, Tensor):
-            return result
-        for backward in self._backwards:  # the graph of these losses is gone
-            if backward.node is result.grad_fn:
-                return backward.plain
-        return without_penalties(result)
 
     def _objective(self, result: Any, plain: Any) -> Any:
         """Returns the value of what was backpropagated, in the unit of what the closure returned.
