@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 import weakref
 from dataclasses import replace
@@ -32,14 +31,13 @@ if TYPE_CHECKING:
     from fam_optim.layers import Layer
 
 _MARK = "fam_optim.regularized"
-_serial_numbers = itertools.count()
 
 
 class _Mark(NamedTuple):
     """A note that is kept on the graph node of a regularised loss."""
 
     plain: Tensor  # the loss without penalties
-    penalties: Mapping[int, Tensor]  # the added penalties, detached, by the serial number of their `Penalty`
+    penalties: Mapping[object, Tensor]  # the added penalties, detached, by the key of their `Penalty`
 
 
 class Penalty(Regularizer):
@@ -68,8 +66,7 @@ class Penalty(Regularizer):
         self._prepare()
 
     def _prepare(self) -> None:
-        # Not id(self), which a later object may get while marks of this one still exist.
-        self._serial = next(_serial_numbers)
+        self._key = object()  # not id(self), which a later object may get while this one's marks still exist
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
         self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator: was the last penalty > loss
         self._warned = False
@@ -137,7 +134,7 @@ class Penalty(Regularizer):
             return loss
         check_scalar(loss)
         mark = self._mark_to_extend(loss)
-        if self._serial in mark.penalties:
+        if self._key in mark.penalties:
             return loss
         tails = list(used_tails(mark.plain, self.layers).values())
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
@@ -149,7 +146,7 @@ class Penalty(Regularizer):
         self.losses.append(mark.plain.detach())
         regularized = torch.add(loss, kappa, alpha=self.lam)
         assert regularized.grad_fn is not None
-        penalties = {**mark.penalties, self._serial: penalty}
+        penalties = {**mark.penalties, self._key: penalty}
         nodes.metadata(regularized.grad_fn)[_MARK] = _Mark(mark.plain, penalties)
         self.ledger.expect(regularized)
         return regularized
@@ -165,7 +162,7 @@ class Penalty(Regularizer):
         node, mark = marked[0]
         if node is loss.grad_fn:
             return mark
-        if not all(self._serial in mark.penalties for _, mark in marked):
+        if not all(self._key in mark.penalties for _, mark in marked):
             raise RuntimeError(
                 "the loss was changed after another FAM had regularised it, so its kappa cannot be told from "
                 "the loss any more. Scale or add first and regularise last: "
