@@ -42,7 +42,8 @@ class Curvature:
         errors.check_differentiable(tail.path)
         self.tail = tail
         self.differentiable = differentiable
-        self.uses = tail.uses
+        constant = not differentiable and not tail.nested
+        self.uses = tuple(use.detached() for use in tail.uses) if constant else tail.uses
         with errors.explained("second derivatives"):
             self._corrections = corrections(tail.path, derivatives_to_come=2)
         self.half = any(
@@ -54,8 +55,6 @@ class Curvature:
         self.gradient = self._pull([tail.loss], [self._scale], create_graph=True)
         derivative = errors.check_functions(tail.path, tail.ends, self.gradient)
         self.undifferentiable = errors.undifferentiable(tail.path, derivative) if differentiable else None
-        if not differentiable and not tail.nested:
-            self.uses = tuple(use.detached() for use in self.uses)
 
     def _fit_into_float16(self) -> None:
         """Chooses a power of two to multiply the loss by, so that derivatives stay within float16's range.

@@ -78,8 +78,7 @@ def sample_roots(
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
     roots: Roots = {}
     for _ in range(n_samples):
-        pairs = [(tuple(output.shape), output.a) for output in outputs]
-        signs = [rademacher(shape, like, generator(like.device)) for shape, like in pairs]
+        signs = [rademacher(tuple(o.shape), o.a, generator(o.a.device)) for o in outputs]
         edges, vectors, scale = cotangents(outputs, signs)
         if not edges:
             return {}
