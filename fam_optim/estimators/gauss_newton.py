@@ -66,12 +66,9 @@ class Jacobian:
             errors.check_differentiable(self.path)
             with errors.explained("derivatives"):
                 self._corrections = corrections(self.path, derivatives_to_come=1)
-        self.outputs = find_outputs(
-            tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
-        )
-        self.uses = [
-            tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
-        ]
+        path = self.path | self.ends
+        self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
+        self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
         self._below = self._edges_below() if differentiable else {}
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
