@@ -139,18 +139,13 @@ def relative_flatness(
                 "inside `with observe(module) as layer:` and pass that."
             )
         check_mode(one, settings)
-    return tails_flatness(list(used_tails(loss, distinct(layers)).values()), settings)
+    tails = used_tails(loss, distinct(layers))
+    return torch.stack(each_flatness(list(tails.values()), settings)).sum()
 
 
 def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
     """Returns the tails of those layers that the loss depends on, by the layers' numbers."""
     return {number: tail for number, tail in enumerate(find_tails(loss, layers)) if tail is not None}
-
-
-def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
-    """Returns the sum of the kappas of the layers to which these tails of one loss lead."""
-    kappas = each_flatness(tails, settings)
-    return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
 
 
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim import unnoticed
-from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
+from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import check_scalar
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch.autograd.graph import Node
-
-    from fam_optim.layers import Layer
 
 _MARK = "fam_optim.regularized"
 
@@ -58,8 +56,10 @@ class Penalty(Regularizer):
         self.layers = as_layers(layer)
         for one in self.layers:
             check_mode(one, settings)
-        if settings.mode == "hutchinson" and settings.generator is None:
-            settings = replace(settings, generator=_own_generator(self.layers[0]))
+        if settings.mode == "hutchinson" and settings.generator is None:  # do not advance torch's own
+            weight = next(iter(weights_of(self.layers[0])), None)
+            generator = torch.Generator("cpu" if weight is None else weight.device)
+            settings = replace(settings, generator=generator.manual_seed(torch.initial_seed()))
         self.settings = settings
         self.last_kappa = None
         self.last_lam = lam
@@ -138,7 +138,7 @@ class Penalty(Regularizer):
             return loss
         tails = list(used_tails(mark.plain, self.layers).values())
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
-        kappa = tails_flatness(tails, self.settings)
+        kappa = torch.stack(each_flatness(tails, self.settings)).sum()
         self.last_kappa = kappa.detach()
         self.last_lam = self.lam
         penalty = self.lam * self.last_kappa
@@ -239,10 +239,3 @@ def _made_of(loss: Tensor) -> list[Node]:
             walked += dict.fromkeys(below)
             seen.update(below)
     return walked
-
-
-def _own_generator(layer: Layer) -> torch.Generator:
-    """Returns a generator for the probes, so that they do not advance torch's own generator."""
-    weight = next(iter(weights_of(layer)), None)
-    generator = torch.Generator("cpu" if weight is None else weight.device)
-    return generator.manual_seed(torch.initial_seed())
