@@ -58,11 +58,10 @@ class Ledger:
     def watch(self) -> None:
         """Starts to watch every backward."""
         # Called again later, since lazy layers get weights and frozen weights may be unfrozen.
-        new = [w for w in self._weights if id(w) not in self._hooked and w.is_leaf]
-        if new:
-            self._hooked.update(map(id, new))
-            note = partial(_if_alive, weakref.WeakMethod(self._note))
-            for w in new:
+        note = partial(_if_alive, weakref.WeakMethod(self._note))
+        for w in self._weights:
+            if id(w) not in self._hooked and w.is_leaf:
+                self._hooked.add(id(w))
                 weakref.finalize(self, w.register_post_accumulate_grad_hook(note).remove)
 
     def expect(self, loss: Tensor) -> None:
