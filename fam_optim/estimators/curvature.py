@@ -74,10 +74,6 @@ class Curvature:
         exponent = -size.nan_to_num(nan=torch.inf).log2().ceil()
         self._scale = exponent.clamp(-8, 15).exp2().to(self._scale).expand_as(self._scale)
 
-    def lift(self, matrix: Tensor) -> list[Tensor]:
-        """Returns ``u = lin(phi; matrix)`` per use: how z moves if W moves along `matrix` ``(d, m)``."""
-        return [use.lift(matrix) for use in self.uses]
-
     def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
         """Returns the Hessian-vector product ``Hess_z(L) u`` of one direction u."""
         pulled = self._pull(self.gradient, directions, create_graph=self.differentiable)
@@ -87,11 +83,10 @@ class Curvature:
         """Returns ``H V`` ``(d, m)``, the product in weight space, through all uses of the weight."""
         nested = self.tail.nested
         left = torch.zeros_like(matrix, requires_grad=True)
-        at_left, at_right = self.lift(left), self.lift(matrix)
+        at_left, at_right = ([use.lift(v) for use in self.uses] for v in (left, matrix))
         # <left, H V> as a function of left; its gradient is H V.
-        value = inner(
-            at_left, self._pull(self.gradient, at_right, create_graph=self.differentiable or nested)
-        )
+        moved = self._pull(self.gradient, at_right, create_graph=self.differentiable or nested)
+        value = inner(at_left, moved)
         if nested:
             for u, v in ((at_left, at_right), (at_right, at_left)):
                 value = value + inner(u, self._pull(v, self.gradient, create_graph=True))
@@ -107,7 +102,7 @@ class Curvature:
         """
         if self.tail.nested:
             return (doubled(matrix) * self.times(matrix.detach())).sum()
-        lifted = self.lift(matrix)
+        lifted = [use.lift(matrix) for use in self.uses]
         return inner(list(map(doubled, lifted)), self.hvp([u.detach() for u in lifted]))
 
     def _pull(
@@ -118,8 +113,7 @@ class Curvature:
         # A first derivative is differentiated twice more, a second derivative once more. Two are assumed also
         # in float16, where torch's own derivatives overflow because they square their input, and where one
         # call feeds another, since the direction that is pulled back then depends on z itself.
-        first = outputs[0] is self.tail.loss
-        twice = first or self.half or self.tail.nested
+        twice = outputs[0] is self.tail.loss or self.half or self.tail.nested
         found: Sequence[Tensor | None] = [None] * len(self.uses)
         if attached:
             with (
