@@ -101,10 +101,6 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
 def full(curvature: Curvature, factor: Factor) -> Tensor:
     """Returns ``<F F^T, T>`` from the whole Hessian, by ``d * m`` products, in ``O((d m)^2)`` memory."""
     weight = curvature.uses[0].matrix()
-    rows = []
-    for index in range(weight.numel()):
-        unit = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        unit.view(-1)[index] = 1
-        rows.append(curvature.times(unit))
-    hessian = torch.stack(rows).reshape(*weight.shape, *weight.shape)
+    units = torch.eye(weight.numel(), dtype=weight.dtype, device=weight.device).view(-1, *weight.shape)
+    hessian = torch.stack([curvature.times(unit) for unit in units]).view(*weight.shape, *weight.shape)
     return (factor.gram() * torch.einsum("stut->su", hessian)).sum()
