@@ -65,9 +65,7 @@ class Curvature:
         """
         self._scale = torch.full_like(self.tail.loss, 2.0**7)
         self.gradient = self._pull([self.tail.loss], [self._scale], create_graph=True)
-        unit = [
-            torch.arange(g.numel(), dtype=g.dtype, device=g.device).cos().view_as(g) for g in self.gradient
-        ]
+        unit = [torch.arange(g.numel(), device=g.device).to(g).cos().view_as(g) for g in self.gradient]
         product = self._pull(self.gradient, unit, create_graph=False)
         size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / self._scale
         # An overflow counts as a large size; a zero may be an underflow, so it counts as a small one.
