@@ -190,10 +190,10 @@ class Penalty(Regularizer):
         """Warns once if the penalty is larger than the loss; on an accelerator it does so a step later."""
         if self._warned:
             return
-        larger, earlier = penalty > loss.abs().reshape(()), self._larger
-        if unnoticed.reading_waits(larger):
-            self._larger = unnoticed.AsyncFlag(larger)
-        if bool(larger) if self._larger is None else earlier is not None and earlier.read():
+        larger: unnoticed.AsyncFlag | None = unnoticed.AsyncFlag(penalty > loss.abs().reshape(()))
+        if unnoticed.reading_waits(penalty):
+            larger, self._larger = self._larger, larger
+        if larger is not None and larger.read():
             self._warned = True
             warnings.warn(
                 f"lam * kappa of `layer` {self.names} is larger than the loss itself: the network is trained "
