@@ -62,10 +62,8 @@ def dataset_relative_flatness(
 
     Cost: one forward per batch, and the cost of `relative_flatness` without a gradient.
     """
-    # Only the value is needed: a constant Hessian saves the graph of its derivative.
-    settings = Settings(
-        measure, mode, normalize, n_samples, generator, detach_hessian=True, curvature=curvature
-    )
+    # Only the value is needed: `detach_hessian`, here True, saves the graph of its derivative.
+    settings = Settings(measure, mode, normalize, n_samples, generator, True, curvature)
     layers = as_layers(named(model, layer))
     values, _ = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
     return values if isinstance(layer, (list, tuple)) else values[0]
@@ -182,8 +180,7 @@ def _pair(batch: Any) -> tuple[Any, Any]:
             f"expected `loader` to yield pairs (inputs, targets), got a {type(batch).__name__}{length}. Pass "
             "a generator that makes them: ((batch['x'], batch['y']) for batch in loader)."
         )
-    inputs, targets = batch
-    return inputs, targets
+    return batch[0], batch[1]
 
 
 def _device(layers: Sequence[Layer]) -> torch.device:
