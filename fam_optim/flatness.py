@@ -54,10 +54,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, known in (("measure", sorted(MEASURES)), ("mode", MODES), ("curvature", CURVATURES)):
-            if getattr(self, name) not in list(known):
-                raise ValueError(
-                    f"expected `{name}` to be one of {list(known)}, got {getattr(self, name)!r}."
-                )
+            given = getattr(self, name)
+            if given not in list(known):
+                raise ValueError(f"expected `{name}` to be one of {list(known)}, got {given!r}.")
         for name in ("normalize", "detach_hessian"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected `{name}` to be True or False, got {getattr(self, name)!r}.")
