@@ -83,14 +83,16 @@ class OptimizerWrapper(Optimizer):
             hook(self)
         state_dict: dict[str, Any] = {**self.base_optimizer.state_dict(), **self._own_state()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _or(post_hook(self, state_dict), state_dict)
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a `state_dict` of this optimizer or of its plain base."""
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _or(hook(self, state_dict), state_dict)
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         own = {key: state_dict.pop(key) for key in self._own_state() if key in state_dict}
         self.base_optimizer.load_state_dict(state_dict)
         self._load_own_state(own)
@@ -148,7 +150,3 @@ def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
         optimizer.state.clear()
         optimizer.state.update(state)
         raise
-
-
-def _or(result: Any, default: Any) -> Any:
-    return default if result is None else result
