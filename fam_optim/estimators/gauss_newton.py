@@ -69,6 +69,7 @@ class Jacobian:
         path = self.path | self.ends
         self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
         self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
+        # A constant product would not carry its gradient in W.
         self._below = self._edges_below() if differentiable else {}
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
