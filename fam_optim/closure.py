@@ -71,13 +71,17 @@ class WatchedClosure:
             result = self.closure()
         if backward.seen:
             self._check_seen()
-        elif result is not None or not self._may_only_step():
+        elif result is not None or (self.regularizer.lam and not self.regularizer.given):
+            # Any other closure has regularised before, as in Lightning's manual optimisation, and only steps.
             self._check_unseen(result, before)
             if self.evaluations > 1:  # the base tries again, and the last try's gradients are still there
                 self.zero_grad()
             self._regularized(result).backward()  # type: ignore[no-untyped-call]  # outer closures see it
         self.check()
-        return self._value(result)
+        plain, value = self._values(result)
+        if self.evaluations == 1:
+            self.returned = plain
+        return value
 
     def _check_unseen(self, result: Any, before: list[tuple[Tensor, TensorWeakRef | None]]) -> None:
         """Raises RuntimeError if a closure without a backward returned no loss, or assigned gradients."""
@@ -96,9 +100,6 @@ class WatchedClosure:
                 "of optimizer.regularize(loss) and return None."
             )
 
-    def _may_only_step(self) -> bool:
-        return self.regularizer.given or not self.regularizer.lam  # as in Lightning's manual optimisation
-
     def _regularized(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss."""
         return self.regularizer.regularize(loss)
@@ -110,11 +111,9 @@ class WatchedClosure:
     def _check_seen(self) -> None:
         """Raises RuntimeError if the closure backpropagated nothing that could be regularised."""
 
-    def _value(self, result: Any) -> Any:
-        """Returns what the base gets in place of what the closure returned."""
-        if self.evaluations == 1:
-            self.returned = result
-        return result.detach() if isinstance(result, Tensor) else result
+    def _values(self, result: Any) -> tuple[Any, Any]:
+        """Returns what the user and what the base gets in place of what the closure returned."""
+        return result, result.detach() if isinstance(result, Tensor) else result
 
 
 class PenalizedClosure(WatchedClosure):
@@ -127,11 +126,10 @@ class PenalizedClosure(WatchedClosure):
 
     def __call__(self) -> Any:
         self._backwards: list[_Backward] = []
-        self.penalty.touched = False
         return super().__call__()
 
     def _check_seen(self) -> None:
-        if self.penalty.lam and not self.penalty.touched:
+        if self.penalty.lam and not self._backwards:
             raise LayerNotUsedError(
                 "no loss that was backpropagated in the closure depends on `layer` "
                 f"{self.penalty.names}, so there is nothing to regularise. Expected the layer to be "
@@ -144,11 +142,12 @@ class PenalizedClosure(WatchedClosure):
                 "and every loss backpropagated in the closure, or none."
             )
 
-    def _value(self, result: Any) -> Any:
-        plain = self._plain(result)
-        if self.evaluations == 1:
-            self.returned = plain
-        return self._objective(result, plain)
+    def _values(self, result: Any) -> tuple[Any, Any]:
+        plain = result
+        if isinstance(result, Tensor):
+            known = {backward.node: backward.plain for backward in self._backwards}  # their graph is gone
+            plain = known[result.grad_fn] if result.grad_fn in known else without_penalties(result)
+        return plain, self._objective(result, plain)
 
     def _seen(self, loss: Tensor) -> Tensor:
         """Returns the regularised loss, or the loss itself if it does not depend on the layers."""
@@ -166,15 +165,6 @@ class PenalizedClosure(WatchedClosure):
         plain = without_penalties(regularized)  # now, since a backward frees the graph
         self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
-
-    def _plain(self, result: Any) -> Any:
-        """Returns what the closure returned, without penalties."""
-        if not isinstance(result, Tensor):
-            return result
-        for backward in self._backwards:  # the graph of these losses is gone
-            if backward.node is result.grad_fn:
-                return backward.plain
-        return without_penalties(result)
 
     def _objective(self, result: Any, plain: Any) -> Any:
         """Returns the value of what was backpropagated, in the unit of what the closure returned.

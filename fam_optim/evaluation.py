@@ -62,10 +62,8 @@ def dataset_relative_flatness(
 
     Cost: one forward per batch, and the cost of `relative_flatness` without a gradient.
     """
-    # Only the value is needed: a constant Hessian saves the graph of its derivative.
-    settings = Settings(
-        measure, mode, normalize, n_samples, generator, detach_hessian=True, curvature=curvature
-    )
+    # Only the value is needed: `detach_hessian`, here True, saves the graph of its derivative.
+    settings = Settings(measure, mode, normalize, n_samples, generator, True, curvature)
     layers = as_layers(named(model, layer))
     values, _ = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
     return values if isinstance(layer, (list, tuple)) else values[0]
@@ -161,22 +159,17 @@ def _over_batches(
 @contextmanager
 def _observed_in_eval_mode(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """Puts the model in eval mode and records its layers' calls; restores its state afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [layer for layer in layers if isinstance(layer, Tensor) and not layer.requires_grad]
-    try:
+    with ExitStack() as undoing:
+        for module in model.modules():
+            undoing.callback(setattr, module, "training", module.training)
         model.eval()
-        for parameter in frozen:  # else the graph would not show the parameter
-            parameter.requires_grad_()
-        with ExitStack() as recording:
-            for layer in layers:
-                if isinstance(layer, Observation):
-                    recording.enter_context(layer)
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module, training in modes:
-            module.training = training
+        for layer in layers:
+            if isinstance(layer, Observation):
+                undoing.enter_context(layer)
+            elif not layer.requires_grad:  # else the graph would not show the parameter
+                undoing.callback(layer.requires_grad_, False)
+                layer.requires_grad_()
+        yield
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
@@ -187,8 +180,7 @@ def _pair(batch: Any) -> tuple[Any, Any]:
             f"expected `loader` to yield pairs (inputs, targets), got a {type(batch).__name__}{length}. Pass "
             "a generator that makes them: ((batch['x'], batch['y']) for batch in loader)."
         )
-    inputs, targets = batch
-    return inputs, targets
+    return batch[0], batch[1]
 
 
 def _device(layers: Sequence[Layer]) -> torch.device:

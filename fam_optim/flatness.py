@@ -1,13 +1,13 @@
 """One function, `relative_flatness`, computes the relative flatness of layers from a measure and a mode.
 
-measure   ->  factor F        (`measure`)
-mode      ->  estimator       (`estimators`)
-both      ->  <F F^T, T>,  T[s,u] = Tr(H_{s,u})
+measure   ->  factor F and number c   (`measure`)
+mode      ->  estimator               (`estimators`)
+both      ->  c <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ from fam_optim.unnoticed import counted_once, in_full_precision
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from fam_optim.estimators.measure import Factor
+
     Layers = Layer | Sequence[Layer]
 
 MODES = ("exact", "full", "hutchinson")
@@ -52,10 +54,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, known in (("measure", sorted(MEASURES)), ("mode", MODES), ("curvature", CURVATURES)):
-            if getattr(self, name) not in list(known):
-                raise ValueError(
-                    f"expected `{name}` to be one of {list(known)}, got {getattr(self, name)!r}."
-                )
+            given = getattr(self, name)
+            if given not in list(known):
+                raise ValueError(f"expected `{name}` to be one of {list(known)}, got {given!r}.")
         for name in ("normalize", "detach_hessian"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected `{name}` to be True or False, got {getattr(self, name)!r}.")
@@ -137,7 +138,8 @@ def relative_flatness(
                 "inside `with observe(module) as layer:` and pass that."
             )
         check_mode(one, settings)
-    return tails_flatness(list(used_tails(loss, distinct(layers)).values()), settings)
+    tails = used_tails(loss, distinct(layers))
+    return torch.stack(each_flatness(list(tails.values()), settings)).sum()
 
 
 def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
@@ -145,40 +147,32 @@ def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
     return {number: tail for number, tail in enumerate(find_tails(loss, layers)) if tail is not None}
 
 
-def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
-    """Returns the sum of the kappas of the layers to which these tails of one loss lead."""
-    kappas = each_flatness(tails, settings)
-    return kappas[0] if len(kappas) == 1 else torch.stack(kappas).sum()
-
-
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     """Returns the kappa of each layer to which these tails of one loss lead."""
     precise = in_full_precision(tails[0].loss.device)
     with torch.enable_grad(), precise, local_derivatives(tails), counted_once(), _unhooked(tails):
+        factors = [MEASURES[settings.measure](_matrix(tail)) for tail in tails]
         if settings.curvature == "gauss_newton":
-            factors = [MEASURES[settings.measure](_matrix(tail)) for tail in tails]
             differentiable, random = not settings.detach_hessian, (settings.n_samples, settings.generator)
             found = gauss_newton(tails, factors, settings.mode, *random, differentiable=differentiable)
-            values = list(map(errors.once_differentiable, found))
+            found = list(map(errors.once_differentiable, found))
         else:
-            values = [_flatness(tail, settings) for tail in tails]
+            found = [_of_hessian(tail, factor, settings) for tail, factor in zip(tails, factors, strict=True)]
+        kappas = [factor.c * one for factor, one in zip(factors, found, strict=True)]
         if not settings.normalize:
-            return values
-        return [value / tail.uses[0].m for value, tail in zip(values, tails, strict=True)]
+            return kappas
+        return [kappa / tail.uses[0].m for kappa, tail in zip(kappas, tails, strict=True)]
 
 
 @contextmanager
 def _unhooked(tails: Sequence[Tail]) -> Iterator[None]:
     """Keeps the user's hooks on a weight's gradient (to freeze rows, say) out of kappa's derivatives."""
-    hooks = [tail.uses[0].weight._backward_hooks or {} for tail in tails]
-    kept = [dict(of_one) for of_one in hooks]
-    try:
-        for of_one in hooks:
-            of_one.clear()
+    with ExitStack() as undoing:
+        for tail in tails:
+            hooks = tail.uses[0].weight._backward_hooks or {}
+            undoing.callback(hooks.update, dict(hooks))
+            hooks.clear()
         yield
-    finally:
-        for of_one, before in zip(hooks, kept, strict=True):
-            of_one.update(before)
 
 
 def check_mode(layer: object, settings: Settings) -> None:
@@ -190,24 +184,25 @@ def check_mode(layer: object, settings: Settings) -> None:
         )
 
 
-def _flatness(tail: Tail, settings: Settings) -> Tensor:
+def _of_hessian(tail: Tail, factor: Factor, settings: Settings) -> Tensor:
+    """Returns ``<F F^T, T>`` of one layer with the Hessian's T."""
     if all(0 in use.shape for use in tail.uses):  # a batch without samples
         return 0 * tail.uses[0].matrix().sum()
     differentiable = not settings.detach_hessian
-    factor = MEASURES[settings.measure](_matrix(tail))
-    kappa = closed_form(tail, factor, differentiable=differentiable) if settings.mode == "exact" else None
-    if kappa is not None:
-        return kappa
+    if settings.mode == "exact":
+        found = closed_form(tail, factor, differentiable=differentiable)
+        if found is not None:
+            return found
     curvature = Curvature(tail, differentiable=differentiable)
     if settings.mode == "full":
-        kappa = full(curvature, factor)
+        found = full(curvature, factor)
     elif settings.mode == "exact":
-        kappa = errors.once_differentiable(exact(curvature, factor))
+        found = errors.once_differentiable(exact(curvature, factor))
     else:
         found = hutchinson(curvature, factor, settings.n_samples, settings.generator)
-        kappa = errors.once_differentiable(found)
+        found = errors.once_differentiable(found)
     why = curvature.undifferentiable
-    return kappa if why is None else errors.without_gradient(kappa, why)
+    return found if why is None else errors.without_gradient(found, why)
 
 
 def _matrix(tail: Tail) -> Tensor:

@@ -58,12 +58,11 @@ class Ledger:
     def watch(self) -> None:
         """Starts to watch every backward."""
         # Called again later, since lazy layers get weights and frozen weights may be unfrozen.
-        new = [w for w in self._weights if id(w) not in self._hooked and w.is_leaf]
-        if new:
-            self._hooked.update(map(id, new))
-            note = partial(_if_alive, weakref.WeakMethod(self._note))
-            handles = [w.register_post_accumulate_grad_hook(note) for w in new]
-            weakref.finalize(self, _remove, handles)
+        note = partial(_if_alive, weakref.WeakMethod(self._note))
+        for w in self._weights:
+            if id(w) not in self._hooked and w.is_leaf:
+                self._hooked.add(id(w))
+                weakref.finalize(self, w.register_post_accumulate_grad_hook(note).remove)
 
     def expect(self, loss: Tensor) -> None:
         """Notes that `loss` was regularised, so that a backward from it is allowed."""
@@ -133,11 +132,6 @@ def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor
     alive = hook()
     if alive is not None:
         alive(tensor)
-
-
-def _remove(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 class FiniteGuard:

@@ -13,7 +13,7 @@ import gc
 import math
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +67,13 @@ def unsunk(path: Iterable[Node]) -> Iterator[None]:
     if _in_process_group():
         known("torch.nn.parallel.distributed", nodes.DDP_SINK)
         sinks = [node for node in path if nodes.kind(node) == nodes.DDP_SINK]
-    static = [ddp for ddp in {node.ddp_weakref() for node in sinks} if ddp.static_graph]
-    before = [(ddp, ddp._static_graph_delay_allreduce_enqueued) for ddp in static]
-    for ddp in static:
-        ddp._static_graph_delay_allreduce_enqueued = True
-    try:
+    name = "_static_graph_delay_allreduce_enqueued"
+    with ExitStack() as undoing:
+        for ddp in {node.ddp_weakref() for node in sinks}:
+            if ddp.static_graph:
+                undoing.callback(setattr, ddp, name, getattr(ddp, name))
+                setattr(ddp, name, True)
         yield
-    finally:
-        for ddp, enqueued in before:
-            ddp._static_graph_delay_allreduce_enqueued = enqueued
 
 
 @contextmanager
@@ -92,7 +90,8 @@ def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
         group.post_backward = lambda *unused: None  # hides the class's method, for this group only
     try:
         for tail in tails if groups else ():
-            if any(_is_freed(use.weight) for use in tail.uses):
+            stored = [use.weight.untyped_storage().size() for use in tail.uses if use.weight.numel()]
+            if 0 in stored:  # FSDP2 has freed a weight
                 torch.autograd.grad(tail.loss, tail.edges, retain_graph=True, allow_unused=True)
         yield
     finally:
@@ -116,10 +115,6 @@ def _fsdp_groups() -> list[Any]:
     of_states = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
     # Modules that are sharded together share a state, so duplicates are dropped.
     return list(dict.fromkeys(group for groups in of_states for group in groups if group is not None))
-
-
-def _is_freed(weight: Tensor) -> bool:
-    return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 
 class Replicas:

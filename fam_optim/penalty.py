@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 import weakref
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim import unnoticed
-from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
+from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import check_scalar
@@ -29,17 +28,14 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
-    from fam_optim.layers import Layer
-
 _MARK = "fam_optim.regularized"
-_serial_numbers = itertools.count()
 
 
 class _Mark(NamedTuple):
     """A note that is kept on the graph node of a regularised loss."""
 
     plain: Tensor  # the loss without penalties
-    penalties: Mapping[int, Tensor]  # the added penalties, detached, by the serial number of their `Penalty`
+    penalties: Mapping[object, Tensor]  # the added penalties, detached, by the key of their `Penalty`
 
 
 class Penalty(Regularizer):
@@ -49,7 +45,6 @@ class Penalty(Regularizer):
         layers: the layers, as observations and parameters.
         last_lam: the value of lam when kappa last entered the penalty.
         ledger: knows whether all gradients come from regularised losses.
-        touched: whether a loss in this closure depended on a layer.
         losses: the losses regularised since the last step, detached.
     """
 
@@ -61,16 +56,17 @@ class Penalty(Regularizer):
         self.layers = as_layers(layer)
         for one in self.layers:
             check_mode(one, settings)
-        if settings.mode == "hutchinson" and settings.generator is None:
-            settings = replace(settings, generator=_own_generator(self.layers[0]))
+        if settings.mode == "hutchinson" and settings.generator is None:  # do not advance torch's own
+            weight = next(iter(weights_of(self.layers[0])), None)
+            generator = torch.Generator("cpu" if weight is None else weight.device)
+            settings = replace(settings, generator=generator.manual_seed(torch.initial_seed()))
         self.settings = settings
         self.last_kappa = None
         self.last_lam = lam
         self._prepare()
 
     def _prepare(self) -> None:
-        # Not id(self), which a later object may get while marks of this one still exist.
-        self._serial = next(_serial_numbers)
+        self._key = object()  # not id(self), which a later object may get while this one's marks still exist
         self._used: weakref.WeakSet[LayerUse] = weakref.WeakSet()
         self._larger: unnoticed.AsyncFlag | None = None  # on an accelerator: was the last penalty > loss
         self._warned = False
@@ -123,7 +119,7 @@ class Penalty(Regularizer):
         for use in list(self._used):
             use.release(observed.get(id(use.module())))
         self._used.clear()
-        self.touched = self.given = False
+        self.given = False
         self.losses: list[Tensor] = []
 
     def regularize(self, loss: Tensor) -> Tensor:
@@ -138,13 +134,11 @@ class Penalty(Regularizer):
             return loss
         check_scalar(loss)
         mark = self._mark_to_extend(loss)
-        if self._serial in mark.penalties:
-            self.touched = True
+        if self._key in mark.penalties:
             return loss
         tails = list(used_tails(mark.plain, self.layers).values())
-        self.touched = True
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
-        kappa = tails_flatness(tails, self.settings)
+        kappa = torch.stack(each_flatness(tails, self.settings)).sum()
         self.last_kappa = kappa.detach()
         self.last_lam = self.lam
         penalty = self.lam * self.last_kappa
@@ -152,7 +146,7 @@ class Penalty(Regularizer):
         self.losses.append(mark.plain.detach())
         regularized = torch.add(loss, kappa, alpha=self.lam)
         assert regularized.grad_fn is not None
-        penalties = {**mark.penalties, self._serial: penalty}
+        penalties = {**mark.penalties, self._key: penalty}
         nodes.metadata(regularized.grad_fn)[_MARK] = _Mark(mark.plain, penalties)
         self.ledger.expect(regularized)
         return regularized
@@ -168,7 +162,7 @@ class Penalty(Regularizer):
         node, mark = marked[0]
         if node is loss.grad_fn:
             return mark
-        if not all(self._serial in mark.penalties for _, mark in marked):
+        if not all(self._key in mark.penalties for _, mark in marked):
             raise RuntimeError(
                 "the loss was changed after another FAM had regularised it, so its kappa cannot be told from "
                 "the loss any more. Scale or add first and regularise last: "
@@ -184,14 +178,11 @@ class Penalty(Regularizer):
     def _is_used_beside(self, loss: Tensor) -> bool:
         """Returns whether the loss depends on a layer in another way than through regularised losses."""
         observed = [layer for layer in self.layers if isinstance(layer, Observation)]
-        parameters = {id(layer) for layer in self.layers if isinstance(layer, Tensor)}
         for node in _made_of(loss):
-            if _MARK in nodes.metadata(node):
-                continue
-            record = recorded_use(node)
+            record, leaf = recorded_use(node), nodes.leaf(node)
             if record is not None and any(layer.owns(record[0]) for layer in observed):
                 return True
-            if id(nodes.leaf(node)) in parameters:
+            if leaf is not None and any(leaf is layer for layer in self.layers):
                 return True
         return False
 
@@ -199,10 +190,10 @@ class Penalty(Regularizer):
         """Warns once if the penalty is larger than the loss; on an accelerator it does so a step later."""
         if self._warned:
             return
-        larger, earlier = penalty > loss.abs().reshape(()), self._larger
-        if unnoticed.reading_waits(larger):
-            self._larger = unnoticed.AsyncFlag(larger)
-        if bool(larger) if self._larger is None else earlier is not None and earlier.read():
+        larger: unnoticed.AsyncFlag | None = unnoticed.AsyncFlag(penalty > loss.abs().reshape(()))
+        if unnoticed.reading_waits(penalty):
+            larger, self._larger = self._larger, larger
+        if larger is not None and larger.read():
             self._warned = True
             warnings.warn(
                 f"lam * kappa of `layer` {self.names} is larger than the loss itself: the network is trained "
@@ -248,11 +239,3 @@ def _made_of(loss: Tensor) -> list[Node]:
             walked += dict.fromkeys(below)
             seen.update(below)
     return walked
-
-
-def _own_generator(layer: Layer) -> torch.Generator:
-    """Returns a generator for the probes, so that they do not advance torch's own generator."""
-    weight = next(iter(weights_of(layer)), None)
-    generator = torch.Generator("cpu" if weight is None else weight.device)
-    generator.manual_seed(torch.initial_seed())
-    return generator

@@ -35,9 +35,8 @@ def opaque(function: _Function, reason: str) -> _Function:
 
 def in_full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Returns a context without autocast, which would round the products and squares in kappa."""
-    kind = device.type
-    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if cast else nullcontext()
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def reading_waits(tensor: Tensor) -> bool:

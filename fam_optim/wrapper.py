@@ -83,14 +83,16 @@ class OptimizerWrapper(Optimizer):
             hook(self)
         state_dict: dict[str, Any] = {**self.base_optimizer.state_dict(), **self._own_state()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _or(post_hook(self, state_dict), state_dict)
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a `state_dict` of this optimizer or of its plain base."""
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _or(hook(self, state_dict), state_dict)
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         own = {key: state_dict.pop(key) for key in self._own_state() if key in state_dict}
         self.base_optimizer.load_state_dict(state_dict)
         self._load_own_state(own)
@@ -134,15 +136,11 @@ class OptimizerWrapper(Optimizer):
 def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
     """A context that restores weights and state if the step in it raises; it costs a copy of both."""
     weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-    # LBFGS only appends tensors to its history and drops them, so they need not be copied.
-    lists = (
-        value
-        for of_one in optimizer.state.values()
-        for value in (of_one.values() if isinstance(optimizer.base_optimizer, LBFGS) else ())
-        if isinstance(value, list)
-    )
-    shared = {id(t): t for history in lists for t in history}
-    state = {p: copy.deepcopy(of_one, dict(shared)) for p, of_one in optimizer.state.items()}
+    uncopied: dict[int, Any] = {}
+    if isinstance(optimizer.base_optimizer, LBFGS):  # it only appends tensors to its history and drops them
+        values = [value for of_one in optimizer.state.values() for value in of_one.values()]
+        uncopied = {id(t): t for value in values if isinstance(value, list) for t in value}
+    state = {p: copy.deepcopy(of_one, dict(uncopied)) for p, of_one in optimizer.state.items()}
     try:
         yield
     except BaseException:
@@ -152,7 +150,3 @@ def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
         optimizer.state.clear()
         optimizer.state.update(state)
         raise
-
-
-def _or(result: Any, default: Any) -> Any:
-    return default if result is None else result

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fam_optim.graph.trace import Tail
+    from fam_optim.layer.use import Use
 
 
 class Curvature:
@@ -41,7 +42,8 @@ class Curvature:
         errors.check_differentiable(tail.path)
         self.tail = tail
         self.differentiable = differentiable
-        self.uses = tail.uses
+        constant = not differentiable and not tail.nested
+        self.uses = tuple(use.detached() for use in tail.uses) if constant else tail.uses
         with errors.explained("second derivatives"):
             self._corrections = corrections(tail.path, derivatives_to_come=2)
         self.half = any(
@@ -53,8 +55,6 @@ class Curvature:
         self.gradient = self._pull([tail.loss], [self._scale], create_graph=True)
         derivative = errors.check_functions(tail.path, tail.ends, self.gradient)
         self.undifferentiable = errors.undifferentiable(tail.path, derivative) if differentiable else None
-        if not differentiable and not tail.nested:
-            self.uses = tuple(use.detached() for use in self.uses)
 
     def _fit_into_float16(self) -> None:
         """Chooses a power of two to multiply the loss by, so that derivatives stay within float16's range.
@@ -65,18 +65,12 @@ class Curvature:
         """
         self._scale = torch.full_like(self.tail.loss, 2.0**7)
         self.gradient = self._pull([self.tail.loss], [self._scale], create_graph=True)
-        unit = [
-            torch.arange(g.numel(), dtype=g.dtype, device=g.device).cos().view_as(g) for g in self.gradient
-        ]
+        unit = [torch.arange(g.numel(), device=g.device).to(g).cos().view_as(g) for g in self.gradient]
         product = self._pull(self.gradient, unit, create_graph=False)
         size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / self._scale
         # An overflow counts as a large size; a zero may be an underflow, so it counts as a small one.
         exponent = -size.nan_to_num(nan=torch.inf).log2().ceil()
         self._scale = exponent.clamp(-8, 15).exp2().to(self._scale).expand_as(self._scale)
-
-    def lift(self, matrix: Tensor) -> list[Tensor]:
-        """Returns ``u = lin(phi; matrix)`` per use: how z moves if W moves along `matrix` ``(d, m)``."""
-        return [use.lift(matrix) for use in self.uses]
 
     def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
         """Returns the Hessian-vector product ``Hess_z(L) u`` of one direction u."""
@@ -87,11 +81,10 @@ class Curvature:
         """Returns ``H V`` ``(d, m)``, the product in weight space, through all uses of the weight."""
         nested = self.tail.nested
         left = torch.zeros_like(matrix, requires_grad=True)
-        at_left, at_right = self.lift(left), self.lift(matrix)
+        at_left, at_right = ([use.lift(v) for use in self.uses] for v in (left, matrix))
         # <left, H V> as a function of left; its gradient is H V.
-        value = inner(
-            at_left, self._pull(self.gradient, at_right, create_graph=self.differentiable or nested)
-        )
+        moved = self._pull(self.gradient, at_right, create_graph=self.differentiable or nested)
+        value = inner(at_left, moved)
         if nested:
             for u, v in ((at_left, at_right), (at_right, at_left)):
                 value = value + inner(u, self._pull(v, self.gradient, create_graph=True))
@@ -107,7 +100,7 @@ class Curvature:
         """
         if self.tail.nested:
             return (doubled(matrix) * self.times(matrix.detach())).sum()
-        lifted = self.lift(matrix)
+        lifted = [use.lift(matrix) for use in self.uses]
         return inner(list(map(doubled, lifted)), self.hvp([u.detach() for u in lifted]))
 
     def _pull(
@@ -118,8 +111,7 @@ class Curvature:
         # A first derivative is differentiated twice more, a second derivative once more. Two are assumed also
         # in float16, where torch's own derivatives overflow because they square their input, and where one
         # call feeds another, since the direction that is pulled back then depends on z itself.
-        first = outputs[0] is self.tail.loss
-        twice = first or self.half or self.tail.nested
+        twice = outputs[0] is self.tail.loss or self.half or self.tail.nested
         found: Sequence[Tensor | None] = [None] * len(self.uses)
         if attached:
             with (
@@ -134,10 +126,14 @@ class Curvature:
                     retain_graph=True,
                     allow_unused=True,
                 )
-        return [
-            use.matrix().new_zeros(use.shape) if p is None else at_least_float32(p).reshape(use.shape)
-            for p, use in zip(found, self.uses, strict=True)
-        ]
+        return [as_output(p, use) for p, use in zip(found, self.uses, strict=True)]
+
+
+def as_output(derivative: Tensor | None, use: Use) -> Tensor:
+    """Returns a derivative in z in z's shape and at least float32; zeros where there is none."""
+    if derivative is None:
+        return use.matrix().new_zeros(use.shape)
+    return at_least_float32(derivative).reshape(use.shape)
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

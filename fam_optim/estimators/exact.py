@@ -75,7 +75,7 @@ def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
     """Returns ``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``, in weight space."""
     weight = curvature.uses[0].matrix()
     total = weight.new_zeros(())
-    for u, v in zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True):
+    for u, v in zip(*factor.pairs(), strict=True):
         for t in range(weight.shape[1]):
             matrix = torch.zeros_like(weight)
             matrix[:, t] = v
@@ -87,10 +87,10 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
     """Returns ``sum_{a,k} sum_b <phi_a, phi_b> <u_k, Hess_{z_b z_a} v_k>``, all groups together."""
     phi = grouping.gather([use.rows() for use in grouping.uses])
     total = curvature.gradient[0].new_zeros(())
-    directions = list(zip(*(pairs.unbind(1) for pairs in factor.pairs()), strict=True))
+    pairs = factor.pairs()
     for position in range(grouping.size):
         products = phi @ phi[:, position, :, None]
-        for u, v in directions:
+        for u, v in zip(*pairs, strict=True):
             at = v.new_zeros(grouping.groups, grouping.size, len(v))
             at[:, position] = v
             moved = curvature.hvp(grouping.scatter(at))
@@ -101,10 +101,6 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
 def full(curvature: Curvature, factor: Factor) -> Tensor:
     """Returns ``<F F^T, T>`` from the whole Hessian, by ``d * m`` products, in ``O((d m)^2)`` memory."""
     weight = curvature.uses[0].matrix()
-    rows = []
-    for index in range(weight.numel()):
-        unit = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        unit.view(-1)[index] = 1
-        rows.append(curvature.times(unit))
-    hessian = torch.stack(rows).reshape(*weight.shape, *weight.shape)
+    units = torch.eye(weight.numel(), dtype=weight.dtype, device=weight.device).view(-1, *weight.shape)
+    hessian = torch.stack([curvature.times(unit) for unit in units]).view(*weight.shape, *weight.shape)
     return (factor.gram() * torch.einsum("stut->su", hessian)).sum()

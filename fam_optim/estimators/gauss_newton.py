@@ -9,7 +9,7 @@ of all samples share one product, and ``||F^T g_ic||^2`` is also summed over sam
 
 exact        sums over all columns
 hutchinson   uses random signs r, ``E ||F^T g_r||^2``; one backward per probe, whatever interacts
-full         forms T_G from each column separately; for tests
+full         sums over the columns of each sample, with a product for each; for tests
 
 ``g`` is ``sum_a delta_a phi_a^T`` over the rows a of z, ``delta = d<S r, o>/dz``. Where the graph shows that
 rows or samples do not interact, the sum of their squares has less variance than the square of their sum:
@@ -23,13 +23,13 @@ For cross-entropy kappa_GN is the expected squared gradient over labels drawn fr
 from __future__ import annotations
 
 import math
-from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from fam_optim.estimators.curvature import as_output
 from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected, corrections
@@ -66,13 +66,11 @@ class Jacobian:
             errors.check_differentiable(self.path)
             with errors.explained("derivatives"):
                 self._corrections = corrections(self.path, derivatives_to_come=1)
-        self.outputs = find_outputs(
-            tails[0].loss, self.path | self.ends, self.ends, differentiable=differentiable
-        )
-        self.uses = [
-            tail.uses if differentiable else tuple(use.detached() for use in tail.uses) for tail in tails
-        ]
-        self._below = self._edges_below()
+        path = self.path | self.ends
+        self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
+        self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
+        # A constant product would not carry its gradient in W.
+        self._below = self._edges_below() if differentiable else {}
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
         """Returns ``d<S r, o>/dz`` for every use of every layer; r has the shapes of the outputs."""
@@ -92,7 +90,9 @@ class Jacobian:
         unscaled = [None if g is None else without_scale(g, scale) for g in found]
         products = dict(zip(self._below, unscaled[len(at_z) :], strict=True))
         deltas = iter(unscaled)
-        return [[_pulled(use, next(deltas), products.get(use)) for use in uses] for uses in self.uses]
+        return [
+            [Pulled(as_output(next(deltas), use), products.get(use)) for use in uses] for uses in self.uses
+        ]
 
     def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
         """Returns g ``(d, m)`` of the layer with this number, summed over all uses of its weight."""
@@ -119,7 +119,6 @@ class Jacobian:
     def _edges_below(self) -> dict[Use, GradientEdge]:
         """Returns the edges where a backward to a lower layer forms ``delta W`` anyway: the inputs of Linear
         layers on vectors, in full precision, if nothing else reads them."""
-        readers = Counter(edge for node in self.path | self.ends for edge in node.next_functions)
         below: dict[Use, GradientEdge] = {}
         for tail, uses in zip(self.tails, self.uses, strict=True):
             for use, edge in zip(uses, tail.edges, strict=True):
@@ -127,7 +126,7 @@ class Jacobian:
                 if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
                     continue
                 node, output = edge.node.next_functions[position]
-                if node is not None and node in self.path and readers[node, output] == 1:
+                if node is not None and node in self.path and len(self.tails[0].parents[node]) == 1:
                     below[use] = GradientEdge(node, output)
         return below
 
@@ -137,12 +136,6 @@ class Pulled(NamedTuple):
 
     delta: Tensor
     product: Tensor | None
-
-
-def _pulled(use: Use, delta: Tensor | None, product: Tensor | None) -> Pulled:
-    if delta is None:
-        return Pulled(use.matrix().detach().new_zeros(use.shape), None)
-    return Pulled(delta.reshape(use.shape), product)
 
 
 def gauss_newton(
@@ -163,46 +156,35 @@ def gauss_newton(
     jacobian = Jacobian(tails, differentiable=differentiable)
     if all(0 in output.shape for output in jacobian.outputs):  # no rows, or the loss is linear in outputs
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
-    if mode == "full":
-        return _from_traces(jacobian, factors)
-    shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
-    if mode == "exact":
-        return _from_columns(jacobian, factors, shown)
-    like = jacobian.uses[0][0].matrix()
-    groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
-    groupings = [g if g is not None and (g.size == 1 or _has_few_rows(g)) else None for g in groupings]
-    samples = []
-    for _ in range(n_samples):
-        r = [rademacher(tuple(output.shape), like, generator) for output in jacobian.outputs]
-        samples.append(_squares(jacobian, factors, groupings, r))
-    return [torch.stack(of_layer).mean() for of_layer in zip(*samples, strict=True)]
+    shown: list[dict[int, Groups]] = [{} for _ in tails]
+    if mode != "full":
+        shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
+    draws: Iterator[list[Tensor]]
+    if mode == "hutchinson":
+        like = jacobian.uses[0][0].matrix()
+        shapes = [tuple(output.shape) for output in jacobian.outputs]
+        draws = ([rademacher(shape, like, generator) for shape in shapes] for _ in range(n_samples))
+        groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
+        groupings = [g if g is not None and _has_few_rows(g) else None for g in groupings]
+    else:  # groups that all layers keep apart share a product
+        axes, numbers = _shared(jacobian, shown)
+        draws = _columns(jacobian, numbers, MAX_PRODUCTS if mode == "exact" else math.inf)
+        groupings = [_grouping(jacobian, layer, axes) for layer in range(len(tails))]
+    squares: list[list[Tensor]] = [[] for _ in tails]
+    for r in draws:
+        for layer, found in enumerate(jacobian.pull(r)):
+            squares[layer].append(_square(jacobian, layer, found, factors[layer], groupings[layer]))
+    sums = [torch.stack(of_layer).sum() for of_layer in squares]
+    return [total / n_samples for total in sums] if mode == "hutchinson" else sums
 
 
-def _from_columns(
-    jacobian: Jacobian, factors: Sequence[Factor], shown: Sequence[Mapping[int, Groups]]
-) -> list[Tensor]:
-    """Returns ``sum_c ||F^T g_c||^2`` of every layer; groups that all layers keep apart share a product."""
-    axes, digits = _shared(jacobian, shown)
-    numbers = [_by_group(output.shape, of) for output, of in zip(jacobian.outputs, digits, strict=True)]
-    columns = sum(by_group.shape[1] for by_group in numbers)
-    if columns > MAX_PRODUCTS:
-        raise RuntimeError(
-            f"exact Gauss-Newton kappa of `layer` {describe(jacobian.tails[0].layer)} takes {columns} "
-            f"vector-Jacobian products here, more than the limit of {MAX_PRODUCTS}. Use "
-            "mode='hutchinson', which is unbiased with one."
-        )
-    groupings = [_grouping(jacobian, layer, axes) for layer in range(len(factors))]
-    values = [_squares(jacobian, factors, groupings, r) for r in _columns(jacobian, numbers)]
-    return [torch.stack(of_layer).sum() for of_layer in zip(*values, strict=True)]
-
-
-def _shared(
-    jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]
-) -> tuple[list[int], list[list[tuple[int, int]]]]:
+def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[list[int], list[Tensor]]:
     """Returns the axes along which all layers keep the same number of groups apart, and for every output the
-    digits ``(stride, length)`` that say to which group an entry belongs."""
+    numbers of its entries, sorted by group: ``(groups, columns)``."""
     axes: list[int] = []
-    digits: list[list[tuple[int, int]]] = [[] for _ in jacobian.outputs]
+    groups = 1
+    entries = [torch.arange(math.prod(output.shape)) for output in jacobian.outputs]
+    of_entries = [torch.zeros_like(numbers) for numbers in entries]  # the group that each entry belongs to
     for axis in set.intersection(*map(set, shown)):
         lengths = {use.lead[axis] for uses in jacobian.uses for use in uses}  # type: ignore[attr-defined]
         strides = [
@@ -212,35 +194,17 @@ def _shared(
         if len(lengths) > 1 or any(len(of) > 1 or SUM in of for of in strides):
             continue
         axes.append(axis)
-        for of_output, (stride,) in zip(digits, strides, strict=True):
-            of_output.append((stride, *lengths))
-    return axes, digits
-
-
-def _by_group(shape: Sequence[int], digits: Sequence[tuple[int, int]]) -> Tensor:
-    """Returns the numbers of an output's entries, sorted by group: ``(groups, columns)``."""
-    entries = torch.arange(math.prod(shape))
-    group, groups = torch.zeros_like(entries), 1
-    for stride, length in digits:
-        group, groups = group * length + entries // stride % length, groups * length
-    return group.argsort(stable=True).reshape(groups, -1)
-
-
-def _squares(
-    jacobian: Jacobian,
-    factors: Sequence[Factor],
-    groupings: Sequence[Grouping | None],
-    r: Sequence[Tensor],
-) -> list[Tensor]:
-    """Returns the sum over groups of ``||F^T g||^2`` of every layer, for one r; None means one group."""
-    of_layers = zip(jacobian.pull(r), factors, groupings, strict=True)
-    return [_square(jacobian, layer, *of_layer) for layer, of_layer in enumerate(of_layers)]
+        (length,) = lengths
+        groups *= length
+        for group, numbers, (stride,) in zip(of_entries, entries, strides, strict=True):
+            group.mul_(length).add_(numbers // stride % length)
+    return axes, [group.argsort(stable=True).reshape(groups, -1) for group in of_entries]
 
 
 def _square(
     jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
 ) -> Tensor:
-    """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number."""
+    """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number; None means one group."""
     if grouping is None:
         return factor.square(jacobian.in_weights(layer, found))
     delta = grouping.gather_outputs([f.delta for f in found])
@@ -250,28 +214,25 @@ def _square(
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    scale, pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
-    return scale * (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
+    pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
+    return (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
 
 
-def _columns(jacobian: Jacobian, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Iterator[list[Tensor]]:
     """Yields one-hot r that pick a column of S in every group at once, for one output after the other."""
+    columns = sum(by_group.shape[1] for by_group in numbers)
+    if columns > limit:
+        raise RuntimeError(
+            f"exact Gauss-Newton kappa of `layer` {describe(jacobian.tails[0].layer)} takes {columns} "
+            f"vector-Jacobian products here, more than the limit of {limit}. Use mode='hutchinson', which is "
+            "unbiased with one."
+        )
     like = jacobian.uses[0][0].matrix()
     for index, by_group in enumerate(numbers):
         for column in by_group.to(like.device).T:
             r = [like.new_zeros(other.shape) for other in jacobian.outputs]
             r[index].view(-1)[column] = 1
             yield r
-
-
-def _from_traces(jacobian: Jacobian, factors: Sequence[Factor]) -> list[Tensor]:
-    """Returns ``<F F^T, T>`` of every layer, with T formed from each column of S separately."""
-    traces: list[Any] = [0.0] * len(factors)
-    for r in _columns(jacobian, [_by_group(output.shape, ()) for output in jacobian.outputs]):
-        for layer, found in enumerate(jacobian.pull(r)):
-            g = jacobian.in_weights(layer, found)
-            traces[layer] = traces[layer] + g @ g.T
-    return [(factor.gram() * t).sum().clamp_min(0) for factor, t in zip(factors, traces, strict=True)]
 
 
 def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping | None:
@@ -283,4 +244,4 @@ def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping |
 def _has_few_rows(grouping: Grouping) -> bool:
     """Whether squares from products of rows cost at most twice as much as the square of their sum."""
     d, m, size = grouping.uses[0].d, grouping.uses[0].m, grouping.size
-    return size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m
+    return size == 1 or size * m + min(d * d + size * d, d * m + size * m) <= 2 * d * m

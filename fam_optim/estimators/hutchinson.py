@@ -44,19 +44,13 @@ def hutchinson(
     if rows is not None and rows.size == 1:
         values = [_probe_rows(curvature, factor, rows, draw) for _ in range(n_samples)]
     else:
-        values = [_probe_weight(curvature, factor, draw) for _ in range(n_samples)]
+        values = [curvature.quadratic(factor.weight_probe(draw)) for _ in range(n_samples)]
     return torch.stack(values).mean()
-
-
-def _probe_weight(curvature: Curvature, factor: Factor, draw: Draw) -> Tensor:
-    """Returns ``<V, H V>`` for one random V."""
-    scale, direction = factor.weight_probe(draw)
-    return scale * curvature.quadratic(direction)
 
 
 def _probe_rows(curvature: Curvature, factor: Factor, rows: Grouping, draw: Draw) -> Tensor:
     """Returns ``sum_a ||phi_a||^2 <v_a, Hess_{z_a} v_a>`` for one random v_a per row."""
-    scale, probe = factor.probe(draw((rows.groups, factor.columns)))
+    probe = factor.probe(draw((rows.groups, factor.columns)))
     moved = rows.gather_outputs(curvature.hvp(rows.scatter(probe.detach()[:, None])))
     by_row = (doubled(probe) * moved[:, 0]).sum(1)  # as in Curvature.quadratic
-    return scale * (rows.squared_norms()[:, 0] * by_row).sum()
+    return (rows.squared_norms()[:, 0] * by_row).sum()

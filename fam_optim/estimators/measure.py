@@ -1,19 +1,18 @@
-"""A measure of relative flatness is a factor F made of the weights: ``<F F^T, T>``, T[s,u] = Tr(H_{s,u}).
+"""A measure of relative flatness is ``c <F F^T, T>``, T[s,u] = Tr(H_{s,u}), with c and F made of the weights.
 
-    neuronwise (kappa, paper section 1):        F = W              sum_{s,u} <w_s, w_u> Tr(H_{s,u})
-    layerwise (kappa_hat, paper section 3.2):   F = ||W||_F I_d    ||W||_F^2 Tr(H)
+    neuronwise (kappa, paper section 1):        c = 1           F = W     sum_{s,u} <w_s, w_u> Tr(H_{s,u})
+    layerwise (kappa_hat, paper section 3.2):   c = ||W||_F^2   F = I_d   ||W||_F^2 Tr(H)
 
-An estimator asks the factor for the form of F that it needs: the Gram matrix, directions in output space,
-a random probe, or the covariance under a softmax. Every form carries gradients to W.
+An estimator returns ``<F F^T, T>``. It asks the factor for the form of F that it needs: the Gram matrix,
+directions in output space, a random probe, or the covariance under a softmax. All forms carry gradients to W.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +32,12 @@ class Neuronwise:
     """The factor F = W ``(d, m)`` of the neuronwise measure.
 
     Attributes:
+        c: the number by which ``<F F^T, T>`` is multiplied.
         columns: the number of F's columns.
-        directions: the number of columns of each matrix that `pairs` returns.
+        directions: the number of rows of each matrix that `pairs` returns.
     """
+
+    c = 1.0
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -48,26 +50,22 @@ class Neuronwise:
         return self.matrix @ self.matrix.T
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Returns ``U, V`` ``(d, directions)`` with ``U V^T = F F^T``.
+        """Returns ``U, V`` ``(directions, d)`` with ``U^T V = F F^T``.
 
-        V is constant and U carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` is right,
-        although T is applied to constants only.
+        V is constant and U carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` over their rows
+        is right, although T is applied to constants only.
         """
         if self.by_unit:
             return self.gram(), _identity(self.matrix)
-        return doubled(self.matrix), self.matrix.detach()
+        return doubled(self.matrix).T, self.matrix.detach().T
 
-    def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        """Returns ``c, v`` with ``c v v^T = F s s^T F^T`` for each s in `signs` ``(..., columns)``."""
-        return 1.0, signs @ self.matrix.T
+    def probe(self, signs: Tensor) -> Tensor:
+        """Returns ``F s`` for each s in `signs` ``(..., columns)``."""
+        return signs @ self.matrix.T
 
-    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
-        """Returns ``c, y`` with ``c ||y||^2 = ||F^T x||^2`` for each x in `rows` ``(n, d)``. `product` is
-        ``x W``, if the caller already has it."""
-        if product is None:
-            return 1.0, rows @ self.matrix
-        attached: Tensor = product if product.requires_grad else _Formed.apply(rows, self.matrix, product)
-        return 1.0, attached
+    def pulled(self, rows: Tensor, product: Tensor | None) -> Tensor:
+        """Returns ``F^T x`` for each x in `rows` ``(n, d)``. `product` is ``x W``, if the caller has it."""
+        return rows @ self.matrix if product is None else product
 
     def inner(self, rows: Tensor) -> Tensor:
         """Returns ``<F^T x_a, F^T x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
@@ -86,15 +84,16 @@ class Neuronwise:
             return (of_w * of_g).sum().clamp_min(0)
         return (self.matrix.mT @ g).square().sum()
 
-    def weight_probe(self, draw: Draw) -> tuple[Tensor | float, Tensor]:
-        """Returns ``c, V`` with V ``(d, m)`` random and ``E[c V_si V_uj] = (F F^T)_su 1[i = j]``.
+    def weight_probe(self, draw: Draw) -> Tensor:
+        """Returns a random V ``(d, m)`` with ``E[V_si V_uj] = (F F^T)_su 1[i = j]``.
 
-        So ``E[c <V, H V>] = <F F^T, T>``.
+        So ``E <V, H V> = <F F^T, T>``.
         """
         # V = W Z with uncorrelated entries Z[k,t] = s_k r_{t-k}, computed as a circular convolution.
         signs, ring = draw((self.columns,)), draw((self.columns,))
         spectrum = torch.fft.rfft(self.matrix * signs) * torch.fft.rfft(ring)
-        return 1.0, torch.fft.irfft(spectrum, n=self.columns)
+        v: Tensor = torch.fft.irfft(spectrum, n=self.columns)
+        return v
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         """Returns ``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
@@ -106,55 +105,40 @@ class Neuronwise:
         return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
 
 
-class _Formed(torch.autograd.Function):
-    """Gives ``x W``, which was formed elsewhere, its gradient in W; x is a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, product: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return product.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return None, x.mT @ grad, None
-
-
 class Layerwise:
-    """The factor F = ||W||_F I ``(d, d)`` of the layerwise measure, with the methods of `Neuronwise`."""
+    """The factor F = I ``(d, d)`` of the layerwise measure, with the methods of `Neuronwise`."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
+        self.c = matrix.square().sum()
         self.columns = self.directions = matrix.shape[0]
-        self.square_norm = matrix.square().sum()
 
     def gram(self) -> Tensor:
-        return self.square_norm * _identity(self.matrix)
+        return _identity(self.matrix)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        return self.gram(), _identity(self.matrix)
+        return self.gram(), self.gram()
 
-    def probe(self, signs: Tensor) -> tuple[Tensor | float, Tensor]:
-        return self.square_norm, signs  # v does not contain ||W||, which has no derivative at W = 0
+    def probe(self, signs: Tensor) -> Tensor:
+        return signs
 
-    def pulled(self, rows: Tensor, product: Tensor | None) -> tuple[Tensor | float, Tensor]:
-        return self.square_norm, rows
+    def pulled(self, rows: Tensor, product: Tensor | None) -> Tensor:
+        return rows
 
     def inner(self, rows: Tensor) -> Tensor:
-        return self.square_norm * (rows @ rows.mT)
+        return rows @ rows.mT
 
     def square(self, g: Tensor) -> Tensor:
-        return self.square_norm * g.square().sum()
+        return g.square().sum()
 
-    def weight_probe(self, draw: Draw) -> tuple[Tensor | float, Tensor]:
-        return self.square_norm, draw(tuple(self.matrix.shape))
+    def weight_probe(self, draw: Draw) -> Tensor:
+        return draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         q, _ = _without_top(log_p)
         rest = q.sum(1)
         # 1 - ||p||^2, without subtracting numbers near 1
-        return self.square_norm * (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
+        return (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
 
 
 def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
@@ -162,74 +146,22 @@ def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
     if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
         p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
         return ((p @ distances) * p).sum(1).dot(by_row) / 2
-    trace: Tensor = _Trace.apply(log_p, w, by_row)
-    return trace
-
-
-class _Trace(torch.autograd.Function):
-    """Computes the trace with a gradient written by hand, which keeps no other tensor of log p's size:
-
-    dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
-    dc/dw_k     = 2 p_k (w_k - mu)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, log_p: Tensor, weight: Tensor, by_row: Tensor) -> Any:
-        parts = _parts_of_trace(log_p, weight)
-        ctx.save_for_backward(log_p, weight, by_row, *parts)
-        return parts[-1].dot(by_row)
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        log_p, weight, by_row, w, squares, top, rest, delta, c = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, scale, log_p, weight, by_row)
-        in_log_p, in_w, in_by_row = ctx.needs_input_grad
-        mean, b = w[top] + delta, (scale * by_row)[:, None]
-        weighted = log_p.exp().scatter_(1, top[:, None], 0.0).mul_(b)
-        by_log_p = by_w = None
-        if in_w:
-            by_w = (2 * weighted.sum(0)[:, None] * w).addmm_(weighted.T, mean, alpha=-2)
-            by_w.index_add_(0, top, (rest - 1)[:, None] * b * delta, alpha=2)
-        if in_log_p:
-            # ||w_k - mu||^2 - ||delta||^2; its part ||w_t||^2 + 2 <w_t, delta> does not depend on k
-            beside = squares[top] + 2 * (w[top] * delta).sum(1)
-            by_log_p = torch.addmm(squares, mean, w.T, alpha=-2).add_(beside[:, None]).mul_(weighted)
-        return by_log_p, by_w, scale * c if in_by_row else None
-
-
-def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-    """Returns the gradient of `_Trace` by operations that can be differentiated again."""
-    # log p is computed from W; views keep the derivative in W apart from the one through log p.
-    views = [t.view_as(t) for t in inputs]
-    needed = [t for t, asked in zip(views, ctx.needs_input_grad, strict=True) if asked]
-    log_p, w, by_row = views
-    trace = _parts_of_trace(log_p, w)[-1].dot(by_row)
-    found = iter(torch.autograd.grad(trace, needed, scale, create_graph=True))
-    return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
-
-
-def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    """Returns the class vectors and their squares, t, the sum of q, delta and the trace c. Here t is the most
-    probable class, q the probabilities of the others, mu the mean, delta = mu - w_t, and
-
-        c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
-
-    This form loses no digits where the largest probability rounds to one. Shifting all class vectors does not
-    change c, so their mean, which may be large beside their differences, is subtracted first.
-    """
+    # With t the most probable class, q the probabilities of the others, mu the mean and delta = mu - w_t,
+    #     c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
+    # loses no digits where the largest probability rounds to one. Shifting all class vectors does not change
+    # c, so their mean, which may be large beside their differences, is subtracted first.
     q, top = _without_top(log_p)
     rest, w = q.sum(1), w - w.detach().mean(0)
-    squares, w_top = w.square().sum(1), w[top]
+    squares, w_top = w.square().sum(1), w.index_select(0, top)
     delta = q @ w - rest[:, None] * w_top
     c = q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
-    return w, squares, top, rest, delta, c
+    return c.dot(by_row)
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Returns p with each row's largest entry set to zero, and the position of that entry ``(n,)``."""
     top = log_p.argmax(1)
-    return log_p.exp().scatter(1, top[:, None], 0.0), top
+    return log_p.scatter(1, top[:, None], -torch.inf).exp(), top  # keeps one tensor of log p's size
 
 
 def _identity(matrix: Tensor) -> Tensor:

@@ -78,8 +78,7 @@ def sample_roots(
     ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
     roots: Roots = {}
     for _ in range(n_samples):
-        pairs = [(tuple(output.shape), output.a) for output in outputs]
-        signs = [rademacher(shape, like, generator(like.device)) for shape, like in pairs]
+        signs = [rademacher(tuple(o.shape), o.a, generator(o.a.device)) for o in outputs]
         edges, vectors, scale = cotangents(outputs, signs)
         if not edges:
             return {}
@@ -94,7 +93,9 @@ def sample_roots(
             if i in products:
                 # Copied, since a buffer that holds the inputs may be overwritten before the step.
                 dtype = at_least_float32(weights[i].parameter).dtype
-                root = Root(g.to(dtype), _first_factor(products[i]).to(dtype, copy=True))
+                # The product keeps phi for the weight's derivative.
+                phi = nodes.kept(products[i], "mat1" if nodes.kind(products[i]) == "Addmm" else "self")
+                root = Root(g.to(dtype), phi.to(dtype, copy=True))
             else:
                 root = Root(weights[i].of(g.to_dense() if g.is_sparse else g).mT)
             roots.setdefault(i, []).append(root)
@@ -139,11 +140,6 @@ def _product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node
             return None
         below = node
     return None
-
-
-def _first_factor(node: Node) -> Any:
-    """Returns the first factor of an Addmm or Mm, which the node keeps for the second one's derivative."""
-    return nodes.kept(node, "mat1") if nodes.kind(node) == "Addmm" else nodes.kept(node, "self")
 
 
 def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:

@@ -45,22 +45,15 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
     Cost: for the neuronwise measure one product ``(rows, d) x (d, m)``, and two in the backward. The largest
     tensors have the size of the logits; there is no (rows, d, d) and no (d, d) tensor.
     """
-    heads = _find_heads(tail, differentiable=differentiable)
-    if heads is None:
-        return None
-    values = [_of_head(head, factor, differentiable) for head in heads]
-    return values[0] if len(values) == 1 else torch.stack(values).sum()
-
-
-def _of_head(head: Head, factor: Factor, differentiable: bool) -> Tensor:
-    norms = (head.use if differentiable else head.use.detached()).squared_norms()
-    if not head.in_order:
-        norms = _to_softmax(head, norms)
-    a = head.softmax.a.flatten() * (norms if differentiable else norms.detach()).flatten()
-    log_p, dim = head.softmax.log_p, head.softmax.dim
-    # A matrix is used as it is, since a view of it would be one more node of the graph.
-    rows = log_p if dim == log_p.dim() - 1 else log_p.movedim(dim, -1)
-    return factor.variance(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), a)
+    values = []
+    for head in _find_heads(tail, differentiable=differentiable):
+        norms = head.use.squared_norms()
+        if not head.in_order:
+            norms = _to_softmax(head, norms)
+        a = head.softmax.a.flatten() * norms.flatten()
+        log_p = head.softmax.log_p.movedim(head.softmax.dim, -1).reshape(-1, head.use.d)
+        values.append(factor.variance(log_p, a if differentiable else a.detach()))
+    return torch.stack(values).sum() if values else None
 
 
 class Head(NamedTuple):
@@ -72,26 +65,26 @@ class Head(NamedTuple):
     in_order: bool  # whether log p is known to have the rows of z, in their order and unscaled
 
 
-def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head] | None:
-    """Returns the softmax heads that the tail consists of, or None if it contains anything else."""
+def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head]:
+    """Returns the softmax heads that the tail consists of, or none if it contains anything else."""
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     path = tail.path | tail.ends
     softmaxes, unknown = linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
     if tail.nested or unknown is not None:
-        return None
-    heads = []
+        return []
+    heads: list[Head] = []
     for node in softmaxes:
         found = _followed(*node.next_functions[0], path, ends)
         if found is None:
-            return None
+            return []
         use, edge, stride, in_order = found
         shape, dim = nodes.shape(node, 0), nodes.softmax_axis(node)
         if shape[dim] != use.d or operations.axis_of_digit(shape, stride, use.d) != (dim, 1):
-            return None
+            return []
         with errors.explained("derivatives"):
             softmax = softmax_of(node, tail.loss, differentiable)
         heads.append(Head(softmax, use, edge, in_order))
-    return heads or None
+    return heads
 
 
 def _to_softmax(head: Head, by_row: Tensor) -> Tensor:
