@@ -69,8 +69,7 @@ class Jacobian:
         path = self.path | self.ends
         self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
         self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
-        # A constant product would not carry its gradient in W.
-        self._below = self._edges_below() if differentiable else {}
+        self._below = self._edges_below()
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
         """Returns ``d<S r, o>/dz`` for every use of every layer; r has the shapes of the outputs."""
@@ -214,8 +213,8 @@ def _square(
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
-    return (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
+    product = found[0].product if len(found) == 1 else None
+    return factor.weighted_squares(delta[:, 0], grouping.squared_norms()[:, 0], product)
 
 
 def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Iterator[list[Tensor]]:

@@ -63,9 +63,17 @@ class Neuronwise:
         """Returns ``F s`` for each s in `signs` ``(..., columns)``."""
         return signs @ self.matrix.T
 
-    def pulled(self, rows: Tensor, product: Tensor | None) -> Tensor:
-        """Returns ``F^T x`` for each x in `rows` ``(n, d)``. `product` is ``x W``, if the caller has it."""
-        return rows @ self.matrix if product is None else product
+    def weighted_squares(self, rows: Tensor, by_row: Tensor, product: Tensor | None) -> Tensor:
+        """Returns ``sum_i b_i ||F^T x_i||^2`` ``()`` for x ``(n, d)`` and b ``(n,)``; it is never negative.
+
+        `product` is ``x W``, if the caller has it. If it is a constant, so are x and b.
+        """
+        if product is None:
+            product = rows @ self.matrix
+        elif not product.requires_grad:  # <W, sum_i b_i x_i (x_i W)^T>
+            derivative = rows.mT @ (by_row[:, None] * product)
+            return doubled((self.matrix * derivative).sum()).clamp_min(0)
+        return (by_row * product.square().sum(1)).sum()
 
     def inner(self, rows: Tensor) -> Tensor:
         """Returns ``<F^T x_a, F^T x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
@@ -122,8 +130,8 @@ class Layerwise:
     def probe(self, signs: Tensor) -> Tensor:
         return signs
 
-    def pulled(self, rows: Tensor, product: Tensor | None) -> Tensor:
-        return rows
+    def weighted_squares(self, rows: Tensor, by_row: Tensor, product: Tensor | None) -> Tensor:
+        return (by_row * rows.square().sum(1)).sum()
 
     def inner(self, rows: Tensor) -> Tensor:
         return rows @ rows.mT
