@@ -154,22 +154,74 @@ def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
     if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
         p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
         return ((p @ distances) * p).sum(1).dot(by_row) / 2
-    # With t the most probable class, q the probabilities of the others, mu the mean and delta = mu - w_t,
-    #     c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
-    # loses no digits where the largest probability rounds to one. Shifting all class vectors does not change
-    # c, so their mean, which may be large beside their differences, is subtracted first.
+    trace: Tensor = _Trace.apply(log_p, w, by_row)
+    return trace
+
+
+class _Trace(torch.autograd.Function):
+    """Computes the trace with a gradient written by hand, which keeps no other tensor of log p's size:
+
+    dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
+    dc/dw_k     = 2 p_k (w_k - mu)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, weight: Tensor, by_row: Tensor) -> Any:
+        parts = _parts_of_trace(log_p, weight)
+        ctx.save_for_backward(log_p, weight, by_row, *parts)
+        return parts[-1].dot(by_row)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        log_p, weight, by_row, w, squares, top, rest, delta, c = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, scale, log_p, weight, by_row)
+        in_log_p, in_w, in_by_row = ctx.needs_input_grad
+        mean, b = w[top] + delta, (scale * by_row)[:, None]
+        weighted = log_p.exp().scatter_(1, top[:, None], 0.0).mul_(b)
+        by_log_p = by_w = None
+        if in_w:
+            by_w = (2 * weighted.sum(0)[:, None] * w).addmm_(weighted.T, mean, alpha=-2)
+            by_w.index_add_(0, top, (rest - 1)[:, None] * b * delta, alpha=2)
+        if in_log_p:
+            # ||w_k - mu||^2 - ||delta||^2; its part ||w_t||^2 + 2 <w_t, delta> does not depend on k
+            beside = squares[top] + 2 * (w[top] * delta).sum(1)
+            by_log_p = torch.addmm(squares, mean, w.T, alpha=-2).add_(beside[:, None]).mul_(weighted)
+        return by_log_p, by_w, scale * c if in_by_row else None
+
+
+def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """Returns the gradient of `_Trace` by operations that can be differentiated again."""
+    # log p is computed from W; views keep the derivative in W apart from the one through log p.
+    views = [t.view_as(t) for t in inputs]
+    needed = [t for t, asked in zip(views, ctx.needs_input_grad, strict=True) if asked]
+    log_p, w, by_row = views
+    trace = _parts_of_trace(log_p, w)[-1].dot(by_row)
+    found = iter(torch.autograd.grad(trace, needed, scale, create_graph=True))
+    return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
+
+
+def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Returns the class vectors and their squares, t, the sum of q, delta and the trace c. Here t is the most
+    probable class, q the probabilities of the others, mu the mean, delta = mu - w_t, and
+
+        c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
+
+    This form loses no digits where the largest probability rounds to one. Shifting all class vectors does not
+    change c, so their mean, which may be large beside their differences, is subtracted first.
+    """
     q, top = _without_top(log_p)
     rest, w = q.sum(1), w - w.detach().mean(0)
-    squares, w_top = w.square().sum(1), w.index_select(0, top)
+    squares, w_top = w.square().sum(1), w[top]
     delta = q @ w - rest[:, None] * w_top
     c = q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
-    return c.dot(by_row)
+    return w, squares, top, rest, delta, c
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Returns p with each row's largest entry set to zero, and the position of that entry ``(n,)``."""
     top = log_p.argmax(1)
-    return log_p.scatter(1, top[:, None], -torch.inf).exp(), top  # keeps one tensor of log p's size
+    return log_p.exp().scatter(1, top[:, None], 0.0), top
 
 
 def _identity(matrix: Tensor) -> Tensor:
