@@ -9,7 +9,7 @@ directions in output space, a random probe, or the covariance under a softmax. A
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -154,30 +154,30 @@ def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
     if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
         p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
         return ((p @ distances) * p).sum(1).dot(by_row) / 2
-    trace: Tensor = _Trace.apply(log_p, w, by_row)
-    return trace
+    traces: Tensor = _Trace.apply(log_p, w)
+    return traces.dot(by_row)
 
 
 class _Trace(torch.autograd.Function):
-    """Computes the trace with a gradient written by hand, which keeps no other tensor of log p's size:
+    """Computes c ``(n,)`` with a gradient written by hand, which keeps no other tensor of log p's size:
 
     dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
     dc/dw_k     = 2 p_k (w_k - mu)
     """
 
     @staticmethod
-    def forward(ctx: Any, log_p: Tensor, weight: Tensor, by_row: Tensor) -> Any:
-        parts = _parts_of_trace(log_p, weight)
-        ctx.save_for_backward(log_p, weight, by_row, *parts)
-        return parts[-1].dot(by_row)
+    def forward(ctx: Any, log_p: Tensor, weight: Tensor) -> Any:
+        *parts, c = _parts_of_trace(log_p, weight)
+        ctx.save_for_backward(log_p, weight, *parts)
+        return c
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        log_p, weight, by_row, w, squares, top, rest, delta, c = ctx.saved_tensors
+    def backward(ctx: Any, by_row: Tensor) -> Any:
+        log_p, weight, w, squares, top, rest, delta = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, scale, log_p, weight, by_row)
-        in_log_p, in_w, in_by_row = ctx.needs_input_grad
-        mean, b = w[top] + delta, (scale * by_row)[:, None]
+            return _differentiable_backward(ctx, by_row, log_p, weight)
+        in_log_p, in_w = ctx.needs_input_grad
+        mean, b = w[top] + delta, by_row[:, None]
         weighted = log_p.exp().scatter_(1, top[:, None], 0.0).mul_(b)
         by_log_p = by_w = None
         if in_w:
@@ -187,22 +187,21 @@ class _Trace(torch.autograd.Function):
             # ||w_k - mu||^2 - ||delta||^2; its part ||w_t||^2 + 2 <w_t, delta> does not depend on k
             beside = squares[top] + 2 * (w[top] * delta).sum(1)
             by_log_p = torch.addmm(squares, mean, w.T, alpha=-2).add_(beside[:, None]).mul_(weighted)
-        return by_log_p, by_w, scale * c if in_by_row else None
+        return by_log_p, by_w
 
 
-def _differentiable_backward(ctx: Any, scale: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(ctx: Any, by_row: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
     """Returns the gradient of `_Trace` by operations that can be differentiated again."""
     # log p is computed from W; views keep the derivative in W apart from the one through log p.
     views = [t.view_as(t) for t in inputs]
     needed = [t for t, asked in zip(views, ctx.needs_input_grad, strict=True) if asked]
-    log_p, w, by_row = views
-    trace = _parts_of_trace(log_p, w)[-1].dot(by_row)
-    found = iter(torch.autograd.grad(trace, needed, scale, create_graph=True))
+    c = _parts_of_trace(*views)[-1]
+    found = iter(torch.autograd.grad(c, needed, by_row, create_graph=True))
     return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
 
 
 def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    """Returns the class vectors and their squares, t, the sum of q, delta and the trace c. Here t is the most
+    """Returns the class vectors and their squares, t, the sum of q, delta and c ``(n,)``. Here t is the most
     probable class, q the probabilities of the others, mu the mean, delta = mu - w_t, and
 
         c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
