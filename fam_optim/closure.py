@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from fam_optim.graph.reach import LayerNotUsedError
-from fam_optim.penalty import Penalty, without_penalties
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class WatchedClosure:
-    """The closure of one step; it shows each loss to a regulariser before the loss is backpropagated.
+    """The closure of one step; its losses are regularised before they are backpropagated.
 
     Args:
         check: called after each evaluation; raises if no step may be made on the gradients.
@@ -46,7 +45,6 @@ class WatchedClosure:
         self,
         closure: Callable[[], Any],
         regularizer: Regularizer,
-        *,
         check: Callable[[], None],
         zero_grad: Callable[[], None],
         trained: Callable[[], Iterable[Tensor]],
@@ -60,17 +58,24 @@ class WatchedClosure:
         self.trained = trained
         self.evaluations = 0
         self.returned: Any = None
+        self._missed: LayerNotUsedError | None = None
 
     @partial(opaque, reason="fam_optim looks into the graph that the closure builds")
     def __call__(self) -> Any:
         self.evaluations += 1
+        self._backwards: list[_Backward] = []  # those with a penalty
         # Weak references, so that the closure can free these gradients.
         trained = self.trained() if self.regularizer.looks else ()
         before = [(p, None if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
         with torch.enable_grad(), BackwardInterception(self._seen) as backward:
             result = self.closure()
         if backward.seen:
-            self._check_seen()
+            if self._missed is not None and not self._backwards:
+                raise LayerNotUsedError(
+                    "no loss that was backpropagated in the closure depends on `layer` "
+                    f"{self.regularizer.names}, so there is nothing to regularise. Expected the layer to be "
+                    "called, as a module, in the forward that made the loss."
+                ) from self._missed
         elif result is not None or (self.regularizer.lam and not self.regularizer.given):
             # Any other closure has regularised before, as in Lightning's manual optimisation, and only steps.
             self._check_unseen(result, before)
@@ -100,71 +105,32 @@ class WatchedClosure:
                 "of optimizer.regularize(loss) and return None."
             )
 
-    def _regularized(self, loss: Tensor) -> Tensor:
-        """Returns what to backpropagate in place of a loss."""
-        return self.regularizer.regularize(loss)
-
     def _seen(self, loss: Tensor) -> Tensor:
-        """Returns what to backpropagate in place of a loss on which the closure calls backward."""
-        return self._regularized(loss)
-
-    def _check_seen(self) -> None:
-        """Raises RuntimeError if the closure backpropagated nothing that could be regularised."""
-
-    def _values(self, result: Any) -> tuple[Any, Any]:
-        """Returns what the user and what the base gets in place of what the closure returned."""
-        return result, result.detach() if isinstance(result, Tensor) else result
-
-
-class PenalizedClosure(WatchedClosure):
-    """The closure of one step, whose losses are backpropagated with their penalty added."""
-
-    def __init__(self, closure: Callable[[], Any], penalty: Penalty, **functions: Any) -> None:
-        super().__init__(closure, penalty, **functions)
-        self.penalty = penalty
-        self._missed: LayerNotUsedError | None = None
-
-    def __call__(self) -> Any:
-        self._backwards: list[_Backward] = []
-        return super().__call__()
-
-    def _check_seen(self) -> None:
-        if self.penalty.lam and not self._backwards:
-            raise LayerNotUsedError(
-                "no loss that was backpropagated in the closure depends on `layer` "
-                f"{self.penalty.names}, so there is nothing to regularise. Expected the layer to be "
-                "called, as a module, in the forward that made the loss."
-            ) from self._missed
-        if self.penalty.lam and self.penalty.ledger.is_empty():
-            raise RuntimeError(
-                "the closure called backward and left no gradients: they were zeroed after it, so that the "
-                "loss that it returned would not be trained on. Expected zero_grad() before the backward, "
-                "and every loss backpropagated in the closure, or none."
-            )
-
-    def _values(self, result: Any) -> tuple[Any, Any]:
-        plain = result
-        if isinstance(result, Tensor):
-            known = {backward.node: backward.plain for backward in self._backwards}  # their graph is gone
-            plain = known[result.grad_fn] if result.grad_fn in known else without_penalties(result)
-        return plain, self._objective(result, plain)
-
-    def _seen(self, loss: Tensor) -> Tensor:
-        """Returns the regularised loss, or the loss itself if it does not depend on the layers."""
+        """Returns what to backpropagate in place of a loss on which the closure calls backward: the loss
+        itself if it does not depend on the layers."""
+        self.regularizer.given = True
         try:
             return self._regularized(loss)
         except LayerNotUsedError as error:
             self._missed = error.with_traceback(None)  # frames in a traceback would keep the graph alive
-            self.penalty.ledger.expect(loss)
             return loss
 
     def _regularized(self, loss: Tensor) -> Tensor:
-        if not self.penalty.lam:
+        if not self.regularizer.lam:
             return loss
-        regularized = self.penalty.regularize(loss)
-        plain = without_penalties(regularized)  # now, since a backward frees the graph
-        self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
+        regularized = self.regularizer.regularize(loss)
+        plain = self.regularizer.plain(regularized)  # now, since a backward frees the graph
+        if plain is not regularized:
+            self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
+
+    def _values(self, result: Any) -> tuple[Any, Any]:
+        """Returns what the user and what the base gets in place of what the closure returned."""
+        plain = result
+        if isinstance(result, Tensor):
+            known = {backward.node: backward.plain for backward in self._backwards}  # their graph is gone
+            plain = known[result.grad_fn] if result.grad_fn in known else self.regularizer.plain(result)
+        return plain, self._objective(result, plain)
 
     def _objective(self, result: Any, plain: Any) -> Any:
         """Returns the value of what was backpropagated, in the unit of what the closure returned.
@@ -180,8 +146,8 @@ class PenalizedClosure(WatchedClosure):
         objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
         unit = torch.where(backpropagated == 0, 1, value / backpropagated)
-        if self.penalty.last_kappa is not None:
-            self.penalty.last_kappa = self.penalty.last_kappa * unit
+        if self.regularizer.last_kappa is not None:
+            self.regularizer.last_kappa = self.regularizer.last_kappa * unit
         value = value + unit * (objective - backpropagated)
         return float(value) if isinstance(result, float) else value
 
@@ -192,13 +158,6 @@ class _Backward(NamedTuple):
     node: Node | None  # the graph node of its loss
     plain: Tensor  # the loss without penalties
     objective: Tensor  # the value of what was backpropagated in place of the loss
-
-
-def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: Any) -> WatchedClosure:
-    """Returns the wrapper of the user's closure that suits the regulariser, for the base to call."""
-    if isinstance(regularizer, Penalty):
-        return PenalizedClosure(closure, regularizer, **functions)
-    return WatchedClosure(closure, regularizer, **functions)
 
 
 class _Active(threading.local):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import LBFGS
 
-from fam_optim.closure import watched
+from fam_optim.closure import WatchedClosure
 from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
 from fam_optim.layers import weight_layers
@@ -233,8 +233,7 @@ class FAM(OptimizerWrapper):
         if not self._is_torchs_own():  # such a base may move weights before it calls the closure
             check = self._check
             self.regularizer.before_step()
-        functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}
-        evaluated = watched(closure, self.regularizer, **functions)
+        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad, self._parameters)
         with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
         self._evaluations = max(self._evaluations, evaluated.evaluations)

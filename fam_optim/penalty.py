@@ -16,7 +16,7 @@ from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
-from fam_optim.graph.reach import check_scalar
+from fam_optim.graph.reach import LayerNotUsedError, check_scalar
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
@@ -91,9 +91,10 @@ class Penalty(Regularizer):
     def check(self, trained: Iterable[Tensor]) -> None:
         if self.given and self.ledger.is_empty():
             raise RuntimeError(
-                f"regularize() was called for `layer` {self.names}, and nothing that is trained has a "
-                "gradient. Expected optimizer.regularize(loss).backward() after zero_grad() and before "
-                "step()."
+                f"a loss was regularised (`layer` {self.names}), and nothing that is trained has a gradient. "
+                "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad() "
+                "first, then optimizer.regularize(loss).backward() before step(); in a closure, every loss "
+                "backpropagated, or none."
             )
         self.ledger.check()
         self._guard.check(self.losses, trained)
@@ -136,7 +137,11 @@ class Penalty(Regularizer):
         mark = self._mark_to_extend(loss)
         if self._key in mark.penalties:
             return loss
-        tails = list(used_tails(mark.plain, self.layers).values())
+        try:
+            tails = list(used_tails(mark.plain, self.layers).values())
+        except LayerNotUsedError:
+            self.ledger.expect(loss)  # a closure may backpropagate it beside others
+            raise
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
         kappa = torch.stack(each_flatness(tails, self.settings)).sum()
         self.last_kappa = kappa.detach()
@@ -186,6 +191,27 @@ class Penalty(Regularizer):
                 return True
         return False
 
+    def plain(self, loss: Tensor) -> Tensor:
+        """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises
+        RuntimeError if a backward has freed the graph that it needs for this."""
+        marked = _marked(loss)
+        if not marked:
+            return loss
+        node, mark = marked[0]
+        if node is loss.grad_fn:
+            return mark.plain
+        edges = [GradientEdge(node, 0) for node, _ in marked]
+        try:
+            shares = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the closure returned a loss that contains lam * kappa and was backpropagated already, so "
+                "the two cannot be told apart. Expected it to return the plain loss."
+            ) from error
+        sums = [torch.stack(list(mark.penalties.values())).sum() for _, mark in marked]
+        inside = [share.reshape(()) * s for share, s in zip(shares, sums, strict=True)]
+        return loss.detach() - torch.stack(inside).sum()
+
     def _compare(self, penalty: Tensor, loss: Tensor) -> None:
         """Warns once if the penalty is larger than the loss; on an accelerator it does so a step later."""
         if self._warned:
@@ -200,28 +226,6 @@ class Penalty(Regularizer):
                 "to be flat before it is trained to fit. Try a smaller lam, such as a tenth.",
                 stacklevel=2,
             )
-
-
-def without_penalties(loss: Tensor) -> Tensor:
-    """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises
-    RuntimeError if a backward has freed the graph that it needs for this."""
-    marked = _marked(loss)
-    if not marked:
-        return loss
-    node, mark = marked[0]
-    if node is loss.grad_fn:
-        return mark.plain
-    edges = [GradientEdge(node, 0) for node, _ in marked]
-    try:
-        shares = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
-    except RuntimeError as error:
-        raise RuntimeError(
-            "the closure returned a loss that contains lam * kappa and was backpropagated already, so the "
-            "two cannot be told apart. Expected it to return the plain loss."
-        ) from error
-    sums = [torch.stack(list(mark.penalties.values())).sum() for _, mark in marked]
-    inside = [share.reshape(()) * s for share, s in zip(shares, sums, strict=True)]
-    return loss.detach() - torch.stack(inside).sum()
 
 
 def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:

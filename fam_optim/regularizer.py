@@ -20,7 +20,9 @@ class Regularizer:
 
     lam: float  # the strength, at least 0
     last_kappa: Tensor | None  # kappa as last computed for a step, detached; None before that
-    given: bool  # whether FAM.regularize was called since the last step
+    given: (
+        bool  # whether the user's code asked for a regularised loss, or called backward, since the last step
+    )
     _saved: ClassVar[tuple[str, ...]]  # attributes that a copy or pickle keeps; `_prepare` makes the others
 
     def _prepare(self) -> None:
@@ -56,6 +58,10 @@ class Regularizer:
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss."""
         raise NotImplementedError
+
+    def plain(self, loss: Tensor) -> Tensor:
+        """Returns a loss without what was added to it, or to losses that it is made of."""
+        return loss
 
     def gradients_zeroed(self) -> None:
         """Called after the gradients were emptied."""
