@@ -17,7 +17,8 @@ from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import LayerNotUsedError, check_scalar
-from fam_optim.layer.record import Observation, recorded_use
+from fam_optim.graph.trace import uses_in
+from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
 from fam_optim.regularizer import Regularizer
@@ -173,23 +174,13 @@ class Penalty(Regularizer):
                 "the loss any more. Scale or add first and regularise last: "
                 "second.regularize(first.regularize(loss / k))."
             )
-        if self._is_used_beside(loss):
+        layers = [layer.module if isinstance(layer, Observation) else layer for layer in self.layers]
+        if any(uses_in(_made_of(loss), layers)):  # beside the regularised losses
             raise RuntimeError(
                 f"part of the loss that depends on `layer` {self.names} was regularised already, and part of "
                 "it was not. Regularise every loss, or add them first: optimizer.regularize(a + b)."
             )
         return mark
-
-    def _is_used_beside(self, loss: Tensor) -> bool:
-        """Returns whether the loss depends on a layer in another way than through regularised losses."""
-        observed = [layer for layer in self.layers if isinstance(layer, Observation)]
-        for node in _made_of(loss):
-            record, leaf = recorded_use(node), nodes.leaf(node)
-            if record is not None and any(layer.owns(record[0]) for layer in observed):
-                return True
-            if leaf is not None and any(leaf is layer for layer in self.layers):
-                return True
-        return False
 
     def plain(self, loss: Tensor) -> Tensor:
         """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises

@@ -68,10 +68,6 @@ class Observation:
 
     __enter__, __exit__ = start, stop
 
-    def owns(self, use: LayerUse) -> bool:
-        """Returns whether `use` is a call of the module."""
-        return use.module() is self.module
-
     def called_within(self, checkpoint: Node) -> bool:
         """Returns whether the module was called inside a reentrant checkpoint, where there is no graph."""
         made = nodes.sequence_number(checkpoint) + 1
