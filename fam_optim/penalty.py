@@ -44,13 +44,12 @@ class Penalty(Regularizer):
 
     Attributes:
         layers: the layers, as observations and parameters.
-        last_lam: the value of lam when kappa last entered the penalty.
         ledger: knows whether all gradients come from regularised losses.
         losses: the losses regularised since the last step, detached.
     """
 
     ledger: Ledger
-    _saved = ("settings", "lam", "layers", "last_kappa", "last_lam")
+    _saved = ("settings", "lam", "layers", "last_kappa", "last_penalty")
 
     def __init__(self, layer: Any, lam: float, settings: Settings) -> None:
         self.lam = lam
@@ -62,8 +61,6 @@ class Penalty(Regularizer):
             generator = torch.Generator("cpu" if weight is None else weight.device)
             settings = replace(settings, generator=generator.manual_seed(torch.initial_seed()))
         self.settings = settings
-        self.last_kappa = None
-        self.last_lam = lam
         self._prepare()
 
     def _prepare(self) -> None:
@@ -83,10 +80,6 @@ class Penalty(Regularizer):
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         return [(name_of(layer), weights_of(layer)) for layer in self.layers]
-
-    @property
-    def last_penalty(self) -> Tensor | None:
-        return None if self.last_kappa is None else self.last_lam * self.last_kappa
 
     @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self, trained: Iterable[Tensor]) -> None:
@@ -146,8 +139,7 @@ class Penalty(Regularizer):
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
         kappa = torch.stack(each_flatness(tails, self.settings)).sum()
         self.last_kappa = kappa.detach()
-        self.last_lam = self.lam
-        penalty = self.lam * self.last_kappa
+        self.last_penalty = penalty = self.lam * self.last_kappa
         self._compare(penalty, mark.plain.detach())
         self.losses.append(mark.plain.detach())
         regularized = torch.add(loss, kappa, alpha=self.lam)

@@ -77,7 +77,6 @@ class Proximal(Regularizer):
         if generator is not None:
             self.seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self.means = RunningMean()
-        self.last_kappa = None
         self._prepare()
         self._layers = [weakref.ref(layer) for layer in layers]
 

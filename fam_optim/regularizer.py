@@ -19,10 +19,9 @@ class Regularizer:
     """
 
     lam: float  # the strength, at least 0
-    last_kappa: Tensor | None  # kappa as last computed for a step, detached; None before that
-    given: (
-        bool  # whether the user's code asked for a regularised loss, or called backward, since the last step
-    )
+    last_kappa: Tensor | None = None  # kappa as last computed for a step, detached
+    last_penalty: Tensor | None = None  # the penalty as it was last added to a loss, detached
+    given: bool  # whether the user asked for a regularised loss, or called backward, since the last step
     _saved: ClassVar[tuple[str, ...]]  # attributes that a copy or pickle keeps; `_prepare` makes the others
 
     def _prepare(self) -> None:
@@ -37,11 +36,6 @@ class Regularizer:
     def names(self) -> str:
         """The names of the layers, for messages."""
         return ", ".join(name for name, _ in self.named_weights())
-
-    @property
-    def last_penalty(self) -> Tensor | None:
-        """The penalty that was last added to a loss, detached; None if there was none."""
-        return None
 
     @property
     def looks(self) -> bool:
@@ -86,7 +80,7 @@ class Regularizer:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in self._saved}
+        return {name: getattr(self, name) for name in self._saved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
