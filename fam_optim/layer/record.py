@@ -116,8 +116,7 @@ def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
 
 def parametrization(module: nn.Module) -> nn.Module | None:
     """Returns the module that computes a parametrised weight; None if the weight is plain."""
-    # Looks where nn.Module keeps it: asking for a missing attribute raises and catches an error.
-    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, "weight"):
+    if not parametrize.is_parametrized(module, "weight"):
         return None
     return cast("nn.ModuleDict", module.parametrizations)["weight"]
 
