@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from fam_optim.regularizer import Regularizer
 
-_CHECKPOINT_KEY = "fam"
-
 
 class FAM(OptimizerWrapper):
     """Keeps layers of a network flat while a base optimizer trains it.
@@ -92,8 +90,6 @@ class FAM(OptimizerWrapper):
     Cost of mode="proximal": one more backward, a copy of the layers' weights, and products of ``d^2 m`` per
     weight ``(d, m)`` at every tenth step; nothing at other steps. For a penalty see `relative_flatness`.
     """
-
-    regularizer: Regularizer
 
     def __init__(
         self,
@@ -274,15 +270,7 @@ class FAM(OptimizerWrapper):
         """Returns False if every lr is 0: torch.distributed.checkpoint makes such a step to create state."""
         return any(group.get("lr") != 0 for group in self.param_groups)
 
-    # Copies and checkpoints
-
-    def _own_state(self) -> dict[str, Any]:
-        return {_CHECKPOINT_KEY: {"lam": self.lam, **self.regularizer.state()}}
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        saved = own.get(_CHECKPOINT_KEY)
-        if saved is not None:  # the checkpoint of a plain base optimizer has none, and lam stays as it is
-            self.regularizer.load(saved)
+    # Copies
 
     def __getstate__(self) -> dict[str, Any]:
         return {"regularizer": self.regularizer, "base_optimizer": self.base_optimizer}

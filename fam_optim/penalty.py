@@ -95,7 +95,7 @@ class Penalty(Regularizer):
 
     def state(self) -> dict[str, Any]:
         generator = self.settings.generator
-        return {"generator": None if generator is None else generator.get_state()}
+        return {"lam": self.lam, "generator": None if generator is None else generator.get_state()}
 
     def load(self, state: dict[str, Any]) -> None:
         if "means" in state:  # a checkpoint of the proximal step, whose lam means something else

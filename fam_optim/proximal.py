@@ -228,7 +228,7 @@ class Proximal(Regularizer):
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        return {"seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
+        return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over the state of a checkpoint.

@@ -72,7 +72,7 @@ class Regularizer:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint needs in addition to lam."""
+        """Returns what a checkpoint needs."""
         raise NotImplementedError
 
     def load(self, state: dict[str, Any]) -> None:
