@@ -74,12 +74,7 @@ class Observation:
         return self._recorder is not None and made in self._recorder.without_graph
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "watching": self._finalizer is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
-        if state["watching"]:
-            self.start()
+        return {"module": self.module}  # a copy records nothing until it is started
 
     def __repr__(self) -> str:
         return f"Observation({self.module})"
