@@ -10,6 +10,8 @@ gradient it gets. The user must get the plain loss.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +23,7 @@ from fam_optim.graph.reach import LayerNotUsedError
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.autograd.graph import Node
 
@@ -63,13 +65,14 @@ class WatchedClosure:
     @partial(opaque, reason="fam_optim looks into the graph that the closure builds")
     def __call__(self) -> Any:
         self.evaluations += 1
+        self._called_backward = False
         self._backwards: list[_Backward] = []  # those with a penalty
         # Weak references, so that the closure can free these gradients.
         trained = self.trained() if self.regularizer.looks else ()
         before = [(p, None if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
-        with torch.enable_grad(), BackwardInterception(self._seen) as backward:
+        with torch.enable_grad(), intercepted(self._seen):
             result = self.closure()
-        if backward.seen:
+        if self._called_backward:
             if self._missed is not None and not self._backwards:
                 raise LayerNotUsedError(
                     "no loss that was backpropagated in the closure depends on `layer` "
@@ -108,7 +111,7 @@ class WatchedClosure:
     def _seen(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss on which the closure calls backward: the loss
         itself if it does not depend on the layers."""
-        self.regularizer.given = True
+        self._called_backward = self.regularizer.given = True
         try:
             return self._regularized(loss)
         except LayerNotUsedError as error:
@@ -160,38 +163,25 @@ class _Backward(NamedTuple):
     objective: Tensor  # the value of what was backpropagated in place of the loss
 
 
-class _Active(threading.local):
-    """Keeps the interceptions that are active in this thread, the innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[BackwardInterception] = []
-
-
-_active = _Active()
+_transforms: dict[int, list[Callable[[Tensor], Tensor]]] = defaultdict(list)  # by thread, innermost last
 _lock = threading.Lock()
 _entered = 0
 _torchs_own: Any = None
 
 
-class BackwardInterception:
+@contextmanager
+def intercepted(transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A context in which each backward that this thread calls backpropagates ``transform(loss)``."""
-
-    def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
-        self.transform = transform
-        self.seen = False  # whether backward was called at all
-
-    def __enter__(self) -> BackwardInterception:
-        global _entered, _torchs_own
-        with _lock:
-            if not _entered:
-                _torchs_own, torch.autograd.backward = torch.autograd.backward, _backward
-            _entered += 1
-        _active.stack.append(self)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        global _entered
-        _active.stack.pop()
+    global _entered, _torchs_own
+    with _lock:
+        if not _entered:
+            _torchs_own, torch.autograd.backward = torch.autograd.backward, _backward
+        _entered += 1
+    _transforms[threading.get_ident()].append(transform)
+    try:
+        yield
+    finally:
+        _transforms[threading.get_ident()].pop()
         with _lock:
             _entered -= 1
             if not _entered:
@@ -199,15 +189,15 @@ class BackwardInterception:
 
 
 def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for `torch.autograd.backward`: applies the innermost interception, then the next one."""
-    if not _active.stack:  # all have been applied, or this thread has none
+    """Stands in for `torch.autograd.backward`: applies the innermost transform, then the next one."""
+    transforms = _transforms[threading.get_ident()]
+    if not transforms:  # all have been applied, or this thread has none
         return _torchs_own(tensors, grad_tensors, *args, **kwargs)
-    interception = _active.stack.pop()
+    transform = transforms.pop()
     try:
-        interception.seen = True
-        return _backward(interception.transform(_one_loss(tensors, grad_tensors)), None, *args, **kwargs)
+        return _backward(transform(_one_loss(tensors, grad_tensors)), None, *args, **kwargs)
     finally:
-        _active.stack.append(interception)
+        transforms.append(transform)
 
 
 def _one_loss(tensors: Any, gradients: Any) -> Tensor:
