@@ -23,7 +23,7 @@ from fam_optim.graph.reach import LayerNotUsedError
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.autograd.graph import Node
 
@@ -36,7 +36,6 @@ class WatchedClosure:
     Args:
         check: called after each evaluation; raises if no step may be made on the gradients.
         zero_grad: empties the gradients.
-        trained: returns the base optimizer's parameters.
 
     Attributes:
         evaluations: how often the base has evaluated the closure.
@@ -49,7 +48,6 @@ class WatchedClosure:
         regularizer: Regularizer,
         check: Callable[[], None],
         zero_grad: Callable[[], None],
-        trained: Callable[[], Iterable[Tensor]],
     ) -> None:
         if not callable(closure):
             raise TypeError(
@@ -57,7 +55,6 @@ class WatchedClosure:
                 "a loss call optimizer.regularize(loss).backward() and optimizer.step()."
             )
         self.closure, self.regularizer, self.check, self.zero_grad = closure, regularizer, check, zero_grad
-        self.trained = trained
         self.evaluations = 0
         self.returned: Any = None
         self._missed: LayerNotUsedError | None = None
@@ -68,7 +65,7 @@ class WatchedClosure:
         self._called_backward = False
         self._backwards: list[_Backward] = []  # those with a penalty
         # Weak references, so that the closure can free these gradients.
-        trained = self.trained() if self.regularizer.looks else ()
+        trained = self.regularizer.trained if self.regularizer.looks else ()
         before = [(p, None if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
         with torch.enable_grad(), intercepted(self._seen):
             result = self.closure()

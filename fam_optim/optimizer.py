@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import LBFGS
 
 from fam_optim.closure import WatchedClosure
-from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam, warn_untrained
+from fam_optim.construction import build_base, build_regularizer, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
 from fam_optim.layers import weight_layers
 from fam_optim.wrapper import OptimizerWrapper, undone_if_it_fails
@@ -117,7 +117,7 @@ class FAM(OptimizerWrapper):
         random = {"n_samples": n_samples, "generator": generator}
         regularizer = build_regularizer(layer, lam, mode, every, of_penalty, **random)
         self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
-        warn_untrained(regularizer, self._parameters())
+        warn_untrained(regularizer)
 
     @classmethod
     def for_model(
@@ -154,10 +154,9 @@ class FAM(OptimizerWrapper):
 
     def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
         """Puts a new, copied or unpickled FAM together from its two parts."""
-        check_pair(base_optimizer, regularizer)
         self._wrap(base_optimizer)
         self.regularizer = regularizer
-        regularizer.start(self._parameters())
+        regularizer.start(base_optimizer)
         self._evaluations = 0  # the most often that one step has evaluated its closure
 
     # The regulariser
@@ -229,7 +228,7 @@ class FAM(OptimizerWrapper):
         if not self._is_torchs_own():  # such a base may move weights before it calls the closure
             check = self._check
             self.regularizer.before_step()
-        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad, self._parameters)
+        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad)
         with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
         self._evaluations = max(self._evaluations, evaluated.evaluations)
@@ -253,7 +252,7 @@ class FAM(OptimizerWrapper):
     def _check(self) -> None:
         """Raises RuntimeError if no step may be made on the present gradients."""
         if self.lam and self._trains():
-            self.regularizer.check(self._parameters())
+            self.regularizer.check()
 
     def _ready(self) -> None:
         """Checks the gradients and prepares the regulariser, just before the base moves the weights."""

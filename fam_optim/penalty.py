@@ -25,9 +25,10 @@ from fam_optim.regularizer import Regularizer
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from torch.autograd.graph import Node
+    from torch.optim import Optimizer
 
 _MARK = "fam_optim.regularized"
 
@@ -70,19 +71,20 @@ class Penalty(Regularizer):
         self._warned = False
         self.after_step()
 
-    def start(self, trained: Iterable[Tensor]) -> None:
+    def start(self, base: Optimizer) -> None:
         """Starts to observe the layers, and the gradients of their trained weights."""
+        super().start(base)
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
-        self.ledger = Ledger(self.named_weights(), trained)
+        self.ledger = Ledger(self.named_weights(), self.trained)
         self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         return [(name_of(layer), weights_of(layer)) for layer in self.layers]
 
     @partial(opaque, reason="fam_optim looks at the gradients")
-    def check(self, trained: Iterable[Tensor]) -> None:
+    def check(self) -> None:
         if self.given and self.ledger.is_empty():
             raise RuntimeError(
                 f"a loss was regularised (`layer` {self.names}), and nothing that is trained has a gradient. "
@@ -91,7 +93,7 @@ class Penalty(Regularizer):
                 "backpropagated, or none."
             )
         self.ledger.check()
-        self._guard.check(self.losses, trained)
+        self._guard.check(self.losses, self.trained)
 
     def state(self) -> dict[str, Any]:
         generator = self.settings.generator

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import LBFGS
 
 from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
@@ -35,7 +36,9 @@ from fam_optim.step_roots import StepRoots
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+
+    from torch.optim import Optimizer
 
 STACKED = 1 << 16
 """Weights of one shape whose A has at most this many entries are stacked, to save calls."""
@@ -85,6 +88,14 @@ class Proximal(Regularizer):
         self.roots = StepRoots(self.weights, self.n_samples)
         self._layers = []
         self.forget()
+
+    def start(self, base: Optimizer) -> None:
+        if isinstance(base, LBFGS):
+            raise ValueError(
+                "mode='proximal' moves the weights between steps, and LBFGS's history of them would be "
+                "wrong. Use another base optimizer, or mode='hutchinson' with curvature='gauss_newton'."
+            )
+        super().start(base)
 
     def forget(self, *, sound: bool = True) -> None:
         self.given = False
@@ -145,7 +156,7 @@ class Proximal(Regularizer):
 
     # Around the base's step: the proximal one
 
-    def check(self, trained: Iterable[Tensor]) -> None:
+    def check(self) -> None:
         """Raises RuntimeError before a due step if a loss was seen but not backpropagated, if one was
         backpropagated but not seen, or if a layer no longer has the weight that FAM moves."""
         if self._ledger is None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
+    from torch.optim import Optimizer
 
 
 class Regularizer:
@@ -46,8 +45,14 @@ class Regularizer:
         """Sets lam; may be called at any time."""
         self.lam = lam
 
-    def start(self, trained: Iterable[Tensor]) -> None:
-        """Called once, before the first forward, with the base optimizer's parameters."""
+    @property
+    def trained(self) -> list[Tensor]:
+        """The base optimizer's parameters."""
+        return [p for group in self._base.param_groups for p in group["params"]]
+
+    def start(self, base: Optimizer) -> None:
+        """Called once, before the first forward."""
+        self._base = base
 
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss."""
@@ -60,7 +65,7 @@ class Regularizer:
     def gradients_zeroed(self) -> None:
         """Called after the gradients were emptied."""
 
-    def check(self, trained: Iterable[Tensor]) -> None:
+    def check(self) -> None:
         """Raises RuntimeError if no step may be made on the present gradients."""
         raise NotImplementedError
 

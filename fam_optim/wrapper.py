@@ -13,8 +13,6 @@ from torch.optim import LBFGS, Optimizer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
     from fam_optim.regularizer import Regularizer
 
 _KEY = "fam"
@@ -128,9 +126,6 @@ class OptimizerWrapper(Optimizer):
     def _is_torchs_own(self) -> bool:
         """Returns whether the base is a class of torch's, which moves no weight before the closure runs."""
         return type(self.base_optimizer).__module__.startswith("torch.optim.")
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
 
 @contextmanager
