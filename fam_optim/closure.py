@@ -65,8 +65,7 @@ class WatchedClosure:
         self._called_backward = False
         self._backwards: list[_Backward] = []  # those with a penalty
         # Weak references, so that the closure can free these gradients.
-        trained = self.regularizer.trained if self.regularizer.looks else ()
-        before = [(p, None if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
+        before = [(p, p.grad if p.grad is None else TensorWeakRef(p.grad)) for p in self.regularizer.trained]
         with torch.enable_grad(), intercepted(self._seen):
             result = self.closure()
         if self._called_backward:

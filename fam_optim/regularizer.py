@@ -25,7 +25,6 @@ class Regularizer:
 
     def _prepare(self) -> None:
         """Makes the attributes that are not saved, in a new, copied or unpickled regulariser."""
-        raise NotImplementedError
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         """Returns the name of each layer with its parameters."""
@@ -35,11 +34,6 @@ class Regularizer:
     def names(self) -> str:
         """The names of the layers, for messages."""
         return ", ".join(name for name, _ in self.named_weights())
-
-    @property
-    def looks(self) -> bool:
-        """Whether it looks at the coming step's losses; otherwise the step is the base optimizer's alone."""
-        return True
 
     def change_lam(self, lam: float) -> None:
         """Sets lam; may be called at any time."""
@@ -67,14 +61,12 @@ class Regularizer:
 
     def check(self) -> None:
         """Raises RuntimeError if no step may be made on the present gradients."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         """Called before the base optimizer moves the weights."""
 
     def after_step(self) -> None:
         """Called after the base optimizer has moved the weights."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint needs."""
@@ -82,7 +74,6 @@ class Regularizer:
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over the state of a checkpoint, if this kind of regulariser made it."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._saved}
