@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
-    from torch.autograd.graph import Node
 
     from fam_optim.graph.trace import Tail
 
@@ -56,19 +55,17 @@ def known(owner: Any, name: str) -> Any:
 
 
 @contextmanager
-def unsunk(graph: Iterable[Node]) -> Iterator[None]:
+def unsunk(graph: Iterable[Any]) -> Iterator[None]:
     """A context in which DDP with static_graph reduces no gradients. Otherwise it would do so, once and for
     all, after the first backward through its sink, which is a derivative inside kappa."""
-    sinks: list[Any] = []
-    if _in_process_group():
-        known("torch.nn.parallel.distributed", nodes.DDP_SINK)
-        sinks = [node for node in graph if nodes.kind(node) == nodes.DDP_SINK]
     name = "_static_graph_delay_allreduce_enqueued"
     with ExitStack() as undoing:
-        for ddp in {node.ddp_weakref() for node in sinks}:
-            if ddp.static_graph:
-                undoing.callback(setattr, ddp, name, getattr(ddp, name))
-                setattr(ddp, name, True)
+        if _in_process_group():
+            known("torch.nn.parallel.distributed", nodes.DDP_SINK)
+            for ddp in {node.ddp_weakref() for node in graph if nodes.kind(node) == nodes.DDP_SINK}:
+                if ddp.static_graph:
+                    undoing.callback(setattr, ddp, name, getattr(ddp, name))
+                    setattr(ddp, name, True)
         yield
 
 
