@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from fam_optim.regularizer import Regularizer
-
 
 class FAM(OptimizerWrapper):
     """Keeps layers of a network flat while a base optimizer trains it.
@@ -91,6 +89,8 @@ class FAM(OptimizerWrapper):
     weight ``(d, m)`` at every tenth step; nothing at other steps. For a penalty see `relative_flatness`.
     """
 
+    _evaluations = 0  # the most often that one step has evaluated its closure
+
     def __init__(
         self,
         params: Any,
@@ -151,13 +151,6 @@ class FAM(OptimizerWrapper):
             )
         trained = model.parameters() if params is None else params
         return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
-
-    def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
-        """Puts a new, copied or unpickled FAM together from its two parts."""
-        self._wrap(base_optimizer)
-        self.regularizer = regularizer
-        regularizer.start(base_optimizer)
-        self._evaluations = 0  # the most often that one step has evaluated its closure
 
     # The regulariser
 
@@ -268,14 +261,6 @@ class FAM(OptimizerWrapper):
     def _trains(self) -> bool:
         """Returns False if every lr is 0: torch.distributed.checkpoint makes such a step to create state."""
         return any(group.get("lr") != 0 for group in self.param_groups)
-
-    # Copies
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"regularizer": self.regularizer, "base_optimizer": self.base_optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._start(**state)
 
     def __repr__(self) -> str:
         return f"FAM({self.regularizer}, base={self.base_optimizer})"

@@ -60,12 +60,20 @@ class OptimizerWrapper(Optimizer):
             )
         super().__setattr__(name, value)
 
-    def _wrap(self, base_optimizer: Optimizer) -> None:
-        """Does what `Optimizer.__init__` would do, but without state of its own."""
-        self.base_optimizer = base_optimizer
+    def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
+        """Puts a new, copied or unpickled wrapper together from its two parts: does what `Optimizer.__init__`
+        would do, but without state of its own."""
+        self.base_optimizer, self.regularizer = base_optimizer, regularizer
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
         self._patch_step_function()
+        regularizer.start(base_optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"regularizer": self.regularizer, "base_optimizer": self.base_optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._start(**state)
 
     state = _shared("state")
     param_groups = _shared("param_groups")
