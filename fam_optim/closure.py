@@ -145,8 +145,8 @@ class WatchedClosure:
         objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
         unit = torch.where(backpropagated == 0, 1, value / backpropagated)
-        for name in ("last_kappa", "last_penalty"):
-            setattr(self.regularizer, name, getattr(self.regularizer, name) * unit)
+        if self.regularizer.last_kappa is not None:
+            self.regularizer.last_kappa = self.regularizer.last_kappa * unit
         value = value + unit * (objective - backpropagated)
         return float(value) if isinstance(result, float) else value
 

@@ -171,7 +171,8 @@ class FAM(OptimizerWrapper):
     @property
     def last_penalty(self) -> Tensor | None:
         """``lam * kappa`` as it was last added to a loss, detached; None before, and with mode="proximal"."""
-        return self.regularizer.last_penalty
+        kappa, lam = self.regularizer.last_kappa, self.regularizer.last_lam
+        return None if kappa is None or lam is None else lam * kappa
 
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss, for loops that call backward themselves.

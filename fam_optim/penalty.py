@@ -50,7 +50,7 @@ class Penalty(Regularizer):
     """
 
     ledger: Ledger
-    _saved = ("settings", "lam", "layers", "last_kappa", "last_penalty")
+    _saved = ("settings", "lam", "layers", "last_kappa", "last_lam")
 
     def __init__(self, layer: Any, lam: float, settings: Settings) -> None:
         self.lam = lam
@@ -140,8 +140,8 @@ class Penalty(Regularizer):
             raise
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
         kappa = torch.stack(each_flatness(tails, self.settings)).sum()
-        self.last_kappa = kappa.detach()
-        self.last_penalty = penalty = self.lam * self.last_kappa
+        self.last_kappa, self.last_lam = kappa.detach(), self.lam
+        penalty = self.lam * self.last_kappa
         self._compare(penalty, mark.plain.detach())
         self.losses.append(mark.plain.detach())
         regularized = torch.add(loss, kappa, alpha=self.lam)

@@ -19,7 +19,7 @@ class Regularizer:
 
     lam: float  # the strength, at least 0
     last_kappa: Tensor | None = None  # kappa as last computed for a step, detached
-    last_penalty: Tensor | None = None  # the penalty as it was last added to a loss, detached
+    last_lam: float | None = None  # lam when kappa last entered a penalty
     given: bool  # whether the user asked for a regularised loss, or called backward, since the last step
     _saved: ClassVar[tuple[str, ...]]  # attributes that a copy or pickle keeps; `_prepare` makes the others
 
