@@ -10,6 +10,8 @@ gradient it gets. The user must get the plain loss.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +20,10 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from fam_optim.graph.reach import LayerNotUsedError
-from fam_optim.penalty import Penalty, without_penalties
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
 
     from torch.autograd.graph import Node
 
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
 
 
 class WatchedClosure:
-    """The closure of one step; it shows each loss to a regulariser before the loss is backpropagated.
+    """The closure of one step; its losses are regularised before they are backpropagated.
 
     Args:
         check: called after each evaluation; raises if no step may be made on the gradients.
         zero_grad: empties the gradients.
-        trained: returns the base optimizer's parameters.
 
     Attributes:
         evaluations: how often the base has evaluated the closure.
@@ -46,10 +46,8 @@ class WatchedClosure:
         self,
         closure: Callable[[], Any],
         regularizer: Regularizer,
-        *,
         check: Callable[[], None],
         zero_grad: Callable[[], None],
-        trained: Callable[[], Iterable[Tensor]],
     ) -> None:
         if not callable(closure):
             raise TypeError(
@@ -57,20 +55,26 @@ class WatchedClosure:
                 "a loss call optimizer.regularize(loss).backward() and optimizer.step()."
             )
         self.closure, self.regularizer, self.check, self.zero_grad = closure, regularizer, check, zero_grad
-        self.trained = trained
         self.evaluations = 0
         self.returned: Any = None
+        self._missed: LayerNotUsedError | None = None
 
     @partial(opaque, reason="fam_optim looks into the graph that the closure builds")
     def __call__(self) -> Any:
         self.evaluations += 1
+        self._called_backward = False
+        self._backwards: list[_Backward] = []  # those with a penalty
         # Weak references, so that the closure can free these gradients.
-        trained = self.trained() if self.regularizer.looks else ()
-        before = [(p, None if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
-        with torch.enable_grad(), BackwardInterception(self._seen) as backward:
+        before = [(p, p.grad if p.grad is None else TensorWeakRef(p.grad)) for p in self.regularizer.trained]
+        with torch.enable_grad(), intercepted(self._seen):
             result = self.closure()
-        if backward.seen:
-            self._check_seen()
+        if self._called_backward:
+            if self._missed is not None and not self._backwards:
+                raise LayerNotUsedError(
+                    "no loss that was backpropagated in the closure depends on `layer` "
+                    f"{self.regularizer.names}, so there is nothing to regularise. Expected the layer to be "
+                    "called, as a module, in the forward that made the loss."
+                ) from self._missed
         elif result is not None or (self.regularizer.lam and not self.regularizer.given):
             # Any other closure has regularised before, as in Lightning's manual optimisation, and only steps.
             self._check_unseen(result, before)
@@ -100,71 +104,32 @@ class WatchedClosure:
                 "of optimizer.regularize(loss) and return None."
             )
 
-    def _regularized(self, loss: Tensor) -> Tensor:
-        """Returns what to backpropagate in place of a loss."""
-        return self.regularizer.regularize(loss)
-
     def _seen(self, loss: Tensor) -> Tensor:
-        """Returns what to backpropagate in place of a loss on which the closure calls backward."""
-        return self._regularized(loss)
-
-    def _check_seen(self) -> None:
-        """Raises RuntimeError if the closure backpropagated nothing that could be regularised."""
-
-    def _values(self, result: Any) -> tuple[Any, Any]:
-        """Returns what the user and what the base gets in place of what the closure returned."""
-        return result, result.detach() if isinstance(result, Tensor) else result
-
-
-class PenalizedClosure(WatchedClosure):
-    """The closure of one step, whose losses are backpropagated with their penalty added."""
-
-    def __init__(self, closure: Callable[[], Any], penalty: Penalty, **functions: Any) -> None:
-        super().__init__(closure, penalty, **functions)
-        self.penalty = penalty
-        self._missed: LayerNotUsedError | None = None
-
-    def __call__(self) -> Any:
-        self._backwards: list[_Backward] = []
-        return super().__call__()
-
-    def _check_seen(self) -> None:
-        if self.penalty.lam and not self._backwards:
-            raise LayerNotUsedError(
-                "no loss that was backpropagated in the closure depends on `layer` "
-                f"{self.penalty.names}, so there is nothing to regularise. Expected the layer to be "
-                "called, as a module, in the forward that made the loss."
-            ) from self._missed
-        if self.penalty.lam and self.penalty.ledger.is_empty():
-            raise RuntimeError(
-                "the closure called backward and left no gradients: they were zeroed after it, so that the "
-                "loss that it returned would not be trained on. Expected zero_grad() before the backward, "
-                "and every loss backpropagated in the closure, or none."
-            )
-
-    def _values(self, result: Any) -> tuple[Any, Any]:
-        plain = result
-        if isinstance(result, Tensor):
-            known = {backward.node: backward.plain for backward in self._backwards}  # their graph is gone
-            plain = known[result.grad_fn] if result.grad_fn in known else without_penalties(result)
-        return plain, self._objective(result, plain)
-
-    def _seen(self, loss: Tensor) -> Tensor:
-        """Returns the regularised loss, or the loss itself if it does not depend on the layers."""
+        """Returns what to backpropagate in place of a loss on which the closure calls backward: the loss
+        itself if it does not depend on the layers."""
+        self._called_backward = self.regularizer.given = True
         try:
             return self._regularized(loss)
         except LayerNotUsedError as error:
             self._missed = error.with_traceback(None)  # frames in a traceback would keep the graph alive
-            self.penalty.ledger.expect(loss)
             return loss
 
     def _regularized(self, loss: Tensor) -> Tensor:
-        if not self.penalty.lam:
+        if not self.regularizer.lam:
             return loss
-        regularized = self.penalty.regularize(loss)
-        plain = without_penalties(regularized)  # now, since a backward frees the graph
-        self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
+        regularized = self.regularizer.regularize(loss)
+        plain = self.regularizer.plain(regularized)  # now, since a backward frees the graph
+        if plain is not regularized:
+            self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
         return regularized
+
+    def _values(self, result: Any) -> tuple[Any, Any]:
+        """Returns what the user and what the base gets in place of what the closure returned."""
+        plain = result
+        if isinstance(result, Tensor):
+            known = {backward.node: backward.plain for backward in self._backwards}  # their graph is gone
+            plain = known[result.grad_fn] if result.grad_fn in known else self.regularizer.plain(result)
+        return plain, self._objective(result, plain)
 
     def _objective(self, result: Any, plain: Any) -> Any:
         """Returns the value of what was backpropagated, in the unit of what the closure returned.
@@ -180,8 +145,8 @@ class PenalizedClosure(WatchedClosure):
         objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
         unit = torch.where(backpropagated == 0, 1, value / backpropagated)
-        if self.penalty.last_kappa is not None:
-            self.penalty.last_kappa = self.penalty.last_kappa * unit
+        if self.regularizer.last_kappa is not None:
+            self.regularizer.last_kappa = self.regularizer.last_kappa * unit
         value = value + unit * (objective - backpropagated)
         return float(value) if isinstance(result, float) else value
 
@@ -194,45 +159,25 @@ class _Backward(NamedTuple):
     objective: Tensor  # the value of what was backpropagated in place of the loss
 
 
-def watched(closure: Callable[[], Any], regularizer: Regularizer, **functions: Any) -> WatchedClosure:
-    """Returns the wrapper of the user's closure that suits the regulariser, for the base to call."""
-    if isinstance(regularizer, Penalty):
-        return PenalizedClosure(closure, regularizer, **functions)
-    return WatchedClosure(closure, regularizer, **functions)
-
-
-class _Active(threading.local):
-    """Keeps the interceptions that are active in this thread, the innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[BackwardInterception] = []
-
-
-_active = _Active()
+_transforms: dict[int, list[Callable[[Tensor], Tensor]]] = defaultdict(list)  # by thread, innermost last
 _lock = threading.Lock()
 _entered = 0
 _torchs_own: Any = None
 
 
-class BackwardInterception:
+@contextmanager
+def intercepted(transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A context in which each backward that this thread calls backpropagates ``transform(loss)``."""
-
-    def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
-        self.transform = transform
-        self.seen = False  # whether backward was called at all
-
-    def __enter__(self) -> BackwardInterception:
-        global _entered, _torchs_own
-        with _lock:
-            if not _entered:
-                _torchs_own, torch.autograd.backward = torch.autograd.backward, _backward
-            _entered += 1
-        _active.stack.append(self)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        global _entered
-        _active.stack.pop()
+    global _entered, _torchs_own
+    with _lock:
+        if not _entered:
+            _torchs_own, torch.autograd.backward = torch.autograd.backward, _backward
+        _entered += 1
+    _transforms[threading.get_ident()].append(transform)
+    try:
+        yield
+    finally:
+        _transforms[threading.get_ident()].pop()
         with _lock:
             _entered -= 1
             if not _entered:
@@ -240,15 +185,15 @@ class BackwardInterception:
 
 
 def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for `torch.autograd.backward`: applies the innermost interception, then the next one."""
-    if not _active.stack:  # all have been applied, or this thread has none
+    """Stands in for `torch.autograd.backward`: applies the innermost transform, then the next one."""
+    transforms = _transforms[threading.get_ident()]
+    if not transforms:  # all have been applied, or this thread has none
         return _torchs_own(tensors, grad_tensors, *args, **kwargs)
-    interception = _active.stack.pop()
+    transform = transforms.pop()
     try:
-        interception.seen = True
-        return _backward(interception.transform(_one_loss(tensors, grad_tensors)), None, *args, **kwargs)
+        return _backward(transform(_one_loss(tensors, grad_tensors)), None, *args, **kwargs)
     finally:
-        _active.stack.append(interception)
+        transforms.append(transform)
 
 
 def _one_loss(tensors: Any, gradients: Any) -> Tensor:

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from fam_optim.flatness import Settings
 from fam_optim.penalty import Penalty
@@ -16,8 +16,6 @@ from fam_optim.proximal import Proximal
 from fam_optim.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from fam_optim.regularizer import Regularizer
 
 LAM, LAM_OF_A_PENALTY, EVERY = 1.0, 8e-3, 10
@@ -78,18 +76,9 @@ def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) ->
     return base
 
 
-def check_pair(base: Optimizer, regularizer: Regularizer) -> None:
-    """Raises ValueError if the base does not allow others to move its weights between its steps."""
-    if isinstance(base, LBFGS) and isinstance(regularizer, Proximal):
-        raise ValueError(
-            "mode='proximal' moves the weights between steps, and LBFGS's history of them would be wrong. "
-            "Use another base optimizer, or mode='hutchinson' with curvature='gauss_newton'."
-        )
-
-
-def warn_untrained(regularizer: Regularizer, parameters: Iterable[Tensor]) -> None:
+def warn_untrained(regularizer: Regularizer) -> None:
     """Warns if some layers have weights that are neither frozen nor among the trained parameters."""
-    trained = {id(p) for p in parameters}
+    trained = {id(p) for p in regularizer.trained}
     left_out = [
         name
         for name, weights in regularizer.named_weights()

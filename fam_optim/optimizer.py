@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import LBFGS
 
-from fam_optim.closure import watched
-from fam_optim.construction import build_base, build_regularizer, check_pair, checked_lam, warn_untrained
+from fam_optim.closure import WatchedClosure
+from fam_optim.construction import build_base, build_regularizer, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
 from fam_optim.layers import weight_layers
 from fam_optim.wrapper import OptimizerWrapper, undone_if_it_fails
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
-
-    from fam_optim.regularizer import Regularizer
-
-_CHECKPOINT_KEY = "fam"
 
 
 class FAM(OptimizerWrapper):
@@ -93,7 +89,7 @@ class FAM(OptimizerWrapper):
     weight ``(d, m)`` at every tenth step; nothing at other steps. For a penalty see `relative_flatness`.
     """
 
-    regularizer: Regularizer
+    _evaluations = 0  # the most often that one step has evaluated its closure
 
     def __init__(
         self,
@@ -121,7 +117,7 @@ class FAM(OptimizerWrapper):
         random = {"n_samples": n_samples, "generator": generator}
         regularizer = build_regularizer(layer, lam, mode, every, of_penalty, **random)
         self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
-        warn_untrained(regularizer, self._parameters())
+        warn_untrained(regularizer)
 
     @classmethod
     def for_model(
@@ -156,14 +152,6 @@ class FAM(OptimizerWrapper):
         trained = model.parameters() if params is None else params
         return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
 
-    def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
-        """Puts a new, copied or unpickled FAM together from its two parts."""
-        check_pair(base_optimizer, regularizer)
-        self._wrap(base_optimizer)
-        self.regularizer = regularizer
-        regularizer.start(self._parameters())
-        self._evaluations = 0  # the most often that one step has evaluated its closure
-
     # The regulariser
 
     @property
@@ -183,7 +171,8 @@ class FAM(OptimizerWrapper):
     @property
     def last_penalty(self) -> Tensor | None:
         """``lam * kappa`` as it was last added to a loss, detached; None before, and with mode="proximal"."""
-        return self.regularizer.last_penalty
+        kappa, lam = self.regularizer.last_kappa, self.regularizer.last_lam
+        return None if kappa is None or lam is None else lam * kappa
 
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss, for loops that call backward themselves.
@@ -233,8 +222,7 @@ class FAM(OptimizerWrapper):
         if not self._is_torchs_own():  # such a base may move weights before it calls the closure
             check = self._check
             self.regularizer.before_step()
-        functions = {"check": check, "zero_grad": self.zero_grad, "trained": self._parameters}
-        evaluated = watched(closure, self.regularizer, **functions)
+        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad)
         with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
         self._evaluations = max(self._evaluations, evaluated.evaluations)
@@ -258,7 +246,7 @@ class FAM(OptimizerWrapper):
     def _check(self) -> None:
         """Raises RuntimeError if no step may be made on the present gradients."""
         if self.lam and self._trains():
-            self.regularizer.check(self._parameters())
+            self.regularizer.check()
 
     def _ready(self) -> None:
         """Checks the gradients and prepares the regulariser, just before the base moves the weights."""
@@ -274,22 +262,6 @@ class FAM(OptimizerWrapper):
     def _trains(self) -> bool:
         """Returns False if every lr is 0: torch.distributed.checkpoint makes such a step to create state."""
         return any(group.get("lr") != 0 for group in self.param_groups)
-
-    # Copies and checkpoints
-
-    def _own_state(self) -> dict[str, Any]:
-        return {_CHECKPOINT_KEY: {"lam": self.lam, **self.regularizer.state()}}
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        saved = own.get(_CHECKPOINT_KEY)
-        if saved is not None:  # the checkpoint of a plain base optimizer has none, and lam stays as it is
-            self.regularizer.load(saved)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"regularizer": self.regularizer, "base_optimizer": self.base_optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._start(**state)
 
     def __repr__(self) -> str:
         return f"FAM({self.regularizer}, base={self.base_optimizer})"

@@ -22,13 +22,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from fam_optim.graph import nodes
-from fam_optim.graph.trace import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
-    from torch.autograd.graph import Node
 
     from fam_optim.graph.trace import Tail
 
@@ -36,10 +34,7 @@ if TYPE_CHECKING:
 @contextmanager
 def local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
     """A context in which derivatives of the tails' losses start no communication of gradients."""
-    if not _in_process_group():
-        yield
-        return
-    with unsunk(path_of(tails)), _gathered(tails):
+    with unsunk(tails[0].parents), _gathered(tails):
         yield
 
 
@@ -60,19 +55,17 @@ def known(owner: Any, name: str) -> Any:
 
 
 @contextmanager
-def unsunk(path: Iterable[Node]) -> Iterator[None]:
+def unsunk(graph: Iterable[Any]) -> Iterator[None]:
     """A context in which DDP with static_graph reduces no gradients. Otherwise it would do so, once and for
     all, after the first backward through its sink, which is a derivative inside kappa."""
-    sinks: list[Any] = []
-    if _in_process_group():
-        known("torch.nn.parallel.distributed", nodes.DDP_SINK)
-        sinks = [node for node in path if nodes.kind(node) == nodes.DDP_SINK]
     name = "_static_graph_delay_allreduce_enqueued"
     with ExitStack() as undoing:
-        for ddp in {node.ddp_weakref() for node in sinks}:
-            if ddp.static_graph:
-                undoing.callback(setattr, ddp, name, getattr(ddp, name))
-                setattr(ddp, name, True)
+        if _in_process_group():
+            known("torch.nn.parallel.distributed", nodes.DDP_SINK)
+            for ddp in {node.ddp_weakref() for node in graph if nodes.kind(node) == nodes.DDP_SINK}:
+                if ddp.static_graph:
+                    undoing.callback(setattr, ddp, name, getattr(ddp, name))
+                    setattr(ddp, name, True)
         yield
 
 

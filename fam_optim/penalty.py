@@ -16,17 +16,19 @@ from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
-from fam_optim.graph.reach import check_scalar
-from fam_optim.layer.record import Observation, recorded_use
+from fam_optim.graph.reach import LayerNotUsedError, check_scalar
+from fam_optim.graph.trace import uses_in
+from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
 from fam_optim.regularizer import Regularizer
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from torch.autograd.graph import Node
+    from torch.optim import Optimizer
 
 _MARK = "fam_optim.regularized"
 
@@ -43,7 +45,6 @@ class Penalty(Regularizer):
 
     Attributes:
         layers: the layers, as observations and parameters.
-        last_lam: the value of lam when kappa last entered the penalty.
         ledger: knows whether all gradients come from regularised losses.
         losses: the losses regularised since the last step, detached.
     """
@@ -61,8 +62,6 @@ class Penalty(Regularizer):
             generator = torch.Generator("cpu" if weight is None else weight.device)
             settings = replace(settings, generator=generator.manual_seed(torch.initial_seed()))
         self.settings = settings
-        self.last_kappa = None
-        self.last_lam = lam
         self._prepare()
 
     def _prepare(self) -> None:
@@ -72,35 +71,33 @@ class Penalty(Regularizer):
         self._warned = False
         self.after_step()
 
-    def start(self, trained: Iterable[Tensor]) -> None:
+    def start(self, base: Optimizer) -> None:
         """Starts to observe the layers, and the gradients of their trained weights."""
+        super().start(base)
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
-        self.ledger = Ledger(self.named_weights(), trained)
+        self.ledger = Ledger(self.named_weights(), self.trained)
         self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         return [(name_of(layer), weights_of(layer)) for layer in self.layers]
 
-    @property
-    def last_penalty(self) -> Tensor | None:
-        return None if self.last_kappa is None else self.last_lam * self.last_kappa
-
     @partial(opaque, reason="fam_optim looks at the gradients")
-    def check(self, trained: Iterable[Tensor]) -> None:
+    def check(self) -> None:
         if self.given and self.ledger.is_empty():
             raise RuntimeError(
-                f"regularize() was called for `layer` {self.names}, and nothing that is trained has a "
-                "gradient. Expected optimizer.regularize(loss).backward() after zero_grad() and before "
-                "step()."
+                f"a loss was regularised (`layer` {self.names}), and nothing that is trained has a gradient. "
+                "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad() "
+                "first, then optimizer.regularize(loss).backward() before step(); in a closure, every loss "
+                "backpropagated, or none."
             )
         self.ledger.check()
-        self._guard.check(self.losses, trained)
+        self._guard.check(self.losses, self.trained)
 
     def state(self) -> dict[str, Any]:
         generator = self.settings.generator
-        return {"generator": None if generator is None else generator.get_state()}
+        return {"lam": self.lam, "generator": None if generator is None else generator.get_state()}
 
     def load(self, state: dict[str, Any]) -> None:
         if "means" in state:  # a checkpoint of the proximal step, whose lam means something else
@@ -136,11 +133,14 @@ class Penalty(Regularizer):
         mark = self._mark_to_extend(loss)
         if self._key in mark.penalties:
             return loss
-        tails = list(used_tails(mark.plain, self.layers).values())
+        try:
+            tails = list(used_tails(mark.plain, self.layers).values())
+        except LayerNotUsedError:
+            self.ledger.expect(loss)  # a closure may backpropagate it beside others
+            raise
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
         kappa = torch.stack(each_flatness(tails, self.settings)).sum()
-        self.last_kappa = kappa.detach()
-        self.last_lam = self.lam
+        self.last_kappa, self.last_lam = kappa.detach(), self.lam
         penalty = self.lam * self.last_kappa
         self._compare(penalty, mark.plain.detach())
         self.losses.append(mark.plain.detach())
@@ -168,23 +168,34 @@ class Penalty(Regularizer):
                 "the loss any more. Scale or add first and regularise last: "
                 "second.regularize(first.regularize(loss / k))."
             )
-        if self._is_used_beside(loss):
+        layers = [layer.module if isinstance(layer, Observation) else layer for layer in self.layers]
+        if any(uses_in(_made_of(loss), layers)):  # beside the regularised losses
             raise RuntimeError(
                 f"part of the loss that depends on `layer` {self.names} was regularised already, and part of "
                 "it was not. Regularise every loss, or add them first: optimizer.regularize(a + b)."
             )
         return mark
 
-    def _is_used_beside(self, loss: Tensor) -> bool:
-        """Returns whether the loss depends on a layer in another way than through regularised losses."""
-        observed = [layer for layer in self.layers if isinstance(layer, Observation)]
-        for node in _made_of(loss):
-            record, leaf = recorded_use(node), nodes.leaf(node)
-            if record is not None and any(layer.owns(record[0]) for layer in observed):
-                return True
-            if leaf is not None and any(leaf is layer for layer in self.layers):
-                return True
-        return False
+    def plain(self, loss: Tensor) -> Tensor:
+        """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises
+        RuntimeError if a backward has freed the graph that it needs for this."""
+        marked = _marked(loss)
+        if not marked:
+            return loss
+        node, mark = marked[0]
+        if node is loss.grad_fn:
+            return mark.plain
+        edges = [GradientEdge(node, 0) for node, _ in marked]
+        try:
+            shares = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the closure returned a loss that contains lam * kappa and was backpropagated already, so "
+                "the two cannot be told apart. Expected it to return the plain loss."
+            ) from error
+        sums = [torch.stack(list(mark.penalties.values())).sum() for _, mark in marked]
+        inside = [share.reshape(()) * s for share, s in zip(shares, sums, strict=True)]
+        return loss.detach() - torch.stack(inside).sum()
 
     def _compare(self, penalty: Tensor, loss: Tensor) -> None:
         """Warns once if the penalty is larger than the loss; on an accelerator it does so a step later."""
@@ -200,28 +211,6 @@ class Penalty(Regularizer):
                 "to be flat before it is trained to fit. Try a smaller lam, such as a tenth.",
                 stacklevel=2,
             )
-
-
-def without_penalties(loss: Tensor) -> Tensor:
-    """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises
-    RuntimeError if a backward has freed the graph that it needs for this."""
-    marked = _marked(loss)
-    if not marked:
-        return loss
-    node, mark = marked[0]
-    if node is loss.grad_fn:
-        return mark.plain
-    edges = [GradientEdge(node, 0) for node, _ in marked]
-    try:
-        shares = torch.autograd.grad(loss, edges, torch.ones_like(loss), retain_graph=True)
-    except RuntimeError as error:
-        raise RuntimeError(
-            "the closure returned a loss that contains lam * kappa and was backpropagated already, so the "
-            "two cannot be told apart. Expected it to return the plain loss."
-        ) from error
-    sums = [torch.stack(list(mark.penalties.values())).sum() for _, mark in marked]
-    inside = [share.reshape(()) * s for share, s in zip(shares, sums, strict=True)]
-    return loss.detach() - torch.stack(inside).sum()
 
 
 def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:

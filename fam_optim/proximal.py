@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import LBFGS
 
 from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
@@ -35,7 +36,9 @@ from fam_optim.step_roots import StepRoots
 from fam_optim.unnoticed import opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+
+    from torch.optim import Optimizer
 
 STACKED = 1 << 16
 """Weights of one shape whose A has at most this many entries are stacked, to save calls."""
@@ -77,7 +80,6 @@ class Proximal(Regularizer):
         if generator is not None:
             self.seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self.means = RunningMean()
-        self.last_kappa = None
         self._prepare()
         self._layers = [weakref.ref(layer) for layer in layers]
 
@@ -86,6 +88,14 @@ class Proximal(Regularizer):
         self.roots = StepRoots(self.weights, self.n_samples)
         self._layers = []
         self.forget()
+
+    def start(self, base: Optimizer) -> None:
+        if isinstance(base, LBFGS):
+            raise ValueError(
+                "mode='proximal' moves the weights between steps, and LBFGS's history of them would be "
+                "wrong. Use another base optimizer, or mode='hutchinson' with curvature='gauss_newton'."
+            )
+        super().start(base)
 
     def forget(self, *, sound: bool = True) -> None:
         self.given = False
@@ -116,11 +126,6 @@ class Proximal(Regularizer):
         """Whether a proximal step follows the coming step."""
         return self._ledger is not None
 
-    @property
-    def looks(self) -> bool:
-        """Whether to look at the coming losses: those of due steps and the first ones, to refuse early."""
-        return self.due or (self.lam > 0 and not self.roots.recognised)
-
     # Before the loss's backward: A
 
     def regularize(self, loss: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ class Proximal(Regularizer):
         Raises:
             RuntimeError: if the loss is not known to be convex in the network's outputs.
         """
-        if self.looks:
+        if self.due or (self.lam > 0 and not self.roots.recognised):  # the first losses too, to refuse early
             self._look(loss)
         return loss
 
@@ -146,7 +151,7 @@ class Proximal(Regularizer):
 
     # Around the base's step: the proximal one
 
-    def check(self, trained: Iterable[Tensor]) -> None:
+    def check(self) -> None:
         """Raises RuntimeError before a due step if a loss was seen but not backpropagated, if one was
         backpropagated but not seen, or if a layer no longer has the weight that FAM moves."""
         if self._ledger is None:
@@ -229,7 +234,7 @@ class Proximal(Regularizer):
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        return {"seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
+        return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over the state of a checkpoint.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
+    from torch.optim import Optimizer
 
 
 class Regularizer:
@@ -19,13 +18,13 @@ class Regularizer:
     """
 
     lam: float  # the strength, at least 0
-    last_kappa: Tensor | None  # kappa as last computed for a step, detached; None before that
-    given: bool  # whether FAM.regularize was called since the last step
+    last_kappa: Tensor | None = None  # kappa as last computed for a step, detached
+    last_lam: float | None = None  # lam when kappa last entered a penalty
+    given: bool  # whether the user asked for a regularised loss, or called backward, since the last step
     _saved: ClassVar[tuple[str, ...]]  # attributes that a copy or pickle keeps; `_prepare` makes the others
 
     def _prepare(self) -> None:
         """Makes the attributes that are not saved, in a new, copied or unpickled regulariser."""
-        raise NotImplementedError
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         """Returns the name of each layer with its parameters."""
@@ -36,51 +35,48 @@ class Regularizer:
         """The names of the layers, for messages."""
         return ", ".join(name for name, _ in self.named_weights())
 
-    @property
-    def last_penalty(self) -> Tensor | None:
-        """The penalty that was last added to a loss, detached; None if there was none."""
-        return None
-
-    @property
-    def looks(self) -> bool:
-        """Whether it looks at the coming step's losses; otherwise the step is the base optimizer's alone."""
-        return True
-
     def change_lam(self, lam: float) -> None:
         """Sets lam; may be called at any time."""
         self.lam = lam
 
-    def start(self, trained: Iterable[Tensor]) -> None:
-        """Called once, before the first forward, with the base optimizer's parameters."""
+    @property
+    def trained(self) -> list[Tensor]:
+        """The base optimizer's parameters."""
+        return [p for group in self._base.param_groups for p in group["params"]]
+
+    def start(self, base: Optimizer) -> None:
+        """Called once, before the first forward."""
+        self._base = base
 
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns what to backpropagate in place of a loss."""
         raise NotImplementedError
 
+    def plain(self, loss: Tensor) -> Tensor:
+        """Returns a loss without what was added to it, or to losses that it is made of."""
+        return loss
+
     def gradients_zeroed(self) -> None:
         """Called after the gradients were emptied."""
 
-    def check(self, trained: Iterable[Tensor]) -> None:
+    def check(self) -> None:
         """Raises RuntimeError if no step may be made on the present gradients."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         """Called before the base optimizer moves the weights."""
 
     def after_step(self) -> None:
         """Called after the base optimizer has moved the weights."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint needs in addition to lam."""
+        """Returns what a checkpoint needs."""
         raise NotImplementedError
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over the state of a checkpoint, if this kind of regulariser made it."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in self._saved}
+        return {name: getattr(self, name) for name in self._saved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

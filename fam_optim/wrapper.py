@@ -13,8 +13,10 @@ from torch.optim import LBFGS, Optimizer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
+    from fam_optim.regularizer import Regularizer
 
+_KEY = "fam"
+"""The key of the regulariser's state in a state dict."""
 _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 """The code of torch's wrapper around each class's `step`, which runs step hooks and labels the profile."""
 
@@ -29,13 +31,15 @@ def _shared(name: str) -> Any:
 
 
 class OptimizerWrapper(Optimizer):
-    """Delegates state, parameter groups, defaults and step hooks to `base_optimizer`, and little else.
+    """Delegates state, parameter groups, defaults and step hooks to `base_optimizer`, and little else. A
+    state dict has the state of `regularizer` too.
 
     Delegating everything would leak the base's flags: a GradScaler that finds `_step_supports_amp_scaling`
     on a fused base leaves the unscaling to a step that it does not call (pytorch/pytorch#88015).
     """
 
     base_optimizer: Optimizer
+    regularizer: Regularizer
 
     if not TYPE_CHECKING:  # a type checker that saw this would accept misspelt names
 
@@ -56,12 +60,20 @@ class OptimizerWrapper(Optimizer):
             )
         super().__setattr__(name, value)
 
-    def _wrap(self, base_optimizer: Optimizer) -> None:
-        """Does what `Optimizer.__init__` would do, but without state of its own."""
-        self.base_optimizer = base_optimizer
+    def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
+        """Puts a new, copied or unpickled wrapper together from its two parts: does what `Optimizer.__init__`
+        would do, but without state of its own."""
+        self.base_optimizer, self.regularizer = base_optimizer, regularizer
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
         self._patch_step_function()
+        regularizer.start(base_optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"regularizer": self.regularizer, "base_optimizer": self.base_optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._start(**state)
 
     state = _shared("state")
     param_groups = _shared("param_groups")
@@ -78,10 +90,10 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the base's state dict with what the wrapper adds; the plain base can load it too."""
+        """Returns the base's state dict with the regulariser's state; the plain base can load it too."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict: dict[str, Any] = {**self.base_optimizer.state_dict(), **self._own_state()}
+        state_dict: dict[str, Any] = {**self.base_optimizer.state_dict(), _KEY: self.regularizer.state()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -93,17 +105,12 @@ class OptimizerWrapper(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        own = {key: state_dict.pop(key) for key in self._own_state() if key in state_dict}
+        own = state_dict.pop(_KEY, None)
         self.base_optimizer.load_state_dict(state_dict)
-        self._load_own_state(own)
+        if own is not None:  # the plain base's checkpoint has none
+            self.regularizer.load(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _own_state(self) -> dict[str, Any]:
-        return {}
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        pass
 
     def _base_step(self, *args: Any) -> Any:
         """Calls the base's step without its step hooks, which already run around this optimizer's step."""
@@ -127,9 +134,6 @@ class OptimizerWrapper(Optimizer):
     def _is_torchs_own(self) -> bool:
         """Returns whether the base is a class of torch's, which moves no weight before the closure runs."""
         return type(self.base_optimizer).__module__.startswith("torch.optim.")
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tai
     parts = [layer.module if isinstance(layer, Observation) else layer for layer in layers]
     tails = [
         Tail(part, loss, parents, *zip(*uses, strict=True)) if uses else None
-        for part, uses in zip(parts, _uses(parents, parts), strict=True)
+        for part, uses in zip(parts, uses_in(parents, parts), strict=True)
     ]
     ends = {edge.node for tail in tails if tail for edge in tail.edges}
     if not ends:
@@ -89,7 +89,7 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tai
     return tails
 
 
-def _uses(graph: Collection[Node], layers: Sequence[nn.Module | Tensor]) -> list[Any]:
+def uses_in(graph: Collection[Node], layers: Sequence[nn.Module | Tensor]) -> list[Any]:
     """Returns each layer's uses in a graph, in its order, as pairs of a `Use` and the edge of its output."""
     uses: dict[int, list[tuple[Use, GradientEdge]]] = {id(layer): [] for layer in layers}
     for node in graph:

@@ -6,6 +6,7 @@ the weight a second time, beside ``z = lin(phi; W)``: only kappa of the weight i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,7 @@ def check_all_seen(
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
     frozen = not all(weight.requires_grad for weight in every)
-    constants = _constant_factors(parents) if frozen else {}
+    constants = _constant_factors(parents if frozen else ())
     # A derivative may have multiplied a frozen weight with constants, which leaves no trace.
     derivative = frozen and any(node.name().count("Backward") > 1 for node in parents)
     by_name: dict[str, list[Node]] = {}
@@ -48,11 +49,9 @@ def check_all_seen(
         if isinstance(layer, Observation):
             transposed = use_type(layer.module) is Conv1DUse  # stores W^T and multiplies with that
             products = _of_trained(_starts(weights, by_name), parents, transposed)
-            products |= _of_frozen(weights, constants, transposed)
-            unseen = [through for product, through in products.items() if product not in recorded]
-            if any(unseen) or (derivative and uses and not weights[0].requires_grad):
-                raise RuntimeError(_DERIVATIVE.format(describe(layer.module)))
-            if unseen or any(map(layer.called_within, checkpoints)):
+            products.update(*(constants[_place(weight)] for weight in weights if not weight.requires_grad))
+            hidden = derivative and uses and not weights[0].requires_grad
+            if hidden or products - recorded or any(map(layer.called_within, checkpoints)):
                 raise RuntimeError(_UNSEEN.format(describe(layer.module)))
         elif uses and any(map(nodes.has_sparse_gradient, parents[get_gradient_edge(layer).node])):
             raise RuntimeError(
@@ -61,18 +60,15 @@ def check_all_seen(
             )
 
 
-_DERIVATIVE = (
-    "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential equation) that "
-    "was taken through `layer` {}, whose weight counts beside its output; or it multiplies with weight.t(), "
-    "which looks the same (write z @ weight). Pass the weight itself, an nn.Parameter that requires "
-    "gradients, as `layer` with mode='hutchinson' or mode='full', which count every use of it."
-)
 _UNSEEN = (
-    "`loss` depends on the weight of `layer` {} through a call that was not observed: layer.forward(...), a "
-    "function with its weight, a call within torch.func or a reentrant checkpoint, of another module that "
-    "shares the weight, or before the last step. Call the layer as a module, checkpoint with "
-    "use_reentrant=False, name all modules that share the weight, or pass the weight, an nn.Parameter, as "
-    "`layer` with mode='hutchinson', which counts every use."
+    "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential equation) that "
+    "was taken through `layer` {}, whose weight counts beside its output, or it depends on the weight by a "
+    "call that was not observed. After a derivative: Pass the weight itself, an nn.Parameter that requires "
+    "gradients, as `layer` with mode='hutchinson' or mode='full', or write z @ weight, not weight.t(), which "
+    "looks the same. After layer.forward(...), a function with the weight, a call within torch.func or a "
+    "reentrant checkpoint, of another module that shares the weight, or before the last step: Call the layer "
+    "as a module, checkpoint with use_reentrant=False, name all modules that share the weight, or pass the "
+    "weight with mode='hutchinson', which counts every use."
 )
 
 
@@ -92,14 +88,14 @@ def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) ->
     return starts | alike
 
 
-def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) -> dict[Node, bool]:
-    """Returns the products with trained weights, each with whether it is of a derivative: ``phi W^T`` of the
-    layer's calls, and ``delta W`` of derivatives through it. `starts` are the nodes that make the weights.
+def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) -> set[Node]:
+    """Returns the products with trained weights: ``phi W^T`` of the layer's calls, and ``delta W`` of
+    derivatives through it. `starts` are the nodes that make the weights.
 
     A call makes W^T by t(), and a derivative makes W from that by more. ``z W`` and ``W W^T`` are other uses,
     which do not count.
     """
-    found: dict[Node, bool] = {}
+    found: set[Node] = set()
     of_call = 0 if stored_transposed else 1  # how many t() a call takes
     copies: set[Node] = set()  # nodes that make copies of the weight
     stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
@@ -114,30 +110,15 @@ def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) ->
             elif kind in _SAME_NUMBERS:
                 stack.append((above, way))
             elif kind == "Convolution" and operands[1] is node:
-                found[above] = False
+                found.add(above)
             elif kind == "ConvolutionBackward" and operands[2] is node and nodes.shape(above, 0):
-                found[above] = True  # no shape: a derivative in the weight alone
+                found.add(above)  # no shape: a derivative in the weight alone
             elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node:
                 by_torch = len(way) >= of_call and set(way) <= {"T"}
                 if by_torch or len(way) % 2 == of_call:
-                    found[above] = len(way) > of_call
+                    found.add(above)
     products = operations.MATRIX_PRODUCTS
-    of_itself = {n for n in found if nodes.kind(n) in products and n.next_functions[-2][0] in copies}
-    return {node: of for node, of in found.items() if node not in of_itself}
-
-
-def _of_frozen(
-    weights: Sequence[Tensor],
-    constants: Mapping[int | None, Sequence[tuple[Node, Tensor]]],
-    stored_transposed: bool,
-) -> dict[Node, bool]:
-    """Like `_of_trained`, for frozen weights, whose only trace is where their numbers lie in memory."""
-    found = {}
-    for weight in (weight for weight in weights if not weight.requires_grad):
-        for node, factor in constants.get(_place(weight), ()):
-            as_stored = factor.shape == weight.shape and factor.stride() == weight.stride()
-            found[node] = nodes.kind(node) != "Convolution" and as_stored != stored_transposed
-    return found
+    return {n for n in found if nodes.kind(n) not in products or n.next_functions[-2][0] not in copies}
 
 
 _SECOND_FACTORS = {
@@ -150,15 +131,16 @@ _SECOND_FACTORS = {
 """By kind of product: the name by which it keeps its second factor, and that operand's position."""
 
 
-def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[tuple[Node, Tensor]]]:
-    """Returns products whose second factor is a constant, with the factor, by where its numbers lie."""
-    found: dict[int | None, list[tuple[Node, Tensor]]] = {}
+def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[Node]]:
+    """Returns products whose second factor is a constant, by where the factor's numbers lie in memory, which
+    is the only trace of a frozen weight."""
+    found = defaultdict(list)
     for node in graph:
         name, position = _SECOND_FACTORS.get(nodes.kind(node), ("", 0))
         if name and node.next_functions[position][0] is None:
             factor = nodes.at_hand(node, name)
             if factor is not None:
-                found.setdefault(_place(factor), []).append((node, factor))
+                found[_place(factor)].append(node)
     return found
 
 

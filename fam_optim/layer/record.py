@@ -68,22 +68,13 @@ class Observation:
 
     __enter__, __exit__ = start, stop
 
-    def owns(self, use: LayerUse) -> bool:
-        """Returns whether `use` is a call of the module."""
-        return use.module() is self.module
-
     def called_within(self, checkpoint: Node) -> bool:
         """Returns whether the module was called inside a reentrant checkpoint, where there is no graph."""
         made = nodes.sequence_number(checkpoint) + 1
         return self._recorder is not None and made in self._recorder.without_graph
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "watching": self._finalizer is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
-        if state["watching"]:
-            self.start()
+        return {"module": self.module}  # a copy records nothing until it is started
 
     def __repr__(self) -> str:
         return f"Observation({self.module})"
@@ -120,8 +111,7 @@ def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
 
 def parametrization(module: nn.Module) -> nn.Module | None:
     """Returns the module that computes a parametrised weight; None if the weight is plain."""
-    # Looks where nn.Module keeps it: asking for a missing attribute raises and catches an error.
-    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, "weight"):
+    if not parametrize.is_parametrized(module, "weight"):
         return None
     return cast("nn.ModuleDict", module.parametrizations)["weight"]
 

@@ -51,6 +51,7 @@ def with_form(optimizer: Optimizer, form: Form, layers: Sequence[nn.Module], eve
     assert isinstance(optimizer, FAM)
     random = form.n_samples, torch.Generator().manual_seed(seed)
     other = optimizer.regularizer = OtherForm(layers, form.lam, every, *random)
+    other.start(optimizer.base_optimizer)
     other.form, other.group = form, optimizer.param_groups[0]
     if not form.rows:
         other.roots = Gradients(other.weights, form.n_samples)
