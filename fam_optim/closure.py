@@ -64,8 +64,9 @@ class WatchedClosure:
         self.evaluations += 1
         self._called_backward = False
         self._backwards: list[_Backward] = []  # those with a penalty
+        trained = self.regularizer.trained if self.regularizer.looks else ()
         # Weak references, so that the closure can free these gradients.
-        before = [(p, p.grad if p.grad is None else TensorWeakRef(p.grad)) for p in self.regularizer.trained]
+        before = [(p, p.grad if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
         with torch.enable_grad(), intercepted(self._seen):
             result = self.closure()
         if self._called_backward:

@@ -126,6 +126,11 @@ class Proximal(Regularizer):
         """Whether a proximal step follows the coming step."""
         return self._ledger is not None
 
+    @property
+    def looks(self) -> bool:
+        """Whether to look at the coming losses: those of due steps and the first ones, to refuse early."""
+        return self.due or (self.lam > 0 and not self.roots.recognised)
+
     # Before the loss's backward: A
 
     def regularize(self, loss: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ class Proximal(Regularizer):
         Raises:
             RuntimeError: if the loss is not known to be convex in the network's outputs.
         """
-        if self.due or (self.lam > 0 and not self.roots.recognised):  # the first losses too, to refuse early
+        if self.looks:
             self._look(loss)
         return loss
 

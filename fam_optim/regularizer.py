@@ -35,6 +35,11 @@ class Regularizer:
         """The names of the layers, for messages."""
         return ", ".join(name for name, _ in self.named_weights())
 
+    @property
+    def looks(self) -> bool:
+        """Whether it looks at the coming step's losses; otherwise the step is the base optimizer's alone."""
+        return True
+
     def change_lam(self, lam: float) -> None:
         """Sets lam; may be called at any time."""
         self.lam = lam
