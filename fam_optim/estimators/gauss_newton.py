@@ -34,7 +34,7 @@ from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected, corrections
 from fam_optim.graph.independence import SUM, Grouping, row_uses, shown_axes
-from fam_optim.graph.losses import cotangents, find_outputs, without_scale
+from fam_optim.graph.losses import find_outputs, pulled
 from fam_optim.graph.trace import path_of
 from fam_optim.layer.use import LOW_PRECISION, LinearUse, describe
 
@@ -74,22 +74,14 @@ class Jacobian:
 
     def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
         """Returns ``d<S r, o>/dz`` for every use of every layer; r has the shapes of the outputs."""
-        edges, vectors, scale = cotangents(self.outputs, r)
         at_z = [edge for tail in self.tails for edge in tail.edges]
-        with errors.explained("derivatives"), corrected(self._corrections, derivatives_to_come=1):
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                edges,
-                [*at_z, *self._below.values()],
-                vectors,
-                create_graph=self.differentiable,
-                retain_graph=True,
-                allow_unused=True,
-            )
+        to = [*at_z, *self._below.values()]
+        with corrected(self._corrections, derivatives_to_come=1):
+            found = pulled(self.outputs, r, to, differentiable=self.differentiable)
         if self.differentiable:
             errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
-        unscaled = [None if g is None else without_scale(g, scale) for g in found]
-        products = dict(zip(self._below, unscaled[len(at_z) :], strict=True))
-        deltas = iter(unscaled)
+        products = dict(zip(self._below, found[len(at_z) :], strict=True))
+        deltas = iter(found)
         return [
             [Pulled(as_output(next(deltas), use), products.get(use)) for use in uses] for uses in self.uses
         ]
@@ -214,8 +206,8 @@ def _square(
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    pulled = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
-    return (grouping.squared_norms()[:, 0] * pulled.square().sum(1)).sum()
+    rows = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
+    return (grouping.squared_norms()[:, 0] * rows.square().sum(1)).sum()
 
 
 def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Iterator[list[Tensor]]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.graph import errors, nodes
+from fam_optim.graph import nodes
 from fam_optim.graph.independence import independent
-from fam_optim.graph.losses import cotangents, without_scale
+from fam_optim.graph.losses import pulled
 from fam_optim.graph.reach import above
 from fam_optim.layer.use import at_least_float32
 
@@ -75,21 +75,14 @@ def sample_roots(
         generator: gives the generator of the signs on a device.
     """
     numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
-    ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
+    ends = [GradientEdge(products.get(i, reached.leaves[weights[i].parameter]), 0) for i in numbers]
     roots: Roots = {}
     for _ in range(n_samples):
         signs = [rademacher(tuple(o.shape), o.a, generator(o.a.device)) for o in outputs]
-        edges, vectors, scale = cotangents(outputs, signs)
-        if not edges:
-            return {}
-        with errors.explained("first derivatives"):
-            found: Any = torch.autograd.grad(
-                edges, [GradientEdge(end, 0) for end in ends], vectors, retain_graph=True, allow_unused=True
-            )
+        found = pulled(outputs, signs, ends, differentiable=False)
         for i, g in zip(numbers, found, strict=True):
             if g is None:
                 continue
-            g = without_scale(g, scale)
             if i in products:
                 # Copied, since a buffer that holds the inputs may be overwritten before the step.
                 dtype = at_least_float32(weights[i].parameter).dtype

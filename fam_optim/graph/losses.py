@@ -104,25 +104,27 @@ def _rounding(weights: Tensor) -> Tensor:
     return 16 * torch.finfo(weights.dtype).eps * weights.detach().abs().amax() if weights.numel() else weights
 
 
-def cotangents(
-    outputs: Sequence[Output], r: Sequence[Tensor]
-) -> tuple[list[GradientEdge], list[Tensor], Any]:
-    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it:
-    1, except in float16, where it leaves as much room below the largest entry as above it."""
-    edges = [edge for output in outputs for edge in output.edges]
+def pulled(
+    outputs: Sequence[Output], r: Sequence[Tensor], to: Sequence[GradientEdge], *, differentiable: bool
+) -> list[Tensor | None]:
+    """Returns ``d<S r, o>/dt``, in at least float32, for what is made at each edge of `to`; None where no o
+    depends on it. In float16 the derivatives of ``S r`` get as much room below its largest entry as above it.
+    """
+    edges: Any = [edge for output in outputs for edge in output.edges]
     vectors = [v for output, signs in zip(outputs, r, strict=True) for v in output.root(signs)]
     dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
-    scale: Any = 1.0
+    scale = None
     if torch.float16 in dtypes:
         largest = torch.stack([v.detach().abs().max() for v in vectors]).max()
         scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
         vectors = [scale * v for v in vectors]
-    return edges, [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)], scale
-
-
-def without_scale(g: Tensor, scale: Any) -> Tensor:
-    """Returns a derivative of what `cotangents` has scaled without the factor, in at least float32."""
-    return at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
+    vectors = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
+    with errors.explained("derivatives"):
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            edges, to, vectors, create_graph=differentiable, retain_graph=True, allow_unused=True
+        )
+    precise = [None if g is None else at_least_float32(g) for g in found]
+    return precise if scale is None else [None if g is None else g / scale for g in precise]
 
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
