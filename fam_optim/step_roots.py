@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fam_optim import unnoticed
-from fam_optim.estimators.roots import added, joined, kept, products_of_rows, sample_roots, scaled
+from fam_optim.estimators.roots import added, products_of_rows, sample_roots
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import check_scalar, is_of_weights, reach, spread
@@ -86,7 +86,7 @@ class StepRoots:
             self.gradients_zeroed()
         else:
             self._gather()
-            self._roots = kept(self._roots, left)
+            self._roots = {i: root.kept_if(left) for i, root in self._roots.items()}
 
     def _empty(self) -> None:
         self._roots = {}
@@ -98,7 +98,7 @@ class StepRoots:
         """Adds up A of the losses whose backward has begun, each times the root of its share."""
         for taken in self._pending:
             if taken.share is not None:
-                self._roots = added(self._roots, scaled(taken.roots, taken.share.sqrt()), self.weights)
+                self._roots = added(self._roots, taken.roots, taken.share.sqrt())
                 self._shares.append(taken.share)
                 taken.roots = {}
         self._pending = [taken for taken in self._pending if taken.share is None]
@@ -180,9 +180,9 @@ class StepRoots:
         self._gather()
         roots = self._roots
         if roots:  # shares weigh the micro-batches, but a share above one is due to a loss scale
-            roots = scaled(roots, torch.stack(self._shares).amax().clamp_min(1).rsqrt())
-        of_rows = {i for i, samples in roots.items() if samples[0].phi is not None}
-        return self._of_all_processes({i: joined(samples) for i, samples in roots.items()}), of_rows
+            roots = added({}, roots, torch.stack(self._shares).amax().clamp_min(1).rsqrt())
+        of_rows = {i for i, root in roots.items() if root.phi is not None}
+        return self._of_all_processes({i: root.matrix() for i, root in roots.items()}), of_rows
 
     def _of_all_processes(self, roots: dict[int, Tensor]) -> dict[int, Tensor]:
         """Returns A of the batch of all processes; it is zero for a weight that no process uses."""
