@@ -92,20 +92,12 @@ class Jacobian:
         return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
 
     def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
-        node = edge.node
-        below, output = node.next_functions[1] if nodes.kind(node) == "Convolution" else (None, 0)
-        low = nodes.results(node)[0].dtype in LOW_PRECISION  # as under autocast
-        # If something else reads the weight too, its derivative may also pass through phi.
-        if below is None or low or len(self.tails[0].parents[below]) > 1:
+        weight = self._operand(edge, {"Convolution": 1})
+        if weight is None or nodes.results(edge.node)[0].dtype in LOW_PRECISION:  # as under autocast
             return use.pull(delta)
         # Using the forward's own node saves the convolution that `pull` would compute.
-        (g,) = torch.autograd.grad(
-            edge,
-            GradientEdge(below, output),
-            delta.reshape(nodes.shape(node, edge.output_nr)),  # adds the batch axis that z may lack
-            create_graph=self.differentiable,
-            retain_graph=True,
-        )
+        delta = delta.reshape(nodes.shape(edge.node, edge.output_nr))  # adds the batch axis that z may lack
+        (g,) = torch.autograd.grad(edge, weight, delta, create_graph=self.differentiable, retain_graph=True)
         return use.layout.matrix(g)
 
     def _edges_below(self) -> dict[Use, GradientEdge]:
@@ -114,13 +106,18 @@ class Jacobian:
         below: dict[Use, GradientEdge] = {}
         for tail, uses in zip(self.tails, self.uses, strict=True):
             for use, edge in zip(uses, tail.edges, strict=True):
-                position = {"Addmm": 1, "Mm": 0}.get(nodes.kind(edge.node))  # of phi among the operands
-                if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
-                    continue
-                node, output = edge.node.next_functions[position]
-                if node is not None and node in self.path and len(self.tails[0].parents[node]) == 1:
-                    below[use] = GradientEdge(node, output)
+                precise = isinstance(use, LinearUse) and use.phi.dtype not in LOW_PRECISION
+                phi = self._operand(edge, {"Addmm": 1, "Mm": 0}) if precise else None
+                if phi is not None and phi.node in self.path:
+                    below[use] = phi
         return below
+
+    def _operand(self, edge: GradientEdge, positions: Mapping[str, int]) -> GradientEdge | None:
+        """Returns where an operand of the operation that makes z is made. `positions` has its place by kind
+        of operation; None for other kinds, and if something else, too, reads it and passes derivatives on."""
+        position = positions.get(nodes.kind(edge.node))
+        node, output = (None, 0) if position is None else edge.node.next_functions[position]
+        return GradientEdge(node, output) if node and len(self.tails[0].parents[node]) == 1 else None
 
 
 class Pulled(NamedTuple):
