@@ -193,17 +193,12 @@ class _Refused(torch.autograd.Function):
         return *grad_outputs, None, None
 
 
-def without_gradient(kappa: Tensor, why: str) -> Tensor:
-    """Returns `kappa` in such a form that a backward from it raises RuntimeError(why)."""
-    attached: Tensor = _Refused.apply(kappa, why, True)
-    return attached
-
-
-def once_differentiable(kappa: Tensor) -> Tensor:
-    """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError."""
+def once_differentiable(kappa: Tensor, undifferentiable: str | None = None) -> Tensor:
+    """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError. If
+    there is a reason why it has no gradient, every backward raises it."""
     why = (
         "this kappa can be differentiated once only, and a backward with create_graph=True asks for more, as "
         "AdaHessian does. Take Hessian-vector products of the loss without kappa, or use mode='full'."
     )
-    attached: Tensor = _Refused.apply(kappa, why, False)
+    attached: Tensor = _Refused.apply(kappa, undifferentiable or why, undifferentiable is not None)
     return attached
