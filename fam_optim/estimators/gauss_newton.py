@@ -23,7 +23,7 @@ For cross-entropy kappa_GN is the expected squared gradient over labels drawn fr
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
 
+    Pulled = tuple[dict[Use, Tensor], dict[Use, Tensor | None]]
+
 MAX_PRODUCTS = 1024
 """An evaluation that would take more vector-Jacobian products than this raises an error."""
 
@@ -69,29 +71,25 @@ class Jacobian:
         path = self.path | self.ends
         self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
         self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
+        of_layers = zip(tails, self.uses, strict=True)
+        self._edges = {use: e for tail, uses in of_layers for use, e in zip(uses, tail.edges, strict=True)}
         # A constant product would not carry its gradient in W.
         self._below = self._edges_below() if differentiable else {}
 
-    def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
-        """Returns ``d<S r, o>/dz`` for every use of every layer; r has the shapes of the outputs."""
-        at_z = [edge for tail in self.tails for edge in tail.edges]
-        to = [*at_z, *self._below.values()]
+    def pull(self, r: Sequence[Tensor]) -> Pulled:
+        """Returns ``delta = d<S r, o>/dz`` by use of a layer, in the shape of z, and ``delta W`` by use where
+        it was formed anyway; r has the shapes of the outputs."""
+        to = [*self._edges.values(), *self._below.values()]
         with corrected(self._corrections, derivatives_to_come=1):
             found = pulled(self.outputs, r, to, differentiable=self.differentiable)
         if self.differentiable:
             errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
-        products = dict(zip(self._below, found[len(at_z) :], strict=True))
-        deltas = iter(found)
-        return [
-            [Pulled(as_output(next(deltas), use), products.get(use)) for use in uses] for uses in self.uses
-        ]
+        deltas = {use: as_output(g, use) for use, g in zip(self._edges, found, strict=False)}
+        return deltas, dict(zip(self._below, found[len(deltas) :], strict=True))
 
-    def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
-        """Returns g ``(d, m)`` of the layer with this number, summed over all uses of its weight."""
-        of_uses = zip(self.uses[layer], self.tails[layer].edges, found, strict=True)
-        return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
-
-    def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
+    def in_weight(self, use: Use, delta: Tensor) -> Tensor:
+        """Returns what one use of a weight contributes to its g ``(d, m)``."""
+        edge = self._edges[use]
         weight = self._operand(edge, {"Convolution": 1})
         if weight is None or nodes.results(edge.node)[0].dtype in LOW_PRECISION:  # as under autocast
             return use.pull(delta)
@@ -104,12 +102,11 @@ class Jacobian:
         """Returns the edges where a backward to a lower layer forms ``delta W`` anyway: the inputs of Linear
         layers on vectors, in full precision, if nothing else reads them."""
         below: dict[Use, GradientEdge] = {}
-        for tail, uses in zip(self.tails, self.uses, strict=True):
-            for use, edge in zip(uses, tail.edges, strict=True):
-                precise = isinstance(use, LinearUse) and use.phi.dtype not in LOW_PRECISION
-                phi = self._operand(edge, {"Addmm": 1, "Mm": 0}) if precise else None
-                if phi is not None and phi.node in self.path:
-                    below[use] = phi
+        for use, edge in self._edges.items():
+            precise = isinstance(use, LinearUse) and use.phi.dtype not in LOW_PRECISION
+            phi = self._operand(edge, {"Addmm": 1, "Mm": 0}) if precise else None
+            if phi is not None and phi.node in self.path:
+                below[use] = phi
         return below
 
     def _operand(self, edge: GradientEdge, positions: Mapping[str, int]) -> GradientEdge | None:
@@ -118,13 +115,6 @@ class Jacobian:
         position = positions.get(nodes.kind(edge.node))
         node, output = (None, 0) if position is None else edge.node.next_functions[position]
         return GradientEdge(node, output) if node and len(self.tails[0].parents[node]) == 1 else None
-
-
-class Pulled(NamedTuple):
-    """The derivative ``delta`` at one use, in the shape of z, and ``delta W`` if it was formed anyway."""
-
-    delta: Tensor
-    product: Tensor | None
 
 
 def gauss_newton(
@@ -161,8 +151,9 @@ def gauss_newton(
         groupings = [_grouping(jacobian, layer, axes) for layer in range(len(tails))]
     squares: list[list[Tensor]] = [[] for _ in tails]
     for r in draws:
-        for layer, found in enumerate(jacobian.pull(r)):
-            squares[layer].append(_square(jacobian, layer, found, factors[layer], groupings[layer]))
+        found = jacobian.pull(r)
+        for layer, factor in enumerate(factors):
+            squares[layer].append(_square(jacobian, layer, found, factor, groupings[layer]))
     sums = [torch.stack(of_layer).sum() for of_layer in squares]
     return [total / n_samples for total in sums] if mode == "hutchinson" else sums
 
@@ -191,19 +182,21 @@ def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[
 
 
 def _square(
-    jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
+    jacobian: Jacobian, layer: int, found: Pulled, factor: Factor, grouping: Grouping | None
 ) -> Tensor:
     """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number; None means one group."""
+    deltas, products = found
+    uses = jacobian.uses[layer]
     if grouping is None:
-        return factor.square(jacobian.in_weights(layer, found))
-    delta = grouping.gather_outputs([f.delta for f in found])
+        return factor.square(torch.stack([jacobian.in_weight(use, deltas[use]) for use in uses]).sum(0))
+    delta = grouping.gather_outputs([deltas[use] for use in uses])
     if grouping.size > 1:
         phi = grouping.gather([use.rows() for use in grouping.uses])
         if _has_few_rows(grouping):
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    rows = factor.pulled(delta[:, 0], found[0].product if len(found) == 1 else None)
+    rows = factor.pulled(delta[:, 0], products.get(uses[0]) if len(uses) == 1 else None)
     return (grouping.squared_norms()[:, 0] * rows.square().sum(1)).sum()
 
 
