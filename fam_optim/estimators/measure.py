@@ -102,7 +102,20 @@ class Neuronwise:
         """
         # Logits may have been cast, also down: transformers computes losses in float32 for every model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
-        return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
+        log_p, w, by_row = (t.to(dtype) for t in (log_p, self.matrix, by_row))
+        if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
+            p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
+            return ((p @ distances) * p).sum(1).dot(by_row) / 2
+        # With t the most probable class, q the probabilities of the others, mu the mean and delta = mu - w_t,
+        #     c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
+        # loses no digits where the largest probability rounds to one. Shifting all class vectors does not
+        # change c, so their mean, which may be large beside their differences, is subtracted first.
+        q, top = _without_top(log_p)
+        rest, w = q.sum(1), w - w.detach().mean(0)
+        squares, w_top = w.square().sum(1), w.index_select(0, top)
+        delta = q @ w - rest[:, None] * w_top
+        c = q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
+        return c.dot(by_row)
 
 
 class Layerwise:
@@ -139,23 +152,6 @@ class Layerwise:
         rest = q.sum(1)
         # 1 - ||p||^2, without subtracting numbers near 1
         return (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
-
-
-def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
-    """Returns ``sum_i b_i c_i``, ``()``; c_i is the trace of the class vectors' covariance under p_i."""
-    if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
-        p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
-        return ((p @ distances) * p).sum(1).dot(by_row) / 2
-    # With t the most probable class, q the probabilities of the others, mu the mean and delta = mu - w_t,
-    #     c = sum_k q_k (||w_k||^2 - ||w_t||^2) - <delta, w_t + mu>
-    # loses no digits where the largest probability rounds to one. Shifting all class vectors does not change
-    # c, so their mean, which may be large beside their differences, is subtracted first.
-    q, top = _without_top(log_p)
-    rest, w = q.sum(1), w - w.detach().mean(0)
-    squares, w_top = w.square().sum(1), w.index_select(0, top)
-    delta = q @ w - rest[:, None] * w_top
-    c = q @ squares - rest * squares[top] - (delta * (2 * w_top + delta)).sum(1)
-    return c.dot(by_row)
 
 
 def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
