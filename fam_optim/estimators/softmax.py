@@ -21,6 +21,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from fam_optim.graph import errors, nodes, operations
 from fam_optim.graph.losses import linear_in, softmax_of
@@ -30,10 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Set
 
     from torch import Tensor
-    from torch.autograd.graph import GradientEdge, Node
+    from torch.autograd.graph import Node
 
     from fam_optim.estimators.measure import Factor
-    from fam_optim.graph.losses import Softmax
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
 
@@ -61,32 +61,32 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
         if shape[dim] != use.d or operations.axis_of_digit(shape, stride, use.d) != (dim, 1):
             return None
         with errors.explained("derivatives"):
-            softmax = softmax_of(node, tail.loss, differentiable)
-        norms = use.squared_norms() if in_order else _norms_at_softmax(use, edge, softmax)
-        a = softmax.a.flatten() * norms.flatten()
-        log_p = softmax.log_p.movedim(dim, -1).reshape(-1, use.d)
+            log_p, a = softmax_of(node, tail.loss, differentiable)
+        norms = use.squared_norms() if in_order else _norms_at_softmax(use, edge, node)
+        a = a.flatten() * norms.flatten()
+        log_p = log_p.movedim(dim, -1).reshape(-1, use.d)
         values.append(factor.variance(log_p, a if differentiable else a.detach()))
     return torch.stack(values).sum() if values else None
 
 
-def _norms_at_softmax(use: LayerUse, at: GradientEdge, softmax: Softmax) -> Tensor:
+def _norms_at_softmax(use: LayerUse, at: GradientEdge, softmax: Any) -> Tensor:
     """Takes the squared norm of each row of z to that row's place at the softmax, times the square of the
     row's factor; `at` is the edge of z.
 
     The Jacobian of the operations in between moves the numbers and multiplies them by the factor once.
     """
     at_z = use.squared_norms().unsqueeze(use.channel).expand(use.shape)
-    edge, log_p, dim, _ = softmax
+    edge = GradientEdge(*softmax.next_functions[0])
+    made = nodes.results(edge.node)[edge.output_nr]
     with torch.enable_grad():
-        zeros = torch.zeros(log_p.shape, dtype=at_z.dtype, device=at_z.device, requires_grad=True)
-        made = nodes.results(edge.node)[edge.output_nr].dtype
-        (back,) = torch.autograd.grad(edge, at, zeros.to(made), create_graph=True, retain_graph=True)
+        zeros = at_z.new_zeros(tuple(made.shape), requires_grad=True)
+        (back,) = torch.autograd.grad(edge, at, zeros.to(made.dtype), create_graph=True, retain_graph=True)
         back = at_least_float32(back).reshape(use.shape)
         moved, factor = (
             torch.autograd.grad(back, zeros, by_row.to(back.dtype), create_graph=True)[0]
             for by_row in (at_z, torch.ones_like(at_z))
         )
-    return at_least_float32(moved * factor).select(dim, 0)
+    return at_least_float32(moved * factor).select(nodes.softmax_axis(softmax), 0)
 
 
 def _followed(

@@ -142,24 +142,16 @@ def _root_of(weights: Tensor) -> Tensor:
     return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 
 
-class Softmax(NamedTuple):
-    """A cross-entropy ``-sum_k c_k log p_k``, where p is the softmax of o along one axis."""
-
-    edge: GradientEdge  # where o is made
-    log_p: Tensor  # as the graph keeps it, in at least float32
-    dim: int  # the axis of its classes
-    a: Tensor  # the sum of c
-
-
-def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
-    """Returns the cross-entropy that a loss makes of a log_softmax in which it is linear."""
-    dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
-    a = -_coefficient(node, loss, differentiable).sum(dim, keepdim=True)
-    return Softmax(_operand(node, 0), log_p if differentiable else log_p.detach(), dim, a)
+def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
+    """Returns log p, in at least float32, and a of the cross-entropy that a loss makes of a log_softmax in
+    which it is linear: ``-sum_k c_k log p_k``, with a the sum of c."""
+    log_p = at_least_float32(nodes.kept(node, "result"))
+    a = -_coefficient(node, loss, differentiable).sum(nodes.softmax_axis(node), keepdim=True)
+    return log_p if differentiable else log_p.detach(), a
 
 
 def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output:
-    edge, log_p, dim, a = softmax_of(node, loss, differentiable)
+    (log_p, a), dim = softmax_of(node, loss, differentiable), nodes.softmax_axis(node)
 
     def root(r: Tensor) -> list[Tensor]:
         root_p, top = (log_p / 2).exp(), is_largest(log_p, dim)
@@ -167,7 +159,7 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
         at_top = others.square().sum(dim, keepdim=True) * r - root_p * (others * r).sum(dim, keepdim=True)
         return [_root_of(a) * root_p * torch.where(top, at_top, r - root_p * (root_p * r).sum(dim, True))]
 
-    return Output([edge], log_p.shape, a, root)
+    return Output([GradientEdge(*node.next_functions[0])], log_p.shape, a, root)
 
 
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
@@ -178,11 +170,7 @@ def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
         root = _root_of(a) * r
         return [sign * root for sign in sides.values()]
 
-    return Output([_operand(node, position) for position in sides], a.shape, a, root)
-
-
-def _operand(node: Any, position: int) -> GradientEdge:
-    return GradientEdge(*node.next_functions[position])
+    return Output([GradientEdge(*node.next_functions[i]) for i in sides], a.shape, a, root)
 
 
 def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
