@@ -39,13 +39,11 @@ class Curvature:
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
-        errors.check_differentiable(tail.path)
         self.tail = tail
         self.differentiable = differentiable
         constant = not differentiable and not tail.nested
         self.uses = tuple(use.detached() for use in tail.uses) if constant else tail.uses
-        with errors.explained("second derivatives"):
-            self._corrections = corrections(tail.path, derivatives_to_come=2)
+        self._corrections = corrections(tail.path, derivatives_to_come=2)
         self.half = any(
             made.dtype == torch.float16 for node in (*tail.path, *tail.ends) for made in nodes.results(node)
         )

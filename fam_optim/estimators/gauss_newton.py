@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from fam_optim.estimators.measure import Factor
-    from fam_optim.graph.corrections import Corrections
     from fam_optim.graph.independence import Groups
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
@@ -63,11 +62,7 @@ class Jacobian:
         self.tails, self.differentiable = tails, differentiable
         self.path = path_of(tails)
         self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
-        self._corrections: Corrections = []
-        if differentiable:
-            errors.check_differentiable(self.path)
-            with errors.explained("derivatives"):
-                self._corrections = corrections(self.path, derivatives_to_come=1)
+        self._corrections = corrections(self.path, derivatives_to_come=1) if differentiable else []
         path = self.path | self.ends
         self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
         self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
