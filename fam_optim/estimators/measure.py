@@ -56,7 +56,7 @@ class Neuronwise:
         is right, although T is applied to constants only.
         """
         if self.by_unit:
-            return self.gram(), _identity(self.matrix)
+            return self.gram(), self.matrix.new_ones(self.directions).diag()
         return doubled(self.matrix).T, self.matrix.detach().T
 
     def probe(self, signs: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Layerwise:
         self.columns = self.directions = matrix.shape[0]
 
     def gram(self) -> Tensor:
-        return _identity(self.matrix)
+        return self.matrix.new_ones(self.columns).diag()
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.gram(), self.gram()
@@ -158,10 +158,6 @@ def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Returns p with each row's largest entry set to zero, and the position of that entry ``(n,)``."""
     top = log_p.argmax(1)
     return log_p.scatter(1, top[:, None], -torch.inf).exp(), top  # keeps one tensor of log p's size
-
-
-def _identity(matrix: Tensor) -> Tensor:
-    return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
 
 
 Factor = Neuronwise | Layerwise
