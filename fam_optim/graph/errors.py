@@ -111,17 +111,16 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
     if not functions and not scripted:
         return frozenset()
     roots = [(g.grad_fn, g.output_nr) for g in gradient]
-    forward = {*path, *ends, None}
-    top: Any = {node for node, _ in roots} - forward
+    forward: Any = {*path, *ends, None}
+    top = {node for node, _ in roots} - forward
     made: set[Node] = top | spread(top, lambda node: {below for below, _ in node.next_functions} - forward)
     edges = [*roots, *(edge for node in (*path, *made) for edge in node.next_functions)]
     outputs: dict[Any, set[int]] = {node: set() for node in (*functions, *filter(nodes.is_function, made))}
     for node, output in edges:
         if node in outputs:
             outputs[node].add(output)
-    between: Any = {node: path | ends if node in path else path | ends | made for node in outputs}
     forbidden = any(node.name() == "torch::autograd::Error" for node in made)  # by once_differentiable
-    if forbidden or any(_drops_out(n, of or {0}, between[n]) for n, of in outputs.items()):
+    if forbidden or any(_drops_out(n, of or {0}, forward | made) for n, of in outputs.items()):
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
             f"{_SECOND}, and an autograd.Function there ({names}) has none: its backward is marked with "
