@@ -45,7 +45,8 @@ class Root(NamedTuple):
     def matrix(self) -> Tensor:
         """Returns one A ``(d, q)`` of all samples, side by side, over the root of their number."""
         of_samples = self.delta if self.phi is None else self.phi.norm(dim=1, keepdim=True) * self.delta
-        return of_samples.flatten(0, 1).mT / math.sqrt(len(of_samples))
+        a = of_samples.flatten(0, 1).mT
+        return a / math.sqrt(len(of_samples)) if len(of_samples) > 1 else a  # spares a copy
 
     def whole(self) -> Tensor:
         """Returns ``g^T (samples, m, d)``, in either form."""
