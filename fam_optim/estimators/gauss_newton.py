@@ -128,16 +128,15 @@ def gauss_newton(
     are more than `MAX_PRODUCTS`, or if the loss is not known to be convex in the outputs.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
-    if all(0 in output.shape for output in jacobian.outputs):  # no rows, or the loss is linear in outputs
+    outputs = jacobian.outputs
+    if all(0 in output.shape for output in outputs):  # no rows, or the loss is linear in outputs
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
     shown: list[dict[int, Groups]] = [{} for _ in tails]
     if mode != "full":
         shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
     draws: Iterator[list[Tensor]]
     if mode == "hutchinson":
-        like = jacobian.uses[0][0].matrix()
-        shapes = [tuple(output.shape) for output in jacobian.outputs]
-        draws = ([rademacher(shape, like, generator) for shape in shapes] for _ in range(n_samples))
+        draws = ([rademacher(tuple(o.shape), o.a, generator) for o in outputs] for _ in range(n_samples))
         groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
         groupings = [g if g is not None and _has_few_rows(g) else None for g in groupings]
     else:  # groups that all layers keep apart share a product
@@ -204,10 +203,9 @@ def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Ite
             f"vector-Jacobian products here, more than the limit of {limit}. Use mode='hutchinson', which is "
             "unbiased with one."
         )
-    like = jacobian.uses[0][0].matrix()
     for index, by_group in enumerate(numbers):
-        for column in by_group.to(like.device).T:
-            r = [like.new_zeros(other.shape) for other in jacobian.outputs]
+        for column in by_group.to(jacobian.outputs[index].a.device).T:
+            r = [output.a.new_zeros(output.shape) for output in jacobian.outputs]
             r[index].view(-1)[column] = 1
             yield r
 
