@@ -35,25 +35,21 @@ def linear_in(
     is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
     """
     found: list[Node] = []
-    root = loss.grad_fn
-    assert root is not None
-    stack = [(root, loss.output_nr)]
+    stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
     seen = set(stack)
     while stack:
         node, output = stack.pop()
         kind = nodes.kind(node)
         if kind in kinds:
             found.append(node)
-            continue
-        if node in ends:  # linear in z itself: no curvature
-            continue
-        inputs = nodes.inputs_of(node, output)
-        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
-        if not (operations.is_linear(kind, on_path) or kind in operations.PICKS):
-            return found, node
-        new: Any = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
-        seen.update(new)
-        stack += new
+        elif node not in ends:  # else linear in z itself: no curvature
+            inputs = nodes.inputs_of(node, output)
+            on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
+            if not (operations.is_linear(kind, on_path) or kind in operations.PICKS):
+                return found, node
+            new = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
+            seen.update(new)
+            stack += new
     return found, None
 
 
