@@ -118,13 +118,12 @@ class StepRoots:
                 outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
             outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]
             self._replicas.check_together()
-            alone = self._replicas.group is None
             self.recognised = True
             if seed is None:
                 return
             self._gather()
             # Several processes use g, which has one size on all of them; their numbers of rows may differ.
-            rows = self.rows(reached) if alone else {}
+            rows = self.rows(reached) if self._replicas.group is None else {}
             generator = partial(self._generator, seed)
             taken = Taken(sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples))
         loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
