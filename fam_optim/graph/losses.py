@@ -125,10 +125,9 @@ def pulled(
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
     """Returns dL/d(the node's result), in at least float32."""
-    (coefficient,) = torch.autograd.grad(
-        loss, GradientEdge(node, 0), create_graph=differentiable, retain_graph=True
-    )
-    return at_least_float32(coefficient if differentiable else coefficient.detach())
+    at = GradientEdge(node, 0)
+    (found,) = torch.autograd.grad(loss, at, create_graph=differentiable, retain_graph=True)
+    return at_least_float32(found)
 
 
 def _root_of(weights: Tensor) -> Tensor:
@@ -232,8 +231,7 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
 
 def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:
     """Returns the derivative of L in an entry of the loss that the node reduces."""
-    coefficient = _coefficient(node, loss, differentiable)
-    return coefficient / entries if nodes.averages(node) else coefficient
+    return _coefficient(node, loss, differentiable) / (entries if nodes.averages(node) else 1)
 
 
 _KINDS = {
