@@ -136,25 +136,20 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
     Only `outputs` that are used count, since others may be no numbers at all."""
     if not nodes.keeps_numbers(node):
         return False
+    top = [GradientEdge(node, i) for i in outputs]
     made = [nodes.results(node)[i] for i in outputs]
+    ones = [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for m in made]
     edges = [GradientEdge(below, i) for below, i in dict.fromkeys(node.next_functions) if below is not None]
     operands = [edge for edge in edges if edge.node in between]
     depends = dict.fromkeys(edges, (False,) * len(operands))
     # The derivatives end at the operands, since one operand may be made of another.
     with torch.enable_grad(), explained("second derivatives"), nodes.not_passed({e.node for e in edges}):
-        gradients = torch.autograd.grad(
-            [GradientEdge(node, i) for i in outputs],
-            edges,
-            [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for m in made],
-            create_graph=True,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for edge, g in zip(edges, gradients, strict=True):
+        first = torch.autograd.grad(top, edges, ones, create_graph=True, retain_graph=True, allow_unused=True)
+        for edge, g in zip(edges, first, strict=True):
             if g is not None and g.requires_grad and operands:
-                ones = torch.ones_like(g)
-                again = torch.autograd.grad(g, operands, ones, retain_graph=True, allow_unused=True)
-                depends[edge] = tuple(found is not None for found in again)
+                one = torch.ones_like(g)
+                second = torch.autograd.grad(g, operands, one, retain_graph=True, allow_unused=True)
+                depends[edge] = tuple(found is not None for found in second)
     pattern = [depends[edge] for edge in operands]  # which second derivatives there are: symmetric if right
     return not any(map(any, depends.values())) or pattern != list(zip(*pattern, strict=True))
 
