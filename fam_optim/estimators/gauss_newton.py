@@ -68,8 +68,14 @@ class Jacobian:
         self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
         of_layers = zip(tails, self.uses, strict=True)
         self._edges = {use: e for tail, uses in of_layers for use, e in zip(uses, tail.edges, strict=True)}
-        # A constant product would not carry its gradient in W.
-        self._below = self._edges_below() if differentiable else {}
+        # A backward to a lower layer forms ``delta W`` anyway where these edges are: at the inputs of Linear
+        # layers on vectors, in full precision, if nothing else reads them. It must carry its gradient in W.
+        self._below: dict[Use, GradientEdge] = {}
+        for use, edge in self._edges.items() if differentiable else ():
+            precise = isinstance(use, LinearUse) and use.phi.dtype not in LOW_PRECISION
+            phi = self._operand(edge, {"Addmm": 1, "Mm": 0}) if precise else None
+            if phi is not None and phi.node in self.path:
+                self._below[use] = phi
 
     def pull(self, r: Sequence[Tensor]) -> Pulled:
         """Returns ``delta = d<S r, o>/dz`` by use of a layer, in the shape of z, and ``delta W`` by use where
@@ -92,17 +98,6 @@ class Jacobian:
         delta = delta.reshape(nodes.shape(edge.node, edge.output_nr))  # adds the batch axis that z may lack
         (g,) = torch.autograd.grad(edge, weight, delta, create_graph=self.differentiable, retain_graph=True)
         return use.layout.matrix(g)
-
-    def _edges_below(self) -> dict[Use, GradientEdge]:
-        """Returns the edges where a backward to a lower layer forms ``delta W`` anyway: the inputs of Linear
-        layers on vectors, in full precision, if nothing else reads them."""
-        below: dict[Use, GradientEdge] = {}
-        for use, edge in self._edges.items():
-            precise = isinstance(use, LinearUse) and use.phi.dtype not in LOW_PRECISION
-            phi = self._operand(edge, {"Addmm": 1, "Mm": 0}) if precise else None
-            if phi is not None and phi.node in self.path:
-                below[use] = phi
-        return below
 
     def _operand(self, edge: GradientEdge, positions: Mapping[str, int]) -> GradientEdge | None:
         """Returns where an operand of the operation that makes z is made. `positions` has its place by kind
