@@ -194,15 +194,12 @@ def _of_hessian(tail: Tail, factor: Factor, settings: Settings) -> Tensor:
         if found is not None:
             return found
     curvature = Curvature(tail, differentiable=differentiable)
-    if settings.mode == "full":
-        found = full(curvature, factor)
-    elif settings.mode == "exact":
-        found = errors.once_differentiable(exact(curvature, factor))
-    else:
+    if settings.mode == "hutchinson":
         found = hutchinson(curvature, factor, settings.n_samples, settings.generator)
-        found = errors.once_differentiable(found)
+    else:
+        found = (full if settings.mode == "full" else exact)(curvature, factor)
     why = curvature.undifferentiable
-    return found if why is None else errors.without_gradient(found, why)
+    return found if settings.mode == "full" and why is None else errors.once_differentiable(found, why)
 
 
 def _matrix(tail: Tail) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fam_optim import unnoticed
-from fam_optim.estimators.roots import added, joined, kept, products_of_rows, sample_roots, scaled
+from fam_optim.estimators.roots import added, products_of_rows, sample_roots
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
 from fam_optim.graph.reach import check_scalar, is_of_weights, reach, spread
@@ -61,7 +61,6 @@ class StepRoots:
         self.weights, self.n_samples, self.recognised = weights, n_samples, False
         self._replicas = Replicas([w.parameter for w in weights])
         self._pending: list[Taken] = []
-        self._roots: Roots = {}  # the sum of A over the losses that were backpropagated
         self.forget()
 
     def forget(self) -> None:
@@ -69,7 +68,7 @@ class StepRoots:
         for taken in self._pending:
             taken.roots = {}  # a user who keeps the loss does not keep A alive
         self._pending = []
-        self._empty()
+        self.gradients_zeroed()
 
     def gradients_zeroed(self) -> None:
         """Forgets which losses were backpropagated, since their gradients are gone."""
@@ -78,7 +77,10 @@ class StepRoots:
         self._pending = [taken for ref in known if (taken := ref()) is not None]
         for taken in self._pending:
             taken.share = None
-        self._empty()
+        self._roots: Roots = {}  # the sum of A over the losses that were backpropagated
+        self._shares: list[Tensor] = []
+        if not self._pending:
+            self._generators: dict[torch.device, torch.Generator] = {}
 
     def keep_if(self, left: Tensor | None) -> None:
         """Forgets what was backpropagated if `left` says that all its gradients are zero or gone."""
@@ -86,19 +88,13 @@ class StepRoots:
             self.gradients_zeroed()
         else:
             self._gather()
-            self._roots = kept(self._roots, left)
-
-    def _empty(self) -> None:
-        self._roots = {}
-        self._shares: list[Tensor] = []
-        if not self._pending:
-            self._generators: dict[torch.device, torch.Generator] = {}
+            self._roots = {i: root.kept_if(left) for i, root in self._roots.items()}
 
     def _gather(self) -> None:
         """Adds up A of the losses whose backward has begun, each times the root of its share."""
         for taken in self._pending:
             if taken.share is not None:
-                self._roots = added(self._roots, scaled(taken.roots, taken.share.sqrt()), self.weights)
+                self._roots = added(self._roots, taken.roots, taken.share.sqrt())
                 self._shares.append(taken.share)
                 taken.roots = {}
         self._pending = [taken for taken in self._pending if taken.share is None]
@@ -122,13 +118,12 @@ class StepRoots:
                 outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
             outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]
             self._replicas.check_together()
-            alone = self._replicas.group is None
             self.recognised = True
             if seed is None:
                 return
             self._gather()
             # Several processes use g, which has one size on all of them; their numbers of rows may differ.
-            rows = self.rows(reached) if alone else {}
+            rows = self.rows(reached) if self._replicas.group is None else {}
             generator = partial(self._generator, seed)
             taken = Taken(sample_roots(reached, outputs, self.weights, rows, generator, self.n_samples))
         loss.register_hook(taken.note)  # type: ignore[no-untyped-call]
@@ -176,18 +171,15 @@ class StepRoots:
         return any(self in nodes.metadata(node).get(_SEEN, ()) for node in {root, *spread([root], scalars)})
 
     def total(self) -> tuple[dict[int, Tensor], set[int]]:
-        """Returns A ``(d, q)`` of the whole step by weight, and the weights whose A is made of rows."""
+        """Returns A ``(d, q)`` of the whole step and of all processes by weight, and the weights whose A is
+        made of rows. With several processes it is zero for a weight that none uses."""
         self._gather()
         roots = self._roots
         if roots:  # shares weigh the micro-batches, but a share above one is due to a loss scale
-            roots = scaled(roots, torch.stack(self._shares).amax().clamp_min(1).rsqrt())
-        of_rows = {i for i, samples in roots.items() if samples[0].phi is not None}
-        return self._of_all_processes({i: joined(samples) for i, samples in roots.items()}), of_rows
-
-    def _of_all_processes(self, roots: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Returns A of the batch of all processes; it is zero for a weight that no process uses."""
-        if self._replicas.group is None:
-            return roots
-        zeros = (w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples) for w in self.weights)
-        mine = [roots.get(i, zero) for i, zero in enumerate(zeros)]
-        return dict(enumerate(self._replicas.joined(mine)))
+            roots = added({}, roots, torch.stack(self._shares).amax().clamp_min(1).rsqrt())
+        total = {i: root.matrix() for i, root in roots.items()}
+        if self._replicas.group is not None:
+            zeros = (w.of(w.parameter).new_zeros(w.d, w.m * self.n_samples) for w in self.weights)
+            mine = [total.get(i, zero) for i, zero in enumerate(zeros)]
+            total = dict(enumerate(self._replicas.joined(mine)))
+        return total, {i for i, root in roots.items() if root.phi is not None}

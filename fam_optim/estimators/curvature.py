@@ -39,13 +39,11 @@ class Curvature:
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
-        errors.check_differentiable(tail.path)
         self.tail = tail
         self.differentiable = differentiable
         constant = not differentiable and not tail.nested
         self.uses = tuple(use.detached() for use in tail.uses) if constant else tail.uses
-        with errors.explained("second derivatives"):
-            self._corrections = corrections(tail.path, derivatives_to_come=2)
+        self._corrections = corrections(tail.path, derivatives_to_come=2)
         self.half = any(
             made.dtype == torch.float16 for node in (*tail.path, *tail.ends) for made in nodes.results(node)
         )
@@ -107,25 +105,17 @@ class Curvature:
         self, outputs: Sequence[Tensor], weights: Sequence[Tensor], *, create_graph: bool
     ) -> list[Tensor]:
         """Returns the gradient of ``<outputs, weights>`` in z; zero where it does not depend on z."""
-        attached = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+        attached = [o for o in outputs if o.requires_grad]
+        vectors = [w.to(o.dtype) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
         # A first derivative is differentiated twice more, a second derivative once more. Two are assumed also
         # in float16, where torch's own derivatives overflow because they square their input, and where one
         # call feeds another, since the direction that is pulled back then depends on z itself.
-        twice = outputs[0] is self.tail.loss or self.half or self.tail.nested
-        found: Sequence[Tensor | None] = [None] * len(self.uses)
-        if attached:
-            with (
-                corrected(self._corrections, derivatives_to_come=2 if twice else 1),
-                errors.explained("second derivatives"),
-            ):
-                found = torch.autograd.grad(
-                    [o for o, _ in attached],
-                    self.tail.edges,
-                    [w.to(o.dtype) for o, w in attached],
-                    create_graph=create_graph,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
+        more = 2 if outputs[0] is self.tail.loss or self.half or self.tail.nested else 1
+        z = self.tail.edges
+        with corrected(self._corrections, derivatives_to_come=more), errors.explained("second derivatives"):
+            found = torch.autograd.grad(
+                attached, z, vectors, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
         return [as_output(p, use) for p, use in zip(found, self.uses, strict=True)]
 
 

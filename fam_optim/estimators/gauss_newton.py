@@ -23,7 +23,7 @@ For cross-entropy kappa_GN is the expected squared gradient over labels drawn fr
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected, corrections
 from fam_optim.graph.independence import SUM, Grouping, row_uses, shown_axes
-from fam_optim.graph.losses import cotangents, find_outputs, without_scale
+from fam_optim.graph.losses import find_outputs, pulled
 from fam_optim.graph.trace import path_of
 from fam_optim.layer.use import LOW_PRECISION, LinearUse, describe
 
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from fam_optim.estimators.measure import Factor
-    from fam_optim.graph.corrections import Corrections
     from fam_optim.graph.independence import Groups
     from fam_optim.graph.trace import Tail
     from fam_optim.layer.use import Use
+
+    Pulled = tuple[dict[Use, Tensor], dict[Use, Tensor | None]]
 
 MAX_PRODUCTS = 1024
 """An evaluation that would take more vector-Jacobian products than this raises an error."""
@@ -61,80 +62,49 @@ class Jacobian:
         self.tails, self.differentiable = tails, differentiable
         self.path = path_of(tails)
         self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
-        self._corrections: Corrections = []
-        if differentiable:
-            errors.check_differentiable(self.path)
-            with errors.explained("derivatives"):
-                self._corrections = corrections(self.path, derivatives_to_come=1)
+        self._corrections = corrections(self.path, derivatives_to_come=1) if differentiable else []
         path = self.path | self.ends
         self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
         self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
-        self._below = self._edges_below()
+        of_layers = zip(tails, self.uses, strict=True)
+        self._edges = {use: e for tail, uses in of_layers for use, e in zip(uses, tail.edges, strict=True)}
+        # A backward to a lower layer forms ``delta W`` anyway where these edges are: at the inputs of Linear
+        # layers on vectors, in full precision, if nothing else reads them.
+        self._below: dict[Use, GradientEdge] = {}
+        for use, edge in self._edges.items():
+            precise = isinstance(use, LinearUse) and use.phi.dtype not in LOW_PRECISION
+            phi = self._operand(edge, {"Addmm": 1, "Mm": 0}) if precise else None
+            if phi is not None and phi.node in self.path:
+                self._below[use] = phi
 
-    def pull(self, r: Sequence[Tensor]) -> list[list[Pulled]]:
-        """Returns ``d<S r, o>/dz`` for every use of every layer; r has the shapes of the outputs."""
-        edges, vectors, scale = cotangents(self.outputs, r)
-        at_z = [edge for tail in self.tails for edge in tail.edges]
-        with errors.explained("derivatives"), corrected(self._corrections, derivatives_to_come=1):
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                edges,
-                [*at_z, *self._below.values()],
-                vectors,
-                create_graph=self.differentiable,
-                retain_graph=True,
-                allow_unused=True,
-            )
+    def pull(self, r: Sequence[Tensor]) -> Pulled:
+        """Returns ``delta = d<S r, o>/dz`` by use of a layer, in the shape of z, and ``delta W`` by use where
+        it was formed anyway; r has the shapes of the outputs."""
+        to = [*self._edges.values(), *self._below.values()]
+        with corrected(self._corrections, derivatives_to_come=1):
+            found = pulled(self.outputs, r, to, differentiable=self.differentiable)
         if self.differentiable:
             errors.check_functions(self.path, self.ends, [g for g in found if g is not None])
-        unscaled = [None if g is None else without_scale(g, scale) for g in found]
-        products = dict(zip(self._below, unscaled[len(at_z) :], strict=True))
-        deltas = iter(unscaled)
-        return [
-            [Pulled(as_output(next(deltas), use), products.get(use)) for use in uses] for uses in self.uses
-        ]
+        deltas = {use: as_output(g, use) for use, g in zip(self._edges, found, strict=False)}
+        return deltas, dict(zip(self._below, found[len(deltas) :], strict=True))
 
-    def in_weights(self, layer: int, found: Sequence[Pulled]) -> Tensor:
-        """Returns g ``(d, m)`` of the layer with this number, summed over all uses of its weight."""
-        of_uses = zip(self.uses[layer], self.tails[layer].edges, found, strict=True)
-        return torch.stack([self._in_weight(use, edge, f.delta) for use, edge, f in of_uses]).sum(0)
-
-    def _in_weight(self, use: Use, edge: GradientEdge, delta: Tensor) -> Tensor:
-        node = edge.node
-        below, output = node.next_functions[1] if nodes.kind(node) == "Convolution" else (None, 0)
-        low = nodes.results(node)[0].dtype in LOW_PRECISION  # as under autocast
-        # If something else reads the weight too, its derivative may also pass through phi.
-        if below is None or low or len(self.tails[0].parents[below]) > 1:
+    def in_weight(self, use: Use, delta: Tensor) -> Tensor:
+        """Returns what one use of a weight contributes to its g ``(d, m)``."""
+        edge = self._edges[use]
+        weight = self._operand(edge, {"Convolution": 1})
+        if weight is None or nodes.results(edge.node)[0].dtype in LOW_PRECISION:  # as under autocast
             return use.pull(delta)
         # Using the forward's own node saves the convolution that `pull` would compute.
-        (g,) = torch.autograd.grad(
-            edge,
-            GradientEdge(below, output),
-            delta.reshape(nodes.shape(node, edge.output_nr)),  # adds the batch axis that z may lack
-            create_graph=self.differentiable,
-            retain_graph=True,
-        )
+        delta = delta.reshape(nodes.shape(edge.node, edge.output_nr))  # adds the batch axis that z may lack
+        (g,) = torch.autograd.grad(edge, weight, delta, create_graph=self.differentiable, retain_graph=True)
         return use.layout.matrix(g)
 
-    def _edges_below(self) -> dict[Use, GradientEdge]:
-        """Returns the edges where a backward to a lower layer forms ``delta W`` anyway: the inputs of Linear
-        layers on vectors, in full precision, if nothing else reads them."""
-        below: dict[Use, GradientEdge] = {}
-        for tail, uses in zip(self.tails, self.uses, strict=True):
-            for use, edge in zip(uses, tail.edges, strict=True):
-                position = {"Addmm": 1, "Mm": 0}.get(nodes.kind(edge.node))  # of phi among the operands
-                if position is None or not isinstance(use, LinearUse) or use.phi.dtype in LOW_PRECISION:
-                    continue
-                node, output = edge.node.next_functions[position]
-                if node is not None and node in self.path and len(self.tails[0].parents[node]) == 1:
-                    below[use] = GradientEdge(node, output)
-        return below
-
-
-class Pulled(NamedTuple):
-    """The derivative ``delta`` at one use, in the shape of z, and ``delta W`` if it was formed anyway."""
-
-    delta: Tensor
-    product: Tensor | None
+    def _operand(self, edge: GradientEdge, positions: Mapping[str, int]) -> GradientEdge | None:
+        """Returns where an operand of the operation that makes z is made. `positions` has its place by kind
+        of operation; None for other kinds, and if something else, too, reads it and passes derivatives on."""
+        position = positions.get(nodes.kind(edge.node))
+        node, output = (None, 0) if position is None else edge.node.next_functions[position]
+        return GradientEdge(node, output) if node and len(self.tails[0].parents[node]) == 1 else None
 
 
 def gauss_newton(
@@ -153,16 +123,15 @@ def gauss_newton(
     are more than `MAX_PRODUCTS`, or if the loss is not known to be convex in the outputs.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
-    if all(0 in output.shape for output in jacobian.outputs):  # no rows, or the loss is linear in outputs
+    outputs = jacobian.outputs
+    if all(0 in output.shape for output in outputs):  # no rows, or the loss is linear in outputs
         return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
     shown: list[dict[int, Groups]] = [{} for _ in tails]
     if mode != "full":
         shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
     draws: Iterator[list[Tensor]]
     if mode == "hutchinson":
-        like = jacobian.uses[0][0].matrix()
-        shapes = [tuple(output.shape) for output in jacobian.outputs]
-        draws = ([rademacher(shape, like, generator) for shape in shapes] for _ in range(n_samples))
+        draws = ([rademacher(tuple(o.shape), o.a, generator) for o in outputs] for _ in range(n_samples))
         groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
         groupings = [g if g is not None and _has_few_rows(g) else None for g in groupings]
     else:  # groups that all layers keep apart share a product
@@ -171,8 +140,9 @@ def gauss_newton(
         groupings = [_grouping(jacobian, layer, axes) for layer in range(len(tails))]
     squares: list[list[Tensor]] = [[] for _ in tails]
     for r in draws:
-        for layer, found in enumerate(jacobian.pull(r)):
-            squares[layer].append(_square(jacobian, layer, found, factors[layer], groupings[layer]))
+        found = jacobian.pull(r)
+        for layer, factor in enumerate(factors):
+            squares[layer].append(_square(jacobian, layer, found, factor, groupings[layer]))
     sums = [torch.stack(of_layer).sum() for of_layer in squares]
     return [total / n_samples for total in sums] if mode == "hutchinson" else sums
 
@@ -201,19 +171,21 @@ def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[
 
 
 def _square(
-    jacobian: Jacobian, layer: int, found: Sequence[Pulled], factor: Factor, grouping: Grouping | None
+    jacobian: Jacobian, layer: int, found: Pulled, factor: Factor, grouping: Grouping | None
 ) -> Tensor:
     """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number; None means one group."""
+    deltas, products = found
+    uses = jacobian.uses[layer]
     if grouping is None:
-        return factor.square(jacobian.in_weights(layer, found))
-    delta = grouping.gather_outputs([f.delta for f in found])
+        return factor.square(torch.stack([jacobian.in_weight(use, deltas[use]) for use in uses]).sum(0))
+    delta = grouping.gather_outputs([deltas[use] for use in uses])
     if grouping.size > 1:
         phi = grouping.gather([use.rows() for use in grouping.uses])
         if _has_few_rows(grouping):
             return ((phi @ phi.mT) * factor.inner(delta)).sum().clamp_min(0)
         g = delta.mT @ phi
         return factor.square(g.movedim(0, 1).flatten(1))
-    product = found[0].product if len(found) == 1 else None
+    product = products.get(uses[0]) if len(uses) == 1 else None
     return factor.weighted_squares(delta[:, 0], grouping.squared_norms()[:, 0], product)
 
 
@@ -226,10 +198,9 @@ def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Ite
             f"vector-Jacobian products here, more than the limit of {limit}. Use mode='hutchinson', which is "
             "unbiased with one."
         )
-    like = jacobian.uses[0][0].matrix()
     for index, by_group in enumerate(numbers):
-        for column in by_group.to(like.device).T:
-            r = [like.new_zeros(other.shape) for other in jacobian.outputs]
+        for column in by_group.to(jacobian.outputs[index].a.device).T:
+            r = [output.a.new_zeros(output.shape) for output in jacobian.outputs]
             r[index].view(-1)[column] = 1
             yield r
 

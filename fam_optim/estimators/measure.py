@@ -56,7 +56,7 @@ class Neuronwise:
         is right, although T is applied to constants only.
         """
         if self.by_unit:
-            return self.gram(), _identity(self.matrix)
+            return self.gram(), self.matrix.new_ones(self.directions).diag()
         return doubled(self.matrix).T, self.matrix.detach().T
 
     def probe(self, signs: Tensor) -> Tensor:
@@ -110,7 +110,12 @@ class Neuronwise:
         """
         # Logits may have been cast, also down: transformers computes losses in float32 for every model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
-        return _trace_of_covariance(log_p.to(dtype), self.matrix.to(dtype), by_row.to(dtype))
+        log_p, w, by_row = (t.to(dtype) for t in (log_p, self.matrix, by_row))
+        if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
+            p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
+            return ((p @ distances) * p).sum(1).dot(by_row) / 2
+        traces: Tensor = _Trace.apply(log_p, w)
+        return traces.dot(by_row)
 
 
 class Layerwise:
@@ -122,7 +127,7 @@ class Layerwise:
         self.columns = self.directions = matrix.shape[0]
 
     def gram(self) -> Tensor:
-        return _identity(self.matrix)
+        return self.matrix.new_ones(self.columns).diag()
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.gram(), self.gram()
@@ -149,17 +154,9 @@ class Layerwise:
         return (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
 
 
-def _trace_of_covariance(log_p: Tensor, w: Tensor, by_row: Tensor) -> Tensor:
-    """Returns ``sum_i b_i c_i``, ``()``; c_i is the trace of the class vectors' covariance under p_i."""
-    if len(w) * w.numel() <= SMALL:  # 1/2 sum_kl p_k p_l ||w_k - w_l||^2
-        p, distances = log_p.exp(), (w[:, None] - w).square().sum(2)
-        return ((p @ distances) * p).sum(1).dot(by_row) / 2
-    traces: Tensor = _Trace.apply(log_p, w)
-    return traces.dot(by_row)
-
-
 class _Trace(torch.autograd.Function):
-    """Computes c ``(n,)`` with a gradient written by hand, which keeps no other tensor of log p's size:
+    """The traces c ``(n,)`` of the class vectors' covariances under the rows of p, with a gradient written by
+    hand, which keeps no other tensor of log p's size:
 
     dc/dlog p_k = q_k (||w_k - mu||^2 - ||delta||^2)          (p_t is 1 - sum q)
     dc/dw_k     = 2 p_k (w_k - mu)
@@ -221,10 +218,6 @@ def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Returns p with each row's largest entry set to zero, and the position of that entry ``(n,)``."""
     top = log_p.argmax(1)
     return log_p.exp().scatter(1, top[:, None], 0.0), top
-
-
-def _identity(matrix: Tensor) -> Tensor:
-    return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
 
 
 Factor = Neuronwise | Layerwise

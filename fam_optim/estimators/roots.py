@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim.estimators.hutchinson import rademacher
-from fam_optim.graph import errors, nodes
+from fam_optim.estimators.running_mean import stack
+from fam_optim.graph import nodes
 from fam_optim.graph.independence import independent
-from fam_optim.graph.losses import cotangents, without_scale
+from fam_optim.graph.losses import pulled
 from fam_optim.graph.reach import above
 from fam_optim.layer.use import at_least_float32
 
@@ -36,28 +37,41 @@ if TYPE_CHECKING:
 
 
 class Root(NamedTuple):
-    """A of one weight from one loss and one draw of signs."""
+    """A of one weight from one loss, for each of some samples, that is, draws of signs."""
 
-    delta: Tensor  # g^T (m, d); if A is made of rows, d<S r, o>/dz (N, d)
+    delta: Tensor  # g^T (samples, m, d); if A is made of rows, d<S r, o>/dz (samples, N, d)
     phi: Tensor | None = None  # the layer's inputs (N, m), if A is made of rows
 
     def matrix(self) -> Tensor:
-        """Returns A ``(d, q)``, q being m or N."""
-        return (self.delta if self.phi is None else self.phi.norm(dim=1, keepdim=True) * self.delta).mT
+        """Returns one A ``(d, q)`` of all samples, side by side, over the root of their number."""
+        of_samples = self.delta if self.phi is None else self.phi.norm(dim=1, keepdim=True) * self.delta
+        a = of_samples.flatten(0, 1).mT
+        return a / math.sqrt(len(of_samples)) if len(of_samples) > 1 else a  # spares a copy
 
     def whole(self) -> Tensor:
-        """Returns ``g^T (m, d)``, in either form."""
+        """Returns ``g^T (samples, m, d)``, in either form."""
         return self.delta if self.phi is None else self.phi.mT @ self.delta
 
-    def plus(self, other: Root, fewest: int) -> Root:
-        """Returns A of two micro-batches together, made of rows if these are fewer than `fewest`."""
-        if self.phi is None or other.phi is None or len(self.phi) + len(other.phi) >= fewest:
-            return Root(self.whole() + other.whole())
-        return Root(torch.cat([self.delta, other.delta]), torch.cat([self.phi, other.phi]))
+    def plus(self, other: Root) -> Root:
+        """Returns A of two micro-batches together, made of rows if these are fewer than d and m."""
+        if self.phi is not None and other.phi is not None:
+            phi, delta = torch.cat([self.phi, other.phi]), torch.cat([self.delta, other.delta], 1)
+            if len(phi) < min(phi.shape[-1], delta.shape[-1]):
+                return Root(delta, phi)
+        return Root(self.whole() + other.whole())
+
+    def times(self, factor: Tensor) -> Root:
+        """Returns A times a number."""
+        return Root(self.delta * factor.to(self.delta), self.phi)
+
+    def kept_if(self, whether: Tensor) -> Root:
+        """Returns A unchanged if `whether` is true, and zeros if not, even in place of nan."""
+        parts: Any = (t if t is None else torch.where(whether.to(t.device), t, 0) for t in self)
+        return Root(*parts)
 
 
-Roots = dict[int, list[Root]]
-"""For each weight, by its number, one A per sample."""
+Roots = dict[int, Root]
+"""A of each weight, by its number."""
 
 
 def sample_roots(
@@ -75,30 +89,23 @@ def sample_roots(
         generator: gives the generator of the signs on a device.
     """
     numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
-    ends = [products.get(i, reached.leaves[weights[i].parameter]) for i in numbers]
+    ends = [GradientEdge(products.get(i, reached.leaves[weights[i].parameter]), 0) for i in numbers]
+
+    def signs() -> list[Tensor]:
+        return [rademacher(tuple(o.shape), o.a, generator(o.a.device)) for o in outputs]
+
+    found = [pulled(outputs, signs(), ends, differentiable=False) for _ in range(n_samples)]
     roots: Roots = {}
-    for _ in range(n_samples):
-        signs = [rademacher(tuple(o.shape), o.a, generator(o.a.device)) for o in outputs]
-        edges, vectors, scale = cotangents(outputs, signs)
-        if not edges:
-            return {}
-        with errors.explained("first derivatives"):
-            found: Any = torch.autograd.grad(
-                edges, [GradientEdge(end, 0) for end in ends], vectors, retain_graph=True, allow_unused=True
-            )
-        for i, g in zip(numbers, found, strict=True):
-            if g is None:
-                continue
-            g = without_scale(g, scale)
-            if i in products:
-                # Copied, since a buffer that holds the inputs may be overwritten before the step.
-                dtype = at_least_float32(weights[i].parameter).dtype
-                # The product keeps phi for the weight's derivative.
-                phi = nodes.kept(products[i], "mat1" if nodes.kind(products[i]) == "Addmm" else "self")
-                root = Root(g.to(dtype), phi.to(dtype, copy=True))
-            else:
-                root = Root(weights[i].of(g.to_dense() if g.is_sparse else g).mT)
-            roots.setdefault(i, []).append(root)
+    for i, *samples in zip(numbers, *found, strict=True):
+        weight, gs = weights[i], [g for g in samples if g is not None]
+        if gs and i in products:
+            dtype = at_least_float32(weight.parameter).dtype
+            # The product keeps phi for the weight's derivative.
+            phi = nodes.kept(products[i], "mat1" if nodes.kind(products[i]) == "Addmm" else "self")
+            # Copied, since a buffer that holds the inputs may be overwritten before the step.
+            roots[i] = Root(stack(gs).to(dtype), phi.to(dtype, copy=True))
+        elif gs:
+            roots[i] = Root(stack([weight.of(g.to_dense() if g.is_sparse else g).mT for g in gs]))
     return roots
 
 
@@ -142,30 +149,7 @@ def _product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node
     return None
 
 
-def added(left: Roots, right: Roots, weights: Sequence[WeightMatrix]) -> Roots:
-    """Returns A of two micro-batches together, for every weight."""
-    both = {**left, **right}
-    for i in left.keys() & right.keys():
-        fewest = min(weights[i].d, weights[i].m)
-        both[i] = [a.plus(b, fewest) for a, b in zip(left[i], right[i], strict=True)]
-    return both
-
-
-def scaled(roots: Roots, factor: Tensor) -> Roots:
-    """Returns every A times one number."""
-    return {i: [Root(r.delta * factor.to(r.delta), r.phi) for r in of] for i, of in roots.items()}
-
-
-def kept(roots: Roots, whether: Tensor) -> Roots:
-    """Returns every A unchanged if `whether` is true, and zeros if not, even in place of nan."""
-
-    def one(t: Any) -> Any:
-        return None if t is None else torch.where(whether.to(t.device), t, 0)
-
-    return {i: [Root(one(r.delta), one(r.phi)) for r in of] for i, of in roots.items()}
-
-
-def joined(samples: Sequence[Root]) -> Tensor:
-    """Returns one A ``(d, q)`` of all samples, side by side, over the root of their number."""
-    parts = [root.matrix() for root in samples]
-    return torch.cat(parts, dim=1) / math.sqrt(len(parts)) if len(parts) > 1 else parts[0]
+def added(left: Roots, right: Roots, factor: Tensor) -> Roots:
+    """Returns A of two micro-batches together, the right one times a factor, for every weight."""
+    right = {i: root.times(factor) for i, root in right.items()}
+    return left | right | {i: left[i].plus(right[i]) for i in left.keys() & right.keys()}

@@ -18,19 +18,20 @@ operations that move, scale or shift rows. Everything else is left to the genera
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from fam_optim.graph import errors, nodes, operations
-from fam_optim.graph.losses import Softmax, linear_in, softmax_of
+from fam_optim.graph.losses import linear_in, softmax_of
 from fam_optim.layer.use import LayerUse, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set
 
     from torch import Tensor
-    from torch.autograd.graph import GradientEdge, Node
+    from torch.autograd.graph import Node
 
     from fam_optim.estimators.measure import Factor
     from fam_optim.graph.trace import Tail
@@ -45,65 +46,47 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
     Cost: for the neuronwise measure one product ``(rows, d) x (d, m)``, and two in the backward. The largest
     tensors have the size of the logits; there is no (rows, d, d) and no (d, d) tensor.
     """
-    values = []
-    for head in _find_heads(tail, differentiable=differentiable):
-        norms = head.use.squared_norms()
-        if not head.in_order:
-            norms = _to_softmax(head, norms)
-        a = head.softmax.a.flatten() * norms.flatten()
-        log_p = head.softmax.log_p.movedim(head.softmax.dim, -1).reshape(-1, head.use.d)
-        values.append(factor.variance(log_p, a if differentiable else a.detach()))
-    return torch.stack(values).sum() if values else None
-
-
-class Head(NamedTuple):
-    """One softmax that is taken of the output of one use of the layer."""
-
-    softmax: Softmax
-    use: LayerUse
-    edge: GradientEdge  # the gradient edge of z
-    in_order: bool  # whether log p is known to have the rows of z, in their order and unscaled
-
-
-def _find_heads(tail: Tail, *, differentiable: bool) -> list[Head]:
-    """Returns the softmax heads that the tail consists of, or none if it contains anything else."""
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     path = tail.path | tail.ends
     softmaxes, unknown = linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
     if tail.nested or unknown is not None:
-        return []
-    heads: list[Head] = []
+        return None
+    values = []
     for node in softmaxes:
         found = _followed(*node.next_functions[0], path, ends)
         if found is None:
-            return []
+            return None
         use, edge, stride, in_order = found
         shape, dim = nodes.shape(node, 0), nodes.softmax_axis(node)
         if shape[dim] != use.d or operations.axis_of_digit(shape, stride, use.d) != (dim, 1):
-            return []
+            return None
         with errors.explained("derivatives"):
-            softmax = softmax_of(node, tail.loss, differentiable)
-        heads.append(Head(softmax, use, edge, in_order))
-    return heads
+            log_p, a = softmax_of(node, tail.loss, differentiable)
+        norms = use.squared_norms() if in_order else _norms_at_softmax(use, edge, node)
+        a = a.flatten() * norms.flatten()
+        log_p = log_p.movedim(dim, -1).reshape(-1, use.d)
+        values.append(factor.variance(log_p, a if differentiable else a.detach()))
+    return torch.stack(values).sum() if values else None
 
 
-def _to_softmax(head: Head, by_row: Tensor) -> Tensor:
-    """Takes one number per row of z to that row's place at the softmax, times the square of the row's factor.
+def _norms_at_softmax(use: LayerUse, at: GradientEdge, softmax: Any) -> Tensor:
+    """Takes the squared norm of each row of z to that row's place at the softmax, times the square of the
+    row's factor; `at` is the edge of z.
 
     The Jacobian of the operations in between moves the numbers and multiplies them by the factor once.
     """
-    at_z = by_row.unsqueeze(head.use.channel).expand(head.use.shape)
-    edge, log_p, dim, _ = head.softmax
+    at_z = use.squared_norms().unsqueeze(use.channel).expand(use.shape)
+    edge = GradientEdge(*softmax.next_functions[0])
+    made = nodes.results(edge.node)[edge.output_nr]
     with torch.enable_grad():
-        zeros = torch.zeros(log_p.shape, dtype=by_row.dtype, device=by_row.device, requires_grad=True)
-        made = nodes.results(edge.node)[edge.output_nr].dtype
-        (back,) = torch.autograd.grad(edge, head.edge, zeros.to(made), create_graph=True, retain_graph=True)
-        back = at_least_float32(back).reshape(head.use.shape)
+        zeros = at_z.new_zeros(tuple(made.shape), requires_grad=True)
+        (back,) = torch.autograd.grad(edge, at, zeros.to(made.dtype), create_graph=True, retain_graph=True)
+        back = at_least_float32(back).reshape(use.shape)
         moved, factor = (
-            torch.autograd.grad(back, zeros, at.to(back.dtype), create_graph=True)[0]
-            for at in (at_z, torch.ones_like(at_z))
+            torch.autograd.grad(back, zeros, by_row.to(back.dtype), create_graph=True)[0]
+            for by_row in (at_z, torch.ones_like(at_z))
         )
-    return at_least_float32(moved * factor).select(dim, 0)
+    return at_least_float32(moved * factor).select(nodes.softmax_axis(softmax), 0)
 
 
 def _followed(

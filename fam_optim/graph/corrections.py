@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fam_optim.graph import nodes
+from fam_optim.graph import errors, nodes
 from fam_optim.layer.use import LOW_PRECISION, at_least_float32
 
 if TYPE_CHECKING:
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Corrections:
     """Returns what makes a differentiable backward along a path right to all orders: for each node concerned,
     how many derivatives must follow the backward for a correction to be needed, and its gradient formula. The
-    backward's result will be differentiated at most `derivatives_to_come` times, once or twice."""
+    backward's result will be differentiated at most `derivatives_to_come` times, once or twice. Raises
+    RuntimeError if torch has no second derivatives there."""
+    errors.check_differentiable(path)
     concerned = [(node, *_CORRECTIONS[nodes.kind(node)]) for node in path if nodes.kind(node) in _CORRECTIONS]
     concerned = [row for row in concerned if derivatives_to_come >= row[1]]
     if not concerned:
         return []
     # A checkpoint recomputes its saved tensors once within a derivative, but once for each tensor outside.
-    kept = nodes.within_derivative(
-        lambda: [[nodes.kept(node, name) for name in names.split()] for node, _, names, _ in concerned]
-    )
+    with errors.explained("second derivatives"):
+        kept = nodes.within_derivative(
+            lambda: [[nodes.kept(node, name) for name in names.split()] for node, _, names, _ in concerned]
+        )
     rows = zip(concerned, kept, strict=True)
     return [(node, needed, partial(gradients, node, *of)) for (node, needed, _, gradients), of in rows]
 

@@ -111,17 +111,16 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
     if not functions and not scripted:
         return frozenset()
     roots = [(g.grad_fn, g.output_nr) for g in gradient]
-    forward = {*path, *ends, None}
-    top: Any = {node for node, _ in roots} - forward
+    forward: Any = {*path, *ends, None}
+    top = {node for node, _ in roots} - forward
     made: set[Node] = top | spread(top, lambda node: {below for below, _ in node.next_functions} - forward)
     edges = [*roots, *(edge for node in (*path, *made) for edge in node.next_functions)]
     outputs: dict[Any, set[int]] = {node: set() for node in (*functions, *filter(nodes.is_function, made))}
     for node, output in edges:
         if node in outputs:
             outputs[node].add(output)
-    between: Any = {node: path | ends if node in path else path | ends | made for node in outputs}
     forbidden = any(node.name() == "torch::autograd::Error" for node in made)  # by once_differentiable
-    if forbidden or any(_drops_out(n, of or {0}, between[n]) for n, of in outputs.items()):
+    if forbidden or any(_drops_out(n, of or {0}, forward | made) for n, of in outputs.items()):
         names = ", ".join(sorted({nodes.kind(node) for node in functions}))
         raise RuntimeError(
             f"{_SECOND}, and an autograd.Function there ({names}) has none: its backward is marked with "
@@ -137,25 +136,20 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
     Only `outputs` that are used count, since others may be no numbers at all."""
     if not nodes.keeps_numbers(node):
         return False
+    top = [GradientEdge(node, i) for i in outputs]
     made = [nodes.results(node)[i] for i in outputs]
+    ones = [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for m in made]
     edges = [GradientEdge(below, i) for below, i in dict.fromkeys(node.next_functions) if below is not None]
     operands = [edge for edge in edges if edge.node in between]
     depends = dict.fromkeys(edges, (False,) * len(operands))
     # The derivatives end at the operands, since one operand may be made of another.
     with torch.enable_grad(), explained("second derivatives"), nodes.not_passed({e.node for e in edges}):
-        gradients = torch.autograd.grad(
-            [GradientEdge(node, i) for i in outputs],
-            edges,
-            [torch.ones(tuple(m.shape), dtype=m.dtype, device=m.device) for m in made],
-            create_graph=True,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for edge, g in zip(edges, gradients, strict=True):
+        first = torch.autograd.grad(top, edges, ones, create_graph=True, retain_graph=True, allow_unused=True)
+        for edge, g in zip(edges, first, strict=True):
             if g is not None and g.requires_grad and operands:
-                ones = torch.ones_like(g)
-                again = torch.autograd.grad(g, operands, ones, retain_graph=True, allow_unused=True)
-                depends[edge] = tuple(found is not None for found in again)
+                one = torch.ones_like(g)
+                second = torch.autograd.grad(g, operands, one, retain_graph=True, allow_unused=True)
+                depends[edge] = tuple(found is not None for found in second)
     pattern = [depends[edge] for edge in operands]  # which second derivatives there are: symmetric if right
     return not any(map(any, depends.values())) or pattern != list(zip(*pattern, strict=True))
 
@@ -193,17 +187,12 @@ class _Refused(torch.autograd.Function):
         return *grad_outputs, None, None
 
 
-def without_gradient(kappa: Tensor, why: str) -> Tensor:
-    """Returns `kappa` in such a form that a backward from it raises RuntimeError(why)."""
-    attached: Tensor = _Refused.apply(kappa, why, True)
-    return attached
-
-
-def once_differentiable(kappa: Tensor) -> Tensor:
-    """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError."""
+def once_differentiable(kappa: Tensor, undifferentiable: str | None = None) -> Tensor:
+    """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError. If
+    there is a reason why it has no gradient, every backward raises it."""
     why = (
         "this kappa can be differentiated once only, and a backward with create_graph=True asks for more, as "
         "AdaHessian does. Take Hessian-vector products of the loss without kappa, or use mode='full'."
     )
-    attached: Tensor = _Refused.apply(kappa, why, False)
+    attached: Tensor = _Refused.apply(kappa, undifferentiable or why, undifferentiable is not None)
     return attached

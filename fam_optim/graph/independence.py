@@ -12,6 +12,7 @@ groups must add them, and from there to the loss everything must be linear. What
 from __future__ import annotations
 
 import math
+from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from fam_optim.graph.reach import spread
 from fam_optim.layer.use import LayerUse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence, Set
+    from collections.abc import Mapping, Sequence, Set
 
     from torch import Tensor
     from torch.autograd.graph import Node
@@ -42,12 +43,12 @@ class Groups(NamedTuple):
     dependent: Set[Node]  # the nodes that feed an operation in which groups may interact
 
 
-def follow(path: Set[Node], starts: Mapping[Result, int], length: int) -> Groups:
+def follow(path: Mapping[Node, None], starts: Mapping[Result, int], length: int) -> Groups:
     """Follows `length` groups along a path from some layers, whose own nodes it includes, to the loss.
-    `starts` has the stride of the groups' digit in each z."""
+    `path` is from `_operands_first`; `starts` has the stride of the groups' digit in each z."""
     strides: dict[Result, int] = {}
     mixing: list[Node] = []
-    for node in _operands_first(path):
+    for node in path:
         operands = [(i, edge) for i, edge in enumerate(node.next_functions) if edge in strides]
         for output in range(len(nodes.results(node))):
             found = _after(node, output, operands, strides, length) if operands else None
@@ -67,7 +68,7 @@ def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) ->
     `between` holds the nodes from there to the loss.
     """
     starts = {(end, 0): nodes.shape(end, 0).numel() // groups for end in ends}
-    return not follow(between | ends, starts, groups).dependent & ends
+    return not follow(_operands_first(between | ends), starts, groups).dependent & ends
 
 
 def _after(
@@ -87,16 +88,10 @@ def _after(
     return SUM if operations.is_linear(kind, [i for i, _ in operands]) else None
 
 
-def _operands_first(path: Set[Node]) -> Iterable[Node]:
+def _operands_first(path: Set[Node]) -> Mapping[Node, None]:
     """Returns the nodes of a path, each after the nodes that it is computed from."""
-    done: dict[Node, None] = {}
-    stack: list[Any] = [*path]
-    while stack:
-        below = [n for n, _ in stack[-1].next_functions if n in path and n not in done]
-        stack += below
-        if not below:
-            done[stack.pop()] = None
-    return done
+    operands: Any = {node: [n for n, _ in node.next_functions if n in path] for node in path}
+    return dict.fromkeys(TopologicalSorter(operands).static_order())
 
 
 class Grouping:
@@ -159,6 +154,7 @@ def shown_axes(
     Rows that interact along no axis do not interact at all. The path is that of all tails, the layers' own
     nodes included. It is walked once for every axis and length of it.
     """
+    ordered = _operands_first(path)
     layers: dict[tuple[int, int], list[int]] = {}  # by number and length of their axes
     for number, (tail, of_layer) in enumerate(zip(tails, uses, strict=True)):
         leads = [use.lead for use in row_uses(tail, of_layer) or ()]
@@ -174,7 +170,7 @@ def shown_axes(
                 for number in numbers
                 for use, edge in zip(uses[number], tails[number].edges, strict=True)
             }
-            groups = follow(path, starts, length)
+            groups = follow(ordered, starts, length)
         for number in numbers:
             if tails[number].ends.isdisjoint(groups.dependent):
                 shown[number][axis] = groups

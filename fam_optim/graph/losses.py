@@ -35,25 +35,21 @@ def linear_in(
     is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
     """
     found: list[Node] = []
-    root = loss.grad_fn
-    assert root is not None
-    stack = [(root, loss.output_nr)]
+    stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
     seen = set(stack)
     while stack:
         node, output = stack.pop()
         kind = nodes.kind(node)
         if kind in kinds:
             found.append(node)
-            continue
-        if node in ends:  # linear in z itself: no curvature
-            continue
-        inputs = nodes.inputs_of(node, output)
-        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
-        if not (operations.is_linear(kind, on_path) or kind in operations.PICKS):
-            return found, node
-        new: Any = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
-        seen.update(new)
-        stack += new
+        elif node not in ends:  # else linear in z itself: no curvature
+            inputs = nodes.inputs_of(node, output)
+            on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
+            if not (operations.is_linear(kind, on_path) or kind in operations.PICKS):
+                return found, node
+            new = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
+            seen.update(new)
+            stack += new
     return found, None
 
 
@@ -104,33 +100,34 @@ def _rounding(weights: Tensor) -> Tensor:
     return 16 * torch.finfo(weights.dtype).eps * weights.detach().abs().amax() if weights.numel() else weights
 
 
-def cotangents(
-    outputs: Sequence[Output], r: Sequence[Tensor]
-) -> tuple[list[GradientEdge], list[Tensor], Any]:
-    """Returns the edges of all outputs, ``S r`` at each in the edge's precision, and a factor that scales it:
-    1, except in float16, where it leaves as much room below the largest entry as above it."""
-    edges = [edge for output in outputs for edge in output.edges]
+def pulled(
+    outputs: Sequence[Output], r: Sequence[Tensor], to: Sequence[GradientEdge], *, differentiable: bool
+) -> list[Tensor | None]:
+    """Returns ``d<S r, o>/dt``, in at least float32, for what is made at each edge of `to`; None where no o
+    depends on it. In float16 the derivatives of ``S r`` get as much room below its largest entry as above it.
+    """
+    edges: Any = [edge for output in outputs for edge in output.edges]
     vectors = [v for output, signs in zip(outputs, r, strict=True) for v in output.root(signs)]
     dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
-    scale: Any = 1.0
+    scale = None
     if torch.float16 in dtypes:
         largest = torch.stack([v.detach().abs().max() for v in vectors]).max()
         scale = (-largest.clamp_min(2.0**-24).log2().ceil()).exp2()
         vectors = [scale * v for v in vectors]
-    return edges, [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)], scale
-
-
-def without_scale(g: Tensor, scale: Any) -> Tensor:
-    """Returns a derivative of what `cotangents` has scaled without the factor, in at least float32."""
-    return at_least_float32(g) if isinstance(scale, float) else at_least_float32(g) / scale
+    vectors = [v.to(dtype) for v, dtype in zip(vectors, dtypes, strict=True)]
+    with errors.explained("derivatives"):
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            edges, to, vectors, create_graph=differentiable, retain_graph=True, allow_unused=True
+        )
+    precise = [None if g is None else at_least_float32(g) for g in found]
+    return precise if scale is None else [None if g is None else g / scale for g in precise]
 
 
 def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
     """Returns dL/d(the node's result), in at least float32."""
-    (coefficient,) = torch.autograd.grad(
-        loss, GradientEdge(node, 0), create_graph=differentiable, retain_graph=True
-    )
-    return at_least_float32(coefficient if differentiable else coefficient.detach())
+    at = GradientEdge(node, 0)
+    (found,) = torch.autograd.grad(loss, at, create_graph=differentiable, retain_graph=True)
+    return at_least_float32(found)
 
 
 def _root_of(weights: Tensor) -> Tensor:
@@ -140,24 +137,16 @@ def _root_of(weights: Tensor) -> Tensor:
     return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 
 
-class Softmax(NamedTuple):
-    """A cross-entropy ``-sum_k c_k log p_k``, where p is the softmax of o along one axis."""
-
-    edge: GradientEdge  # where o is made
-    log_p: Tensor  # as the graph keeps it, in at least float32
-    dim: int  # the axis of its classes
-    a: Tensor  # the sum of c
-
-
-def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> Softmax:
-    """Returns the cross-entropy that a loss makes of a log_softmax in which it is linear."""
-    dim, log_p = nodes.softmax_axis(node), at_least_float32(nodes.kept(node, "result"))
-    a = -_coefficient(node, loss, differentiable).sum(dim, keepdim=True)
-    return Softmax(_operand(node, 0), log_p if differentiable else log_p.detach(), dim, a)
+def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
+    """Returns log p, in at least float32, and a of the cross-entropy that a loss makes of a log_softmax in
+    which it is linear: ``-sum_k c_k log p_k``, with a the sum of c."""
+    log_p = at_least_float32(nodes.kept(node, "result"))
+    a = -_coefficient(node, loss, differentiable).sum(nodes.softmax_axis(node), keepdim=True)
+    return log_p if differentiable else log_p.detach(), a
 
 
 def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output:
-    edge, log_p, dim, a = softmax_of(node, loss, differentiable)
+    (log_p, a), dim = softmax_of(node, loss, differentiable), nodes.softmax_axis(node)
 
     def root(r: Tensor) -> list[Tensor]:
         root_p, top = (log_p / 2).exp(), is_largest(log_p, dim)
@@ -165,7 +154,7 @@ def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: boo
         at_top = others.square().sum(dim, keepdim=True) * r - root_p * (others * r).sum(dim, keepdim=True)
         return [_root_of(a) * root_p * torch.where(top, at_top, r - root_p * (root_p * r).sum(dim, True))]
 
-    return Output([edge], log_p.shape, a, root)
+    return Output([GradientEdge(*node.next_functions[0])], log_p.shape, a, root)
 
 
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
@@ -176,11 +165,7 @@ def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
         root = _root_of(a) * r
         return [sign * root for sign in sides.values()]
 
-    return Output([_operand(node, position) for position in sides], a.shape, a, root)
-
-
-def _operand(node: Any, position: int) -> GradientEdge:
-    return GradientEdge(*node.next_functions[position])
+    return Output([GradientEdge(*node.next_functions[i]) for i in sides], a.shape, a, root)
 
 
 def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
@@ -246,8 +231,7 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
 
 def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:
     """Returns the derivative of L in an entry of the loss that the node reduces."""
-    coefficient = _coefficient(node, loss, differentiable)
-    return coefficient / entries if nodes.averages(node) else coefficient
+    return _coefficient(node, loss, differentiable) / (entries if nodes.averages(node) else 1)
 
 
 _KINDS = {

@@ -60,7 +60,7 @@ def roots_of(
     found = roots.sample_roots(
         reached, outputs, weights, products, lambda device: torch.Generator(device), n_samples
     )
-    return {i: roots.joined(samples) for i, samples in found.items()}, outputs
+    return {i: root.matrix() for i, root in found.items()}, outputs
 
 
 def matrix_entries(layer: Any, weight: nn.Parameter) -> Tensor:
