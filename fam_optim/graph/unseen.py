@@ -61,14 +61,13 @@ def check_all_seen(
 
 
 _UNSEEN = (
-    "`loss` contains a derivative (a gradient penalty, a force, a residual of a differential equation) that "
-    "was taken through `layer` {}, whose weight counts beside its output, or it depends on the weight by a "
-    "call that was not observed. After a derivative: Pass the weight itself, an nn.Parameter that requires "
-    "gradients, as `layer` with mode='hutchinson' or mode='full', or write z @ weight, not weight.t(), which "
-    "looks the same. After layer.forward(...), a function with the weight, a call within torch.func or a "
-    "reentrant checkpoint, of another module that shares the weight, or before the last step: Call the layer "
-    "as a module, checkpoint with use_reentrant=False, name all modules that share the weight, or pass the "
-    "weight with mode='hutchinson', which counts every use."
+    "the weight of `layer` {0} counts in `loss` beside its observed calls: in a derivative that was taken "
+    "through `layer` {0} (a gradient penalty, a force, a Jacobian), or in a call that was not observed "
+    "(layer.forward(...), a function with the weight, weight.t(), torch.func, reentrant checkpoints, a "
+    "module that shares the weight, a forward before the last step). Pass the weight itself, an nn.Parameter "
+    "that requires gradients, as `layer` with mode='hutchinson' or mode='full', which count every use. Or, "
+    "without a derivative, call the layer as a module, checkpoint with use_reentrant=False, name all modules "
+    "that share the weight."
 )
 
 
