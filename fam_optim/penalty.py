@@ -119,6 +119,7 @@ class Penalty(Regularizer):
         self.given = False
         self.losses: list[Tensor] = []
 
+    @partial(opaque, reason="fam_optim looks into the graph of the loss")
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
         loss itself, if lam is 0 or the loss contains this penalty already.
