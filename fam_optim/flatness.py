@@ -139,7 +139,8 @@ def relative_flatness(
             )
         check_mode(one, settings)
     tails = used_tails(loss, distinct(layers))
-    return torch.stack(each_flatness(list(tails.values()), settings)).sum()
+    first, *others = each_flatness(list(tails.values()), settings)
+    return sum(others, first)
 
 
 def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:

@@ -140,7 +140,8 @@ class Penalty(Regularizer):
             self.ledger.expect(loss)  # a closure may backpropagate it beside others
             raise
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
-        kappa = torch.stack(each_flatness(tails, self.settings)).sum()
+        first, *others = each_flatness(tails, self.settings)
+        kappa = sum(others, first)
         self.last_kappa, self.last_lam = kappa.detach(), self.lam
         penalty = self.lam * self.last_kappa
         self._compare(penalty, mark.plain.detach())
