@@ -138,14 +138,18 @@ def relative_flatness(
                 "inside `with observe(module) as layer:` and pass that."
             )
         check_mode(one, settings)
-    tails = used_tails(loss, distinct(layers))
-    first, *others = each_flatness(list(tails.values()), settings)
-    return sum(others, first)
+    return tails_flatness(list(used_tails(loss, distinct(layers)).values()), settings)
 
 
 def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
     """Returns the tails of those layers that the loss depends on, by the layers' numbers."""
     return {number: tail for number, tail in enumerate(find_tails(loss, layers)) if tail is not None}
+
+
+def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
+    """Returns the sum of the kappas of the layers to which these tails of one loss lead."""
+    first, *others = each_flatness(tails, settings)
+    return sum(others, first)
 
 
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fam_optim import unnoticed
-from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
+from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import LayerNotUsedError, check_scalar
@@ -140,8 +140,7 @@ class Penalty(Regularizer):
             self.ledger.expect(loss)  # a closure may backpropagate it beside others
             raise
         self._used.update(use for tail in tails for use in tail.uses if isinstance(use, LayerUse))
-        first, *others = each_flatness(tails, self.settings)
-        kappa = sum(others, first)
+        kappa = tails_flatness(tails, self.settings)
         self.last_kappa, self.last_lam = kappa.detach(), self.lam
         penalty = self.lam * self.last_kappa
         self._compare(penalty, mark.plain.detach())
