@@ -127,27 +127,35 @@ class Layerwise:
         self.columns = self.directions = matrix.shape[0]
 
     def gram(self) -> Tensor:
+        """Returns ``F F^T = I``, ``(d, d)``."""
         return self.matrix.new_ones(self.columns).diag()
 
     def pairs(self) -> tuple[Tensor, Tensor]:
+        """Returns I twice: ``U, V`` with ``U^T V = I``."""
         return self.gram(), self.gram()
 
     def probe(self, signs: Tensor) -> Tensor:
+        """Returns ``F s``, the signs themselves."""
         return signs
 
     def weighted_squares(self, rows: Tensor, by_row: Tensor, product: Tensor | None) -> Tensor:
+        """Returns ``sum_i b_i ||x_i||^2`` ``()`` for x ``(n, d)`` and b ``(n,)``; needs no `product`."""
         return (by_row * rows.square().sum(1)).sum()
 
     def inner(self, rows: Tensor) -> Tensor:
+        """Returns ``<x_a, x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
         return rows @ rows.mT
 
     def square(self, g: Tensor) -> Tensor:
+        """Returns ``||g||_F^2``, ``()``."""
         return g.square().sum()
 
     def weight_probe(self, draw: Draw) -> Tensor:
+        """Returns random signs V ``(d, m)``."""
         return draw(tuple(self.matrix.shape))
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
+        """Returns ``sum_i b_i (1 - ||p_i||^2)``, ``()``, of log p ``(n, d)`` and b ``(n,)``."""
         q, _ = _without_top(log_p)
         rest = q.sum(1)
         # 1 - ||p||^2, without subtracting numbers near 1

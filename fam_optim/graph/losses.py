@@ -183,13 +183,14 @@ def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool
 
 
 def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
-    """``p (1 - p)``, p = sigmoid(o), which does not round to 0 where p rounds to 1."""
+    """Returns ``p (1 - p)``, p = sigmoid(o), which does not round to 0 where p rounds to 1."""
     o = at_least_float32(o if differentiable else o.detach())
     return o.sigmoid() * (-o).sigmoid()
 
 
 def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """``log(1 + exp(o))``, or minus that of -o: ``logsigmoid(o)``."""
+    """Returns o of ``log(1 + exp(o))`` or of ``logsigmoid(o)``, which is minus that of -o; None if o is a
+    loss, a norm or a distance."""
     if _measures_distance(node.next_functions[0][0], path):
         return None
     a, o = _coefficient(node, loss, differentiable), nodes.kept(node, "self")
@@ -201,8 +202,8 @@ def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bo
 
 
 def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """The square of an error or of an output, unless that is a loss, a norm or a distance; and a Huber or
-    smooth L1 loss, which is the square of small errors and linear in others."""
+    """Returns o of the square of an error or of an output, or of a Huber or smooth L1 loss, which is linear
+    in large errors; None if o is a loss, a norm or a distance."""
     sides = {i: (-1.0) ** i for i, (below, _) in enumerate(node.next_functions) if below in path}
     curvature = nodes.curvature_of_error(node)
     if curvature is None or any(_measures_distance(node.next_functions[i][0], path) for i in sides):

@@ -153,8 +153,8 @@ def averages(node: Any) -> bool:
 
 
 def curvature_of_error(node: Any) -> Any:
-    """The second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors; None for
-    other powers than squares."""
+    """Returns the second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors;
+    None for other powers than squares."""
     if kind(node) == "Pow":  # Pow with another number has a tensor for its exponent, which may be learned
         return 2 if node.name() == "PowBackward0" and node._saved_exponent == 2 else None
     if kind(node) == "MseLoss":

@@ -32,6 +32,7 @@ class _Uncopied(OrderedDict[int, Any]):
             weakref.finalize(before[key], _remove, weakref.ref(self), key)
 
     def copy(self) -> Any:
+        """Returns the hooks without ours, in a plain dict."""
         return OrderedDict(item for item in self.items() if item[0] != _OURS)
 
     def __reduce__(self) -> Any:
