@@ -7,27 +7,21 @@ base that reads what the closure returns (LBFGS's line search, Polyak's step siz
 gradient it gets. The user must get the plain loss.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.weak import TensorWeakRef
 
 from fam_optim.graph.reach import LayerNotUsedError
+from fam_optim.regularizer import Regularizer
 from fam_optim.unnoticed import opaque
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch.autograd.graph import Node
-
-    from fam_optim.regularizer import Regularizer
 
 
 class WatchedClosure:

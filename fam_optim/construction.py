@@ -1,11 +1,9 @@
 """Checks the arguments of FAM, and builds the base optimizer and the regulariser from them."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,10 +11,8 @@ from torch.optim import Optimizer
 from fam_optim.flatness import Settings
 from fam_optim.penalty import Penalty
 from fam_optim.proximal import Proximal
+from fam_optim.regularizer import Regularizer
 from fam_optim.wrapper import OptimizerWrapper
-
-if TYPE_CHECKING:
-    from fam_optim.regularizer import Regularizer
 
 LAM, LAM_OF_A_PENALTY, EVERY = 1.0, 8e-3, 10
 

@@ -1,22 +1,15 @@
 """Measures relative flatness over a data set, for chosen layers or for all layers of a model by name."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
 from fam_optim.layer.record import Observation
-from fam_optim.layers import as_layers, named, named_weight_layers, weights_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from fam_optim.layers import Layer
+from fam_optim.layers import Layer, as_layers, named, named_weight_layers, weights_of
 
 
 def dataset_relative_flatness(

@@ -5,11 +5,9 @@ mode      ->  estimator               (`estimators`)
 both      ->  c <F F^T, T>,  T[s,u] = Tr(H_{s,u})
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from fam_optim.estimators.curvature import Curvature
 from fam_optim.estimators.exact import exact, full
 from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
-from fam_optim.estimators.measure import MEASURES
+from fam_optim.estimators.measure import MEASURES, Factor
 from fam_optim.estimators.softmax import closed_form
 from fam_optim.graph import errors
 from fam_optim.graph.reach import computed_alike
@@ -29,12 +27,7 @@ from fam_optim.layers import Layer, distinct
 from fam_optim.parallel import lasting, local_derivatives
 from fam_optim.unnoticed import counted_once, in_full_precision
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from fam_optim.estimators.measure import Factor
-
-    Layers = Layer | Sequence[Layer]
+Layers = Layer | Sequence[Layer]
 
 MODES = ("exact", "full", "hutchinson")
 CURVATURES = ("hessian", "gauss_newton")

@@ -1,10 +1,9 @@
 """A step may only be made on gradients of losses that were regularised, and only if they are finite."""
 
-from __future__ import annotations
-
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,6 @@ from torch import Tensor
 from fam_optim import unnoticed
 from fam_optim.graph import nodes
 from fam_optim.layer.use import is_sharded
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
 
 
 class Ledger:

@@ -1,17 +1,13 @@
 """A user may name one layer or several, each a module or a parameter."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from fam_optim.layer.kinds import base_type, parameter_use, use_type
 from fam_optim.layer.record import Observation, parametrization
 from fam_optim.layer.use import describe
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Layer = Observation | nn.Parameter
 

@@ -3,25 +3,19 @@
 Source: Adilova et al., FAM: Relative Flatness Aware Minimization, 2023 (arXiv 2307.02337).
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from torch.optim import LBFGS
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
 from fam_optim.closure import WatchedClosure
 from fam_optim.construction import build_base, build_regularizer, checked_lam, warn_untrained
 from fam_optim.layer.use import describe
 from fam_optim.layers import weight_layers
 from fam_optim.wrapper import OptimizerWrapper, undone_if_it_fails
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import torch
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
 
 
 class FAM(OptimizerWrapper):
@@ -129,7 +123,7 @@ class FAM(OptimizerWrapper):
         every: int = 10,
         params: Any = None,
         **base_kwargs: Any,
-    ) -> FAM:
+    ) -> "FAM":
         """Builds a FAM with the recommended settings: all weight layers but the last, ``mode="proximal"``.
 
         >>> optimizer = FAM.for_model(model, torch.optim.SGD, lr=0.05, momentum=0.9)

@@ -7,28 +7,22 @@ the graph mistake any derivative for the step's backward, so they are switched o
 The attributes of torch used here are not public; test_torch_names.py guards each of them.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import sys
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fam_optim.graph import nodes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from torch import Tensor
-
-    from fam_optim.graph.trace import Tail
+from fam_optim.graph.trace import Tail
 
 
 @contextmanager

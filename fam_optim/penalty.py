@@ -1,16 +1,16 @@
 """The penalty ``lam * kappa`` is added to a loss only once, no matter who asks for it and how often."""
 
-from __future__ import annotations
-
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
+from torch.optim import Optimizer
 
 from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
@@ -23,12 +23,6 @@ from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
 from fam_optim.regularizer import Regularizer
 from fam_optim.unnoticed import opaque
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch.autograd.graph import Node
-    from torch.optim import Optimizer
 
 _MARK = "fam_optim.regularized"
 

@@ -16,15 +16,14 @@ loss, Loshchilov and Hutter 2019. A step length from the trust ratio, You et al.
 from sampled outputs every 10 steps, Liu et al. 2024.
 """
 
-from __future__ import annotations
-
 import weakref
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 
 from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
@@ -34,11 +33,6 @@ from fam_optim.layer.use import describe
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
 from fam_optim.unnoticed import opaque
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch.optim import Optimizer
 
 STACKED = 1 << 16
 """Weights of one shape whose A has at most this many entries are stacked, to save calls."""

@@ -1,12 +1,9 @@
 """The interface of a regulariser: it looks at a step's losses and acts around the base optimizer's step."""
 
-from __future__ import annotations
+from typing import Any, ClassVar
 
-from typing import TYPE_CHECKING, Any, ClassVar
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim import Optimizer
+from torch import Tensor
+from torch.optim import Optimizer
 
 
 class Regularizer:

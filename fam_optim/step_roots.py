@@ -1,31 +1,23 @@
 """Collects the root A of a step's curvature over all micro-batches of the step and all processes."""
 
-from __future__ import annotations
-
 import weakref
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import Node
 
 from fam_optim import unnoticed
-from fam_optim.estimators.roots import added, products_of_rows, sample_roots
+from fam_optim.estimators.roots import Roots, added, products_of_rows, sample_roots
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import check_scalar, is_of_weights, reach, spread
+from fam_optim.graph.reach import Reach, check_scalar, is_of_weights, reach, spread
+from fam_optim.layer.kinds import WeightMatrix
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
-
-    from fam_optim.estimators.roots import Roots
-    from fam_optim.graph.reach import Reach
-    from fam_optim.layer.kinds import WeightMatrix
 
 _SEEN = "fam_optim.seen"
 APART = 0x9E3779B97F4A7C15

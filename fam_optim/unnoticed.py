@@ -1,22 +1,17 @@
 """Keeps kappa's computation free of side effects: torch.compile does not trace it, nobody waits for the
 device, and modules that a checkpoint runs again keep their state."""
 
-from __future__ import annotations
-
 import inspect
 import threading
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fam_optim.graph import nodes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 _KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8

@@ -1,19 +1,15 @@
 """An optimizer that wraps a base optimizer and shares the base's state with it, without a copy."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fam_optim.regularizer import Regularizer
+from fam_optim.regularizer import Regularizer
 
 _KEY = "fam"
 """The key of the regulariser's state in a state dict."""

@@ -8,9 +8,7 @@ needs only the tail (what lies between z and the loss), not what lies below the 
 layer feeds another, phi also moves with V. The second derivative of z, times dL/dz, is then added.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +16,8 @@ from torch import Tensor
 from fam_optim.estimators.measure import doubled
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected, corrections
-from fam_optim.layer.use import at_least_float32
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from fam_optim.graph.trace import Tail
-    from fam_optim.layer.use import Use
+from fam_optim.graph.trace import Tail
+from fam_optim.layer.use import Use, at_least_float32
 
 
 class Curvature:

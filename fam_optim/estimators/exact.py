@@ -15,23 +15,15 @@ of two ways, the cheaper of those that the graph proves right:
     weight    Directions in weight space take m * min(d, m) products, whatever interacts.
 """
 
-from __future__ import annotations
-
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fam_optim.estimators.curvature import inner
-from fam_optim.graph.independence import find_grouping
+from fam_optim.estimators.curvature import Curvature, inner
+from fam_optim.estimators.measure import Factor
+from fam_optim.graph.independence import Grouping, find_grouping
 from fam_optim.layer.use import describe
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fam_optim.estimators.curvature import Curvature
-    from fam_optim.estimators.measure import Factor
-    from fam_optim.graph.independence import Grouping
 
 MAX_PRODUCTS = 1024
 """An evaluation that would take more Hessian-vector products than this raises an error."""

@@ -20,10 +20,8 @@ rows or samples do not interact, the sum of their squares has less variance than
 For cross-entropy kappa_GN is the expected squared gradient over labels drawn from the model.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,22 +29,15 @@ from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.curvature import as_output
 from fam_optim.estimators.hutchinson import rademacher
+from fam_optim.estimators.measure import Factor
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.corrections import corrected, corrections
-from fam_optim.graph.independence import SUM, Grouping, row_uses, shown_axes
+from fam_optim.graph.independence import SUM, Grouping, Groups, row_uses, shown_axes
 from fam_optim.graph.losses import find_outputs, pulled
-from fam_optim.graph.trace import path_of
-from fam_optim.layer.use import LOW_PRECISION, LinearUse, describe
+from fam_optim.graph.trace import Tail, path_of
+from fam_optim.layer.use import LOW_PRECISION, LinearUse, Use, describe
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from fam_optim.estimators.measure import Factor
-    from fam_optim.graph.independence import Groups
-    from fam_optim.graph.trace import Tail
-    from fam_optim.layer.use import Use
-
-    Pulled = tuple[dict[Use, Tensor], dict[Use, Tensor | None]]
+Pulled = tuple[dict[Use, Tensor], dict[Use, Tensor | None]]
 
 MAX_PRODUCTS = 1024
 """An evaluation that would take more vector-Jacobian products than this raises an error."""

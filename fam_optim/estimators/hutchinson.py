@@ -11,21 +11,14 @@ Then every row gets its own signs, ``sum_a ||phi_a||^2 <F s_a, Hess_{z_a} F s_a>
 product, makes the trace over m exact, and has about half the standard deviation.
 """
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fam_optim.estimators.measure import doubled
+from fam_optim.estimators.curvature import Curvature
+from fam_optim.estimators.measure import Draw, Factor, doubled
 from fam_optim.graph.independence import Grouping, find_grouping
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fam_optim.estimators.curvature import Curvature
-    from fam_optim.estimators.measure import Draw, Factor
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -7,17 +7,13 @@ An estimator returns ``<F F^T, T>``. It asks the factor for the form of F that i
 directions in output space, a random probe, or the covariance under a softmax. All forms carry gradients to W.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Draw = Callable[[tuple[int, ...]], Tensor]  # returns independent signs of a shape
+Draw = Callable[[tuple[int, ...]], Tensor]  # returns independent signs of a shape
 
 SMALL = 1 << 16
 """If all pairs of class vectors have at most this many numbers, it is fastest to form their differences."""

@@ -9,31 +9,22 @@ The form made of rows has less variance, and needs only a solve of N x N. Micro-
 together have the A of the whole batch: their g are added, their rows are stacked.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.hutchinson import rademacher
 from fam_optim.estimators.running_mean import stack
 from fam_optim.graph import nodes
 from fam_optim.graph.independence import independent
-from fam_optim.graph.losses import pulled
-from fam_optim.graph.reach import above
+from fam_optim.graph.losses import Output, pulled
+from fam_optim.graph.reach import Reach, above
+from fam_optim.layer.kinds import WeightMatrix
 from fam_optim.layer.use import at_least_float32
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch.autograd.graph import Node
-
-    from fam_optim.graph.losses import Output
-    from fam_optim.graph.reach import Reach
-    from fam_optim.layer.kinds import WeightMatrix
 
 
 class Root(NamedTuple):
@@ -52,7 +43,7 @@ class Root(NamedTuple):
         """Returns ``g^T (samples, m, d)``, in either form."""
         return self.delta if self.phi is None else self.phi.mT @ self.delta
 
-    def plus(self, other: Root) -> Root:
+    def plus(self, other: "Root") -> "Root":
         """Returns A of two micro-batches together, made of rows if these are fewer than d and m."""
         if self.phi is not None and other.phi is not None:
             phi, delta = torch.cat([self.phi, other.phi]), torch.cat([self.delta, other.delta], 1)
@@ -60,11 +51,11 @@ class Root(NamedTuple):
                 return Root(delta, phi)
         return Root(self.whole() + other.whole())
 
-    def times(self, factor: Tensor) -> Root:
+    def times(self, factor: Tensor) -> "Root":
         """Returns A times a number."""
         return Root(self.delta * factor.to(self.delta), self.phi)
 
-    def kept_if(self, whether: Tensor) -> Root:
+    def kept_if(self, whether: Tensor) -> "Root":
         """Returns A unchanged if `whether` is true, and zeros if not, even in place of nan."""
         parts: Any = (t if t is None else torch.where(whether.to(t.device), t, 0) for t in self)
         return Root(*parts)

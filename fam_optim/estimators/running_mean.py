@@ -7,8 +7,6 @@ divides it out; so the mean needs no correction at the start. T is positive semi
 hold several weights of one shape, which are solved together.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -15,27 +15,19 @@ operations that are linear in log_softmax. Between log_softmax and the layer's o
 operations that move, scale or shift rows. Everything else is left to the general way.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Set
+from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
+from fam_optim.estimators.measure import Factor
 from fam_optim.graph import errors, nodes, operations
 from fam_optim.graph.losses import linear_in, softmax_of
-from fam_optim.layer.use import LayerUse, at_least_float32
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
-
-    from fam_optim.estimators.measure import Factor
-    from fam_optim.graph.trace import Tail
-    from fam_optim.layer.use import Use
+from fam_optim.graph.trace import Tail
+from fam_optim.layer.use import LayerUse, Use, at_least_float32
 
 _KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div", "Gather"}
 

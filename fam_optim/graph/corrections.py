@@ -1,24 +1,19 @@
 """Gradient formulas for operations whose backward in torch has wrong, missing or too coarse derivatives."""
 
-from __future__ import annotations
-
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import Node
 
 from fam_optim.graph import errors, nodes
 from fam_optim.layer.use import LOW_PRECISION, at_least_float32
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from contextlib import AbstractContextManager
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
-
-    Gradients = Callable[..., tuple[Tensor, ...]]
-    Corrections = Sequence[tuple[Node, int, Gradients]]
+Gradients = Callable[..., tuple[Tensor, ...]]
+Corrections = Sequence[tuple[Node, int, Gradients]]
 
 
 def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Corrections:

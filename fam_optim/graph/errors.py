@@ -1,10 +1,9 @@
 """Explains which derivatives torch lacks where kappa needs them, and what to do about it."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,6 @@ from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import spread
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence, Set
 
 _NO_SECOND = {  # by a pattern that both the kind of the node and torch's message match
     r"scaled_?dot_?product|_(efficient|flash|cudnn)_attention": "Fused attention has no second derivative: "

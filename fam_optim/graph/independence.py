@@ -9,28 +9,21 @@ apart as long as every entry is computed only from entries with the same digit. 
 groups must add them, and from there to the loss everything must be linear. What is not known proves nothing.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Mapping, Sequence, Set
 from graphlib import TopologicalSorter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import Node
 
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import spread
-from fam_optim.layer.use import LayerUse
+from fam_optim.graph.trace import Tail
+from fam_optim.layer.use import LayerUse, Use
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence, Set
-
-    from torch import Tensor
-    from torch.autograd.graph import Node
-
-    from fam_optim.graph.trace import Tail
-    from fam_optim.layer.use import Use
-
-    Result = tuple[Node, int]
+Result = tuple[Node, int]
 
 SUM = 0
 """Stands in place of a stride where every entry is a sum of terms that depend on one group each."""

@@ -10,9 +10,8 @@ The graph must show that a loss is a sum of these, or of the largest of them: be
 only operations that are linear, or pick. Any other loss ends in an error.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ from fam_optim.graph import errors, nodes, operations
 from fam_optim.graph.corrections import is_largest
 from fam_optim.graph.reach import spread
 from fam_optim.layer.use import at_least_float32
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence, Set
 
 
 def linear_in(

@@ -5,22 +5,16 @@ A node stands for one operation of the forward. Its *outputs* are the operation'
 the nodes that made the operands, each with the number of its output.
 """
 
-from __future__ import annotations
-
 import math
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ReferenceType
 
 import torch
 import torch._functorch.config
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
-
-    from torch.autograd.graph import Node
+from torch.autograd.graph import Node
 
 DDP_SINK = "_DDPSink"
 """An autograd.Function that passes on what a model wrapped in DDP returns."""

@@ -1,19 +1,15 @@
 """Tables by kind of node: which operations are linear, and along which axes they keep entries apart."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch.autograd.graph import Node
 
 from fam_optim.graph import nodes
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch.autograd.graph import Node
-
-    Shape = Sequence[int]
-    Rule = Callable[["_At"], int | None]
+Shape = Sequence[int]
+Rule = Callable[["_At"], int | None]
 
 
 def _kinds(names: str) -> set[str]:

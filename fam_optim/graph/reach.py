@@ -1,17 +1,12 @@
 """Walks the graph to find what a loss depends on, what lies between, and whether tensors were made alike."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from fam_optim.graph import nodes, operations
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-
-    from torch.autograd.graph import Node
 
 
 class LayerNotUsedError(RuntimeError):

@@ -4,14 +4,13 @@ One walk from the loss serves all layers and reads no tensor. It finds the calls
 operations on the way to them, and whether one call feeds another.
 """
 
-from __future__ import annotations
-
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.graph import nodes
@@ -20,11 +19,6 @@ from fam_optim.graph.unseen import check_all_seen
 from fam_optim.layer.kinds import parameter_use
 from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import Use, describe
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
-
-    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ Such uses are calls that were not observed, and derivatives through any call of 
 the weight a second time, beside ``z = lin(phi; W)``: only kappa of the weight itself counts both.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -17,14 +15,9 @@ from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import same_graph
 from fam_optim.layer.kinds import use_type
 from fam_optim.layer.record import Observation, recorded_use
-from fam_optim.layer.use import Conv1DUse, describe
+from fam_optim.layer.use import Conv1DUse, Use, describe
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence, Set
-
-    from fam_optim.layer.use import Use
-
-    Parents = Mapping[Node, Sequence[Node]]
+Parents = Mapping[Node, Sequence[Node]]
 
 _SAME_NUMBERS = operations.VIEWS | {"Expand", "torch::autograd::Identity"}
 

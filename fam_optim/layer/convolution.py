@@ -1,19 +1,15 @@
 """Convolutions and transposed convolutions as ``z = lin(phi; W) + b``."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fam_optim.layer.use import LayerUse
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

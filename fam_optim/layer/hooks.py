@@ -1,18 +1,12 @@
 """Gives one module a forward hook that its copies, pickles, scripts and quantised versions do not have."""
 
-from __future__ import annotations
-
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor  # noqa: TC002  # torch.jit.script looks for it
+from torch import Tensor, nn
 from torch.nn.modules import module as every_module
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
 
 _DICTS = ("_forward_hooks", "_forward_hooks_with_kwargs")
 _OURS = -1  # the key of our hook; torch counts from 0

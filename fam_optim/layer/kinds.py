@@ -1,7 +1,5 @@
 """Which modules and parameters have a weight matrix W ``(d, m)``, and why others are refused."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any, cast
 

@@ -5,8 +5,6 @@ long as the graph. A walk down the graph of a loss finds the calls that the loss
 is no register of modules: only a module's hook and its observers keep anything of it.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections import deque
@@ -50,7 +48,7 @@ class Observation:
         self.module = getattr(module, "_orig_mod", module)  # torch.compile runs the module's own hooks
         use_type(self.module)
 
-    def start(self) -> Observation:
+    def start(self) -> "Observation":
         """Starts to record the module's calls, and returns itself."""
         if self._finalizer is None:
             self._recorder = hooks.owner(self.module) or _Recorder(self.module)

@@ -8,8 +8,6 @@ A `Use` is one evaluation of that operation. It can apply the operation to any o
                     one per sample (Linear), token (Linear on sequences) or position (convolution)
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import sys
@@ -90,7 +88,7 @@ class Use:
         """Turns a derivative in z into one in W, ``sum_a delta_a phi_a^T`` ``(d, m)``: `lift` transposed."""
         return delta.flatten(1)
 
-    def detached(self) -> Use:
+    def detached(self) -> "Use":
         """Returns this use with a constant input."""
         return self
 
@@ -176,7 +174,7 @@ class LayerUse(Use):
             (pulled,) = torch.autograd.grad(lifted, zeros, delta, create_graph=attached)
         return pulled
 
-    def detached(self) -> LayerUse:
+    def detached(self) -> "LayerUse":
         use = copy.copy(self)
         use.phi = self.phi.detach()
         return use

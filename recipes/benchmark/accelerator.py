@@ -5,8 +5,6 @@ the CPU's. Every step is made once under ``torch.cuda.set_sync_debug_mode("error
 that make the host wait for the device. Then the steps are timed in turns. Their peak memory is measured too.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The columns of the benchmark: the training steps that are compared, and the rows that each fits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The rows of the benchmark: networks, each with the layers that are regularised and one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
