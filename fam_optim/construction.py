@@ -41,8 +41,16 @@ def build_regularizer(
             "held constant, and has no unit. Leave that out, or use mode='hutchinson'."
         )
     Settings(**random)  # only to check them
+    every = EVERY if every is None else every
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"expected `every` to be a positive integer, got {every!r}.")
     layers = layer if isinstance(layer, (list, tuple)) else (layer,)
-    return Proximal(layers, lam, EVERY if every is None else every, **random)
+    if not layers:
+        raise ValueError(
+            "expected `layer` to name at least one layer, got an empty sequence: of a model with one weight "
+            "layer weight_layers(model)[:-1] is empty. Name the layer."
+        )
+    return Proximal(layers, lam, every, **random)
 
 
 def checked_lam(lam: Any) -> float:

@@ -28,8 +28,7 @@ from torch.optim import LBFGS, Optimizer
 from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
 from fam_optim.graph import nodes
-from fam_optim.layer.kinds import own_weight, weight_matrix
-from fam_optim.layer.use import describe
+from fam_optim.layer.kinds import check_unchanged, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
 from fam_optim.unnoticed import opaque
@@ -61,13 +60,6 @@ class Proximal(Regularizer):
         n_samples: int,
         generator: torch.Generator | None,
     ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"expected `every` to be a positive integer, got {every!r}.")
-        if not layers:
-            raise ValueError(
-                "expected `layer` to name at least one layer, got an empty sequence: of a model with one "
-                "weight layer weight_layers(model)[:-1] is empty. Name the layer."
-            )
         self.weights = list({id(w.parameter): w for w in map(weight_matrix, layers)}.values())
         self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
         self.seed = torch.initial_seed()  # which does not advance torch's own generator
@@ -155,7 +147,7 @@ class Proximal(Regularizer):
         backpropagated but not seen, or if a layer no longer has the weight that FAM moves."""
         if self._ledger is None:
             return
-        self._check_weights()
+        check_unchanged((alive for layer in self._layers if (alive := layer()) is not None), self.weights)
         if self.roots.only_pending:
             raise RuntimeError(
                 "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
@@ -167,20 +159,6 @@ class Proximal(Regularizer):
                 "keep flat. Expected layers of the model that is trained, whose weights require gradients."
             )
         self._ledger.check()
-
-    def _check_weights(self) -> None:
-        """Raises TypeError or RuntimeError if a layer's weight is not the one it had when FAM was built."""
-        held = {id(w.parameter): w.layout.shape for w in self.weights}
-        for layer in [alive for layer in self._layers if (alive := layer()) is not None]:
-            weight = own_weight(layer)
-            if weight is None:
-                weight_matrix(layer)  # raises the TypeError that says why
-            elif held.get(id(weight)) != weight.shape:
-                raise RuntimeError(
-                    f"the weight of `layer` {describe(layer)} was replaced or resized after FAM was built "
-                    "(by load_state_dict(assign=True), to_empty(), tying), and FAM has the old one. Build "
-                    "FAM anew."
-                )
 
     def before_step(self) -> None:
         """Copies every weight as W', if the step is due."""
@@ -243,17 +221,9 @@ class Proximal(Regularizer):
         """
         if "means" not in state:  # a penalty's checkpoint, whose lam means something else
             return
-        means: dict[int, Tensor] = state["means"]
-        shapes = {i: shape_of_mean(w.d, w.m * self.n_samples) for i, w in enumerate(self.weights)}
-        saved = {i: tuple(mean.shape) for i, mean in means.items()}
-        if not saved.items() <= shapes.items():
-            raise ValueError(
-                f"expected a checkpoint of the same layers and n_samples, with means of {shapes}; it has "
-                f"{saved}. Build FAM with the layers and n_samples that it was saved with."
-            )
+        shapes = [shape_of_mean(w.d, w.m * self.n_samples) for w in self.weights]
+        self.means.load(state["means"], shapes, [w.parameter.device for w in self.weights])
         self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
-        devices = {i: self.weights[i].parameter.device for i in means}
-        self.means.kept = {i: mean.to(devices[i], copy=True) for i, mean in means.items()}
         self.forget(sound=False)  # nothing is known any more about the losses behind the present gradients
 
     def __repr__(self) -> str:

@@ -40,7 +40,7 @@ class LowRank:
     def solve(self, twice_c: Tensor) -> Tensor:
         """Returns ``(I + 2 c T)^-1 W = W - 2 c A (I + 2 c A^T A)^-1 A^T W``."""
         solved, twice_c = _solve(twice_c, self.gram, self.at_w)
-        return self.w - self.a @ (twice_c[..., None, None] * solved)
+        return torch.baddbmm(self.w, self.a, twice_c[:, None, None] * solved, alpha=-1)
 
 
 class RunningMean:
@@ -68,6 +68,18 @@ class RunningMean:
         self.kept.update(zip(numbers, new, strict=True))
         return t, kappa
 
+    def load(
+        self, kept: dict[int, Tensor], shapes: list[tuple[int, int]], devices: list[torch.device]
+    ) -> None:
+        """Takes over the means of a checkpoint; ValueError if these weights have means of other `shapes`."""
+        saved = {i: tuple(mean.shape) for i, mean in kept.items()}
+        if not saved.items() <= dict(enumerate(shapes)).items():
+            raise ValueError(
+                "expected a checkpoint of the same layers and n_samples, with means of the shapes "
+                f"{shapes}; it has {saved}. Build FAM with the layers and n_samples that it was saved with."
+            )
+        self.kept = {i: mean.to(devices[i], copy=True) for i, mean in kept.items()}
+
 
 def shape_of_mean(d: int, q: int) -> tuple[int, int]:
     """Returns the shape of T, or that of the last four A side by side if this is smaller."""
@@ -81,7 +93,7 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 def frobenius(t: Tensor) -> Tensor:
     """Returns the Frobenius norm of every matrix of a batch."""
-    norms: Tensor = t.flatten(-2).norm(dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(t, dim=(-2, -1))
     return norms
 
 

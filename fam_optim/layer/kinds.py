@@ -1,6 +1,7 @@
 """Which modules and parameters have a weight matrix W ``(d, m)``, and why others are refused."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -166,3 +167,17 @@ def own_weight(layer: object) -> nn.Parameter | None:
     """Returns the parameter that a layer's weight is now; None if the weight is computed at every call."""
     module: Any = getattr(layer, "_orig_mod", layer)
     return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")
+
+
+def check_unchanged(layers: Iterable[Any], weights: Iterable[WeightMatrix]) -> None:
+    """Raises TypeError or RuntimeError if a layer's weight is not among `weights`, or has a new shape."""
+    held = {id(w.parameter): w.layout.shape for w in weights}
+    for layer in layers:
+        weight = own_weight(layer)
+        if weight is None:
+            weight_matrix(layer)  # raises the TypeError that says why
+        elif held.get(id(weight)) != weight.shape:
+            raise RuntimeError(
+                f"the weight of `layer` {describe(layer)} was replaced or resized after FAM was built (by "
+                "load_state_dict(assign=True), to_empty(), tying), and FAM has the old one. Build FAM anew."
+            )

@@ -223,9 +223,9 @@ def test_a_hook_on_the_weight_is_obeyed() -> None:
 @pytest.mark.parametrize("m", [4, 2])
 def test_resolvent_is_the_minimiser(m: int, c: float, q: int) -> None:
     torch.manual_seed(0)
-    w, a = torch.randn(5, m), torch.randn(5, q)
-    right = reference.minimiser(w, a @ a.mT, torch.tensor(c))
-    twice_c = torch.tensor(2 * c)
+    w, a = torch.randn(1, 5, m), torch.randn(1, 5, q)
+    right = reference.minimiser(w[0], a[0] @ a[0].mT, torch.tensor(c))
+    twice_c = torch.tensor([2 * c])
     for t, tolerance in ((Dense(a @ a.mT, w), 1e-12), (LowRank(a, w), 1e-10)):
         assert torch.allclose(t.solve(twice_c), right, rtol=0, atol=tolerance)
         assert t.pull.item() == pytest.approx((a @ a.mT @ w).norm().item(), rel=1e-12)
@@ -236,9 +236,9 @@ def test_resolvent_is_the_minimiser(m: int, c: float, q: int) -> None:
 def test_resolvent_never_lengthens(form: type, dtype: torch.dtype) -> None:
     for seed, exponent in itertools.product(range(20), (-8, 0, 4, 8, 16)):
         torch.manual_seed(seed)
-        w, a = torch.randn(6, 5, dtype=dtype), torch.randn(6, 1 + seed % 6, dtype=dtype)
+        w, a = torch.randn(1, 6, 5, dtype=dtype), torch.randn(1, 6, 1 + seed % 6, dtype=dtype)
         t = a @ a.mT
-        moved = form(t if form is Dense else a, w).solve(torch.tensor(10.0**exponent, dtype=dtype))
+        moved = form(t if form is Dense else a, w).solve(torch.tensor([10.0**exponent], dtype=dtype))
         rounding = 1 + 64 * torch.finfo(dtype).eps
         assert moved.isfinite().all()
         assert moved.norm() <= w.norm() * rounding
