@@ -16,7 +16,7 @@ from fam_optim.estimators.curvature import Curvature
 from fam_optim.estimators.exact import exact, full
 from fam_optim.estimators.gauss_newton import gauss_newton
 from fam_optim.estimators.hutchinson import hutchinson
-from fam_optim.estimators.measure import MEASURES, Factor
+from fam_optim.estimators.measure import Factor
 from fam_optim.estimators.softmax import closed_form
 from fam_optim.graph import errors
 from fam_optim.graph.reach import computed_alike
@@ -29,6 +29,7 @@ from fam_optim.unnoticed import counted_once, in_full_precision
 
 Layers = Layer | Sequence[Layer]
 
+MEASURES = ("layerwise", "neuronwise")
 MODES = ("exact", "full", "hutchinson")
 CURVATURES = ("hessian", "gauss_newton")
 
@@ -46,7 +47,7 @@ class Settings:
     curvature: str = "hessian"
 
     def __post_init__(self) -> None:
-        for name, known in (("measure", sorted(MEASURES)), ("mode", MODES), ("curvature", CURVATURES)):
+        for name, known in (("measure", MEASURES), ("mode", MODES), ("curvature", CURVATURES)):
             given = getattr(self, name)
             if given not in list(known):
                 raise ValueError(f"expected `{name}` to be one of {list(known)}, got {given!r}.")
@@ -149,7 +150,7 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     """Returns the kappa of each layer to which these tails of one loss lead."""
     precise = in_full_precision(tails[0].loss.device)
     with torch.enable_grad(), precise, local_derivatives(tails), counted_once(), _unhooked(tails):
-        factors = [MEASURES[settings.measure](_matrix(tail)) for tail in tails]
+        factors = [Factor(_matrix(tail), settings.measure) for tail in tails]
         if settings.curvature == "gauss_newton":
             differentiable, random = not settings.detach_hessian, (settings.n_samples, settings.generator)
             found = gauss_newton(tails, factors, settings.mode, *random, differentiable=differentiable)

@@ -24,26 +24,21 @@ def doubled(t: Tensor) -> Tensor:
     return 2 * t - t.detach()
 
 
-class Neuronwise:
-    """The factor F = W ``(d, m)`` of the neuronwise measure.
+class Factor:
+    """The factor F of a measure: W ``(d, m)``, or I ``(d, d)``, which is never formed where W is not."""
 
-    Attributes:
-        c: the number by which ``<F F^T, T>`` is multiplied.
-        columns: the number of F's columns.
-        directions: the number of rows of each matrix that `pairs` returns.
-    """
-
-    c = 1.0
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        d, self.columns = matrix.shape
-        self.by_unit = d <= self.columns
-        self.directions = min(d, self.columns)
+    def __init__(self, matrix: Tensor, measure: str) -> None:
+        self.matrix = matrix  # W
+        self.is_identity = measure == "layerwise"
+        self.c = matrix.square().sum() if self.is_identity else 1.0
+        d, m = matrix.shape
+        self.columns = d if self.is_identity else m
+        self.directions = min(d, self.columns)  # the number of rows of each matrix that `pairs` returns
+        self.by_unit = d <= m and not self.is_identity  # whether W W^T is smaller than W
 
     def gram(self) -> Tensor:
         """Returns ``F F^T``, ``(d, d)``."""
-        return self.matrix @ self.matrix.T
+        return self.matrix.new_ones(self.columns).diag() if self.is_identity else self.matrix @ self.matrix.T
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Returns ``U, V`` ``(directions, d)`` with ``U^T V = F F^T``.
@@ -51,21 +46,25 @@ class Neuronwise:
         V is constant and U carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` over their rows
         is right, although T is applied to constants only.
         """
-        if self.by_unit:
+        if self.directions == len(self.matrix):
             return self.gram(), self.matrix.new_ones(self.directions).diag()
         return doubled(self.matrix).T, self.matrix.detach().T
 
     def probe(self, signs: Tensor) -> Tensor:
         """Returns ``F s`` for each s in `signs` ``(..., columns)``."""
-        return signs @ self.matrix.T
+        return signs if self.is_identity else signs @ self.matrix.T
+
+    def pulled(self, rows: Tensor) -> Tensor:
+        """Returns ``F^T x`` for each x in `rows` ``(..., d)``."""
+        return rows if self.is_identity else rows @ self.matrix
 
     def weighted_squares(self, rows: Tensor, by_row: Tensor, product: Tensor | None) -> Tensor:
         """Returns ``sum_i b_i ||F^T x_i||^2`` ``()`` for x ``(n, d)`` and b ``(n,)``; it is never negative.
 
         `product` is ``x W``, if the caller has it. If it is a constant, so are x and b.
         """
-        if product is None:
-            product = rows @ self.matrix
+        if product is None or self.is_identity:
+            product = self.pulled(rows)
         elif not product.requires_grad:  # <W, sum_i b_i x_i (x_i W)^T>
             derivative = rows.mT @ (by_row[:, None] * product)
             return doubled((self.matrix * derivative).sum()).clamp_min(0)
@@ -75,24 +74,27 @@ class Neuronwise:
         """Returns ``<F^T x_a, F^T x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
         if self.by_unit:
             return (rows @ self.gram()) @ rows.mT
-        pulled = rows @ self.matrix
+        pulled = self.pulled(rows)
         return pulled @ pulled.mT
 
     def square(self, g: Tensor) -> Tensor:
         """Returns ``||F^T g||_F^2``, ``()``, of one g ``(d, m)`` or several side by side; never negative.
 
-        Cost: where d <= m the Gram matrices of W and g, else ``W^T g``; one product each in the backward.
+        Cost for F = W: where d <= m the Gram matrices of W and g, else ``W^T g``; one product each in the
+        backward.
         """
         if self.by_unit:
             of_w, of_g = (doubled(t) @ t.detach().T for t in (self.matrix, g))
             return (of_w * of_g).sum().clamp_min(0)
-        return (self.matrix.mT @ g).square().sum()
+        return self.pulled(g.mT).square().sum()
 
     def weight_probe(self, draw: Draw) -> Tensor:
         """Returns a random V ``(d, m)`` with ``E[V_si V_uj] = (F F^T)_su 1[i = j]``.
 
         So ``E <V, H V> = <F F^T, T>``.
         """
+        if self.is_identity:
+            return draw(tuple(self.matrix.shape))
         # V = W Z with uncorrelated entries Z[k,t] = s_k r_{t-k}, computed as a circular convolution.
         signs, ring = draw((self.columns,)), draw((self.columns,))
         spectrum = torch.fft.rfft(self.matrix * signs) * torch.fft.rfft(ring)
@@ -102,8 +104,12 @@ class Neuronwise:
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         """Returns ``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
 
-        Cost: at most one product ``(n, d) x (d, m)``, and two in the backward.
+        Cost for F = W: at most one product ``(n, d) x (d, m)``, and two in the backward.
         """
+        if self.is_identity:  # 1 - ||p||^2, without subtracting numbers near 1
+            q, _ = _without_top(log_p)
+            rest = q.sum(1)
+            return (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
         # Logits may have been cast, also down: transformers computes losses in float32 for every model.
         dtype = torch.promote_types(log_p.dtype, self.matrix.dtype)
         log_p, w, by_row = (t.to(dtype) for t in (log_p, self.matrix, by_row))
@@ -112,50 +118,6 @@ class Neuronwise:
             return ((p @ distances) * p).sum(1).dot(by_row) / 2
         traces: Tensor = _Trace.apply(log_p, w)
         return traces.dot(by_row)
-
-
-class Layerwise:
-    """The factor F = I ``(d, d)`` of the layerwise measure, with the methods of `Neuronwise`."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.c = matrix.square().sum()
-        self.columns = self.directions = matrix.shape[0]
-
-    def gram(self) -> Tensor:
-        """Returns ``F F^T = I``, ``(d, d)``."""
-        return self.matrix.new_ones(self.columns).diag()
-
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Returns I twice: ``U, V`` with ``U^T V = I``."""
-        return self.gram(), self.gram()
-
-    def probe(self, signs: Tensor) -> Tensor:
-        """Returns ``F s``, the signs themselves."""
-        return signs
-
-    def weighted_squares(self, rows: Tensor, by_row: Tensor, product: Tensor | None) -> Tensor:
-        """Returns ``sum_i b_i ||x_i||^2`` ``()`` for x ``(n, d)`` and b ``(n,)``; needs no `product`."""
-        return (by_row * rows.square().sum(1)).sum()
-
-    def inner(self, rows: Tensor) -> Tensor:
-        """Returns ``<x_a, x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
-        return rows @ rows.mT
-
-    def square(self, g: Tensor) -> Tensor:
-        """Returns ``||g||_F^2``, ``()``."""
-        return g.square().sum()
-
-    def weight_probe(self, draw: Draw) -> Tensor:
-        """Returns random signs V ``(d, m)``."""
-        return draw(tuple(self.matrix.shape))
-
-    def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
-        """Returns ``sum_i b_i (1 - ||p_i||^2)``, ``()``, of log p ``(n, d)`` and b ``(n,)``."""
-        q, _ = _without_top(log_p)
-        rest = q.sum(1)
-        # 1 - ||p||^2, without subtracting numbers near 1
-        return (by_row * (2 * rest - rest.square() - q.square().sum(1))).sum()
 
 
 class _Trace(torch.autograd.Function):
@@ -222,7 +184,3 @@ def _without_top(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Returns p with each row's largest entry set to zero, and the position of that entry ``(n,)``."""
     top = log_p.argmax(1)
     return log_p.exp().scatter(1, top[:, None], 0.0), top
-
-
-Factor = Neuronwise | Layerwise
-MEASURES: dict[str, type[Factor]] = {"neuronwise": Neuronwise, "layerwise": Layerwise}
