@@ -26,16 +26,14 @@ class Curvature:
     Cost: one tail backward to construct, about two more per product (four if `differentiable`).
 
     Attributes:
-        uses: the layer's uses; lists of tensors shaped like z have one tensor per use.
+        tail: the tail; lists of tensors shaped like z have one tensor per use of the layer in it.
         gradient: dL/dz, or a multiple of it in float16; the products are its derivatives.
         undifferentiable: the reason why the products have no gradient; None if they have one.
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
-        self.tail = tail
+        self.tail = tail if differentiable or tail.nested else tail.detached()
         self.differentiable = differentiable
-        constant = not differentiable and not tail.nested
-        self.uses = tuple(use.detached() for use in tail.uses) if constant else tail.uses
         self._corrections = corrections(tail.path, derivatives_to_come=2)
         self.half = any(
             made.dtype == torch.float16 for node in (*tail.path, *tail.ends) for made in nodes.results(node)
@@ -72,7 +70,7 @@ class Curvature:
         """Returns ``H V`` ``(d, m)``, the product in weight space, through all uses of the weight."""
         nested = self.tail.nested
         left = torch.zeros_like(matrix, requires_grad=True)
-        at_left, at_right = ([use.lift(v) for use in self.uses] for v in (left, matrix))
+        at_left, at_right = ([use.lift(v) for use in self.tail.uses] for v in (left, matrix))
         # <left, H V> as a function of left; its gradient is H V.
         moved = self._pull(self.gradient, at_right, create_graph=self.differentiable or nested)
         value = inner(at_left, moved)
@@ -91,7 +89,7 @@ class Curvature:
         """
         if self.tail.nested:
             return (doubled(matrix) * self.times(matrix.detach())).sum()
-        lifted = [use.lift(matrix) for use in self.uses]
+        lifted = [use.lift(matrix) for use in self.tail.uses]
         return inner(list(map(doubled, lifted)), self.hvp([u.detach() for u in lifted]))
 
     def _pull(
@@ -109,7 +107,7 @@ class Curvature:
             found = torch.autograd.grad(
                 attached, z, vectors, create_graph=create_graph, retain_graph=True, allow_unused=True
             )
-        return [as_output(p, use) for p, use in zip(found, self.uses, strict=True)]
+        return [as_output(p, use) for p, use in zip(found, self.tail.uses, strict=True)]
 
 
 def as_output(derivative: Tensor | None, use: Use) -> Tensor:

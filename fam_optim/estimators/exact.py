@@ -40,7 +40,7 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
     """
     tail = curvature.tail
     m = tail.uses[0].m
-    grouping = find_grouping(tail, curvature.uses)
+    grouping = find_grouping(tail)
     if grouping is not None and grouping.size >= m:
         grouping = None
     products = (m if grouping is None else grouping.size) * factor.directions
@@ -65,7 +65,7 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
 
 def _by_weight(curvature: Curvature, factor: Factor) -> Tensor:
     """Returns ``sum_{k,t} <u_k e_t^T, H v_k e_t^T>``, in weight space."""
-    weight = curvature.uses[0].matrix()
+    weight = curvature.tail.uses[0].matrix()
     total = weight.new_zeros(())
     for u, v in zip(*factor.pairs(), strict=True):
         for t in range(weight.shape[1]):
@@ -92,7 +92,7 @@ def _by_rows(curvature: Curvature, factor: Factor, grouping: Grouping) -> Tensor
 
 def full(curvature: Curvature, factor: Factor) -> Tensor:
     """Returns ``<F F^T, T>`` from the whole Hessian, by ``d * m`` products, in ``O((d m)^2)`` memory."""
-    weight = curvature.uses[0].matrix()
+    weight = curvature.tail.uses[0].matrix()
     units = torch.eye(weight.numel(), dtype=weight.dtype, device=weight.device).view(-1, *weight.shape)
     hessian = torch.stack([curvature.times(unit) for unit in units]).view(*weight.shape, *weight.shape)
     return (factor.gram() * torch.einsum("stut->su", hessian)).sum()

@@ -50,15 +50,14 @@ class Jacobian:
     """
 
     def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
-        self.tails, self.differentiable = tails, differentiable
+        self.tails = tails if differentiable else [tail.detached() for tail in tails]
+        self.differentiable = differentiable
         self.path = path_of(tails)
         self.ends = frozenset[Node]().union(*(tail.ends for tail in tails))
         self._corrections = corrections(self.path, derivatives_to_come=1) if differentiable else []
         path = self.path | self.ends
         self.outputs = find_outputs(tails[0].loss, path, self.ends, differentiable=differentiable)
-        self.uses = [tail.uses if differentiable else [u.detached() for u in tail.uses] for tail in tails]
-        of_layers = zip(tails, self.uses, strict=True)
-        self._edges = {use: e for tail, uses in of_layers for use, e in zip(uses, tail.edges, strict=True)}
+        self._edges = {use: e for tail in self.tails for use, e in zip(tail.uses, tail.edges, strict=True)}
         # A backward to a lower layer forms ``delta W`` anyway where these edges are: at the inputs of Linear
         # layers on vectors, in full precision, if nothing else reads them.
         self._below: dict[Use, GradientEdge] = {}
@@ -114,27 +113,24 @@ def gauss_newton(
     are more than `MAX_PRODUCTS`, or if the loss is not known to be convex in the outputs.
     """
     jacobian = Jacobian(tails, differentiable=differentiable)
-    outputs = jacobian.outputs
+    tails, outputs = jacobian.tails, jacobian.outputs
     if all(0 in output.shape for output in outputs):  # no rows, or the loss is linear in outputs
-        return [use.matrix().new_zeros(()) for use, *_ in jacobian.uses]
+        return [tail.uses[0].matrix().new_zeros(()) for tail in tails]
     shown: list[dict[int, Groups]] = [{} for _ in tails]
     if mode != "full":
-        shown = shown_axes(jacobian.tails, jacobian.uses, jacobian.path | jacobian.ends)
+        shown = shown_axes(tails, jacobian.path | jacobian.ends)
     draws: Iterator[list[Tensor]]
     if mode == "hutchinson":
         draws = ([rademacher(tuple(o.shape), o.a, generator) for o in outputs] for _ in range(n_samples))
-        groupings = [_grouping(jacobian, layer, list(axes)) for layer, axes in enumerate(shown)]
+        groupings = [_grouping(tail, list(axes)) for tail, axes in zip(tails, shown, strict=True)]
         groupings = [g if g is not None and _has_few_rows(g) else None for g in groupings]
     else:  # groups that all layers keep apart share a product
         axes, numbers = _shared(jacobian, shown)
         draws = _columns(jacobian, numbers, MAX_PRODUCTS if mode == "exact" else math.inf)
-        groupings = [_grouping(jacobian, layer, axes) for layer in range(len(tails))]
-    squares: list[list[Tensor]] = [[] for _ in tails]
-    for r in draws:
-        found = jacobian.pull(r)
-        for layer, factor in enumerate(factors):
-            squares[layer].append(_square(jacobian, layer, found, factor, groupings[layer]))
-    sums = [torch.stack(of_layer).sum() for of_layer in squares]
+        groupings = [_grouping(tail, axes) for tail in tails]
+    layers = list(zip(tails, factors, groupings, strict=True))
+    squares = [[_square(jacobian, found, *layer) for layer in layers] for found in map(jacobian.pull, draws)]
+    sums = [torch.stack(of_layer).sum() for of_layer in zip(*squares, strict=True)]
     return [total / n_samples for total in sums] if mode == "hutchinson" else sums
 
 
@@ -146,7 +142,7 @@ def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[
     entries = [torch.arange(math.prod(output.shape)) for output in jacobian.outputs]
     of_entries = [torch.zeros_like(numbers) for numbers in entries]  # the group that each entry belongs to
     for axis in set.intersection(*map(set, shown)):
-        lengths = {use.lead[axis] for uses in jacobian.uses for use in uses}  # type: ignore[attr-defined]
+        lengths = {use.lead[axis] for tail in jacobian.tails for use in tail.uses}  # type: ignore[attr-defined]
         strides = [
             {shown[0][axis].strides.get((edge.node, edge.output_nr), SUM) for edge in output.edges}
             for output in jacobian.outputs
@@ -162,11 +158,10 @@ def _shared(jacobian: Jacobian, shown: Sequence[Mapping[int, Groups]]) -> tuple[
 
 
 def _square(
-    jacobian: Jacobian, layer: int, found: Pulled, factor: Factor, grouping: Grouping | None
+    jacobian: Jacobian, found: Pulled, tail: Tail, factor: Factor, grouping: Grouping | None
 ) -> Tensor:
-    """Returns the sum over groups of ``||F^T g||^2`` of the layer with this number; None means one group."""
-    deltas, products = found
-    uses = jacobian.uses[layer]
+    """Returns the sum over groups of ``||F^T g||^2`` of one layer; no grouping means one group."""
+    (deltas, products), uses = found, tail.uses
     if grouping is None:
         return factor.square(torch.stack([jacobian.in_weight(use, deltas[use]) for use in uses]).sum(0))
     delta = grouping.gather_outputs([deltas[use] for use in uses])
@@ -196,9 +191,9 @@ def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Ite
             yield r
 
 
-def _grouping(jacobian: Jacobian, layer: int, axes: Sequence[int]) -> Grouping | None:
+def _grouping(tail: Tail, axes: Sequence[int]) -> Grouping | None:
     """Returns the groups of a layer's rows along `axes`; None if there is only one group."""
-    uses = row_uses(jacobian.tails[layer], jacobian.uses[layer])
+    uses = row_uses(tail)
     return Grouping(uses, axes) if uses is not None and axes else None
 
 

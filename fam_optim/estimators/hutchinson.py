@@ -33,7 +33,7 @@ def hutchinson(
 ) -> Tensor:
     """Returns the mean of `n_samples` probes, each of which takes one Hessian-vector product."""
     draw = partial(rademacher, like=curvature.gradient[0], generator=generator)
-    rows = find_grouping(curvature.tail, curvature.uses)
+    rows = find_grouping(curvature.tail)
     if rows is not None and rows.size == 1:
         values = [_probe_rows(curvature, factor, rows, draw) for _ in range(n_samples)]
     else:

@@ -130,18 +130,16 @@ class Grouping:
         return self.gather([use.squared_norms() for use in self.uses])
 
 
-def find_grouping(tail: Tail, uses: Sequence[Use]) -> Grouping | None:
+def find_grouping(tail: Tail) -> Grouping | None:
     """Returns the finest grouping whose groups the graph proves not to interact; None without rows."""
-    of_rows = row_uses(tail, uses)
+    of_rows = row_uses(tail)
     if of_rows is None:
         return None
-    (axes,) = shown_axes([tail], [uses], tail.path | tail.ends)
+    (axes,) = shown_axes([tail], tail.path | tail.ends)
     return Grouping(of_rows, list(axes))
 
 
-def shown_axes(
-    tails: Sequence[Tail], uses: Sequence[Sequence[Use]], path: Set[Node]
-) -> list[dict[int, Groups]]:
+def shown_axes(tails: Sequence[Tail], path: Set[Node]) -> list[dict[int, Groups]]:
     """Returns for every layer the axes along which its rows do not interact, each with what the graph shows.
 
     Rows that interact along no axis do not interact at all. The path is that of all tails, the layers' own
@@ -149,8 +147,8 @@ def shown_axes(
     """
     ordered = _operands_first(path)
     layers: dict[tuple[int, int], list[int]] = {}  # by number and length of their axes
-    for number, (tail, of_layer) in enumerate(zip(tails, uses, strict=True)):
-        leads = [use.lead for use in row_uses(tail, of_layer) or ()]
+    for number, tail in enumerate(tails):
+        leads = [use.lead for use in row_uses(tail) or ()]
         for axis, lengths in enumerate(zip(*leads, strict=False)):
             if len(set(lengths)) == 1:
                 layers.setdefault((axis, lengths[0]), []).append(number)
@@ -161,7 +159,7 @@ def shown_axes(
             starts = {
                 (edge.node, edge.output_nr): _stride(use, axis)
                 for number in numbers
-                for use, edge in zip(uses[number], tails[number].edges, strict=True)
+                for use, edge in zip(tails[number].uses, tails[number].edges, strict=True)
             }
             groups = follow(ordered, starts, length)
         for number in numbers:
@@ -170,10 +168,10 @@ def shown_axes(
     return shown
 
 
-def row_uses(tail: Tail, uses: Sequence[Use]) -> list[LayerUse] | None:
+def row_uses(tail: Tail) -> list[LayerUse] | None:
     """Returns the layer's uses if each output vector has one input vector and no call feeds another."""
-    of_rows = [use for use in uses if isinstance(use, LayerUse) and use.has_rows]
-    return None if len(of_rows) < len(uses) or tail.nested else of_rows
+    of_rows = [use for use in tail.uses if isinstance(use, LayerUse) and use.has_rows]
+    return None if len(of_rows) < len(tail.uses) or tail.nested else of_rows
 
 
 def _stride(use: Use, axis: int) -> int:

@@ -5,7 +5,7 @@ operations on the way to them, and whether one call feeds another.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -30,6 +30,10 @@ class Tail:
     parents: Mapping[Node, Sequence[Node]] = field(repr=False)  # for each node of the graph, the nodes above
     uses: tuple[Use, ...]  # the layer's uses that the loss depends on
     edges: tuple[GradientEdge, ...]  # where to differentiate with respect to the outputs of the uses
+
+    def detached(self) -> "Tail":
+        """Returns this tail with constant inputs of the layer's calls."""
+        return replace(self, uses=tuple(use.detached() for use in self.uses))
 
     @property
     def ends(self) -> frozenset[Node]:

@@ -132,7 +132,7 @@ def test_random_tails() -> None:
         if not loss.requires_grad or loss.numel() != 1 or not loss.isfinite():
             continue
         tail = tail_of_layer(loss, layer)
-        (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
+        (shown,) = shown_axes([tail], tail.path | tail.ends)
         path = [n.name() for n in tail.path]
         for axis in shown:
             proven += 1
@@ -153,7 +153,7 @@ def check(case: Case) -> bool:
     loss, (layer, *_) = observed(case.problem())
     tail = tail_of_layer(loss, layer)
     curvature = Curvature(tail, differentiable=False)
-    grouping = find_grouping(curvature.tail, curvature.uses)
+    grouping = find_grouping(curvature.tail)
     if grouping is None or grouping.groups < 2:
         return False
     scales = grouping.scatter(torch.rand(grouping.groups, 1, 1).expand(-1, grouping.size, 1))
@@ -185,7 +185,7 @@ def test_common_tails_are_shown(tail_of: Callable[[Tensor], Tensor]) -> None:
     with observe(linear) as layer:
         loss = tail_of(linear(torch.randn(6, 3)))
     tail = tail_of_layer(loss, layer)
-    (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
+    (shown,) = shown_axes([tail], tail.path | tail.ends)
     assert list(shown) == [0]
     assert independence.independent(tail.path, tail.ends, 6)
 
@@ -235,7 +235,7 @@ def test_axes_of_sequences(axes: list[int], tail_of: Callable[[Tensor], Tensor])
         z = linear(x)
         loss = tail_of(z).sin().square().mean()
     tail = tail_of_layer(loss, layer)
-    (shown,) = shown_axes([tail], [tail.uses], tail.path | tail.ends)
+    (shown,) = shown_axes([tail], tail.path | tail.ends)
     assert list(shown) == axes
     for axis in shown:
         assert mixed(loss, z, axis) == 0
@@ -248,7 +248,7 @@ def test_positions_of_an_unbatched_convolution_are_not_its_first_axis() -> None:
         loss = convolution(torch.randn(2, 4)).softmax(1).square().sum()
     tail = tail_of_layer(loss, layer)
     assert independence.independent(tail.path, tail.ends, 4), "of channels it is true"
-    grouping = find_grouping(tail, tail.uses)
+    grouping = find_grouping(tail)
     assert grouping is not None and grouping.axes == ()
     torch.testing.assert_close(
         relative_flatness(loss, layer), relative_flatness(loss, layer, mode="full"), rtol=1e-9, atol=0
