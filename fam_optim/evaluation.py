@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fam_optim.flatness import Settings, check_mode, each_flatness, used_tails
+from fam_optim.flatness import Settings, check_mode, each_flatness
+from fam_optim.graph.trace import find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layers import Layer, as_layers, named, named_weight_layers, weights_of
 
@@ -138,7 +139,7 @@ def _over_batches(
                     f"expected `loss_fn` to be finite, got {loss.detach()}. Where all targets of a batch are "
                     "left out, a mean is nan: pass `weight`, which is 0 then, and the batch is left out."
                 )
-            tails = used_tails(loss, layers)
+            tails = find_tails(loss, layers)
             for number, kappa in zip(tails, each_flatness(list(tails.values()), settings), strict=True):
                 total = total.to(torch.promote_types(total.dtype, kappa.dtype))
                 total[number] += kappa.detach() * size

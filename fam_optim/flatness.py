@@ -132,12 +132,7 @@ def relative_flatness(
                 "inside `with observe(module) as layer:` and pass that."
             )
         check_mode(one, settings)
-    return tails_flatness(list(used_tails(loss, distinct(layers)).values()), settings)
-
-
-def used_tails(loss: Tensor, layers: Sequence[Layer]) -> dict[int, Tail]:
-    """Returns the tails of those layers that the loss depends on, by the layers' numbers."""
-    return {number: tail for number, tail in enumerate(find_tails(loss, layers)) if tail is not None}
+    return tails_flatness(list(find_tails(loss, distinct(layers)).values()), settings)
 
 
 def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:

@@ -13,11 +13,11 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.optim import Optimizer
 
 from fam_optim import unnoticed
-from fam_optim.flatness import Settings, check_mode, tails_flatness, used_tails
+from fam_optim.flatness import Settings, check_mode, tails_flatness
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import LayerNotUsedError, check_scalar
-from fam_optim.graph.trace import uses_in
+from fam_optim.graph.trace import find_tails, uses_in
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse
 from fam_optim.layers import as_layers, name_of, weights_of
@@ -129,7 +129,7 @@ class Penalty(Regularizer):
         if self._key in mark.penalties:
             return loss
         try:
-            tails = list(used_tails(mark.plain, self.layers).values())
+            tails = list(find_tails(mark.plain, self.layers).values())
         except LayerNotUsedError:
             self.ledger.expect(loss)  # a closure may backpropagate it beside others
             raise

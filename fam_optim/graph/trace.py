@@ -56,8 +56,8 @@ def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
     return above({edge.node for tail in tails for edge in tail.edges}, tails[0].parents)
 
 
-def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tail | None]:
-    """Returns the tail from `loss` to each layer's outputs; None for a layer that it does not depend on.
+def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> dict[int, Tail]:
+    """Returns the tails to the outputs of those layers that `loss` depends on, by the layers' numbers.
 
     A single walk finds all tails. The tail of a parameter ends at the parameter itself. Raises
     LayerNotUsedError if the loss depends on none of the layers, and RuntimeError if a record is out of date,
@@ -67,20 +67,20 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> list[Tai
     check_scalar(loss)
     parents = parents_below(loss)
     parts = [layer.module if isinstance(layer, Observation) else layer for layer in layers]
-    tails = [
-        Tail(part, loss, parents, *zip(*uses, strict=True)) if uses else None
-        for part, uses in zip(parts, uses_in(parents, parts), strict=True)
-    ]
-    ends = {edge.node for tail in tails if tail for edge in tail.edges}
-    if not ends:
+    tails = {
+        number: Tail(parts[number], loss, parents, *zip(*uses, strict=True))
+        for number, uses in enumerate(uses_in(parents, parts))
+        if uses
+    }
+    if not tails:
         raise LayerNotUsedError(not_used(parts[0], parents))
     derivatives = [node for node in parents if nodes.kind(node) == "NativeLayerNormBackward"]
-    if derivatives and not above(ends, parents).isdisjoint(derivatives):
+    if derivatives and not path_of(list(tails.values())).isdisjoint(derivatives):
         raise RuntimeError(
             "`loss` contains a derivative through nn.LayerNorm, whose higher derivatives are wrong in torch "
             "(pytorch/pytorch#175754). Write that LayerNorm out in elementary operations."
         )
-    uses = [tail.uses if tail else () for tail in tails]
+    uses = [tails[number].uses if number in tails else () for number in range(len(layers))]
     for use in chain(*uses):
         use.check()
     check_all_seen(parents, layers, uses)

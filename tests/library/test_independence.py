@@ -28,9 +28,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def tail_of_layer(loss: Tensor, layer: Observation) -> Tail:
-    (tail,) = find_tails(loss, [layer])
-    assert tail is not None
-    return tail
+    return find_tails(loss, [layer])[0]
 
 
 def mixed(loss: Tensor, z: Tensor, axis: int) -> float:
