@@ -168,27 +168,19 @@ def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
     return None
 
 
-class _Refused(torch.autograd.Function):
-    """The identity with a backward that raises, because torch's own error would come late or not at all."""
-
-    @staticmethod
-    def forward(ctx: Any, kappa: Tensor, why: str, always: bool) -> Tensor:
-        ctx.why, ctx.always = why, always
-        return kappa.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        if ctx.always or torch.is_grad_enabled():
-            raise RuntimeError(ctx.why)
-        return *grad_outputs, None, None
-
-
 def once_differentiable(kappa: Tensor, undifferentiable: str | None = None) -> Tensor:
-    """Returns `kappa` in such a form that a backward from it with create_graph=True raises RuntimeError. If
-    there is a reason why it has no gradient, every backward raises it."""
-    why = (
+    """Returns `kappa` after making every backward from it with create_graph=True raise RuntimeError, because
+    torch's own error would come late or not at all. If there is a reason why kappa has no gradient, every
+    backward raises it."""
+    why = undifferentiable or (
         "this kappa can be differentiated once only, and a backward with create_graph=True asks for more, as "
         "AdaHessian does. Take Hessian-vector products of the loss without kappa, or use mode='full'."
     )
-    attached: Tensor = _Refused.apply(kappa, undifferentiable or why, undifferentiable is not None)
-    return attached
+
+    def refuse(gradient: Tensor) -> None:
+        if undifferentiable or torch.is_grad_enabled():
+            raise RuntimeError(why)
+
+    if kappa.requires_grad:
+        kappa.register_hook(refuse)  # type: ignore[no-untyped-call]
+    return kappa
