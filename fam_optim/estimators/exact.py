@@ -33,32 +33,26 @@ MANY_PRODUCTS = 50
 
 
 def exact(curvature: Curvature, factor: Factor) -> Tensor:
-    """Returns ``<F F^T, T>`` without forming H; RuntimeError if it takes more than `MAX_PRODUCTS` products.
-
-    Cost: ``min(d, m)`` Hessian-vector products through the tail if the rows of z do not interact, and more
-    if they do.
-    """
+    """Returns ``<F F^T, T>`` without forming H; RuntimeError if that takes more than `MAX_PRODUCTS`."""
     tail = curvature.tail
-    m = tail.uses[0].m
+    d, m = tail.uses[0].d, tail.uses[0].m
     grouping = find_grouping(tail)
-    if grouping is not None and grouping.size >= m:
-        grouping = None
-    products = (m if grouping is None else grouping.size) * factor.directions
+    products = (m if grouping is None else min(grouping.size, m)) * factor.directions
+    layer = f"`layer` {describe(tail.layer)} (weight matrix {d} x {m})"
+    what = f"exact kappa of {layer} takes {products} Hessian-vector products"
     if products > MAX_PRODUCTS:
         raise RuntimeError(
-            f"exact kappa of `layer` {describe(tail.layer)} (weight matrix {tail.uses[0].d} x {m}) takes "
-            f"{products} Hessian-vector products here, more than the limit of {MAX_PRODUCTS}. Use "
-            "mode='hutchinson', which is unbiased with one product per probe, or regularise a layer nearer "
-            "to the loss. (To measure all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
+            f"{what} here, more than the limit of {MAX_PRODUCTS}. Use mode='hutchinson', which is unbiased "
+            "with one product per probe, or regularise a layer nearer to the loss. (To measure all the same, "
+            "raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
         )
     if products > MANY_PRODUCTS:
         warnings.warn(  # Python shows the same text only once
-            f"exact kappa of `layer` {describe(tail.layer)} takes {products} Hessian-vector products through "
-            "what follows it, at every evaluation: it does not feed a softmax cross-entropy directly. "
-            "mode='hutchinson' is unbiased with one product.",
+            f"{what} through what follows it, at every evaluation: it does not feed a softmax cross-entropy "
+            "directly. mode='hutchinson' is unbiased with one product.",
             stacklevel=2,
         )
-    if grouping is None:
+    if grouping is None or grouping.size >= m:
         return _by_weight(curvature, factor)
     return _by_rows(curvature, factor, grouping)
 
