@@ -126,7 +126,7 @@ def _over_batches(
     total, count, used = torch.zeros(len(layers), device=device), 0.0, set[int]()
     with _observed_in_eval_mode(model, layers):
         for batch in loader:
-            inputs, targets = (_to(part, device) for part in _pair(batch))
+            inputs, targets = _mapped(lambda t: t.to(device, non_blocking=True), _pair(batch))
             size = float(weight(inputs, targets))
             if not size >= 0:
                 raise ValueError(f"expected `weight` to give a number that is at least 0, got {size}.")
@@ -182,8 +182,9 @@ def _device(layers: Sequence[Layer]) -> torch.device:
 
 
 def _samples(inputs: Any, targets: Any) -> int:
-    """Returns the common length of all tensors in a batch's inputs, also those in dicts, lists and tuples."""
-    lengths = set(_lengths(inputs))
+    """Returns the common length of all tensors in a batch's inputs."""
+    lengths = set[int]()
+    _mapped(lambda t: lengths.update(t.shape[:1]), inputs)
     if len(lengths) != 1:
         raise TypeError(
             "expected the tensors in the batch's inputs to have one sample axis, by whose length the batch "
@@ -193,19 +194,13 @@ def _samples(inputs: Any, targets: Any) -> int:
     return lengths.pop()
 
 
-def _lengths(batch: Any) -> Iterator[int]:
-    if isinstance(batch, Tensor) and batch.dim():
-        yield len(batch)
-    elif isinstance(batch, (Mapping, list, tuple)):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _lengths(item)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
+def _mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Returns a batch with a function applied to its tensors, also those in dicts, lists and tuples."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return function(batch)
     if isinstance(batch, Mapping):  # such as a tokenizer's input_ids and attention_mask
-        return {name: _to(item, device) for name, item in batch.items()}
-    if type(batch) in (list, tuple):
-        return type(batch)(_to(item, device) for item in batch)
+        return {name: _mapped(function, item) for name, item in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        parts = [_mapped(function, item) for item in batch]
+        return type(batch)(parts) if type(batch) in (list, tuple) else batch  # PackedSequence, say
     return batch
