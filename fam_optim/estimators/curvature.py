@@ -23,12 +23,8 @@ from fam_optim.layer.use import Use, at_least_float32
 class Curvature:
     """Multiplies vectors by the Hessian of the loss in the outputs z of one layer.
 
-    Cost: one tail backward to construct, about two more per product (four if `differentiable`).
-
-    Attributes:
-        tail: the tail; lists of tensors shaped like z have one tensor per use of the layer in it.
-        gradient: dL/dz, or a multiple of it in float16; the products are its derivatives.
-        undifferentiable: the reason why the products have no gradient; None if they have one.
+    Lists of tensors shaped like z have one tensor per use of the layer. Cost: one tail backward to
+    construct, about two more per product (four if `differentiable`).
     """
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
@@ -38,28 +34,27 @@ class Curvature:
         self.half = any(
             made.dtype == torch.float16 for node in (*tail.path, *tail.ends) for made in nodes.results(node)
         )
-        self._scale = torch.ones_like(tail.loss)
-        if self.half:
-            self._fit_into_float16()
+        self._scale = self._into_float16() if self.half else torch.ones_like(tail.loss)
+        # dL/dz times the scale; the products are its derivatives.
         self.gradient = self._pull([tail.loss], [self._scale], create_graph=True)
         derivative = errors.check_functions(tail.path, tail.ends, self.gradient)
         self.undifferentiable = errors.undifferentiable(tail.path, derivative) if differentiable else None
 
-    def _fit_into_float16(self) -> None:
-        """Chooses a power of two to multiply the loss by, so that derivatives stay within float16's range.
+    def _into_float16(self) -> Tensor:
+        """Returns a power of two to multiply the loss by, so that derivatives stay within float16's range.
 
         (Those of a confident softmax over a batch are too small for it.) The products are divided by it. It
         makes the largest entry of the gradient, or of its product with a direction of unit size, about 1, in
         the middle of the range. Nothing waits for the device.
         """
-        self._scale = torch.full_like(self.tail.loss, 2.0**7)
-        self.gradient = self._pull([self.tail.loss], [self._scale], create_graph=True)
-        unit = [torch.arange(g.numel(), device=g.device).to(g).cos().view_as(g) for g in self.gradient]
-        product = self._pull(self.gradient, unit, create_graph=False)
-        size = torch.stack([t.detach().abs().max() for t in (*self.gradient, *product)]).max() / self._scale
+        scale = torch.full_like(self.tail.loss, 2.0**7)
+        gradient = self._pull([self.tail.loss], [scale], create_graph=True)
+        unit = [torch.arange(g.numel(), device=g.device).to(g).cos().view_as(g) for g in gradient]
+        product = self._pull(gradient, unit, create_graph=False)
+        size = torch.stack([t.detach().abs().max() for t in (*gradient, *product)]).max() / scale
         # An overflow counts as a large size; a zero may be an underflow, so it counts as a small one.
         exponent = -size.nan_to_num(nan=torch.inf).log2().ceil()
-        self._scale = exponent.clamp(-8, 15).exp2().to(self._scale).expand_as(self._scale)
+        return exponent.clamp(-8, 15).exp2().to(scale).expand_as(scale)
 
     def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
         """Returns the Hessian-vector product ``Hess_z(L) u`` of one direction u."""
