@@ -20,9 +20,6 @@ class Ledger:
     It sees every backward that reaches a trained weight of the layers, no matter who calls it and how, and
     knows which of them started from a loss that FAM returned. It ignores what else is done to gradients
     (clipping, scaling, averaging, zeroing). `sound` says that gradients may exist already.
-
-    Attributes:
-        added: whether a backward has added to a gradient.
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class Ledger:
         self._running: int | None = None  # the backward that was noticed and has not ended
         self._expected = False  # whether that backward started from a regularised loss
         self._reached: list[Tensor] = []  # weights that it reached before this was known
-        self.added = False
+        self.added = False  # whether a backward has added to a gradient
 
     @property
     def _weights(self) -> list[Any]:
@@ -79,10 +76,6 @@ class Ledger:
                 "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
                 "backward before the step, or call optimizer.zero_grad() in the closure."
             )
-
-    def is_empty(self) -> bool:
-        """Returns whether no trained parameter has a gradient."""
-        return all(p.grad is None for p in self._trained)
 
     def left(self, beside: Sequence[Tensor] = ()) -> Tensor | None:
         """Returns, without waiting for the device, whether a gradient is not zero; None if there is none."""

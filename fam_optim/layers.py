@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fam_optim.layer.kinds import base_type, parameter_use, use_type
 from fam_optim.layer.record import Observation, parametrization
-from fam_optim.layer.use import describe
 
 Layer = Observation | nn.Parameter
 
@@ -121,8 +120,3 @@ def weights_of(layer: Layer) -> list[Tensor]:
         return [cast("Tensor", own["weight"])]
     # Pruning and the older weight_norm and spectral_norm compute `weight` from weight_* in a pre-hook.
     return [p for name, p in own.items() if p is not None and name.startswith("weight_")]
-
-
-def name_of(layer: Layer) -> str:
-    """Returns the layer's name as the user knows it, for messages."""
-    return describe(layer.module if isinstance(layer, Observation) else layer)

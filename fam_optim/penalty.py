@@ -19,8 +19,8 @@ from fam_optim.graph import nodes
 from fam_optim.graph.reach import LayerNotUsedError, check_scalar
 from fam_optim.graph.trace import find_tails, uses_in
 from fam_optim.layer.record import Observation
-from fam_optim.layer.use import LayerUse
-from fam_optim.layers import as_layers, name_of, weights_of
+from fam_optim.layer.use import LayerUse, describe
+from fam_optim.layers import as_layers, weights_of
 from fam_optim.regularizer import Regularizer
 from fam_optim.unnoticed import opaque
 
@@ -35,15 +35,8 @@ class _Mark(NamedTuple):
 
 
 class Penalty(Regularizer):
-    """Adds ``lam * kappa`` of some layers to losses, and keeps track of these losses until the step.
+    """Adds ``lam * kappa`` of some layers to losses, and keeps track of these losses until the step."""
 
-    Attributes:
-        layers: the layers, as observations and parameters.
-        ledger: knows whether all gradients come from regularised losses.
-        losses: the losses regularised since the last step, detached.
-    """
-
-    ledger: Ledger
     _saved = ("settings", "lam", "layers", "last_kappa", "last_lam")
 
     def __init__(self, layer: Any, lam: float, settings: Settings) -> None:
@@ -75,11 +68,11 @@ class Penalty(Regularizer):
         self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
-        return [(name_of(layer), weights_of(layer)) for layer in self.layers]
+        return [(describe(getattr(layer, "module", layer)), weights_of(layer)) for layer in self.layers]
 
     @partial(opaque, reason="fam_optim looks at the gradients")
     def check(self) -> None:
-        if self.given and self.ledger.is_empty():
+        if self.given and all(p.grad is None for p in self.trained):
             raise RuntimeError(
                 f"a loss was regularised (`layer` {self.names}), and nothing that is trained has a gradient. "
                 "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad() "
@@ -111,17 +104,13 @@ class Penalty(Regularizer):
             use.release(observed.get(id(use.module())))
         self._used.clear()
         self.given = False
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # those regularised since the last step, detached
 
     @partial(opaque, reason="fam_optim looks into the graph of the loss")
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
-        loss itself, if lam is 0 or the loss contains this penalty already.
-
-        Raises:
-            LayerNotUsedError: if the loss depends on none of the layers.
-            RuntimeError: if part of the loss was regularised before, and part was not.
-        """
+        loss itself, if lam is 0 or the loss contains this penalty already. Raises LayerNotUsedError if the
+        loss depends on none of the layers, and RuntimeError if only a part of it was regularised before."""
         if not self.lam:
             return loss
         check_scalar(loss)

@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 def recorded_calls(module: nn.Module) -> list[LayerUse]:
     """The calls of a module of which anything is kept, by whomever."""
     alive = [o for o in gc.get_objects() if issubclass(type(o), LayerUse)]  # isinstance asks weak proxies
-    return [use for use in alive if use.module() is module and not use.is_released]
+    return [use for use in alive if use.module() is module and hasattr(use, "phi")]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -29,9 +30,9 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     known to be linear in a weight matrix of the module's own."""
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(tensor_parallel(module))
-    base = base_type(module)
-    if base is not None:
-        return _kinds()[base]
+    for base, use in _kinds().items():
+        if isinstance(module, base):
+            return use
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         raise TypeError(
             f"expected `layer` to have a weight matrix, got the wrapper {describe(module)} of a base_layer "
@@ -46,17 +47,11 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     )
 
 
-_KINDS: dict[type[nn.Module], type[LayerUse]] = {
-    nn.Linear: LinearUse,
-    **dict.fromkeys(CONVOLUTIONS, ConvUse),
-    **dict.fromkeys(TRANSPOSED, ConvTransposeUse),
-}
-
-
-def _kinds() -> dict[type[nn.Module], type[LayerUse]]:
-    # Adds Hugging Face's own Linear (GPT-2 has no other), but does not import transformers for it.
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return _KINDS if conv1d is None else {**_KINDS, conv1d: Conv1DUse}
+def _kinds() -> dict[Any, type[LayerUse]]:
+    # With Hugging Face's own Linear (GPT-2 has no other), but transformers is not imported for it.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", NoneType)
+    kinds: dict[Any, type[LayerUse]] = {nn.Linear: LinearUse, conv1d: Conv1DUse}
+    return kinds | dict.fromkeys(CONVOLUTIONS, ConvUse) | dict.fromkeys(TRANSPOSED, ConvTransposeUse)
 
 
 def base_type(module: nn.Module) -> type[nn.Module] | None:

@@ -104,7 +104,7 @@ def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
     """Returns the use whose output `node` computes, with the edge at which L's derivative in z is taken; None
     if there is none, or if its input is gone."""
     use, output = nodes.metadata(node).get(_KEY, (None, 0))
-    return None if use is None or use.is_released else (use, GradientEdge(node, output))
+    return (use, GradientEdge(node, output)) if hasattr(use, "phi") else None
 
 
 def parametrization(module: nn.Module) -> nn.Module | None:

@@ -138,11 +138,6 @@ class LayerUse(Use):
             vars(self).pop("phi", None)
 
     @property
-    def is_released(self) -> bool:
-        """Whether the input is gone."""
-        return "phi" not in vars(self)
-
-    @property
     def input(self) -> Tensor:
         """phi, in at least float32."""
         return at_least_float32(self.phi)
