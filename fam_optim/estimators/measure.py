@@ -137,8 +137,10 @@ class _Trace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_row: Tensor) -> Any:
         log_p, weight, w, squares, top, rest, delta = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, by_row, log_p, weight)
+        if torch.is_grad_enabled():  # by operations that can be differentiated again
+            # log p is computed from W; views keep the derivative in W apart from the one through log p.
+            views = [t.view_as(t).requires_grad_() for t in (log_p, weight)]
+            return torch.autograd.grad(_parts_of_trace(*views)[-1], views, by_row, create_graph=True)
         in_log_p, in_w = ctx.needs_input_grad
         mean, b = w[top] + delta, by_row[:, None]
         weighted = log_p.exp().scatter_(1, top[:, None], 0.0).mul_(b)
@@ -151,16 +153,6 @@ class _Trace(torch.autograd.Function):
             beside = squares[top] + 2 * (w[top] * delta).sum(1)
             by_log_p = torch.addmm(squares, mean, w.T, alpha=-2).add_(beside[:, None]).mul_(weighted)
         return by_log_p, by_w
-
-
-def _differentiable_backward(ctx: Any, by_row: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-    """Returns the gradient of `_Trace` by operations that can be differentiated again."""
-    # log p is computed from W; views keep the derivative in W apart from the one through log p.
-    views = [t.view_as(t) for t in inputs]
-    needed = [t for t, asked in zip(views, ctx.needs_input_grad, strict=True) if asked]
-    c = _parts_of_trace(*views)[-1]
-    found = iter(torch.autograd.grad(c, needed, by_row, create_graph=True))
-    return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
 
 
 def _parts_of_trace(log_p: Tensor, w: Tensor) -> tuple[Tensor, ...]:
