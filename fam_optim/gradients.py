@@ -15,12 +15,10 @@ from fam_optim.layer.use import is_sharded
 
 
 class Ledger:
-    """Knows whether all gradients of the layers' weights come from losses that were regularised.
-
-    It sees every backward that reaches a trained weight of the layers, no matter who calls it and how, and
-    knows which of them started from a loss that FAM returned. It ignores what else is done to gradients
-    (clipping, scaling, averaging, zeroing). `sound` says that gradients may exist already.
-    """
+    """Knows whether all gradients of the layers' weights come from losses that were regularised. It sees
+    every backward that reaches a trained weight of the layers, no matter who calls it and how, and knows
+    which of them started from a loss that FAM returned. It ignores what else is done to gradients (clipping,
+    scaling, averaging, zeroing). `sound` says that gradients may exist already."""
 
     def __init__(
         self,
@@ -124,12 +122,10 @@ def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor
 
 
 class FiniteGuard:
-    """Prevents a step if the loss is finite but the gradient of the penalty is not.
-
-    As torch computes them, higher derivatives can be infinite where the first is finite: those of a norm or a
-    standard deviation at 0. So the gradients are checked before the step. On the CPU the step is refused. On
-    an accelerator the gradients are set to zero in place and the next step is refused, to avoid waiting.
-    """
+    """Prevents a step if the loss is finite but the gradient of the penalty is not. As torch computes them,
+    higher derivatives can be infinite where the first is finite: those of a norm or a standard deviation at
+    0. So the gradients are checked before the step. On the CPU the step is refused. On an accelerator the
+    gradients are set to zero in place and the next step is refused, to avoid waiting."""
 
     def __init__(self, names: str) -> None:
         self._names = names

@@ -136,10 +136,8 @@ class Penalty(Regularizer):
         return regularized
 
     def _mark_to_extend(self, loss: Tensor) -> _Mark:
-        """Returns the loss to compute kappa of, and the penalties that `loss` contains.
-
-        Another optimizer's penalty does not count as part of the loss: kappa is that of the plain loss.
-        """
+        """Returns the loss to compute kappa of, and the penalties that `loss` contains. Another optimizer's
+        penalty does not count as part of the loss: kappa is that of the plain loss."""
         marked = list(_marked(loss))
         if not marked:
             return _Mark(loss, {})

@@ -21,11 +21,9 @@ from fam_optim.layer.use import Use, at_least_float32
 
 
 class Curvature:
-    """Multiplies vectors by the Hessian of the loss in the outputs z of one layer.
-
-    Lists of tensors shaped like z have one tensor per use of the layer. Cost: one tail backward to
-    construct, about two more per product (four if `differentiable`).
-    """
+    """Multiplies vectors by the Hessian of the loss in the outputs z of one layer. Lists of tensors shaped
+    like z have one tensor per use of the layer. Cost: one tail backward to construct, about two more per
+    product (four if `differentiable`)."""
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
         self.tail = tail if differentiable or tail.nested else tail.detached()
@@ -42,11 +40,9 @@ class Curvature:
 
     def _into_float16(self) -> Tensor:
         """Returns a power of two to multiply the loss by, so that derivatives stay within float16's range.
-
         (Those of a confident softmax over a batch are too small for it.) The products are divided by it. It
         makes the largest entry of the gradient, or of its product with a direction of unit size, about 1, in
-        the middle of the range. Nothing waits for the device.
-        """
+        the middle of the range. Nothing waits for the device."""
         scale = torch.full_like(self.tail.loss, 2.0**7)
         gradient = self._pull([self.tail.loss], [scale], create_graph=True)
         unit = [torch.arange(g.numel(), device=g.device).to(g).cos().view_as(g) for g in gradient]
@@ -77,11 +73,8 @@ class Curvature:
         return product
 
     def quadratic(self, matrix: Tensor) -> Tensor:
-        """Returns ``<V, H V>``, differentiable through V as well.
-
-        H is symmetric, so one V carries twice its gradient and the other is a constant. This saves the
-        backward through the argument of the product.
-        """
+        """Returns ``<V, H V>``, differentiable through V as well. H is symmetric, so one V carries twice its
+        gradient and the other is a constant. This saves the backward through the argument of the product."""
         if self.tail.nested:
             return (doubled(matrix) * self.times(matrix.detach())).sum()
         lifted = [use.lift(matrix) for use in self.tail.uses]

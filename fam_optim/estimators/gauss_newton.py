@@ -44,10 +44,8 @@ MAX_PRODUCTS = 1024
 
 
 class Jacobian:
-    """Computes vector-Jacobian products from the network's outputs to the outputs z of several layers.
-
-    Cost of a product: one backward from the loss to the lowest layer, and two more for its derivative.
-    """
+    """Computes vector-Jacobian products from the network's outputs to the outputs z of several layers. Cost
+    of a product: one backward from the loss to the lowest layer, and two more for its derivative."""
 
     def __init__(self, tails: Sequence[Tail], *, differentiable: bool) -> None:
         self.tails = tails if differentiable else [tail.detached() for tail in tails]
@@ -106,12 +104,10 @@ def gauss_newton(
     *,
     differentiable: bool,
 ) -> list[Tensor]:
-    """Returns ``<F F^T, T_G>`` of every layer, which is never negative.
-
-    Cost for all layers together: hutchinson takes one vector-Jacobian product per probe. exact takes one per
-    output of a sample, or one per output of the whole batch if samples interact. Raises RuntimeError if these
-    are more than `MAX_PRODUCTS`, or if the loss is not known to be convex in the outputs.
-    """
+    """Returns ``<F F^T, T_G>`` of every layer, which is never negative. Cost for all layers together:
+    hutchinson takes one vector-Jacobian product per probe. exact takes one per output of a sample, or one per
+    output of the whole batch if samples interact. Raises RuntimeError if these are more than `MAX_PRODUCTS`,
+    or if the loss is not known to be convex in the outputs."""
     jacobian = Jacobian(tails, differentiable=differentiable)
     tails, outputs = jacobian.tails, jacobian.outputs
     if all(0 in output.shape for output in outputs):  # no rows, or the loss is linear in outputs

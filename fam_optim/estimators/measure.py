@@ -41,11 +41,9 @@ class Factor:
         return self.matrix.new_ones(self.columns).diag() if self.is_identity else self.matrix @ self.matrix.T
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Returns ``U, V`` ``(directions, d)`` with ``U^T V = F F^T``.
-
-        V is constant and U carries the gradient. So the gradient of ``sum_k <u_k, T v_k>`` over their rows
-        is right, although T is applied to constants only.
-        """
+        """Returns ``U, V`` ``(directions, d)`` with ``U^T V = F F^T``. V is constant and U carries the
+        gradient. So the gradient of ``sum_k <u_k, T v_k>`` over their rows is right, although T is applied to
+        constants only."""
         if self.directions == len(self.matrix):
             return self.gram(), self.matrix.new_ones(self.directions).diag()
         return doubled(self.matrix).T, self.matrix.detach().T
@@ -60,9 +58,7 @@ class Factor:
 
     def weighted_squares(self, rows: Tensor, by_row: Tensor, product: Tensor | None) -> Tensor:
         """Returns ``sum_i b_i ||F^T x_i||^2`` ``()`` for x ``(n, d)`` and b ``(n,)``; it is never negative.
-
-        `product` is ``x W``, if the caller has it. If it is a constant, so are x and b.
-        """
+        `product` is ``x W``, if the caller has it. If it is a constant, so are x and b."""
         if product is None or self.is_identity:
             product = self.pulled(rows)
         elif not product.requires_grad:  # <W, sum_i b_i x_i (x_i W)^T>
@@ -78,21 +74,16 @@ class Factor:
         return pulled @ pulled.mT
 
     def square(self, g: Tensor) -> Tensor:
-        """Returns ``||F^T g||_F^2``, ``()``, of one g ``(d, m)`` or several side by side; never negative.
-
-        Cost for F = W: where d <= m the Gram matrices of W and g, else ``W^T g``; one product each in the
-        backward.
-        """
+        """Returns ``||F^T g||_F^2``, ``()``, of one g ``(d, m)`` or several side by side; never negative. For
+        F = W it takes the Gram matrices of W and g where d <= m, else ``W^T g``; as much in the backward."""
         if self.by_unit:
             of_w, of_g = (doubled(t) @ t.detach().T for t in (self.matrix, g))
             return (of_w * of_g).sum().clamp_min(0)
         return self.pulled(g.mT).square().sum()
 
     def weight_probe(self, draw: Draw) -> Tensor:
-        """Returns a random V ``(d, m)`` with ``E[V_si V_uj] = (F F^T)_su 1[i = j]``.
-
-        So ``E <V, H V> = <F F^T, T>``.
-        """
+        """Returns a random V ``(d, m)`` with ``E[V_si V_uj] = (F F^T)_su 1[i = j]``, and so
+        ``E <V, H V> = <F F^T, T>``."""
         if self.is_identity:
             return draw(tuple(self.matrix.shape))
         # V = W Z with uncorrelated entries Z[k,t] = s_k r_{t-k}, computed as a circular convolution.
@@ -103,9 +94,7 @@ class Factor:
 
     def variance(self, log_p: Tensor, by_row: Tensor) -> Tensor:
         """Returns ``sum_i b_i <F F^T, diag p_i - p_i p_i^T>``, ``()``, of log p ``(n, d)`` and b ``(n,)``.
-
-        Cost for F = W: at most one product ``(n, d) x (d, m)``, and two in the backward.
-        """
+        Cost for F = W: at most one product ``(n, d) x (d, m)``, and two in the backward."""
         if self.is_identity:  # 1 - ||p||^2, without subtracting numbers near 1
             q, _ = _without_top(log_p)
             rest = q.sum(1)

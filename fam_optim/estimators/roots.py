@@ -73,12 +73,8 @@ def sample_roots(
     generator: Callable[[torch.device], torch.Generator],
     n_samples: int,
 ) -> Roots:
-    """Returns A of every weight that the loss depends on; takes one backward to the weights per sample.
-
-    Args:
-        products: the products whose rows A is made of, from `products_of_rows`.
-        generator: gives the generator of the signs on a device.
-    """
+    """Returns A of every weight that the loss depends on, made of rows where `products` has the product of
+    these; takes one backward to the weights per sample. `generator` returns the one of a device's signs."""
     numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
     ends = [GradientEdge(products.get(i, reached.leaves[weights[i].parameter]), 0) for i in numbers]
 
@@ -101,10 +97,8 @@ def sample_roots(
 
 
 def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[int, Node]:
-    """Returns, by weight, the products ``z = phi W^T`` with fewer rows than d and m that do not interact.
-
-    The graph shows this. It leaves out weights with a hook on their gradient, which rows would bypass.
-    """
+    """Returns, by weight, the products ``z = phi W^T`` with fewer rows than d and m that do not interact. The
+    graph shows this. It leaves out weights with a hook on their gradient, which rows would bypass."""
     products: dict[int, Node] = {}
     for i, w in enumerate(weights):
         leaf = reached.leaves.get(w.parameter)
@@ -121,9 +115,7 @@ def products_of_rows(reached: Reach, weights: Sequence[WeightMatrix]) -> dict[in
 
 def _product_on_vectors(leaf: Node, reached: Reach, *, transposed: bool) -> Node | None:
     """Returns the product ``z = phi W^T`` of a Linear layer on vectors phi ``(N, m)``, if W has no other use.
-
-    `transposed` says that W is stored as ``(d, m)``, so that the graph must transpose it before the product.
-    """
+    `transposed` says that W is stored as ``(d, m)``, and the graph must transpose it before the product."""
     below = leaf
     while len(reached.parents[below]) == 1:
         (node,) = reached.parents[below]

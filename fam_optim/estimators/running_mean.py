@@ -98,11 +98,9 @@ def frobenius(t: Tensor) -> Tensor:
 
 
 def _solve(twice_c: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``(I + 2 c t)^-1 w``, and 2 c lowered so that rounding leaves the matrix positive definite.
-
-    No eigenvalue is below 1, so there is no need to wait for Cholesky's error flag, and multiplying by the
-    inverse is as accurate as a solve. It is faster than a solve unless w has far fewer columns than rows.
-    """
+    """Returns ``(I + 2 c t)^-1 w``, and 2 c lowered so that rounding leaves the matrix positive definite. No
+    eigenvalue is below 1, so there is no need to wait for Cholesky's error flag, and multiplying by the
+    inverse is as accurate as a solve. It is faster than a solve unless w has far fewer columns than rows."""
     trace = t.diagonal(dim1=-2, dim2=-1).sum(-1)
     largest = 1 / (t.shape[-1] * torch.finfo(t.dtype).eps * trace)
     twice_c = torch.minimum(twice_c, largest)

@@ -34,10 +34,8 @@ _KINDS = operations.MOVES | operations.ADDITIONS | {"Mul", "Div", "Gather"}
 
 def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor | None:
     """Returns ``<F F^T, T>``, twice differentiable, or None if the layer feeds no softmax cross-entropy.
-
     Cost: for the neuronwise measure one product ``(rows, d) x (d, m)``, and two in the backward. The largest
-    tensors have the size of the logits; there is no (rows, d, d) and no (d, d) tensor.
-    """
+    tensors have the size of the logits; there is no (rows, d, d) and no (d, d) tensor."""
     ends = {edge.node: (use, edge) for use, edge in zip(tail.uses, tail.edges, strict=True)}
     path = tail.path | tail.ends
     softmaxes, unknown = linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
@@ -64,10 +62,8 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
 
 def _norms_at_softmax(use: LayerUse, at: GradientEdge, softmax: Any) -> Tensor:
     """Takes the squared norm of each row of z to that row's place at the softmax, times the square of the
-    row's factor; `at` is the edge of z.
-
-    The Jacobian of the operations in between moves the numbers and multiplies them by the factor once.
-    """
+    row's factor; `at` is the edge of z. The Jacobian of the operations in between moves the numbers and
+    multiplies them by the factor once."""
     at_z = use.squared_norms().unsqueeze(use.channel).expand(use.shape)
     edge = GradientEdge(*softmax.next_functions[0])
     made = nodes.results(edge.node)[edge.output_nr]
@@ -85,12 +81,9 @@ def _norms_at_softmax(use: LayerUse, at: GradientEdge, softmax: Any) -> Tensor:
 def _followed(
     node: Any, output: int, path: Set[Node], ends: Mapping[Node, tuple[Use, GradientEdge]]
 ) -> tuple[LayerUse, GradientEdge, int, bool] | None:
-    """Finds the use whose z a result is made of, row by row: all d outputs of a row times one number.
-
-    Returns:
-        The use and its edge, the stride of the outputs in the result (`operations.moved`), and whether rows
-        and outputs are where z has them; None if the result is made in any other way.
-    """
+    """Finds the use whose z a result is made of, row by row: all d outputs of a row times one number. Returns
+    the use and its edge, the stride of the outputs in the result (`operations.moved`), and whether rows and
+    outputs are where z has them; None if the result is made in any other way."""
     if node in ends:
         use, edge = ends[node]
         if not (isinstance(use, LayerUse) and use.has_rows):

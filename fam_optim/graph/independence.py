@@ -55,11 +55,9 @@ def follow(path: Mapping[Node, None], starts: Mapping[Result, int], length: int)
 
 
 def independent(between: frozenset[Node], ends: frozenset[Node], groups: int) -> bool:
-    """Returns whether the graph shows that `groups` parts of z do not interact; False proves nothing.
-
-    Every node of `ends` makes a z, whose entries are cut, in their order, into `groups` runs of equal length.
-    `between` holds the nodes from there to the loss.
-    """
+    """Returns whether the graph shows that `groups` parts of z do not interact; False proves nothing. Every
+    node of `ends` makes a z, whose entries are cut, in their order, into `groups` runs of equal length.
+    `between` holds the nodes from there to the loss."""
     starts = {(end, 0): nodes.shape(end, 0).numel() // groups for end in ends}
     return not follow(_operands_first(between | ends), starts, groups).dependent & ends
 
@@ -88,11 +86,9 @@ def _operands_first(path: Set[Node]) -> Mapping[Node, None]:
 
 
 class Grouping:
-    """A partition of the rows of all uses of a layer into ``groups`` equal groups of ``size`` rows.
-
-    Groups lie along some axes of z's rows. Axis 0 makes every sample a group, all axes every row of a use,
-    and no axis makes a single group. Rows at the same place in several uses are in one group.
-    """
+    """A partition of the rows of all uses of a layer into ``groups`` equal groups of ``size`` rows. Groups
+    lie along some axes of z's rows. Axis 0 makes every sample a group, all axes every row of a use, and no
+    axis makes a single group. Rows at the same place in several uses are in one group."""
 
     def __init__(self, uses: Sequence[LayerUse], axes: Sequence[int]) -> None:
         self.uses = uses
@@ -141,10 +137,8 @@ def find_grouping(tail: Tail) -> Grouping | None:
 
 def shown_axes(tails: Sequence[Tail], path: Set[Node]) -> list[dict[int, Groups]]:
     """Returns for every layer the axes along which its rows do not interact, each with what the graph shows.
-
     Rows that interact along no axis do not interact at all. The path is that of all tails, the layers' own
-    nodes included. It is walked once for every axis and length of it.
-    """
+    nodes included. It is walked once for every axis and length of it."""
     ordered = _operands_first(path)
     layers: dict[tuple[int, int], list[int]] = {}  # by number and length of their axes
     for number, tail in enumerate(tails):

@@ -28,8 +28,7 @@ def linear_in(
     loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
 ) -> tuple[list[Node], Node | None]:
     """Returns the nodes of some kinds in whose results the loss is linear piece by piece, and one in which it
-    is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
-    """
+    is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included."""
     found: list[Node] = []
     stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
     seen = set(stack)

@@ -67,11 +67,8 @@ def moved(
     node: Node, kind: str, position: int, operand: Shape, result: Shape, stride: int, length: int
 ) -> int | None:
     """Returns which stride a digit of the operand at `position` has in the operation's result; None if the
-    operation may lose the digit.
-
-    Number the entries of a tensor in order. The digit of entry e is ``e // stride % length``. An operation
-    keeps it if every entry of the result is computed only from entries with the same digit.
-    """
+    operation may lose the digit. The digit of entry e of a tensor, in order, is ``e // stride % length``. An
+    operation keeps it if every entry of the result is computed only from entries with the same digit."""
     if kind in VIEWS:
         return stride if math.prod(operand) == math.prod(result) else None
     elementwise = kind in ELEMENTWISE or kind in ENTRYWISE_LOSSES

@@ -82,11 +82,8 @@ def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) ->
 
 def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) -> set[Node]:
     """Returns the products with trained weights: ``phi W^T`` of the layer's calls, and ``delta W`` of
-    derivatives through it. `starts` are the nodes that make the weights.
-
-    A call makes W^T by t(), and a derivative makes W from that by more. ``z W`` and ``W W^T`` are other uses,
-    which do not count.
-    """
+    derivatives through it. `starts` are the nodes that make the weights. A call makes W^T by t(), and a
+    derivative makes W from that by more. ``z W`` and ``W W^T`` are other uses, which do not count."""
     found: set[Node] = set()
     of_call = 0 if stored_transposed else 1  # how many t() a call takes
     copies: set[Node] = set()  # nodes that make copies of the weight

@@ -27,11 +27,9 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """A weight's own shape, and how it is read as the matrix W, which has one row per output neuron.
-
-    The shape is ``(d, ...)``. For a transposed convolution or Hugging Face's Conv1D it is ``(inputs, outputs
-    of a group, ...)``.
-    """
+    """A weight's own shape, and how it is read as the matrix W, which has one row per output neuron. The
+    shape is ``(d, ...)``. For a transposed convolution or Hugging Face's Conv1D it is ``(inputs, outputs of a
+    group, ...)``."""
 
     shape: torch.Size
     inputs_first: bool = False
