@@ -21,9 +21,8 @@ from fam_optim.layer.use import Use, at_least_float32
 
 
 class Curvature:
-    """Multiplies vectors by the Hessian of the loss in the outputs z of one layer. Lists of tensors shaped
-    like z have one tensor per use of the layer. Cost: one tail backward to construct, about two more per
-    product (four if `differentiable`)."""
+    """Multiplies vectors by the Hessian of the loss in a layer's outputs z, lists of one tensor per use.
+    Cost: one tail backward to construct, about two more per product (four if `differentiable`)."""
 
     def __init__(self, tail: Tail, *, differentiable: bool) -> None:
         self.tail = tail if differentiable or tail.nested else tail.detached()

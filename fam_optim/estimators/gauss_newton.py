@@ -177,8 +177,7 @@ def _columns(jacobian: Jacobian, numbers: Sequence[Tensor], limit: float) -> Ite
     if columns > limit:
         raise RuntimeError(
             f"exact Gauss-Newton kappa of `layer` {describe(jacobian.tails[0].layer)} takes {columns} "
-            f"vector-Jacobian products here, more than the limit of {limit}. Use mode='hutchinson', which is "
-            "unbiased with one."
+            f"vector-Jacobian products here, more than the limit of {limit}. mode='hutchinson' takes one."
         )
     for index, by_group in enumerate(numbers):
         for column in by_group.to(jacobian.outputs[index].a.device).T:

@@ -42,8 +42,7 @@ class Factor:
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Returns ``U, V`` ``(directions, d)`` with ``U^T V = F F^T``. V is constant and U carries the
-        gradient. So the gradient of ``sum_k <u_k, T v_k>`` over their rows is right, although T is applied to
-        constants only."""
+        gradient, so that of ``sum_k <u_k, T v_k>`` is right, although T is applied to constants only."""
         if self.directions == len(self.matrix):
             return self.gram(), self.matrix.new_ones(self.directions).diag()
         return doubled(self.matrix).T, self.matrix.detach().T

@@ -61,9 +61,8 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
 
 
 def _norms_at_softmax(use: LayerUse, at: GradientEdge, softmax: Any) -> Tensor:
-    """Takes the squared norm of each row of z to that row's place at the softmax, times the square of the
-    row's factor; `at` is the edge of z. The Jacobian of the operations in between moves the numbers and
-    multiplies them by the factor once."""
+    """Takes the squared norm of each row of z (of edge `at`) to the row's place at the softmax, times
+    the square of its factor. The Jacobian in between moves numbers and multiplies by the factor once."""
     at_z = use.squared_norms().unsqueeze(use.channel).expand(use.shape)
     edge = GradientEdge(*softmax.next_functions[0])
     made = nodes.results(edge.node)[edge.output_nr]

@@ -17,10 +17,9 @@ Corrections = Sequence[tuple[Node, int, Gradients]]
 
 
 def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Corrections:
-    """Returns what makes a differentiable backward along a path right to all orders: for each node concerned,
-    how many derivatives must follow the backward for a correction to be needed, and its gradient formula. The
-    backward's result will be differentiated at most `derivatives_to_come` times, once or twice. Raises
-    RuntimeError if torch has no second derivatives there."""
+    """Returns what makes a backward along a path right that is differentiated at most `derivatives_to_come`
+    times, once or twice: each node concerned, after how many derivatives the correction is needed, and its
+    gradient formula. Raises RuntimeError if torch has no second derivatives there."""
     errors.check_differentiable(path)
     concerned = [(node, *_CORRECTIONS[nodes.kind(node)]) for node in path if nodes.kind(node) in _CORRECTIONS]
     concerned = [row for row in concerned if derivatives_to_come >= row[1]]
@@ -36,8 +35,7 @@ def corrections(path: Iterable[Node], *, derivatives_to_come: int) -> Correction
 
 
 def corrected(those: Corrections, *, derivatives_to_come: int) -> AbstractContextManager[None]:
-    """Makes a backward in this context use the corrected gradients. Its result will be differentiated
-    `derivatives_to_come` times, once or twice."""
+    """Makes a backward in this context, to be differentiated once or twice more, use corrected gradients."""
     return nodes.hooked(
         (node, partial(_replaced, gradients))
         for node, needed_from, gradients in those
@@ -90,8 +88,7 @@ def _log_softmax(node: Any, log_p: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def _logsumexp(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradient of ``log sum exp x``, which is p. Along one axis the largest p is one minus all
-    others, as in `_log_softmax`; along several axes p is left as it is."""
+    """Returns the gradient of ``log sum exp x``: p, along one axis with the largest as in `_log_softmax`."""
     x, axes = at_least_float32(x), tuple(nodes.axes(node, x.dim()))
     total = x.logsumexp(axes, keepdim=True)
     p = (x - total).exp()
@@ -103,8 +100,7 @@ def _logsumexp(node: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Returns the gradients of ``w = g v / ||v||``. The second derivative in v of torch 2.6 to 2.15 is off by
-    some per cent."""
+    """Returns the gradients of ``g v / ||v||``; torch's second derivative in v is off by some per cent."""
     by_axis = nodes.axes(node, v.dim()) if nodes.kept(node, "dim") != -1 else set()
     axes = tuple(set(range(v.dim())) - by_axis)
     norm = v.square().sum(axes, keepdim=True).sqrt()
@@ -113,8 +109,7 @@ def _weight_norm(node: Any, v: Tensor, g: Tensor, grad: Tensor) -> tuple[Tensor,
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """Returns ``p = 1 / (1 + exp(-x))`` in at least float32, such that its derivative ``p (1 - p)`` does not
-    round to 0 where p rounds to 1."""
+    """Returns p = sigmoid(x), whose derivative ``p (1 - p)`` does not round to 0 where p rounds to 1."""
     x = at_least_float32(x)
     return torch.where(x > 0, 1 - (-x).sigmoid(), x.sigmoid())
 

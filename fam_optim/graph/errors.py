@@ -18,8 +18,7 @@ _NO_SECOND = {  # by a pattern that both the kind of the node and torch's messag
     r"cudnn[_ ]?rnn|miopen_?rnn|thnn_?fused|mkldnn_rnn|_thnn_differentiable": "Fused recurrent kernels have "
     "no second derivative: run the forward under torch.backends.cudnn.flags(enabled=False), on the CPU "
     "torch.backends.mkldnn.flags(enabled=False).",
-    r".*linear_cross_entropy_batch": "linear_cross_entropy in chunks has no second derivative: call it "
-    "without `options`.",
+    r".*linear_cross_entropy_batch": "Chunked linear_cross_entropy has none: call it without `options`.",
     r"logcumsumexp": "Those of torch.logcumsumexp are nan: write it out, (x - c).exp().cumsum(dim).log() + c "
     "with c = x.detach().amax(dim, keepdim=True).",
 }
@@ -34,15 +33,13 @@ _REMEDIES = _NO_SECOND | {
     "the layer with use_reentrant=False.",
     "donated buffers": "A compiled region gives its buffers away after one backward: set "
     "torch._functorch.config.donated_buffer = False before it is compiled.",
-    "selective activation checkpoint": "Selective activation checkpointing allows one derivative: leave "
-    "`context_fn` out of the checkpoint.",
+    "selective activation checkpoint": "Selective checkpoints allow one derivative: leave out `context_fn`.",
     "second time": "The loss has been backpropagated already: call regularize(loss), or compute kappa, "
     "before its backward().",
 }
 _NO_DERIVATIVE = re.compile(
-    r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented"
+    r"derivative for '?(?:aten::)?(?P<operation>\w+)'? is not implemented|no autograd formula"
     r"|does not support 3rd\+ order|once_differentiable|[Dd]ouble backward|not differentiable twice"
-    r"|no autograd formula was registered"
 )
 _SECOND = "kappa needs second derivatives of what follows the layer"
 
@@ -158,8 +155,7 @@ def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
             what = "InstanceNorm" if nodes.shape(node, 0)[0] == 1 else "BatchNorm in train mode"
             why = (
                 f"torch has none of {what}. Use FAM(..., detach_hessian=True), put BatchNorm in eval mode, "
-                "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), which computes the same, or "
-                "regularise a layer behind it."
+                "replace nn.InstanceNorm by nn.GroupNorm(channels, channels), or regularise a later layer."
             )
         if why is not None:
             return f"the whole gradient of kappa needs third derivatives of what follows the layer, and {why}"
@@ -167,9 +163,8 @@ def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
 
 
 def once_differentiable(kappa: Tensor, undifferentiable: str | None = None) -> Tensor:
-    """Returns `kappa` after making every backward from it with create_graph=True raise RuntimeError, because
-    torch's own error would come late or not at all. If there is a reason why kappa has no gradient, every
-    backward raises it."""
+    """Returns `kappa` after making a backward from it with create_graph=True raise RuntimeError, as torch's
+    own error would come late or not at all. Every backward raises the reason why kappa has no gradient."""
     why = undifferentiable or (
         "this kappa can be differentiated once only, and a backward with create_graph=True asks for more, as "
         "AdaHessian does. Take Hessian-vector products of the loss without kappa, or use mode='full'."

@@ -99,8 +99,7 @@ def pulled(
     outputs: Sequence[Output], r: Sequence[Tensor], to: Sequence[GradientEdge], *, differentiable: bool
 ) -> list[Tensor | None]:
     """Returns ``d<S r, o>/dt``, in at least float32, for what is made at each edge of `to`; None where no o
-    depends on it. In float16 the derivatives of ``S r`` get as much room below its largest entry as above it.
-    """
+    depends on it. In float16 derivatives of ``S r`` get as much room below its largest entry as above it."""
     edges: Any = [edge for output in outputs for edge in output.edges]
     vectors = [v for output, signs in zip(outputs, r, strict=True) for v in output.root(signs)]
     dtypes = [nodes.results(edge.node)[edge.output_nr].dtype for edge in edges]
@@ -184,8 +183,7 @@ def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
 
 
 def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
-    """Returns o of ``log(1 + exp(o))`` or of ``logsigmoid(o)``, which is minus that of -o; None if o is a
-    loss, a norm or a distance."""
+    """Returns o of ``log(1 + exp(o))``, or of logsigmoid, minus that of -o; None if o measures a distance."""
     if _measures_distance(node.next_functions[0][0], path):
         return None
     a, o = _coefficient(node, loss, differentiable), nodes.kept(node, "self")

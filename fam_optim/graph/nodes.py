@@ -73,8 +73,7 @@ def kept(node: Node, name: str) -> Any:
 
 
 def at_hand(node: Node, name: str) -> torch.Tensor | None:
-    """Returns a tensor that the node keeps; None where getting it may run a checkpoint again. (Before 2.7
-    torch does not tell where that is.)"""
+    """Returns a tensor that the node keeps; None where (from 2.7 on) that may run a checkpoint again."""
     raw = getattr(node, f"_raw_saved_{name}")
     found = raw.data if hasattr(raw, "data") else kept(node, name)
     return found if isinstance(found, torch.Tensor) else None
@@ -127,8 +126,7 @@ def picked_axes(node: Any) -> range:
 
 
 def by_one_number(node: Any, position: int) -> bool:
-    """Returns whether a product multiplies its operand at `position` with a single number, plain or in a
-    tensor, or a quotient divides it by one."""
+    """Returns whether a product or quotient has one number beside its operand at `position`."""
     if kind(node) == "Div" and position != 0:
         return False
     other: Any = node._saved_other if position == 0 else node._saved_self
@@ -147,8 +145,7 @@ def averages(node: Any) -> bool:
 
 
 def curvature_of_error(node: Any) -> Any:
-    """Returns the second derivative of a squared error, a Huber or a smooth L1 loss in each of its errors;
-    None for other powers than squares."""
+    """Returns the second derivative of a squared, Huber or smooth L1 error; None for powers but squares."""
     if kind(node) == "Pow":  # Pow with another number has a tensor for its exponent, which may be learned
         return 2 if node.name() == "PowBackward0" and node._saved_exponent == 2 else None
     if kind(node) == "MseLoss":
@@ -222,8 +219,7 @@ def communicates(node: Node) -> bool:
 
 
 def derivative() -> int:
-    """Returns the number of the derivative that autograd is taking in this thread, or -1. Code that a
-    checkpoint runs again is usually inside one."""
+    """Returns the number of the derivative that autograd is taking in this thread, or -1."""
     return int(torch._C._current_graph_task_id())
 
 

@@ -47,8 +47,7 @@ ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits"}
 DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
 DISTANCES |= _kinds("CdistForward EuclideanDist Pdist Hypot Std Var StdMean VarMean LogSigmoid CtcLoss")
 DISTANCES |= _kinds("MultiMarginLoss MultilabelMarginLoss")
-"""Operations that say how far something is off: a loss, a norm, a distance or a spread, or the last step of
-one that is written out."""
+"""Losses, norms, distances and spreads, and the last steps of such that are written out."""
 
 PICKS = _kinds("Max Min Maximum Minimum Amax Amin Aminmax Median Nanmedian Kthvalue Sort Topk Cummax Cummin")
 """Operations that pick entries of the operand by their size."""

@@ -48,8 +48,7 @@ def check_all_seen(
                 raise RuntimeError(_UNSEEN.format(describe(layer.module)))
         elif uses and any(map(nodes.has_sparse_gradient, parents[get_gradient_edge(layer).node])):
             raise RuntimeError(
-                f"`layer`, a {describe(layer)}, has a sparse gradient, which has no second derivative. Build "
-                "the embedding with sparse=False."
+                f"`layer`, a {describe(layer)}, has a sparse gradient. Build the embedding with sparse=False."
             )
 
 
@@ -58,9 +57,8 @@ _UNSEEN = (
     "through `layer` {0} (a gradient penalty, a force, a Jacobian), or in a call that was not observed "
     "(layer.forward(...), a function with the weight, weight.t(), torch.func, reentrant checkpoints, a "
     "module that shares the weight, a forward before the last step). Pass the weight itself, an nn.Parameter "
-    "that requires gradients, as `layer` with mode='hutchinson' or mode='full', which count every use. Or, "
-    "without a derivative, call the layer as a module, checkpoint with use_reentrant=False, name all modules "
-    "that share the weight."
+    "that requires gradients, with mode='hutchinson' or mode='full', for every use. Without a derivative: "
+    "call the layer as a module, checkpoint with use_reentrant=False, name all modules with the weight."
 )
 
 
@@ -73,8 +71,7 @@ def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
 
 
 def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
-    """Returns the nodes that make trained weights: of a weight that is computed at every call, all nodes that
-    make it in the same way."""
+    """Returns the nodes that make trained weights, one that is computed at every call in the calls' way."""
     starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
     alike = {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
     return starts | alike
@@ -121,8 +118,7 @@ _SECOND_FACTORS = {
 
 
 def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[Node]]:
-    """Returns products whose second factor is a constant, by where the factor's numbers lie in memory, which
-    is the only trace of a frozen weight."""
+    """Returns products with a constant second factor by its place in memory, a frozen weight's only trace."""
     found = defaultdict(list)
     for node in graph:
         name, position = _SECOND_FACTORS.get(nodes.kind(node), ("", 0))

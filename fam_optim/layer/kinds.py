@@ -42,8 +42,7 @@ def use_type(module: nn.Module) -> type[LayerUse]:
     raise TypeError(
         "expected `layer` to be nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, transformers' Conv1D "
         f"or an nn.Parameter with at least two dimensions, got {describe(module)}, which is not known to be "
-        "linear in a weight matrix. Pass its weight, an nn.Parameter, instead (as a penalty with "
-        "mode='hutchinson')."
+        "linear in a weight matrix. Pass its weight, an nn.Parameter (with mode='hutchinson')."
     )
 
 

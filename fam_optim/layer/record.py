@@ -101,8 +101,7 @@ def observe(module: nn.Module) -> Observation:
 
 
 def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
-    """Returns the use whose output `node` computes, with the edge at which L's derivative in z is taken; None
-    if there is none, or if its input is gone."""
+    """Returns the use whose output z `node` computes, and the edge of z; None if it is none, or released."""
     use, output = nodes.metadata(node).get(_KEY, (None, 0))
     return (use, GradientEdge(node, output)) if hasattr(use, "phi") else None
 

@@ -27,9 +27,8 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """A weight's own shape, and how it is read as the matrix W, which has one row per output neuron. The
-    shape is ``(d, ...)``. For a transposed convolution or Hugging Face's Conv1D it is ``(inputs, outputs of a
-    group, ...)``."""
+    """A weight's own shape ``(d, ...)``, and how it is read as the matrix W, with one row per output neuron.
+    For transposed convolutions and Hugging Face's Conv1D it is ``(inputs, outputs of a group, ...)``."""
 
     shape: torch.Size
     inputs_first: bool = False
@@ -91,8 +90,7 @@ class Use:
         return self
 
     def check(self) -> None:
-        """Raises TypeError if kappa cannot be computed of this use, and RuntimeError if the weight or the
-        input has changed since the forward."""
+        """Raises TypeError if this use has no kappa, RuntimeError if weight or input has changed since."""
 
 
 class LayerUse(Use):
