@@ -21,11 +21,7 @@ class Ledger:
     scaling, averaging, zeroing). `sound` says that gradients may exist already."""
 
     def __init__(
-        self,
-        named_weights: Sequence[tuple[str, list[Tensor]]],
-        trained: Iterable[Tensor],
-        *,
-        sound: bool = False,
+        self, named_weights: list[tuple[str, list[Tensor]]], trained: Iterable[Tensor], *, sound: bool = False
     ) -> None:
         self._names = ", ".join(name for name, _ in named_weights)
         self._trained = list(trained)

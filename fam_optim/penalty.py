@@ -99,9 +99,8 @@ class Penalty(Regularizer):
 
     def after_step(self) -> None:
         # Releases what was recorded of the step's forwards, even if the user keeps their losses.
-        observed = {id(layer.module): layer for layer in self.layers if isinstance(layer, Observation)}
         for use in list(self._used):
-            use.release(observed.get(id(use.module())))
+            use.release(self.layers)
         self._used.clear()
         self.given = False
         self.losses: list[Tensor] = []  # those regularised since the last step, detached
@@ -150,8 +149,7 @@ class Penalty(Regularizer):
                 "the loss any more. Scale or add first and regularise last: "
                 "second.regularize(first.regularize(loss / k))."
             )
-        layers = [layer.module if isinstance(layer, Observation) else layer for layer in self.layers]
-        if any(uses_in(_made_of(loss), layers)):  # beside the regularised losses
+        if any(uses_in(_made_of(loss), self.layers)):  # beside the regularised losses
             raise RuntimeError(
                 f"part of the loss that depends on `layer` {self.names} was regularised already, and part of "
                 "it was not. Regularise every loss, or add them first: optimizer.regularize(a + b)."

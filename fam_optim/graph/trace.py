@@ -69,7 +69,7 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> dict[int
     parts = [layer.module if isinstance(layer, Observation) else layer for layer in layers]
     tails = {
         number: Tail(parts[number], loss, parents, *zip(*uses, strict=True))
-        for number, uses in enumerate(uses_in(parents, parts))
+        for number, uses in enumerate(uses_in(parents, layers))
         if uses
     }
     if not tails:
@@ -87,9 +87,9 @@ def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> dict[int
     return tails
 
 
-def uses_in(graph: Collection[Node], layers: Sequence[nn.Module | Tensor]) -> list[Any]:
+def uses_in(graph: Collection[Node], layers: Sequence[Observation | Tensor]) -> list[Any]:
     """Returns each layer's uses in a graph, in its order, as pairs of a `Use` and the edge of its output."""
-    uses: dict[int, list[tuple[Use, GradientEdge]]] = {id(layer): [] for layer in layers}
+    uses: dict[int, list[tuple[Use, GradientEdge]]] = {id(getattr(one, "module", one)): [] for one in layers}
     for node in graph:
         record, leaf = recorded_use(node), nodes.leaf(node)
         if record is not None and id(record[0].module()) in uses:

@@ -57,8 +57,8 @@ _UNSEEN = (
     "through `layer` {0} (a gradient penalty, a force, a Jacobian), or in a call that was not observed "
     "(layer.forward(...), a function with the weight, weight.t(), torch.func, reentrant checkpoints, a "
     "module that shares the weight, a forward before the last step). Pass the weight itself, an nn.Parameter "
-    "that requires gradients, with mode='hutchinson' or mode='full', for every use. Without a derivative: "
-    "call the layer as a module, checkpoint with use_reentrant=False, name all modules with the weight."
+    "that requires gradients, with mode='hutchinson' or mode='full', which count every use. (Without a "
+    "derivative: call the layer as a module, checkpoint with use_reentrant=False, name all that share it.)"
 )
 
 

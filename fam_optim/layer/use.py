@@ -12,6 +12,7 @@ import copy
 import math
 import sys
 import weakref
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -127,9 +128,9 @@ class LayerUse(Use):
         """Returns how a weight of the module is read as a matrix."""
         return Layout(weight.shape, cls.inputs_first, getattr(module, "groups", 1))
 
-    def release(self, holder: object) -> None:
-        """Removes a holder, and drops the input if none is left."""
-        self.holders.discard(holder)
+    def release(self, holders: Iterable[object]) -> None:
+        """Removes holders, and drops the input if none is left."""
+        self.holders.difference_update(holders)
         if not self.holders:
             vars(self).pop("phi", None)
 
