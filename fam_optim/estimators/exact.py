@@ -25,11 +25,8 @@ from fam_optim.estimators.measure import Factor
 from fam_optim.graph.independence import Grouping, find_grouping
 from fam_optim.layer.use import describe
 
-MAX_PRODUCTS = 1024
-"""An evaluation that would take more Hessian-vector products than this raises an error."""
-
-MANY_PRODUCTS = 50
-"""An evaluation that takes more products than this warns, since hutchinson would be much faster."""
+MAX_PRODUCTS = 1024  # an evaluation that would take more Hessian-vector products raises an error
+MANY_PRODUCTS = 50  # one that takes more than this warns, since hutchinson would be much faster
 
 
 def exact(curvature: Curvature, factor: Factor) -> Tensor:

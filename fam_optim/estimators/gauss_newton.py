@@ -39,8 +39,7 @@ from fam_optim.layer.use import LOW_PRECISION, LinearUse, Use, describe
 
 Pulled = tuple[dict[Use, Tensor], dict[Use, Tensor | None]]
 
-MAX_PRODUCTS = 1024
-"""An evaluation that would take more vector-Jacobian products than this raises an error."""
+MAX_PRODUCTS = 1024  # an evaluation that would take more vector-Jacobian products raises an error
 
 
 class Jacobian:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 Draw = Callable[[tuple[int, ...]], Tensor]  # returns independent signs of a shape
 
-SMALL = 1 << 16
-"""If all pairs of class vectors have at most this many numbers, it is fastest to form their differences."""
+SMALL = 1 << 16  # if all pairs of class vectors have no more numbers, it is fastest to form differences
 
 
 def doubled(t: Tensor) -> Tensor:

@@ -61,8 +61,7 @@ class Root(NamedTuple):
         return Root(*parts)
 
 
-Roots = dict[int, Root]
-"""A of each weight, by its number."""
+Roots = dict[int, Root]  # A of each weight, by its number
 
 
 def sample_roots(

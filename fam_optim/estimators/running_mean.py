@@ -10,10 +10,8 @@ hold several weights of one shape, which are solved together.
 import torch
 from torch import Tensor
 
-KEPT = 0.75
-"""The fraction of the mean that a due step keeps."""
-FACTORS = 4
-"""The number of A that are kept in place of T."""
+KEPT = 0.75  # the fraction of the mean that a due step keeps
+FACTORS = 4  # the number of A that are kept in place of T
 
 
 class Dense:

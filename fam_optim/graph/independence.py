@@ -25,8 +25,7 @@ from fam_optim.layer.use import LayerUse, Use
 
 Result = tuple[Node, int]
 
-SUM = 0
-"""Stands in place of a stride where every entry is a sum of terms that depend on one group each."""
+SUM = 0  # stands for a stride where every entry is a sum of terms that depend on one group each
 
 
 class Groups(NamedTuple):

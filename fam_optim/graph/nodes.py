@@ -16,8 +16,7 @@ import torch
 import torch._functorch.config
 from torch.autograd.graph import Node
 
-DDP_SINK = "_DDPSink"
-"""An autograd.Function that passes on what a model wrapped in DDP returns."""
+DDP_SINK = "_DDPSink"  # an autograd.Function that passes on what a model wrapped in DDP returns
 
 
 def kind(node: Node) -> str:
