@@ -127,11 +127,9 @@ class WatchedClosure:
         return plain, self._objective(result, plain)
 
     def _objective(self, result: Any, plain: Any) -> Any:
-        """Returns the value of what was backpropagated, in the unit of what the closure returned.
-
-        kappa is linear in the loss. So if the closure backpropagated a multiple of what it returned (with a
-        GradScaler, say), the penalties and `last_kappa` are the same multiple, which is divided out here.
-        """
+        """Returns the value of what was backpropagated, in the unit of what the closure returned. kappa is
+        linear in the loss. So if the closure backpropagated a multiple of what it returned (with a
+        GradScaler, say), the penalties and `last_kappa` are the same multiple, which is divided out here."""
         if not self._backwards or not isinstance(result, (Tensor, float)):
             return result.detach() if isinstance(result, Tensor) else result
         if len(self._backwards) == 1 and self._backwards[0].node is getattr(result, "grad_fn", None):

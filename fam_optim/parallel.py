@@ -66,11 +66,9 @@ def unsunk(graph: Iterable[Any]) -> Iterator[None]:
 @contextmanager
 def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
     """A context in which FSDP2 gathers a module's weights when a derivative enters it, but never frees them.
-
     kappa's own backward needs the weights again that a derivative inside kappa has used. It runs before the
     forward's backward, whose hooks would gather them. The layer's weight is the gathered leaf that its
-    forward used, so kappa's gradient is added to the loss's there, and both are averaged together, once.
-    """
+    forward used, so kappa's gradient is added to the loss's there, and both are averaged together, once."""
     groups = _fsdp_groups()
     for group in groups:
         known(type(group), "post_backward")
@@ -112,11 +110,8 @@ class Replicas:
 
     @cached_property
     def group(self) -> dist.ProcessGroup | None:
-        """The processes that the weights' DistributedDataParallel averages over; None for one process.
-
-        Raises:
-            RuntimeError: if there are several processes but no such module, since weights may differ then.
-        """
+        """The processes that the weights' DistributedDataParallel averages over; None for one process. Raises
+        RuntimeError if there are several processes but no such module, since weights may differ then."""
         if not _in_process_group() or dist.get_world_size() == 1:
             return None
         ours = {id(p) for p in self._parameters}
@@ -149,10 +144,8 @@ class Replicas:
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def joined(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Returns each tensor's sum over the processes, divided by the root of their number.
-
-        If each process has A of its share of the batch, this is A of the whole batch, whose loss is the mean.
-        """
+        """Returns each tensor's sum over the processes, divided by the root of their number. If each process
+        has A of its share of the batch, this is A of the whole batch, whose loss is the mean."""
         result = [(part / math.sqrt(dist.get_world_size(self.group))).contiguous() for part in parts]
         for part in result:
             dist.all_reduce(part, group=self.group)

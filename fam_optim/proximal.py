@@ -38,30 +38,18 @@ STACKED = 1 << 16
 
 
 class Proximal(Regularizer):
-    """Makes the proximal step of a set of weights and keeps what it needs from step to step.
-
-    `last_kappa` is the sum of ``||A^T W||_F^2`` over all weights at the last due step, an unbiased kappa.
-
-    Attributes:
-        steps: how many steps the base has made.
-        seed: determines the random signs, together with the numbers of the step and the process.
-        means: the running mean T of every weight.
-        roots: A of the coming step.
-    """
+    """Makes the proximal step of a set of weights and keeps what it needs from step to step. `last_kappa` is
+    the sum of ``||A^T W||_F^2`` over all weights at the last due step, an unbiased kappa."""
 
     _saved = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")
     _layers: list[weakref.ref[Any]]  # empty in a copy or an unpickled object
 
     def __init__(
-        self,
-        layers: Sequence[Any],
-        lam: float,
-        every: int,
-        n_samples: int,
-        generator: torch.Generator | None,
+        self, layers: Sequence[Any], lam: float, every: int, n_samples: int, generator: torch.Generator | None
     ) -> None:
         self.weights = list({id(w.parameter): w for w in map(weight_matrix, layers)}.values())
-        self.lam, self.every, self.n_samples, self.steps = lam, every, n_samples, 0
+        self.lam, self.every, self.n_samples = lam, every, n_samples
+        self.steps = 0  # how many the base has made; with the seed and the process they determine the signs
         self.seed = torch.initial_seed()  # which does not advance torch's own generator
         if generator is not None:
             self.seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -120,11 +108,8 @@ class Proximal(Regularizer):
     # Before the loss's backward: A
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """Returns the loss unchanged; first takes A from it, if the coming step is due.
-
-        Raises:
-            RuntimeError: if the loss is not known to be convex in the network's outputs.
-        """
+        """Returns the loss unchanged; first takes A from it, if the coming step is due. Raises RuntimeError
+        if the loss is not known to be convex in the network's outputs."""
         if self.looks:
             self._look(loss)
         return loss
@@ -214,11 +199,7 @@ class Proximal(Regularizer):
         return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over the state of a checkpoint.
-
-        Raises:
-            ValueError: if the checkpoint was made with other layers.
-        """
+        """Takes over the state of a checkpoint; ValueError if it was made with other layers."""
         if "means" not in state:  # a penalty's checkpoint, whose lam means something else
             return
         shapes = [shape_of_mean(w.d, w.m * self.n_samples) for w in self.weights]

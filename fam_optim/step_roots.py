@@ -43,14 +43,11 @@ class Taken:
 
 
 class StepRoots:
-    """Takes A from the losses of one step and adds it up over micro-batches and processes.
-
-    Attributes:
-        recognised: whether a loss that depends on one of the weights has been seen.
-    """
+    """Takes A from the losses of one step and adds it up over micro-batches and processes."""
 
     def __init__(self, weights: Sequence[WeightMatrix], n_samples: int) -> None:
-        self.weights, self.n_samples, self.recognised = weights, n_samples, False
+        self.weights, self.n_samples = weights, n_samples
+        self.recognised = False  # whether a loss that depends on one of the weights has been seen
         self._replicas = Replicas([w.parameter for w in weights])
         self._pending: list[Taken] = []
         self.forget()
@@ -151,10 +148,8 @@ class StepRoots:
         return self._generators[device]
 
     def _is_seen(self, loss: Tensor) -> bool:
-        """Returns whether A was taken from this loss, or from a scalar it was computed from, before.
-
-        That happens in closures that call regularize() and then backward() on a multiple, as Lightning's do.
-        """
+        """Returns whether A was taken from this loss, or from a scalar it was computed from, before. That
+        happens in closures that call regularize() and then backward() on a multiple, as Lightning's do."""
 
         def scalars(node: Node) -> set[Any]:
             return {below for below, _ in node.next_functions if below and nodes.is_scalar(below)}

@@ -18,11 +18,9 @@ _KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters
 
 
 def opaque(function: _Function, reason: str) -> _Function:
-    """Returns `function` so that torch.compile does not trace it: a compiled graph breaks at its call.
-
-    Its arguments and results are then tensors with a graph, even if the code around it is compiled. With
-    fullgraph=True the break is an error, which quotes the reason.
-    """
+    """Returns `function` so that torch.compile does not trace it: a compiled graph breaks at its call. Its
+    arguments and results are then tensors with a graph, even if the code around it is compiled. With
+    fullgraph=True the break is an error, which quotes the reason."""
     disable: Any = torch.compiler.disable  # untyped
     untraced: _Function = disable(function, **({"reason": reason} if _KNOWS_REASON else {}))
     return untraced
@@ -61,11 +59,9 @@ class AsyncFlag:
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """A context that restores the buffers, tensors and numbers of modules that run again in it.
-
-    Otherwise the running statistics of BatchNorm, say, would count a step's batch more than once. Modules run
-    again in a derivative, or when this thread reads what a checkpoint has not kept.
-    """
+    """A context that restores the buffers, tensors and numbers of modules that run again in it. Otherwise the
+    running statistics of BatchNorm, say, would count a step's batch more than once. Modules run again in a
+    derivative, or when this thread reads what a checkpoint has not kept."""
     thread = threading.get_ident()
     before: dict[int, Callable[[], None]] = {}
 

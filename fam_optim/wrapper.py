@@ -28,11 +28,9 @@ def _shared(name: str) -> Any:
 
 class OptimizerWrapper(Optimizer):
     """Delegates state, parameter groups, defaults and step hooks to `base_optimizer`, and little else. A
-    state dict has the state of `regularizer` too.
-
-    Delegating everything would leak the base's flags: a GradScaler that finds `_step_supports_amp_scaling`
-    on a fused base leaves the unscaling to a step that it does not call (pytorch/pytorch#88015).
-    """
+    state dict has the state of `regularizer` too. Delegating everything would leak the base's flags: a
+    GradScaler that finds `_step_supports_amp_scaling` on a fused base leaves the unscaling to a step that it
+    does not call (pytorch/pytorch#88015)."""
 
     base_optimizer: Optimizer
     regularizer: Regularizer
