@@ -24,7 +24,7 @@ from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
 from fam_optim.layers import Layer, distinct
-from fam_optim.parallel import lasting, local_derivatives
+from fam_optim.parallel import gathered, lasting, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
 
 Layers = Layer | Sequence[Layer]
@@ -143,8 +143,8 @@ def tails_flatness(tails: Sequence[Tail], settings: Settings) -> Tensor:
 
 def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     """Returns the kappa of each layer to which these tails of one loss lead."""
-    precise = in_full_precision(tails[0].loss.device)
-    with torch.enable_grad(), precise, local_derivatives(tails), counted_once(), _unhooked(tails):
+    precise, graph = in_full_precision(tails[0].loss.device), tails[0].parents
+    with torch.enable_grad(), precise, unsunk(graph), gathered(tails), counted_once(), _unhooked(tails):
         factors = [Factor(_matrix(tail), settings.measure) for tail in tails]
         if settings.curvature == "gauss_newton":
             differentiable, random = not settings.detach_hessian, (settings.n_samples, settings.generator)

@@ -25,13 +25,6 @@ from fam_optim.graph import nodes
 from fam_optim.graph.trace import Tail
 
 
-@contextmanager
-def local_derivatives(tails: Sequence[Tail]) -> Iterator[None]:
-    """A context in which derivatives of the tails' losses start no communication of gradients."""
-    with unsunk(tails[0].parents), _gathered(tails):
-        yield
-
-
 def _in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -64,7 +57,7 @@ def unsunk(graph: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered(tails: Sequence[Tail]) -> Iterator[None]:
+def gathered(tails: Sequence[Tail]) -> Iterator[None]:
     """A context in which FSDP2 gathers a module's weights when a derivative enters it, but never frees them.
     kappa's own backward needs the weights again that a derivative inside kappa has used. It runs before the
     forward's backward, whose hooks would gather them. The layer's weight is the gathered leaf that its

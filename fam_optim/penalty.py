@@ -22,7 +22,6 @@ from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse, describe
 from fam_optim.layers import as_layers, weights_of
 from fam_optim.regularizer import Regularizer
-from fam_optim.unnoticed import opaque
 
 _MARK = "fam_optim.regularized"
 
@@ -70,7 +69,7 @@ class Penalty(Regularizer):
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
         return [(describe(getattr(layer, "module", layer)), weights_of(layer)) for layer in self.layers]
 
-    @partial(opaque, reason="fam_optim looks at the gradients")
+    @partial(unnoticed.opaque, reason="fam_optim looks at the gradients")
     def check(self) -> None:
         if self.given and all(p.grad is None for p in self.trained):
             raise RuntimeError(
@@ -105,7 +104,7 @@ class Penalty(Regularizer):
         self.given = False
         self.losses: list[Tensor] = []  # those regularised since the last step, detached
 
-    @partial(opaque, reason="fam_optim looks into the graph of the loss")
+    @partial(unnoticed.opaque, reason="fam_optim looks into the graph of the loss")
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
         loss itself, if lam is 0 or the loss contains this penalty already. Raises LayerNotUsedError if the

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fam_optim.estimators.curvature import Curvature
-from fam_optim.estimators.measure import Draw, Factor, doubled
-from fam_optim.graph.independence import Grouping, find_grouping
+from fam_optim.estimators.measure import Factor, doubled
+from fam_optim.graph.independence import find_grouping
 
 
 def rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -34,16 +34,13 @@ def hutchinson(
     """Returns the mean of `n_samples` probes, each of which takes one Hessian-vector product."""
     draw = partial(rademacher, like=curvature.gradient[0], generator=generator)
     rows = find_grouping(curvature.tail)
-    if rows is not None and rows.size == 1:
-        values = [_probe_rows(curvature, factor, rows, draw) for _ in range(n_samples)]
-    else:
-        values = [curvature.quadratic(factor.weight_probe(draw)) for _ in range(n_samples)]
+    values = []
+    for _ in range(n_samples):
+        if rows is None or rows.size > 1:
+            values.append(curvature.quadratic(factor.weight_probe(draw)))
+        else:  # sum_a ||phi_a||^2 <v_a, Hess_{z_a} v_a>, with one random v_a per row
+            probe = factor.probe(draw((rows.groups, factor.columns)))
+            moved = rows.gather_outputs(curvature.hvp(rows.scatter(probe.detach()[:, None])))
+            by_row = (doubled(probe) * moved[:, 0]).sum(1)  # as in Curvature.quadratic
+            values.append((rows.squared_norms()[:, 0] * by_row).sum())
     return torch.stack(values).mean()
-
-
-def _probe_rows(curvature: Curvature, factor: Factor, rows: Grouping, draw: Draw) -> Tensor:
-    """Returns ``sum_a ||phi_a||^2 <v_a, Hess_{z_a} v_a>`` for one random v_a per row."""
-    probe = factor.probe(draw((rows.groups, factor.columns)))
-    moved = rows.gather_outputs(curvature.hvp(rows.scatter(probe.detach()[:, None])))
-    by_row = (doubled(probe) * moved[:, 0]).sum(1)  # as in Curvature.quadratic
-    return (rows.squared_norms()[:, 0] * by_row).sum()
