@@ -293,7 +293,7 @@ def test_kappa_of_a_data_set_with_dicts_of_inputs() -> None:
         OfTokens(net), net[2], F.cross_entropy, of_features, weight=lambda inputs, targets: len(targets)
     )
     check_equal(value.item(), expected, "dicts with a weight")
-    moved = evaluation._to({"features": x, "more": {"mask": y}}, torch.device("meta"))
+    moved = evaluation._mapped(lambda t: t.to("meta"), {"features": x, "more": {"mask": y}})
     assert moved["features"].is_meta and moved["more"]["mask"].is_meta
 
 
