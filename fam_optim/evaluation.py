@@ -112,12 +112,7 @@ def layer_flatness(
 
 
 def _over_batches(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    loss_fn: Callable[[Any, Any], Tensor],
-    loader: Iterable[tuple[Any, Any]],
-    settings: Settings,
-    weight: Callable[[Any, Any], float],
+    model: nn.Module, layers: Sequence[Layer], loss_fn: Any, loader: Any, settings: Settings, weight: Any
 ) -> tuple[Tensor, set[int]]:
     """Returns the layers' kappas ``(layers,)``, and the numbers of the layers that some batch uses."""
     for layer in layers:

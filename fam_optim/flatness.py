@@ -145,17 +145,14 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
     """Returns the kappa of each layer to which these tails of one loss lead."""
     precise, graph = in_full_precision(tails[0].loss.device), tails[0].parents
     with torch.enable_grad(), precise, unsunk(graph), gathered(tails), counted_once(), _unhooked(tails):
-        factors = [Factor(_matrix(tail), settings.measure) for tail in tails]
+        factors = [Factor(_matrix(tail), settings.measure, settings.normalize) for tail in tails]
         if settings.curvature == "gauss_newton":
             differentiable, random = not settings.detach_hessian, (settings.n_samples, settings.generator)
             found = gauss_newton(tails, factors, settings.mode, *random, differentiable=differentiable)
             found = list(map(errors.once_differentiable, found))
         else:
             found = [_of_hessian(tail, factor, settings) for tail, factor in zip(tails, factors, strict=True)]
-        kappas = [factor.c * one for factor, one in zip(factors, found, strict=True)]
-        if not settings.normalize:
-            return kappas
-        return [kappa / tail.uses[0].m for kappa, tail in zip(kappas, tails, strict=True)]
+        return [factor.c * one for factor, one in zip(factors, found, strict=True)]
 
 
 @contextmanager

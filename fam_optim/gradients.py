@@ -154,8 +154,7 @@ class FiniteGuard:
             "is: higher derivatives of what follows the layer are infinite, or torch computes them as nan, "
             "where the first is finite (a norm, a standard deviation or a root at 0, as of a row of zeros). "
             "Use detach_hessian=True if kappa itself is finite, keep what is under the root away from 0 "
-            "(F.normalize(x + eps), (x.square().sum() + eps).sqrt()), or regularise a layer behind it. "
-            f"{done}"
+            f"(F.normalize(x + eps), (x.square().sum() + eps).sqrt()), or take a layer behind it. {done}"
         )
 
 

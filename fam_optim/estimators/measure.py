@@ -26,11 +26,11 @@ def doubled(t: Tensor) -> Tensor:
 class Factor:
     """The factor F of a measure: W ``(d, m)``, or I ``(d, d)``, which is never formed where W is not."""
 
-    def __init__(self, matrix: Tensor, measure: str) -> None:
+    def __init__(self, matrix: Tensor, measure: str, normalize: bool) -> None:
         self.matrix = matrix  # W
         self.is_identity = measure == "layerwise"
-        self.c = matrix.square().sum() if self.is_identity else 1.0
         d, m = matrix.shape
+        self.c = (matrix.square().sum() if self.is_identity else 1.0) / (m if normalize else 1)
         self.columns = d if self.is_identity else m
         self.directions = min(d, self.columns)  # the number of rows of each matrix that `pairs` returns
         self.by_unit = d <= m and not self.is_identity  # whether W W^T is smaller than W

@@ -22,8 +22,7 @@ class Reach(NamedTuple):
 
 
 def reach(loss: Tensor, weights: Iterable[Tensor]) -> Reach:
-    """Finds the weights that the loss depends on and the nodes in between, in a microsecond or two per node
-    of the graph, whatever the number of weights."""
+    """Finds the weights that the loss depends on and the nodes in between, in one walk for all weights."""
     wanted = {id(weight): weight for weight in weights}
     parents = parents_below(loss)
     leaves = {wanted[id(leaf)]: node for node in parents if id(leaf := nodes.leaf(node)) in wanted}

@@ -57,13 +57,11 @@ def path_of(tails: Sequence[Tail]) -> frozenset[Node]:
 
 
 def find_tails(loss: Tensor, layers: Sequence[Observation | Tensor]) -> dict[int, Tail]:
-    """Returns the tails to the outputs of those layers that `loss` depends on, by the layers' numbers.
-
-    A single walk finds all tails. The tail of a parameter ends at the parameter itself. Raises
+    """Returns the tails to the outputs of those layers that `loss` depends on, by the layers' numbers. A
+    single walk finds all tails. The tail of a parameter ends at the parameter itself. Raises
     LayerNotUsedError if the loss depends on none of the layers, and RuntimeError if a record is out of date,
     if the loss depends on calls that were not recorded, or if it is made of a derivative that was taken
-    through a layer, or through nn.LayerNorm behind one.
-    """
+    through a layer, or through nn.LayerNorm behind one."""
     check_scalar(loss)
     parents = parents_below(loss)
     parts = [layer.module if isinstance(layer, Observation) else layer for layer in layers]

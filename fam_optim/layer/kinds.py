@@ -26,8 +26,7 @@ from fam_optim.layer.use import (
 
 
 def use_type(module: nn.Module) -> type[LayerUse]:
-    """Returns the kind of `Use` that describes `module`'s forward. Raises TypeError if the forward is not
-    known to be linear in a weight matrix of the module's own."""
+    """Returns the kind of `Use` of a module's forward; TypeError if that is not known to be linear in W."""
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
         raise TypeError(tensor_parallel(module))
     for base, use in _kinds().items():
@@ -130,8 +129,7 @@ class WeightMatrix:
 
 def weight_matrix(layer: object) -> WeightMatrix:
     """Returns a layer's weight as a matrix. The rows of a bare parameter lie along its first axis. Raises
-    TypeError for a layer without one, for a weight that is computed at every call (a parametrization,
-    pruning), and for one that is not whole on this process (FSDP, tensor parallelism)."""
+    TypeError if there is none, if it is computed at every call, or not whole on this process."""
     name = describe(layer)
     if not isinstance(layer, (nn.Module, nn.Parameter)):
         raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {layer!r}.")
