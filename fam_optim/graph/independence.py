@@ -147,14 +147,12 @@ def shown_axes(tails: Sequence[Tail], path: Set[Node]) -> list[dict[int, Groups]
                 layers.setdefault((axis, lengths[0]), []).append(number)
     shown: list[dict[int, Groups]] = [{} for _ in tails]
     for (axis, length), numbers in sorted(layers.items()):
-        groups = Groups({}, frozenset())
-        if length > 1:
-            starts = {
-                (edge.node, edge.output_nr): _stride(use, axis)
-                for number in numbers
-                for use, edge in zip(tails[number].uses, tails[number].edges, strict=True)
-            }
-            groups = follow(ordered, starts, length)
+        starts = {
+            (edge.node, edge.output_nr): _stride(use, axis)
+            for number in numbers
+            for use, edge in zip(tails[number].uses, tails[number].edges, strict=True)
+        }
+        groups = follow(ordered, starts, length)
         for number in numbers:
             if tails[number].ends.isdisjoint(groups.dependent):
                 shown[number][axis] = groups
