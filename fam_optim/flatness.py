@@ -27,8 +27,6 @@ from fam_optim.layers import Layer, distinct
 from fam_optim.parallel import gathered, lasting, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
 
-Layers = Layer | Sequence[Layer]
-
 MEASURES = ("layerwise", "neuronwise")
 MODES = ("exact", "full", "hutchinson")
 CURVATURES = ("hessian", "gauss_newton")
@@ -64,7 +62,7 @@ class Settings:
 
 def relative_flatness(
     loss: Tensor,
-    layer: Layers,
+    layer: Layer | Sequence[Layer],
     *,
     measure: str = "neuronwise",
     mode: str = "exact",

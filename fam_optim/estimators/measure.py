@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Draw = Callable[[tuple[int, ...]], Tensor]  # returns independent signs of a shape
-
 SMALL = 1 << 16  # if all pairs of class vectors have no more numbers, it is fastest to form differences
 
 
@@ -79,9 +77,9 @@ class Factor:
             return (of_w * of_g).sum().clamp_min(0)
         return self.pulled(g.mT).square().sum()
 
-    def weight_probe(self, draw: Draw) -> Tensor:
+    def weight_probe(self, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Returns a random V ``(d, m)`` with ``E[V_si V_uj] = (F F^T)_su 1[i = j]``, and so
-        ``E <V, H V> = <F F^T, T>``."""
+        ``E <V, H V> = <F F^T, T>``. `draw` returns independent signs of a shape."""
         if self.is_identity:
             return draw(tuple(self.matrix.shape))
         # V = W Z with uncorrelated entries Z[k,t] = s_k r_{t-k}, computed as a circular convolution.
