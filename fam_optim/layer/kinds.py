@@ -12,23 +12,23 @@ from fam_optim import unnoticed
 from fam_optim.graph.reach import computed_alike
 from fam_optim.layer.convolution import CONVOLUTIONS, TRANSPOSED, ConvTransposeUse, ConvUse
 from fam_optim.layer.use import (
+    COMPLEX,
+    TENSOR_PARALLEL,
     Conv1DUse,
     LayerUse,
     Layout,
     LinearUse,
     Use,
     at_least_float32,
-    complex_weight,
     describe,
     is_sharded,
-    tensor_parallel,
 )
 
 
 def use_type(module: nn.Module) -> type[LayerUse]:
     """Returns the kind of `Use` of a module's forward; TypeError if that is not known to be linear in W."""
     if "_distribute_module_applied" in getattr(module, "__dict__", ()):  # parallelize_module's mark
-        raise TypeError(tensor_parallel(module))
+        raise TypeError(TENSOR_PARALLEL.format(describe(module)))
     for base, use in _kinds().items():
         if isinstance(module, base):
             return use
@@ -102,7 +102,7 @@ def parameter_use(parameter: Tensor) -> Use:
             f"{tuple(parameter.shape)}. Pass the layer's weight, not its bias or a normalisation's scale."
         )
     if parameter.is_complex():
-        raise TypeError(complex_weight(describe(parameter), parameter))
+        raise TypeError(COMPLEX.format(describe(parameter), parameter.dtype))
     if is_sharded(parameter):
         raise TypeError(
             f"expected `layer` to be a whole weight, got a sharded one, a {describe(parameter)}. With FSDP2 "

@@ -20,6 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+COMPLEX = (
+    "expected a real weight, got that of {} in {}, of which relative flatness is not defined. Hold its real "
+    "and imaginary part as two layers, or leave it out."
+)
+TENSOR_PARALLEL = (
+    "`layer` {} is tensor parallel: no process has its whole weight, input and output, which kappa needs. "
+    "Leave the layer out of the plan of parallelize_module. (FSDP2 is supported.)"
+)
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -37,12 +45,10 @@ class Layout(NamedTuple):
 
     @property
     def d(self) -> int:
-        """The number of rows of W."""
         return self.shape[1] * self.groups if self.inputs_first else self.shape[0]
 
     @property
     def m(self) -> int:
-        """The number of columns of W."""
         first, second, *kernel = self.shape
         return math.prod((first // self.groups if self.inputs_first else second, *kernel))
 
@@ -102,7 +108,7 @@ class LayerUse(Use):
 
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
         if is_sharded(weight):  # those of FSDP2 are whole here, within the forward
-            raise TypeError(tensor_parallel(module))
+            raise TypeError(TENSOR_PARALLEL.format(describe(module)))
         if getattr(weight._base, "_is_flat_param", False):
             raise TypeError(
                 f"`layer` {describe(module)} is wrapped in FullyShardedDataParallel (FSDP1), which frees "
@@ -112,7 +118,7 @@ class LayerUse(Use):
         self.holders: weakref.WeakSet[object] = weakref.WeakSet()  # who may still ask for kappa of this call
         self.objection: str | None = None  # why kappa cannot be computed of this call
         if weight.is_complex():
-            self.objection = complex_weight(f"`layer` {describe(module)}", weight)
+            self.objection = COMPLEX.format(f"`layer` {describe(module)}", weight.dtype)
         elif phi.is_nested or phi.layout != torch.strided:
             self.objection = (
                 f"the input of `layer` {describe(module)} is a nested or sparse tensor ({phi.layout}), whose "
@@ -218,26 +224,10 @@ class Conv1DUse(LinearUse):
         return flat.view(*self.phi.shape[:-1], self.d)
 
 
-def complex_weight(what: str, weight: Tensor) -> str:
-    """Returns why a complex weight is refused."""
-    return (
-        f"expected a real weight, got that of {what} in {weight.dtype}, of which relative flatness is not "
-        "defined. Hold its real and imaginary part as two layers, or leave it out."
-    )
-
-
 def is_sharded(weight: Tensor) -> bool:
     """Returns whether `weight` is a DTensor, without importing what the user has not imported."""
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(weight, tensor.DTensor)
-
-
-def tensor_parallel(module: nn.Module) -> str:
-    """Returns why a layer that is tensor parallel is refused."""
-    return (
-        f"`layer` {describe(module)} is tensor parallel: no process has its whole weight, input and output, "
-        "which kappa needs. Leave the layer out of the plan of parallelize_module. (FSDP2 is supported.)"
-    )
 
 
 def describe(layer: object) -> str:
