@@ -132,10 +132,9 @@ class _Recorder:
         """Removes the hooks if nobody observes the module any more."""
         module = self.module()
         if module is not None and not list(self.observers) and hooks.owner(module) is self:
-            hooks.detach(module)
-            source = parametrization(module)
-            if source is not None:
-                hooks.detach(source)
+            for part in (module, parametrization(module)):
+                if part is not None:
+                    hooks.detach(part)
 
     @hooks.unscripted
     def keep(self, source: nn.Module, args: Any, kwargs: Any, weight: Any = None) -> None:
@@ -198,9 +197,7 @@ class _Recorder:
 
     def _weight_in_use(self, module: nn.Module) -> Tensor:
         source = parametrization(module)
-        if source is None:
-            return cast("Tensor", module.weight)
-        if hooks.owner(source) is not self:
+        if source is not None and hooks.owner(source) is not self:
             raise RuntimeError(
                 f"`layer` {describe(module)} was parametrised after it was observed. Register "
                 "parametrizations before building FAM or entering observe()."
