@@ -171,6 +171,12 @@ def is_compiled(node: Node) -> bool:
     return node.name().startswith("CompiledFunction")
 
 
+def hides(node: Node) -> bool:
+    """Returns whether the graph does not show what is inside `node`: a user's function, or a region that was
+    compiled or scripted."""
+    return is_function(node) or is_compiled(node) or "DifferentiableGraph" in node.name()
+
+
 def gives_buffers_away(node: Node) -> bool:
     """Returns whether `node` is a compiled region whose backward can run only once on a graph."""
     region: Any = getattr(type(node), "_forward_cls", None)

@@ -16,7 +16,8 @@ def _kinds(names: str) -> set[str]:
     return set(names.split())
 
 
-VIEWS = _kinds("View UnsafeView ReshapeAlias Squeeze Unsqueeze Clone ToCopy Alias") | {nodes.DDP_SINK}
+VIEWS = _kinds("View UnsafeView ReshapeAlias Squeeze Unsqueeze Clone ToCopy Alias torch::autograd::Identity")
+VIEWS |= {nodes.DDP_SINK}
 """Operations that keep all numbers and their order and may change the shape."""
 
 PERMUTATIONS = _kinds("Permute Transpose T")
@@ -27,7 +28,9 @@ MOVES |= _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelec
 
 ADDITIONS = _kinds("Add Sub Rsub Neg")
 PRODUCTS = _kinds("Mul Dot Mv Mm Bmm")
-MATRIX_PRODUCTS = _kinds("Addmm Mm Bmm")
+MATRIX_PRODUCTS = _kinds("Addmm Mm Bmm Mv Addmv Addbmm Baddbmm SparseAddmm")
+"""Products whose two factors are the last operands."""
+
 LINEAR = MOVES | ADDITIONS
 LINEAR |= _kinds("Sum Mean NllLoss NllLoss2D Cat Stack MaskedFill MaskedSelect Where Gather Cumsum Repeat")
 

@@ -6,20 +6,21 @@ the weight a second time, beside ``z = lin(phi; W)``: only kappa of the weight i
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from fam_optim.graph import nodes, operations
-from fam_optim.graph.reach import same_graph
+from fam_optim.graph.reach import same_graph, spread
 from fam_optim.layer.kinds import use_type
 from fam_optim.layer.record import Observation, recorded_use
-from fam_optim.layer.use import Conv1DUse, Use, describe
+from fam_optim.layer.use import Layout, Use, describe
 
 Parents = Mapping[Node, Sequence[Node]]
 
-_SAME_NUMBERS = operations.VIEWS | {"Expand", "torch::autograd::Identity"}
+_SAME_NUMBERS = operations.VIEWS | operations.PERMUTATIONS | {"Expand"}
 
 
 def check_all_seen(
@@ -27,7 +28,8 @@ def check_all_seen(
 ) -> None:
     """Raises RuntimeError if the loss depends on a call of a layer that was not recorded, on a derivative
     through a call, or on a parameter with a sparse gradient. `uses_of` has the uses found of each layer."""
-    recorded = {_product_of_call(node) for node in parents if recorded_use(node)}
+    calls = {node for node in parents if recorded_use(node)}
+    recorded = calls | set(map(_product_of_call, calls))
     checkpoints = [node for node in parents if nodes.is_reentrant_checkpoint(node)]
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
@@ -40,8 +42,13 @@ def check_all_seen(
         by_name.setdefault(node.name(), []).append(node)
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            transposed = use_type(layer.module) is Conv1DUse  # stores W^T and multiplies with that
-            products = _of_trained(_starts(weights, by_name), parents, transposed)
+            layout = use_type(layer.module).layout_of(layer.module, weights[0]) if weights else None
+            products = _of_trained(_starts(weights, by_name), parents, layout) if layout else set()
+            if any(
+                map(nodes.hides, products)
+            ):  # the body of a language model has an embedding with its weight
+                feeding = spread(calls, lambda node: {below for below, _ in node.next_functions} - {None})
+                products -= {node for node in feeding if nodes.hides(node)}
             products.update(*(constants[_place(weight)] for weight in weights if not weight.requires_grad))
             hidden = derivative and uses and not weights[0].requires_grad
             if hidden or products - recorded or any(map(layer.called_within, checkpoints)):
@@ -77,55 +84,76 @@ def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) ->
     return starts | alike
 
 
-def _of_trained(starts: Set[Node], parents: Parents, stored_transposed: bool) -> set[Node]:
-    """Returns the products with trained weights: ``phi W^T`` of the layer's calls, and ``delta W`` of
-    derivatives through it. `starts` are the nodes that make the weights. A call makes W^T by t(), and a
-    derivative makes W from that by more. ``z W`` and ``W W^T`` are other uses, which do not count."""
+def _of_trained(starts: Set[Node], parents: Parents, layout: Layout) -> set[Node]:
+    """Returns the operations that multiply trained weights with data: ``phi W^T`` of calls, also by hand, and
+    ``delta W`` of derivatives through calls. `starts` are the nodes that make the weights.
+
+    A call sums over the weight's inputs. ``z W``, which sums over its outputs, is another use, and so is
+    ``W W^T``. A derivative multiplies with a W that t() has made of W^T. What a user's function or a compiled
+    region does with the weight is unknown, and counts.
+    """
     found: set[Node] = set()
-    of_call = 0 if stored_transposed else 1  # how many t() a call takes
     copies: set[Node] = set()  # nodes that make copies of the weight
-    stack: list[tuple[Node, tuple[str, ...]]] = [(start, ()) for start in starts]
+    # Follows the numbers along the weight's first axis; if that has length 1, those along the others.
+    length = layout.shape[0] if layout.shape[0] > 1 else layout.shape.numel()
+    over_inputs = layout.inputs_first == (layout.shape[0] > 1)  # whether these are the inputs
+    stack: list[Any] = [(start, layout.shape.numel() // length, ()) for start in starts]
     while stack:
-        node, way = stack.pop()
+        node, stride, way = stack.pop()
         copies.add(node)
         for above in set(parents.get(node, ())):
-            kind = nodes.kind(above)
-            operands = [below for below, _ in above.next_functions]
-            if kind in operations.PERMUTATIONS:
-                stack.append((above, (*way, kind)))
-            elif kind in _SAME_NUMBERS:
-                stack.append((above, way))
-            elif kind == "Convolution" and operands[1] is node:
-                found.add(above)
-            elif kind == "ConvolutionBackward" and operands[2] is node and nodes.shape(above, 0):
-                found.add(above)  # no shape: a derivative in the weight alone
-            elif kind in operations.MATRIX_PRODUCTS and operands[-1] is node:
-                by_torch = len(way) >= of_call and set(way) <= {"T"}
-                if by_torch or len(way) % 2 == of_call:
+            kind, operands = nodes.kind(above), [below for below, _ in above.next_functions]
+            position = operands.index(node)
+            shape = nodes.shape(node, above.next_functions[position][1])
+            if kind in _SAME_NUMBERS:
+                made = nodes.shape(above, 0)
+                to = stride and operations.moved(above, kind, 0, shape, made, stride, length)
+                stack.append((above, to, (*way, kind) if kind in operations.PERMUTATIONS else way))
+            elif kind in operations.MATRIX_PRODUCTS and position >= len(operands) - 2:
+                second = position == len(operands) - 1
+                place = operations.axis_of_digit(shape, stride, length) if stride else None
+                summed = len(shape) - (2 if second and len(shape) > 1 else 1)
+                by_torch = second and len(way) >= (not layout.inputs_first) and set(way) <= {"T"}
+                if by_torch or place is None or (place[0] == summed) == over_inputs:
                     found.add(above)
-    products = operations.MATRIX_PRODUCTS
-    return {n for n in found if nodes.kind(n) not in products or n.next_functions[-2][0] not in copies}
+            elif _is_product(above, position, layout.shape.numel()):
+                found.add(above)
+    return {node for node in found if not {factor for factor, _ in node.next_functions[-2:]} <= copies}
 
 
-_SECOND_FACTORS = {
-    "Mm": ("mat2", 1),
-    "Bmm": ("mat2", 1),
-    "Addmm": ("mat2", 2),
-    "Convolution": ("weight", 1),
-    "ConvolutionBackward": ("weight", 2),
+def _is_product(node: Node, position: int, numbers: int) -> bool:
+    """Returns whether a node, which is no matrix product, multiplies its operand at `position`, a weight of
+    so many `numbers`, with data, or may do so. (A product of as many numbers only scales the weight.)"""
+    kind = nodes.kind(node)
+    if kind == "ConvolutionBackward":  # without a shape it is a derivative in the weight alone
+        return position == 2 and bool(nodes.shape(node, 0))
+    if kind == "Mul":
+        return nodes.shape(node, 0).numel() > numbers
+    return nodes.hides(node) or kind == "Trilinear" or (kind in ("Convolution", "Linear") and position == 1)
+
+
+_FACTORS = {
+    "Mm": (("self", 0), ("mat2", 1)),
+    "Bmm": (("self", 0), ("mat2", 1)),
+    "Addmm": (("mat1", 1), ("mat2", 2)),
+    "Mv": (("self", 0),),
+    "Addmv": (("mat", 1),),
+    "Convolution": (("weight", 1),),
+    "ConvolutionBackward": (("weight", 2),),
 }
-"""By kind of product: the name by which it keeps its second factor, and that operand's position."""
+"""By kind of product: the names by which it keeps operands that may be weights, and their positions."""
 
 
 def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[Node]]:
-    """Returns products with a constant second factor by its place in memory, a frozen weight's only trace."""
+    """Returns products with a factor that is a constant, by where the factor's numbers lie in memory, which
+    is the only trace of a frozen weight."""
     found = defaultdict(list)
     for node in graph:
-        name, position = _SECOND_FACTORS.get(nodes.kind(node), ("", 0))
-        if name and node.next_functions[position][0] is None:
-            factor = nodes.at_hand(node, name)
-            if factor is not None:
-                found[_place(factor)].append(node)
+        for name, position in _FACTORS.get(nodes.kind(node), ()):
+            if node.next_functions[position][0] is None:
+                factor = nodes.at_hand(node, name)
+                if factor is not None:
+                    found[_place(factor)].append(node)
     return found
 
 

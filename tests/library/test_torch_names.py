@@ -125,6 +125,7 @@ SAVED: dict[str, tuple[str, Callable[[], Tensor], Any]] = {
     "_saved_alpha": ("a product's own factor", lambda: torch.addmm(ROW, ROW, ROW, alpha=2), 2),
     "_saved_mat1": ("phi of a Linear layer", lambda: torch.addmm(ROW, ROW, ROW), None),
     "_saved_mat2": ("uses of a frozen layer", lambda: ROW @ ROW.exp(), None),
+    "_saved_mat": ("uses of a frozen layer", lambda: torch.addmv(ROW[0], ROW, ROW[0]), None),
     "_raw_saved_mat2": ("uses of a frozen layer", lambda: ROW @ ROW.exp(), None),
     "_input_metadata": ("shapes of results", lambda: ROW * 2, None),
     "metadata": ("where records live", lambda: ROW * 2, None),

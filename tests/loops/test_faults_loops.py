@@ -254,10 +254,56 @@ def another(model: nn.Sequential, how: str) -> Tensor:
         return checkpoint(model, u.clone().requires_grad_(), use_reentrant=True)
     if how == "checkpoint of a sample":
         return checkpoint(lambda z: model[2](z.tanh()), model[0](u), use_reentrant=True)
-    if how == "W.T, no bias":
-        return model[:2](u) @ model[2].weight.T
-    assert how == "class"
-    return nn.Linear.forward(model[2], model[:2](u))
+    if how == "class":
+        return nn.Linear.forward(model[2], model[:2](u))
+    return BY_HAND[how](model[:2](u), model[2].weight)
+
+
+def linear(h: Tensor, w: Tensor) -> Tensor:
+    return torch.nn.functional.linear(h, w).tanh()
+
+
+def embedding(index: Tensor, w: Tensor) -> Tensor:
+    return torch.nn.functional.embedding(index, w).tanh()
+
+
+def in_region(function: Callable[..., Tensor], how: str, x: Tensor, w: Tensor) -> Tensor:
+    """Calls a function as a region that the graph does not look into."""
+    if how == "compiled":
+        return torch.compile(function, backend="aot_eager")(x, w)
+    region = torch.jit.script(function)
+    for _ in range(3):  # it is compiled at the third call
+        region(x.detach(), w).sum().backward()
+    return region(x, w)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(h, w)
+        return h @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        h, w = ctx.saved_tensors
+        return grad @ w, grad.T @ h
+
+
+BY_HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "W.T, no bias": lambda h, w: h @ w.T,
+    "W on the left": lambda h, w: (w @ h.T).T,
+    "one vector": lambda h, w: w @ h[0],
+    "one vector, added": lambda h, w: torch.addmv(w[:, 0].detach(), w, h[0]),
+    "einsum": lambda h, w: torch.einsum("nm,dm->nd", h, w),
+    "einsum from the left": lambda h, w: torch.einsum("dm,btm->bdt", w, h.view(2, 3, 5)),
+    "baddbmm": lambda h, w: torch.baddbmm(h[0, 0].detach(), h.view(2, 3, 5), w.T.expand(2, 5, 3)),
+    "sparse": lambda h, w: torch.sparse.mm(h.detach().to_sparse(), w.T),
+    "bilinear": lambda h, w: F.bilinear(torch.ones(6, 1), h, w[:, None, :]),
+    "sum of products": lambda h, w: (h[:, None] * w).sum(-1),
+    "function": Product.apply,
+    "scripted": lambda h, w: in_region(linear, "scripted", h, w),
+    "compiled": lambda h, w: in_region(linear, "compiled", h, w),
+}
 
 
 UNSEEN = [
@@ -266,12 +312,11 @@ UNSEEN = [
     "reentrant checkpoint",
     "checkpoint of a sample",
     "class",
-    "W.T, no bias",
+    *BY_HAND,
 ]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("how", UNSEEN)
+@pytest.mark.parametrize(("how", "bias"), [*((how, True) for how in UNSEEN), ("forward", False)])
 def test_a_call_beside_an_observed_one_is_not_passed_over(how: str, bias: bool) -> None:
     model = mlp(bias)
     for mode in ("exact", "hutchinson"):
@@ -280,7 +325,7 @@ def test_a_call_beside_an_observed_one_is_not_passed_over(how: str, bias: bool) 
         ):
             measured(lambda: CE(model(X), Y) + another(model, how).square().mean(), model[2], mode=mode)
     # The remedy, where torch has the derivatives.
-    if "checkpoint" not in how and how != "W.T, no bias":
+    if how in ("vmap", "forward", "class"):
         loss = CE(model(X), Y) + another(model, how).square().mean()
         kappa = relative_flatness(loss, model[2].weight, mode="full")
         seen = true_kappa(lambda: CE(model(X), Y) + model(X + 1).square().mean(), model[2])
@@ -366,7 +411,7 @@ def test_a_use_of_a_computed_weight_is_not_passed_over(computed: str, how: str) 
     assert_close([twice], [once[0] + once[1]], "observed calls are added", 1e-12)
 
 
-@pytest.mark.parametrize("how", ["vmap", "forward", "class"])
+@pytest.mark.parametrize("how", ["vmap", "forward", "class", "left"])
 def test_a_call_of_a_frozen_layer_is_not_passed_over(how: str) -> None:
     """A frozen weight is no part of the graph: it is known by where its numbers lie."""
     for number in (0, 2):
@@ -380,6 +425,7 @@ def test_a_call_of_a_frozen_layer_is_not_passed_over(how: str) -> None:
                 "vmap": lambda: torch.func.vmap(model[number])(h),
                 "forward": lambda: model[number].forward(h),
                 "class": lambda: nn.Linear.forward(model[number], h),
+                "left": lambda: model[number].weight @ h.T,
             }[how]()
             return CE(model(x), Y) + z.square().mean()
 
@@ -419,7 +465,7 @@ def test_a_call_of_one_layer_that_is_unseen_while_another_is_seen() -> None:
         fam.regularize(CE(model[2].forward(model[1](model[0](X))), Y))
 
 
-@pytest.mark.parametrize("where", ["beside", "below"])
+@pytest.mark.parametrize("where", ["beside", "below", "compiled", "scripted"])
 def test_what_is_no_call_of_the_layer_is_no_false_refusal(where: str) -> None:
     """Calls without a graph, other uses of the weight, a reentrant checkpoint of what comes before."""
     model = mlp()
@@ -430,6 +476,8 @@ def test_what_is_no_call_of_the_layer_is_no_false_refusal(where: str) -> None:
             model(X)
         if where == "below":
             return CE(model[2](checkpoint(model[:2], X.clone().requires_grad_(), use_reentrant=True)), Y)
+        if where in ("compiled", "scripted"):  # with an embedding that shares the weight
+            return CE(model[2](in_region(embedding, where, Y, weight)), Y)
         x = X + 1
         decoded = F.linear(model(x), weight.T)
         return decoded.square().mean() + 0 * (weight @ weight.T - torch.eye(3)).square().sum()
@@ -437,6 +485,10 @@ def test_what_is_no_call_of_the_layer_is_no_false_refusal(where: str) -> None:
     kappa = measured(loss_of, model[2], mode="full")
     if where == "below":
         wanted = true_kappa(lambda: CE(model(X), Y), model[2])
+        assert_close([kappa], [wanted], "kappa", 1e-11)
+    elif where != "beside":
+        frozen = weight.detach().clone()
+        wanted = true_kappa(lambda: CE(model[2](embedding(Y, frozen)), Y), model[2])
         assert_close([kappa], [wanted], "kappa", 1e-11)
     assert kappa.isfinite()
 
