@@ -46,13 +46,16 @@ _SECOND = "kappa needs second derivatives of what follows the layer"
 
 @contextmanager
 def explained(needed: str) -> Iterator[None]:
-    """Raises torch's errors again with the remedy, if one is known. `needed` says what kappa asked for."""
+    """Raises torch's errors again with what the user can do. `needed` says what kappa asked for."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        text = remedy(error)
-        if text is None:
-            raise
+        text = remedy(error) or (
+            f'torch says of one there: "{error}" Write what computes it out in elementary operations on '
+            "plain tensors, or regularise a layer behind it (the last one, say)."
+        )
         raise RuntimeError(f"kappa needs {needed} of what follows the layer. {text}") from error
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from fam_optim import FAM, observe, relative_flatness
 from fam_optim.graph import errors
 from tests import reference
-from tests.support import TORCH
+from tests.support import TORCH, warnings_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,6 +116,17 @@ def test_second_derivatives_that_torch_does_not_have_or_gives_wrong() -> None:
     for (message, tail), mode in itertools.product(tails.items(), ("exact", "full", "hutchinson")):
         with pytest.raises(RuntimeError, match=f"(?s)kappa needs second derivatives of what.*{message}"):
             kappa_behind(tail, mode)
+
+
+def test_what_is_not_known_of_torch_is_quoted_with_what_to_do() -> None:
+    layer = nn.Linear(5, 3)
+    with warnings_as("ignore"):
+        z = layer(torch.nested.nested_tensor([X[:1], X[1:]])).to_padded_tensor(0.0)
+    for mode in ("full", "hutchinson"):
+        with pytest.raises(
+            RuntimeError, match=r'torch says of one there: "Expected both to be nested.*on plain'
+        ):
+            relative_flatness(z.tanh().square().mean(), layer.weight, mode=mode)
 
 
 def test_remedies_belong_to_what_they_are_for() -> None:
