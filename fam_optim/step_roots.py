@@ -11,9 +11,9 @@ from torch.autograd.graph import Node
 
 from fam_optim import unnoticed
 from fam_optim.estimators.roots import Roots, added, products_of_rows, sample_roots
-from fam_optim.graph import errors, nodes
+from fam_optim.graph import nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import Reach, check_scalar, is_of_weights, reach, spread
+from fam_optim.graph.reach import Reach, check_scalar, reach, spread
 from fam_optim.layer.kinds import WeightMatrix
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
@@ -103,9 +103,8 @@ class StepRoots:
             return
         ends = frozenset(reached.leaves.values())
         with in_full_precision(loss.device), unsunk(reached.path), counted_once():
-            with errors.explained("the graph"):
-                outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
-            outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]
+            path = reached.path | ends
+            outputs = find_outputs(loss, path, ends, differentiable=False, of_weights=False)
             self._replicas.check_together()
             self.recognised = True
             if seed is None:

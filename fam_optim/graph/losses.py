@@ -20,32 +20,56 @@ from torch.autograd.graph import GradientEdge, Node
 from fam_optim import unnoticed
 from fam_optim.graph import errors, nodes, operations
 from fam_optim.graph.corrections import is_largest
-from fam_optim.graph.reach import spread
+from fam_optim.graph.reach import is_of_weights, spread
 from fam_optim.layer.use import at_least_float32
 
 
 def linear_in(
-    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str]
+    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str], *, of_weights: bool = True
 ) -> tuple[list[Node], Node | None]:
     """Returns the nodes of some kinds in whose results the loss is linear piece by piece, and one in which it
-    is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included."""
+    is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
+    Functions of weights alone, such as weight decay, count if `of_weights`.
+    """
     found: list[Node] = []
     stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
     seen = set(stack)
     while stack:
         node, output = stack.pop()
-        kind = nodes.kind(node)
-        if kind in kinds:
-            found.append(node)
-        elif node not in ends:  # else linear in z itself: no curvature
-            inputs = nodes.inputs_of(node, output)
-            on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
-            if not (operations.is_linear(kind, on_path) or kind in operations.PICKS):
-                return found, node
+        kind = _kind(node)
+        inputs: Any = nodes.inputs_of(node, output)
+        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
+        if kind not in kinds and node in ends:  # linear in z itself: no curvature
+            continue
+        if kind not in kinds and (operations.is_linear(kind, on_path) or kind in operations.PICKS):
             new = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
             seen.update(new)
             stack += new
+            continue
+        # Of what is not known, a function of one operand alone is sure to depend on no data.
+        alone = kind in kinds or (len(inputs) == 1 and not nodes.hides(node))
+        if not of_weights and alone and all(is_of_weights(inputs[i][0]) for i in on_path):
+            continue
+        if kind not in kinds:
+            return found, node
+        found.append(node)
     return found, None
+
+
+def _kind(node: Node) -> str:
+    """Returns the kind of a node, "Pow" for a product of numbers with themselves."""
+    kind = nodes.kind(node)
+    return "Pow" if kind in ("Mul", "Dot") and _is_with_itself(node, operations.VIEWS) else kind
+
+
+def _is_with_itself(node: Node, moved_by: Set[str]) -> bool:
+    """Returns whether both factors of a product are the same numbers, perhaps moved by some kinds of node."""
+    factors: list[Any] = list(node.next_functions)
+    for i, (factor, _) in enumerate(factors):
+        while factor is not None and nodes.kind(factor) in moved_by:
+            factors[i] = factor.next_functions[0]
+            factor = factors[i][0]
+    return len(factors) == 2 and factors[0] == factors[1]
 
 
 class Output(NamedTuple):
@@ -58,14 +82,20 @@ class Output(NamedTuple):
 
 
 def find_outputs(
-    loss: Tensor, path: frozenset[Node], ends: frozenset[Node], *, differentiable: bool
+    loss: Tensor,
+    path: frozenset[Node],
+    ends: frozenset[Node],
+    *,
+    differentiable: bool,
+    of_weights: bool = True,
 ) -> list[Output]:
     """Returns the outputs in which the loss is convex, as far as it depends on some layers. Raises
     RuntimeError if the loss is not known to be convex in outputs. `path` leads from the loss to the layers'
-    own nodes `ends`, included; the result carries gradients if `differentiable`."""
-    known, unknown = linear_in(loss, path, ends, _KINDS.keys())
+    own nodes `ends`, included; the result carries gradients if `differentiable`. Functions of weights alone
+    count if `of_weights`."""
+    known, unknown = linear_in(loss, path, ends, _KINDS.keys(), of_weights=of_weights)
     with errors.explained("derivatives"), nodes.not_passed(known):
-        found = [_KINDS[nodes.kind(n)](n, loss, path, differentiable) for n in known]
+        found = [_KINDS[_kind(n)](n, loss, path, differentiable) for n in known]
     outputs = [output for output in found if output is not None]
     unknown = known[found.index(None)] if None in found else unknown
     if unknown is not None:
@@ -197,7 +227,8 @@ def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bo
 def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
     """Returns o of the square of an error or of an output, or of a Huber or smooth L1 loss, which is linear
     in large errors; None if o is a loss, a norm or a distance."""
-    sides = {i: (-1.0) ** i for i, (below, _) in enumerate(node.next_functions) if below in path}
+    operands = node.next_functions[:1] if _kind(node) == "Pow" else node.next_functions
+    sides = {i: (-1.0) ** i for i, (below, _) in enumerate(operands) if below in path}
     curvature = nodes.curvature_of_error(node)
     if curvature is None or any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
@@ -207,9 +238,9 @@ def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiabl
 
 
 def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
-    """Returns whether a node's result is a loss, a norm or a distance, perhaps added to, scaled, moved,
-    clipped, picked or put into a function. Its square is then no squared error of the network's outputs. (A
-    product of such with a trained weight is an output.)"""
+    """Returns whether a node's result is a loss, a norm, a distance or a product of numbers with themselves,
+    perhaps added to, scaled, moved, clipped, picked or put into a function. Its square is then no squared
+    error of the network's outputs. (A product of such with a trained weight is an output.)"""
 
     def passed_on(node: Node) -> Set[Any]:
         kind, operands = nodes.kind(node), {below for below, _ in node.next_functions} - {None}
@@ -220,7 +251,12 @@ def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
         linear = operations.is_linear(kind, on_path) and not by_weight
         return operands & path if function or linear or kind in operations.PICKS else set()
 
-    return any(nodes.kind(n) in operations.DISTANCES for n in {node, *spread([node], passed_on)})
+    below = {node, *spread([node], passed_on)}
+    kinds = set(map(_kind, below))
+    of_probability = "Log" in kinds and not kinds.isdisjoint(operations.PROBABILITIES)
+    products = [n for n in below if nodes.kind(n) in operations.PRODUCTS]
+    with_itself = any(_is_with_itself(n, operations.SAME_NUMBERS) for n in products)
+    return with_itself or of_probability or not kinds.isdisjoint(operations.DISTANCES)
 
 
 def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:

@@ -147,7 +147,7 @@ def curvature_of_error(node: Any) -> Any:
     """Returns the second derivative of a squared, Huber or smooth L1 error; None for powers but squares."""
     if kind(node) == "Pow":  # Pow with another number has a tensor for its exponent, which may be learned
         return 2 if node.name() == "PowBackward0" and node._saved_exponent == 2 else None
-    if kind(node) == "MseLoss":
+    if kind(node) in ("MseLoss", "Mul", "Dot"):
         return 2
     error = (node._saved_self - node._saved_target).detach().abs()
     if kind(node) == "HuberLoss":

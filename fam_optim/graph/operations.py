@@ -22,6 +22,9 @@ VIEWS |= {nodes.DDP_SINK}
 
 PERMUTATIONS = _kinds("Permute Transpose T")
 
+SAME_NUMBERS = VIEWS | PERMUTATIONS | {"Expand"}
+"""Operations that keep all numbers and may change their order and repeat them."""
+
 MOVES = VIEWS | PERMUTATIONS | _kinds("Expand Index Flip Roll")
 MOVES |= _kinds("Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect")
 """Operations that only copy entries of the operand, alike at every place along an axis that is kept apart."""
@@ -32,7 +35,10 @@ MATRIX_PRODUCTS = _kinds("Addmm Mm Bmm Mv Addmv Addbmm Baddbmm SparseAddmm")
 """Products whose two factors are the last operands."""
 
 LINEAR = MOVES | ADDITIONS
-LINEAR |= _kinds("Sum Mean NllLoss NllLoss2D Cat Stack MaskedFill MaskedSelect Where Gather Cumsum Repeat")
+LINEAR |= _kinds(
+    """Sum Nansum Mean NllLoss NllLoss2D Cat Stack MaskedFill MaskedSelect Where Gather Cumsum Repeat Trace
+    Diagonal Tril Triu ConstantPadNd IndexAdd IndexPut IndexCopy ScatterAdd torch::autograd::CopyBackwards"""
+)
 
 ELEMENTWISE = ADDITIONS | _kinds(
     """Mul Div Pow Sqrt Rsqrt Reciprocal Abs Sgn Sign Exp Exp2 Expm1 Log Log10 Log1P Log2 Logit Sin Cos Tan
@@ -49,8 +55,11 @@ ENTRYWISE_LOSSES |= {"BinaryCrossEntropyWithLogits"}
 
 DISTANCES = ENTRYWISE_LOSSES | _kinds("LogSoftmax Logsumexp Pow Sqrt Abs LinalgVectorNorm Norm Dist Cdist")
 DISTANCES |= _kinds("CdistForward EuclideanDist Pdist Hypot Std Var StdMean VarMean LogSigmoid CtcLoss")
-DISTANCES |= _kinds("MultiMarginLoss MultilabelMarginLoss")
+DISTANCES |= _kinds("MultiMarginLoss MultilabelMarginLoss LinalgSvd")
 """Losses, norms, distances and spreads, and the last steps of such that are written out."""
+
+PROBABILITIES = _kinds("Softmax SafeSoftmax Sigmoid Exp")
+"""Operations that make probabilities, perhaps of others that sum to them; their logarithm is a loss."""
 
 PICKS = _kinds("Max Min Maximum Minimum Amax Amin Aminmax Median Nanmedian Kthvalue Sort Topk Cummax Cummin")
 """Operations that pick entries of the operand by their size."""
@@ -60,6 +69,8 @@ def is_linear(kind: str, positions: Sequence[int]) -> bool:
     """Returns whether an operation is linear in its operands at `positions` together, the others fixed."""
     if kind in ("Div", "KlDiv"):
         return list(positions) == [0]
+    if kind == "Lerp":
+        return 2 not in positions
     if kind in PRODUCTS:
         return len(positions) == 1
     return kind in LINEAR

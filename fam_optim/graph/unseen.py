@@ -20,8 +20,6 @@ from fam_optim.layer.use import Layout, Use, describe
 
 Parents = Mapping[Node, Sequence[Node]]
 
-_SAME_NUMBERS = operations.VIEWS | operations.PERMUTATIONS | {"Expand"}
-
 
 def check_all_seen(
     parents: Parents, layers: Sequence[Observation | Tensor], uses_of: Sequence[Sequence[Use]]
@@ -105,7 +103,7 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout) -> set[Node
             kind, operands = nodes.kind(above), [below for below, _ in above.next_functions]
             position = operands.index(node)
             shape = nodes.shape(node, above.next_functions[position][1])
-            if kind in _SAME_NUMBERS:
+            if kind in operations.SAME_NUMBERS:
                 made = nodes.shape(above, 0)
                 to = stride and operations.moved(above, kind, 0, shape, made, stride, length)
                 stack.append((above, to, (*way, kind) if kind in operations.PERMUTATIONS else way))

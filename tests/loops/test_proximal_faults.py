@@ -388,7 +388,7 @@ def test_terms_that_are_not_convex_may_be_added_in_a_closure() -> None:
 def test_a_loss_with_other_terms_says_what_to_do() -> None:
     optimizer = fam(model := net())
     with pytest.raises(RuntimeError, match=r"convex in the.*Give regularize\(\) the terms that are and add"):
-        optimizer.regularize(loss_of(model, 0) + model[0].weight.abs().sum())
+        optimizer.regularize(loss_of(model, 0) + loss_of(model, 0).sqrt())
 
 
 DECAYS: dict[str, Callable[[nn.Module], Tensor]] = {
@@ -403,6 +403,11 @@ DECAYS: dict[str, Callable[[nn.Module], Tensor]] = {
     "of what rows have in common": lambda model: sum(
         (w @ w.T - torch.eye(len(w))).square().sum() for w in (model[0].weight, F.normalize(model[2].weight))
     ),
+    "as products": lambda model: sum((p * p).sum() for p in model.parameters()),
+    "absolute values": lambda model: sum(p.abs().sum() for p in model.parameters()),
+    "norms": lambda model: sum(p.norm() ** 2 + p.norm() for p in model.parameters()),
+    "norms of rows": lambda model: model[0].weight.norm(dim=1).sum(),
+    "a nuclear norm": lambda model: torch.linalg.matrix_norm(model[0].weight, "nuc"),
     "with importances": lambda model: sum(
         (p.detach().abs() * (p - 0.3) ** 2).sum() for p in model.parameters()
     ),
