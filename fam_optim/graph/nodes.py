@@ -194,14 +194,15 @@ def is_reentrant_checkpoint(node: Node) -> bool:
 
 
 def keeps_numbers(node: Any) -> bool:
-    """Returns whether an autograd.Function may keep floating point numbers for its backward: in tensors, in
-    lists and dicts, or in any object but plain numbers, names and torch's objects (a process group, say)."""
+    """Returns whether an autograd.Function may keep floating point numbers for its backward: in tensors (also
+    coded in 8 or 16 bits), in lists and dicts, or in any object but plain numbers, names and torch's objects
+    (a process group, say)."""
     return any(map(_may_hold_numbers, (*node.saved_tensors, *vars(node).values())))
 
 
 def _may_hold_numbers(kept: Any) -> bool:
     if isinstance(kept, torch.Tensor):
-        return kept.is_floating_point() or kept.is_complex()
+        return kept.dtype not in (torch.bool, torch.int32, torch.int64)  # masks and indices
     if isinstance(kept, (list, tuple, dict)):
         return any(map(_may_hold_numbers, kept.values() if isinstance(kept, dict) else kept))
     plain = isinstance(kept, (int, float, str, NoneType, ReferenceType))
