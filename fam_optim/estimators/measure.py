@@ -15,6 +15,10 @@ from torch import Tensor
 
 SMALL = 1 << 16  # if all pairs of class vectors have no more numbers, it is fastest to form differences
 
+# With so few multiplications ``W^T g`` is formed, though Gram matrices may take fewer: in float32 these have
+# no digits left where class vectors differ little beside what they have in common.
+CHEAP = 1 << 18
+
 
 def doubled(t: Tensor) -> Tensor:
     """Returns `t` with twice its gradient, for a symmetric form whose other, equal factor is a constant."""
@@ -39,10 +43,14 @@ class Factor:
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Returns ``U, V`` ``(directions, d)`` with ``U^T V = F F^T``. V is constant and U carries the
-        gradient, so that of ``sum_k <u_k, T v_k>`` is right, although T is applied to constants only."""
-        if self.directions == len(self.matrix):
-            return self.gram(), self.matrix.new_ones(self.directions).diag()
-        return doubled(self.matrix).T, self.matrix.detach().T
+        gradient, so that of ``sum_k <u_k, T v_k>`` is right, although T is applied to constants only. (With
+        ``u_k = v_k`` T cancels what the rows of W have in common; W W^T has few digits of anything else.)"""
+        if self.is_identity:
+            return self.gram(), self.gram()
+        columns = self.matrix
+        if self.by_unit:  # in a basis of its rows W has no more columns than rows
+            columns = columns @ torch.linalg.qr(columns.detach().mT).Q
+        return doubled(columns).T, columns.detach().T
 
     def probe(self, signs: Tensor) -> Tensor:
         """Returns ``F s`` for each s in `signs` ``(..., columns)``."""
@@ -64,7 +72,7 @@ class Factor:
 
     def inner(self, rows: Tensor) -> Tensor:
         """Returns ``<F^T x_a, F^T x_b>`` ``(..., n, n)`` for the rows x of each group ``(..., n, d)``."""
-        if self.by_unit:
+        if self.by_unit and rows.numel() * self.columns > CHEAP:
             return (rows @ self.gram()) @ rows.mT
         pulled = self.pulled(rows)
         return pulled @ pulled.mT
@@ -72,7 +80,7 @@ class Factor:
     def square(self, g: Tensor) -> Tensor:
         """Returns ``||F^T g||_F^2``, ``()``, of one g ``(d, m)`` or several side by side; never negative. For
         F = W it takes the Gram matrices of W and g where d <= m, else ``W^T g``; as much in the backward."""
-        if self.by_unit:
+        if self.by_unit and g.numel() * self.columns > CHEAP:
             of_w, of_g = (doubled(t) @ t.detach().T for t in (self.matrix, g))
             return (of_w * of_g).sum().clamp_min(0)
         return self.pulled(g.mT).square().sum()

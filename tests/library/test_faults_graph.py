@@ -735,6 +735,35 @@ def test_class_vectors_with_much_in_common(few: bool, monkeypatch: pytest.Monkey
         assert (grads[0] - grads[1]).norm() <= 2e-3 * grads[1].norm()
 
 
+IN_COMMON: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "temperatures": lambda m, x: CE(m(x) * torch.arange(1, 9).to(x)[:, None], torch.arange(8) % 5),
+    "tokens": lambda m, x: CE(m(x.view(2, 4, 6)).flatten(0, 1), torch.arange(8) % 5),
+    "pooled tokens": lambda m, x: CE(m(x.view(2, 4, 6)).mean(1), torch.arange(2)),
+}
+
+
+@pytest.mark.parametrize("by_weight", [False, True], ids=["module", "weight"])
+@pytest.mark.parametrize("loss_of", IN_COMMON.values(), ids=IN_COMMON)
+def test_what_class_vectors_have_in_common_cancels(loss_of: Callable[..., Tensor], by_weight: bool) -> None:
+    """In float32 W W^T would keep nothing else."""
+    single = seeded(lambda: nn.Linear(6, 5)).float()
+    single.weight.data += 2e3
+    double = copy.deepcopy(single).double()
+    ways: list[dict[str, Any]] = [{"mode": "hutchinson"}] if by_weight else [{}, {"mode": "hutchinson"}]
+    ways += [{"curvature": "gauss_newton", "mode": mode} for mode in ("exact", "hutchinson", "full")]
+    for way in ways:
+        values = []
+        for m in (single, double):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(m.weight) / 100
+            with observe(m) as seen:
+                loss = loss_of(m, x)
+            probes = torch.Generator().manual_seed(0)
+            values.append(relative_flatness(loss, m.weight if by_weight else seen, generator=probes, **way))
+        assert values[0].item() == pytest.approx(values[1].item(), rel=5e-3), way
+        grads = [gradient(v, [m.weight]) for v, m in zip(values, (single, double), strict=True)]
+        assert (grads[0] - grads[1]).norm() <= 5e-3 * grads[1].norm(), way
+
+
 SURE: dict[str, Callable[[Tensor], Tensor]] = {
     "binary cross-entropy": lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)),
     "of negatives": lambda z: F.binary_cross_entropy_with_logits(-z, torch.zeros_like(z)),
