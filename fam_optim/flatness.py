@@ -150,7 +150,8 @@ def each_flatness(tails: Sequence[Tail], settings: Settings) -> list[Tensor]:
             found = list(map(errors.once_differentiable, found))
         else:
             found = [_of_hessian(tail, factor, settings) for tail, factor in zip(tails, factors, strict=True)]
-        return [factor.c * one for factor, one in zip(factors, found, strict=True)]
+        kappas = [factor.c * one for factor, one in zip(factors, found, strict=True)]
+        return [kappa.to(torch.promote_types(kappa.dtype, tails[0].loss.dtype)) for kappa in kappas]
 
 
 @contextmanager
@@ -192,8 +193,8 @@ def _of_hessian(tail: Tail, factor: Factor, settings: Settings) -> Tensor:
 
 
 def _matrix(tail: Tail) -> Tensor:
-    """Returns the W of all calls, in no lower precision than the loss. Raises RuntimeError unless all calls
-    computed it from the same parameters, by the same operations, to the same numbers."""
+    """Returns the W of all calls. Raises RuntimeError unless all calls computed it from the same parameters,
+    by the same operations, to the same numbers."""
     first = tail.uses[0].weight
     others = [use.weight for use in tail.uses if use.weight is not first]
     if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):
@@ -203,5 +204,4 @@ def _matrix(tail: Tail) -> Tensor:
             "takes any), and kappa is of one weight. Call the layer once, on the concatenated inputs, or "
             "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
         )
-    matrix = tail.uses[0].matrix()
-    return lasting(matrix.to(torch.promote_types(matrix.dtype, tail.loss.dtype)))
+    return lasting(tail.uses[0].matrix())

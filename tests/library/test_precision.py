@@ -540,3 +540,26 @@ def test_a_step_reads_nothing_on_the_host_once_its_tail_is_known(
     with NoReading():
         fam.step(closure)
     assert not torch.equal(net[0].weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("mode", ["exact", "hutchinson", "full"])
+def test_a_layer_in_lower_precision_than_the_loss(mode: str, curvature: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    double = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)).double()
+    mixed = copy.deepcopy(double)
+    mixed[1].to(dtype)
+    x, y = torch.randn(6, 4).double(), torch.arange(6) % 3
+    for measure in ("neuronwise", "layerwise"):
+        values = []
+        for m in (double, mixed):
+            with observe(m[1]) as layer:
+                z = m[1](m[0](x).tanh().to(m[1].weight.dtype)).double().tanh()
+                loss = F.cross_entropy(m[2](z), y)
+            settings = {"mode": mode, "measure": measure, "generator": torch.Generator().manual_seed(0)}
+            values.append(relative_flatness(loss, layer, curvature=curvature, **settings))
+        assert values[1].dtype == torch.float64
+        assert values[1].item() == pytest.approx(
+            values[0].item(), rel=1e-5 if dtype == torch.float32 else 0.1
+        )
