@@ -91,7 +91,7 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout) -> set[Node
     region does with the weight is unknown, and counts.
     """
     found: set[Node] = set()
-    copies: set[Node] = set()  # nodes that make copies of the weight
+    copies: set[Node] = set()  # nodes that make copies of the weight, or weights from it
     # Follows the numbers along the weight's first axis; if that has length 1, those along the others.
     length = layout.shape[0] if layout.shape[0] > 1 else layout.shape.numel()
     over_inputs = layout.inputs_first == (layout.shape[0] > 1)  # whether these are the inputs
@@ -103,9 +103,9 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout) -> set[Node
             kind, operands = nodes.kind(above), [below for below, _ in above.next_functions]
             position = operands.index(node)
             shape = nodes.shape(node, above.next_functions[position][1])
-            if kind in operations.SAME_NUMBERS:
+            if kind in operations.SAME_NUMBERS or _changes_weight(above, shape):
                 made = nodes.shape(above, 0)
-                to = stride and operations.moved(above, kind, 0, shape, made, stride, length)
+                to = stride and operations.moved(above, kind, position, shape, made, stride, length)
                 stack.append((above, to, (*way, kind) if kind in operations.PERMUTATIONS else way))
             elif kind in operations.MATRIX_PRODUCTS and position >= len(operands) - 2:
                 second = position == len(operands) - 1
@@ -119,9 +119,15 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout) -> set[Node
     return {node for node in found if not {factor for factor, _ in node.next_functions[-2:]} <= copies}
 
 
+def _changes_weight(node: Node, shape: torch.Size) -> bool:
+    """Returns whether a node makes another weight from one, scaled, masked or moved by a step."""
+    kinds = operations.ADDITIONS | {"Mul", "Div"}
+    return nodes.kind(node) in kinds and nodes.shape(node, 0).numel() == shape.numel()
+
+
 def _is_product(node: Node, position: int, numbers: int) -> bool:
     """Returns whether a node, which is no matrix product, multiplies its operand at `position`, a weight of
-    so many `numbers`, with data, or may do so. (A product of as many numbers only scales the weight.)"""
+    so many `numbers`, with data, or may do so."""
     kind = nodes.kind(node)
     if kind == "ConvolutionBackward":  # without a shape it is a derivative in the weight alone
         return position == 2 and bool(nodes.shape(node, 0))

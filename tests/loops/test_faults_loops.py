@@ -299,6 +299,7 @@ BY_HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "baddbmm": lambda h, w: torch.baddbmm(h[0, 0].detach(), h.view(2, 3, 5), w.T.expand(2, 5, 3)),
     "sparse": lambda h, w: torch.sparse.mm(h.detach().to_sparse(), w.T),
     "bilinear": lambda h, w: F.bilinear(torch.ones(6, 1), h, w[:, None, :]),
+    "scaled": lambda h, w: F.linear(h, 2 * w - 0.1 * w.detach().sin()),
     "sum of products": lambda h, w: (h[:, None] * w).sum(-1),
     "function": Product.apply,
     "scripted": lambda h, w: in_region(linear, "scripted", h, w),
