@@ -1,8 +1,10 @@
 """Keeps kappa's computation free of side effects: torch.compile does not trace it, nobody waits for the
 device, and modules that a checkpoint runs again keep their state."""
 
+import copy
 import inspect
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -78,16 +80,25 @@ def counted_once() -> Iterator[None]:
             restore()
 
 
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+
+
 def _restoring(module: Any) -> Callable[[], None]:
-    """Returns a function that restores each buffer, and each attribute that is a tensor or a number."""
+    """Returns a function that restores each buffer, and each attribute that is a tensor, a number or holds
+    others (a list, dict, set or deque)."""
     buffers = dict(module._buffers)
     attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
+    own = (v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE)
+    holders = [(v, copy.copy(v)) for v in own if isinstance(v, (list, dict, set, deque))]
     tensors = (t for t in (*buffers.values(), *attributes.values()) if isinstance(t, Tensor))
     values = [(t, t.detach().clone()) for t in tensors]
 
     def restore() -> None:
         module._buffers.update(buffers)
         vars(module).update(attributes)
+        for holder, held in holders:
+            holder.clear()
+            (holder.update if isinstance(holder, (dict, set)) else holder.extend)(held)
         for tensor, value in values:
             tensor.data.copy_(value)  # .data does not advance the version counter, so graphs stay valid
 

@@ -658,6 +658,8 @@ class Counts(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.number, self.tensor = how, 0, torch.zeros(())
+        self.list: list[int] = []
+        self.dict = {"calls": 0}
         self.register_buffer("buffer", torch.zeros(()))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -669,13 +671,19 @@ class Counts(nn.Module):
             self.tensor = self.tensor + 1
         elif self.how == "buffer":
             self.buffer.add_(1)
+        elif self.how == "list":
+            self.list.append(1)
+        elif self.how == "dict":
+            self.dict["calls"] += 1
         else:
             self.buffer = self.buffer + 1
         return z.tanh()
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("how", ["number", "tensor", "another tensor", "buffer", "another buffer"])
+@pytest.mark.parametrize(
+    "how", ["number", "tensor", "another tensor", "buffer", "another buffer", "list", "dict"]
+)
 def test_what_modules_count_in_a_checkpoint(how: str, curvature: str) -> None:
     counts = []
     for lam in (0.0, 0.1):
@@ -688,7 +696,8 @@ def test_what_modules_count_in_a_checkpoint(how: str, curvature: str) -> None:
             loss = CE(checkpoint(lambda z, c=counting, h=head: h(c(z)), z, use_reentrant=False), Y)
             fam.regularize(loss).backward()
             fam.step()
-        counts.append(counting.number + counting.tensor + counting.buffer)
+        held = sum(counting.list) + counting.dict["calls"]
+        counts.append(counting.number + counting.tensor + counting.buffer + held)
     assert counts == [4, 4]
 
 
