@@ -29,8 +29,7 @@ def linear_in(
 ) -> tuple[list[Node], Node | None]:
     """Returns the nodes of some kinds in whose results the loss is linear piece by piece, and one in which it
     is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
-    Functions of weights alone, such as weight decay, count if `of_weights`.
-    """
+    Functions of weights alone, such as weight decay, count if `of_weights`."""
     found: list[Node] = []
     stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
     seen = set(stack)
@@ -82,12 +81,7 @@ class Output(NamedTuple):
 
 
 def find_outputs(
-    loss: Tensor,
-    path: frozenset[Node],
-    ends: frozenset[Node],
-    *,
-    differentiable: bool,
-    of_weights: bool = True,
+    loss: Tensor, path: Set[Node], ends: Set[Node], *, differentiable: bool, of_weights: bool = True
 ) -> list[Output]:
     """Returns the outputs in which the loss is convex, as far as it depends on some layers. Raises
     RuntimeError if the loss is not known to be convex in outputs. `path` leads from the loss to the layers'
@@ -169,7 +163,7 @@ def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> tuple[Tensor, T
     return log_p if differentiable else log_p.detach(), a
 
 
-def _softmax(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output:
+def _softmax(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output:
     (log_p, a), dim = softmax_of(node, loss, differentiable), nodes.softmax_axis(node)
 
     def root(r: Tensor) -> list[Tensor]:
@@ -192,7 +186,7 @@ def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
     return Output([GradientEdge(*node.next_functions[i]) for i in sides], a.shape, a, root)
 
 
-def _binary(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
+def _binary(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
     """Returns o of ``w ((1 - y) o + (1 + (v - 1) y) log(1 + exp(-o)))``, with weights v of the positives;
     None if more than o depends on the layers."""
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
@@ -212,7 +206,7 @@ def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
     return o.sigmoid() * (-o).sigmoid()
 
 
-def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
+def _softplus(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
     """Returns o of ``log(1 + exp(o))``, or of logsigmoid, minus that of -o; None if o measures a distance."""
     if _measures_distance(node.next_functions[0][0], path):
         return None
@@ -224,7 +218,7 @@ def _softplus(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bo
     return _diagonal(node, a * b.masked_fill(beta * o > threshold, 0), {0: 1.0})
 
 
-def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiable: bool) -> Output | None:
+def _squared_error(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
     """Returns o of the square of an error or of an output, or of a Huber or smooth L1 loss, which is linear
     in large errors; None if o is a loss, a norm or a distance."""
     operands = node.next_functions[:1] if _kind(node) == "Pow" else node.next_functions
@@ -237,7 +231,7 @@ def _squared_error(node: Any, loss: Tensor, path: frozenset[Node], differentiabl
     return _diagonal(node, b.expand(shape), sides)
 
 
-def _measures_distance(node: Node, path: frozenset[Node]) -> bool:
+def _measures_distance(node: Node, path: Set[Node]) -> bool:
     """Returns whether a node's result is a loss, a norm, a distance or a product of numbers with themselves,
     perhaps added to, scaled, moved, clipped, picked or put into a function. Its square is then no squared
     error of the network's outputs. (A product of such with a trained weight is an output.)"""

@@ -42,9 +42,7 @@ def check_all_seen(
         if isinstance(layer, Observation):
             layout = use_type(layer.module).layout_of(layer.module, weights[0]) if weights else None
             products = _of_trained(_starts(weights, by_name), parents, layout) if layout else set()
-            if any(
-                map(nodes.hides, products)
-            ):  # the body of a language model has an embedding with its weight
+            if any(map(nodes.hides, products)):  # one that feeds a call has an embedding with its weight
                 feeding = spread(calls, lambda node: {below for below, _ in node.next_functions} - {None})
                 products -= {node for node in feeding if nodes.hides(node)}
             products.update(*(constants[_place(weight)] for weight in weights if not weight.requires_grad))
@@ -84,12 +82,9 @@ def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) ->
 
 def _of_trained(starts: Set[Node], parents: Parents, layout: Layout) -> set[Node]:
     """Returns the operations that multiply trained weights with data: ``phi W^T`` of calls, also by hand, and
-    ``delta W`` of derivatives through calls. `starts` are the nodes that make the weights.
-
-    A call sums over the weight's inputs. ``z W``, which sums over its outputs, is another use, and so is
-    ``W W^T``. A derivative multiplies with a W that t() has made of W^T. What a user's function or a compiled
-    region does with the weight is unknown, and counts.
-    """
+    ``delta W`` of derivatives through calls. `starts` are the nodes that make the weights. A call sums over
+    the weight's inputs; ``z W``, which sums over its outputs, and ``W W^T`` are other uses. A derivative
+    multiplies with a W that t() has made of W^T. What the graph does not show counts."""
     found: set[Node] = set()
     copies: set[Node] = set()  # nodes that make copies of the weight, or weights from it
     # Follows the numbers along the weight's first axis; if that has length 1, those along the others.
@@ -126,8 +121,7 @@ def _changes_weight(node: Node, shape: torch.Size) -> bool:
 
 
 def _is_product(node: Node, position: int, numbers: int) -> bool:
-    """Returns whether a node, which is no matrix product, multiplies its operand at `position`, a weight of
-    so many `numbers`, with data, or may do so."""
+    """Returns whether a node but a matrix product may multiply its operand, a weight, with data."""
     kind = nodes.kind(node)
     if kind == "ConvolutionBackward":  # without a shape it is a derivative in the weight alone
         return position == 2 and bool(nodes.shape(node, 0))
@@ -149,8 +143,7 @@ _FACTORS = {
 
 
 def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[Node]]:
-    """Returns products with a factor that is a constant, by where the factor's numbers lie in memory, which
-    is the only trace of a frozen weight."""
+    """Returns products with a constant factor by its place in memory, a frozen weight's only trace."""
     found = defaultdict(list)
     for node in graph:
         for name, position in _FACTORS.get(nodes.kind(node), ()):
