@@ -19,6 +19,7 @@ from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import Layout, Use, describe
 
 Parents = Mapping[Node, Sequence[Node]]
+_Way = tuple[tuple[Node, int], ...]  # nodes that move a weight, each with the position of that operand
 
 
 def check_all_seen(
@@ -41,7 +42,7 @@ def check_all_seen(
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
             layout = use_type(layer.module).layout_of(layer.module, weights[0]) if weights else None
-            products = _of_trained(_starts(weights, by_name), parents, layout) if layout else set()
+            products = _of_trained(_starts(weights, by_name), parents, layout, recorded) if layout else set()
             if any(map(nodes.hides, products)):  # one that feeds a call has an embedding with its weight
                 feeding = spread(calls, lambda node: {below for below, _ in node.next_functions} - {None})
                 products -= {node for node in feeding if nodes.hides(node)}
@@ -80,53 +81,63 @@ def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) ->
     return starts | alike
 
 
-def _of_trained(starts: Set[Node], parents: Parents, layout: Layout) -> set[Node]:
+def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: Set[Any]) -> set[Node]:
     """Returns the operations that multiply trained weights with data: ``phi W^T`` of calls, also by hand, and
     ``delta W`` of derivatives through calls. `starts` are the nodes that make the weights. A call sums over
     the weight's inputs; ``z W``, which sums over its outputs, and ``W W^T`` are other uses. A derivative
-    multiplies with a W that t() has made of W^T. What the graph does not show counts."""
+    multiplies with a W that t() has made of W^T. What the graph does not show counts; calls that were
+    `recorded` do not."""
     found: set[Node] = set()
     copies: set[Node] = set()  # nodes that make copies of the weight, or weights from it
-    # Follows the numbers along the weight's first axis; if that has length 1, those along the others.
-    length = layout.shape[0] if layout.shape[0] > 1 else layout.shape.numel()
-    over_inputs = layout.inputs_first == (layout.shape[0] > 1)  # whether these are the inputs
-    stack: list[Any] = [(start, layout.shape.numel() // length, ()) for start in starts]
+    stack: list[tuple[Node, _Way]] = [(start, ()) for start in starts]
     while stack:
-        node, stride, way = stack.pop()
+        node, way = stack.pop()
         copies.add(node)
-        for above in set(parents.get(node, ())):
+        for above in set(parents.get(node, ())) - recorded:
             kind, operands = nodes.kind(above), [below for below, _ in above.next_functions]
             position = operands.index(node)
-            shape = nodes.shape(node, above.next_functions[position][1])
-            if kind in operations.SAME_NUMBERS or _changes_weight(above, shape):
-                made = nodes.shape(above, 0)
-                to = stride and operations.moved(above, kind, position, shape, made, stride, length)
-                stack.append((above, to, (*way, kind) if kind in operations.PERMUTATIONS else way))
+            if kind in operations.SAME_NUMBERS or _changes_weight(above, layout):
+                stack.append((above, (*way, (above, position))))
             elif kind in operations.MATRIX_PRODUCTS and position >= len(operands) - 2:
-                second = position == len(operands) - 1
-                place = operations.axis_of_digit(shape, stride, length) if stride else None
-                summed = len(shape) - (2 if second and len(shape) > 1 else 1)
-                by_torch = second and len(way) >= (not layout.inputs_first) and set(way) <= {"T"}
-                if by_torch or place is None or (place[0] == summed) == over_inputs:
+                if _sums_over_inputs(way, layout, second=position == len(operands) - 1):
                     found.add(above)
-            elif _is_product(above, position, layout.shape.numel()):
+            elif _is_product(above, position, layout):
                 found.add(above)
     return {node for node in found if not {factor for factor, _ in node.next_functions[-2:]} <= copies}
 
 
-def _changes_weight(node: Node, shape: torch.Size) -> bool:
+def _changes_weight(node: Node, layout: Layout) -> bool:
     """Returns whether a node makes another weight from one, scaled, masked or moved by a step."""
     kinds = operations.ADDITIONS | {"Mul", "Div"}
-    return nodes.kind(node) in kinds and nodes.shape(node, 0).numel() == shape.numel()
+    return nodes.kind(node) in kinds and nodes.shape(node, 0).numel() == layout.shape.numel()
 
 
-def _is_product(node: Node, position: int, numbers: int) -> bool:
+def _sums_over_inputs(way: _Way, layout: Layout, *, second: bool) -> bool:
+    """Returns whether a matrix product sums over the inputs of a weight that comes some way to its first or
+    second factor; or, in a derivative that torch takes, over its outputs. True if this is not known."""
+    permutations = [kind for node, _ in way if (kind := nodes.kind(node)) in operations.PERMUTATIONS]
+    if second and len(permutations) >= (not layout.inputs_first) and set(permutations) <= {"T"}:
+        return True
+    # Follows the numbers along the weight's first axis; if that has length 1, those along the others.
+    shape, several = layout.shape, layout.shape[0] > 1
+    length = shape[0] if several else shape.numel()
+    stride: int | None = shape.numel() // length
+    for node, position in way:
+        made, kind = nodes.shape(node, 0), nodes.kind(node)
+        stride = stride and operations.moved(node, kind, position, shape, made, stride, length)
+        shape = made
+    place = operations.axis_of_digit(shape, stride, length) if stride else None
+    summed = len(shape) - (2 if second and len(shape) > 1 else 1)
+    return place is None or (place[0] == summed) == (layout.inputs_first == several)
+
+
+def _is_product(node: Node, position: int, layout: Layout) -> bool:
     """Returns whether a node but a matrix product may multiply its operand, a weight, with data."""
     kind = nodes.kind(node)
     if kind == "ConvolutionBackward":  # without a shape it is a derivative in the weight alone
         return position == 2 and bool(nodes.shape(node, 0))
     if kind == "Mul":
-        return nodes.shape(node, 0).numel() > numbers
+        return nodes.shape(node, 0).numel() > layout.shape.numel()
     return nodes.hides(node) or kind == "Trilinear" or (kind in ("Convolution", "Linear") and position == 1)
 
 
