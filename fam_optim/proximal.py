@@ -81,7 +81,8 @@ class Proximal(Regularizer):
         """Decides whether the coming step is due; `sound` allows gradients that are already there."""
         self._ledger: Ledger | None = None  # watches the backwards of a due step, and of no other
         if self.lam > 0 and (self.steps + 1) % self.every == 0:
-            self._ledger = Ledger(self.named_weights(), [w.parameter for w in self.weights], sound=sound)
+            weights: list[Tensor] = [w.parameter for w in self.weights]
+            self._ledger = Ledger(self.named_weights(), lambda: weights, sound=sound)
             self._ledger.watch()
 
     def change_lam(self, lam: float) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from fam_optim.regularizer import Regularizer
+from fam_optim.regularizer import Regularizer, parameters_of
 
 _KEY = "fam"
 """The key of the regulariser's state in a state dict."""
@@ -133,7 +133,7 @@ class OptimizerWrapper(Optimizer):
 @contextmanager
 def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
     """A context that restores weights and state if the step in it raises; it costs a copy of both."""
-    weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    weights = [(p, p.detach().clone()) for p in parameters_of(optimizer)]
     uncopied: dict[int, Any] = {}
     if isinstance(optimizer.base_optimizer, LBFGS):  # it only appends tensors to its history and drops them
         values = [value for of_one in optimizer.state.values() for value in of_one.values()]

@@ -634,6 +634,23 @@ def test_a_closure_that_zeroes_what_it_backpropagated_is_refused(which: str) -> 
         fam.step(closure)
 
 
+def test_layers_that_are_trained_one_after_another() -> None:
+    """A layer whose parameters join later is watched, and its gradients count, once the first is frozen."""
+    model = nn.Sequential(mlp()[0], nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.warns(UserWarning, match="not among the parameters"):
+        fam = FAM(model[0].parameters(), torch.optim.SGD, [model[0], model[2]], lr=0.1, mode="hutchinson")
+    model[0].requires_grad_(False)
+    fam.add_param_group({"params": model[2].parameters()})
+    before = model[2].weight.detach().clone()
+    fam.step(lambda: CE(model(X), Y))
+    assert not torch.equal(model[2].weight, before)
+    fam.zero_grad()
+    fam.regularize(CE(model(X), Y)).backward()
+    CE(model(X + 1), Y).backward()
+    with pytest.raises(RuntimeError, match="of a loss that was not regularised"):
+        fam.step()
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_layers_may_be_frozen_and_thawed_while_training(number: int) -> None:
     """Frozen they still regularise the others; thawed, a loss without its penalty is noticed again."""
