@@ -234,7 +234,8 @@ class FAM(OptimizerWrapper):
             )
         self._ready()
         result = self._base_step()
-        self.regularizer.after_step()
+        if self.regularizer.given or self._trains():  # else nothing was trained, and it counts as no step
+            self.regularizer.after_step()
         return result
 
     def _check(self) -> None:

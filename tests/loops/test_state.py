@@ -239,6 +239,18 @@ def test_lam_and_generator_are_saved_beside_it(tmp_path: Path) -> None:
     assert_same_throughout(resumed.state_dict(), net.state_dict(), "model")
 
 
+def test_saving_is_no_step() -> None:
+    """torch makes its step at rate zero before every save of a base that has no state, such as plain SGD."""
+    plain, saved = (build_fam("SGD", lam=1.0, mode="proximal", every=3) for _ in range(2))
+    for step in range(6):
+        train(*plain, range(step, step + 1))
+        train(*saved, range(step, step + 1))
+        saved[1].zero_grad()
+        get_optimizer_state_dict(*saved)
+    assert_same_throughout(saved[0].state_dict(), plain[0].state_dict(), "model")
+    assert_same_throughout(saved[1].state_dict(), plain[1].state_dict(), "optimizer")
+
+
 @pytest.mark.usefixtures("process_group")
 def test_a_frozen_body() -> None:
     net, _ = build_fam("Adam")
