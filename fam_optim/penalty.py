@@ -105,6 +105,7 @@ class Penalty(Regularizer):
         self.losses: list[Tensor] = []  # those regularised since the last step, detached
 
     @partial(unnoticed.opaque, reason="fam_optim looks into the graph of the loss")
+    @torch.inference_mode(False)  # which also turns gradients on, in a base that evaluates without them
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
         loss itself, if lam is 0 or the loss contains this penalty already. Raises LayerNotUsedError if the

@@ -1079,6 +1079,34 @@ def test_setting_what_is_no_attribute_is_an_error(name: str) -> None:
     fam.defaults = {}
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "full": {"mode": "full"},
+    "hutchinson": {"mode": "hutchinson"},
+    "gauss_newton": {"mode": "hutchinson", "curvature": "gauss_newton", "detach_hessian": True},
+    "proximal": {"mode": "proximal", "every": 1},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_may_be_off_around_regularize(mode: str) -> None:
+    """As in a base's step that evaluates its closure under no_grad: plain losses can be backpropagated."""
+    weights = []
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        model = mlp()
+        fam = fam_on(model, model[2], **MODES[mode])
+        for _ in range(2):
+            fam.zero_grad()
+            loss = CE(model(X), Y)
+            with context():
+                regularized = fam.regularize(loss)
+            regularized.backward()
+            fam.step()
+        weights.append(model[2].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
 def test_sentences_where_torchs_own_came_through() -> None:
     model = mlp()
     fam = fam_on(model, model[2])
