@@ -28,6 +28,7 @@ from torch.optim import LBFGS, Optimizer
 from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
 from fam_optim.graph import nodes
+from fam_optim.graph.reach import check_scalar
 from fam_optim.layer.kinds import check_unchanged, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
@@ -111,8 +112,10 @@ class Proximal(Regularizer):
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns the loss unchanged; first takes A from it, if the coming step is due. Raises RuntimeError
         if the loss is not known to be convex in the network's outputs."""
-        if self.looks:
-            self._look(loss)
+        if self.lam:
+            check_scalar(loss)
+            if self.looks:
+                self._look(loss)
         return loss
 
     @partial(opaque, reason="fam_optim looks into the graph of the loss")

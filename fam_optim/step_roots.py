@@ -13,7 +13,7 @@ from fam_optim import unnoticed
 from fam_optim.estimators.roots import Roots, added, products_of_rows, sample_roots
 from fam_optim.graph import errors, nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import Reach, check_scalar, is_of_weights, reach, spread
+from fam_optim.graph.reach import Reach, is_of_weights, reach, spread
 from fam_optim.layer.kinds import WeightMatrix
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
@@ -96,7 +96,6 @@ class StepRoots:
     def see(self, loss: Tensor, seed: int | None) -> None:
         """Takes A from a loss before its backward, with signs drawn from `seed`. If `seed` is None, only
         checks that A could be taken. Raises RuntimeError if it cannot."""
-        check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])
         self._check_graph(reached)
         if not reached.leaves or (seed is not None and self._is_seen(loss)):

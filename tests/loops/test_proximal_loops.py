@@ -705,8 +705,10 @@ def test_weight_decay_in_the_loss_is_no_curvature() -> None:
 
 
 def test_a_loss_without_a_graph_is_refused() -> None:
+    """Whether a step is due or not: an evaluation must not fail once in ten times."""
     model = net()
-    optimizer = fam(model, every=1)
+    optimizer = fam(model, every=10)
+    trained(model, optimizer, 1)
     with torch.no_grad():
         loss = F.cross_entropy(model(torch.ones(2, 5).double()), torch.tensor([0, 1]))
     with pytest.raises(RuntimeError, match="without a graph"):
