@@ -56,7 +56,8 @@ class Proximal(Regularizer):
             self.seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self.means = RunningMean()
         self._prepare()
-        self._layers = [weakref.ref(layer) for layer in layers]
+        # Of parameters there must be no weak reference, or torch.utils.swap_tensors refuses them.
+        self._layers = [weakref.ref(layer) for layer in layers if not isinstance(layer, Tensor)]
 
     def _prepare(self) -> None:
         nodes.keep_buffers()  # a due step runs two backwards through one graph

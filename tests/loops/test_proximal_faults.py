@@ -602,11 +602,13 @@ def test_lam_of_another_kind_is_not_loaded(saved: str) -> None:
 # ------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("which", ["all", "one", "longer"])
+@pytest.mark.parametrize("which", ["all", "one", "longer", "longer in a copy"])
 def test_parameters_that_were_replaced_are_told(which: str) -> None:
     model = net()
     optimizer = fam(model, every=1)
     trained(model, optimizer, 2)
+    if which == "longer in a copy":
+        model, optimizer = copy.deepcopy((model, optimizer))
     if which == "all":
         model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
     elif which == "one":
@@ -616,8 +618,25 @@ def test_parameters_that_were_replaced_are_told(which: str) -> None:
         for p, old in zip((model[0].weight, model[0].bias), parameters(model)[:2], strict=True):
             p.data, p.grad = torch.cat([old, old]), None
         model[2].weight.data = model[2].weight.detach().repeat(1, 2)
-    with pytest.raises(RuntimeError, match=r"`layer` Linear.* was replaced or resized.*assign=True.*Build"):
+    with pytest.raises(RuntimeError, match=r"`layer` \w+.* was replaced or resized.*assign=True.*Build"):
         trained(model, optimizer, 1)
+
+
+def test_parameters_may_be_swapped() -> None:
+    """torch swaps no tensor to which there is a weak reference."""
+    model = nn.ModuleList([nn.MultiheadAttention(6, 2), nn.Linear(6, 3)])
+    weights = list(model.parameters())
+    made = [
+        FAM(model.parameters(), torch.optim.SGD, weight_layers(model), mode=mode, every=every, lr=0.1)
+        for mode, every in (("proximal", 1), ("hutchinson", None))
+    ]
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(p is w and p.dtype == torch.float32 for p, w in zip(model.parameters(), weights, strict=True))
+    assert made
 
 
 COMPUTED: dict[str, Callable[[Any], object]] = {
