@@ -201,14 +201,21 @@ class Proximal(Regularizer):
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
+        # Has every mean at any time: torch.distributed.checkpoint loads no more than the new FAM's state has.
+        means = {
+            i: self.means.kept[i] if i in self.means.kept else w.of(w.parameter).new_zeros(shape)
+            for i, (w, shape) in enumerate(zip(self.weights, self._shapes(), strict=True))
+        }
+        return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": means}
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [shape_of_mean(w.d, w.m * self.n_samples) for w in self.weights]
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over the state of a checkpoint; ValueError if it was made with other layers."""
         if "means" not in state:  # a penalty's checkpoint, whose lam means something else
             return
-        shapes = [shape_of_mean(w.d, w.m * self.n_samples) for w in self.weights]
-        self.means.load(state["means"], shapes, [w.parameter.device for w in self.weights])
+        self.means.load(state["means"], self._shapes(), [w.parameter.device for w in self.weights])
         self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
         self.forget(sound=False)  # nothing is known any more about the losses behind the present gradients
 

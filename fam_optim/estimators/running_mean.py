@@ -76,7 +76,7 @@ class RunningMean:
                 "expected a checkpoint of the same layers and n_samples, with means of the shapes "
                 f"{shapes}; it has {saved}. Build FAM with the layers and n_samples that it was saved with."
             )
-        self.kept = {i: mean.to(devices[i], copy=True) for i, mean in kept.items()}
+        self.kept = {i: mean.to(devices[i], copy=True) for i, mean in kept.items() if mean.any()}
 
 
 def shape_of_mean(d: int, q: int) -> tuple[int, int]:

@@ -206,13 +206,14 @@ def test_checkpoints_pass_between_fam_and_its_base(base: str, options: dict[str,
         )
 
 
+@pytest.mark.parametrize("settings", [{"mode": "hutchinson"}, {"mode": "proximal", "every": 2}], ids=str)
 @pytest.mark.usefixtures("process_group")
-def test_lam_and_generator_are_saved_beside_it(tmp_path: Path) -> None:
+def test_lam_and_generator_are_saved_beside_it(settings: dict[str, Any], tmp_path: Path) -> None:
     """The distributed state is the base's alone; what FAM adds to `state_dict` has a name of its own."""
 
     def build(seed: int, lam: float) -> tuple[nn.Sequential, FAM]:
         generator = torch.Generator().manual_seed(seed)
-        return build_fam("Adam", seed, lam, mode="hutchinson", generator=generator)
+        return build_fam("Adam", seed, lam, generator=generator, **settings)
 
     net, fam = build(0, lam=0.7)
     train(net, fam, range(3))
