@@ -1107,6 +1107,23 @@ def test_gradients_may_be_off_around_regularize(mode: str) -> None:
     assert torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("mode", ["exact", "gauss_newton", "proximal"])
+def test_as_many_derivatives_for_many_losses_as_for_few(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each walks over the whole graph: one for every time step's loss would cost the square of the steps."""
+    counted = []
+    own = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: counted.append(1) or own(*a, **k))
+    counts = []
+    for losses in (3, 30):
+        model = mlp()
+        fam = fam_on(model, model[2], **MODES[mode])
+        loss = torch.stack([CE(model(X + i), Y) for i in range(losses)]).mean()
+        counted.clear()
+        fam.regularize(loss)
+        counts.append(len(counted))
+    assert counts[0] == counts[1] > 0
+
+
 def test_sentences_where_torchs_own_came_through() -> None:
     model = mlp()
     fam = fam_on(model, model[2])
