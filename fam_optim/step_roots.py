@@ -78,6 +78,7 @@ class StepRoots:
         else:
             self._gather()
             self._roots = {i: root.kept_if(left) for i, root in self._roots.items()}
+            self._shares = [torch.where(left.to(share.device), share, 0) for share in self._shares]
 
     def _gather(self) -> None:
         """Adds up A of the losses whose backward has begun, each times the root of its share."""
