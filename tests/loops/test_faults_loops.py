@@ -134,8 +134,9 @@ def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) 
         with warnings_as("ignore"):
             quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
         assert (quantised(x) - expected).abs().max() < 0.1
-    exported = torch.export.export(model, (x,), strict=False)  # with gradients on
-    assert torch.equal(exported.module()(x), expected)
+    for strict in (False, True):
+        exported = torch.export.export(model, (x,), strict=strict)  # with gradients on
+        assert torch.equal(exported.module()(x), expected)
     assert torch.equal(torch.jit.trace(model, x)(x), expected)
 
 
