@@ -60,6 +60,8 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer, self.regularizer = base_optimizer, regularizer
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
+        for kind in ("step_pre", "step_post"):  # which a base that wraps another may lack
+            vars(base_optimizer).setdefault(f"_optimizer_{kind}_hooks", OrderedDict())
         self._patch_step_function()
         regularizer.start(base_optimizer)
 
@@ -77,7 +79,7 @@ class OptimizerWrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the gradients, as the base optimizer does."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # some take no argument
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters to the base optimizer."""

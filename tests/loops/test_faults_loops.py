@@ -1050,6 +1050,34 @@ def test_a_bases_own_decorated_step_runs_and_hooks_run_once() -> None:
     assert log == ["before", "step", "after"]
 
 
+def test_a_base_that_is_an_optimizer_in_name_alone() -> None:
+    """As Lookahead and others are often written: without Optimizer.__init__, zero_grad without arguments."""
+
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+        def zero_grad(self) -> None:  # type: ignore[override]
+            self.inner.zero_grad()
+
+    weights = []
+    for mode in ("exact", "proximal"):
+        for base in (torch.optim.SGD, lambda params, lr: Around(torch.optim.SGD(params, lr=lr))):
+            model = mlp()
+            fam = FAM(model.parameters(), base, model[2], lr=0.1, **MODES[mode])
+            fam.zero_grad()
+            fam.regularize(CE(model(X), Y)).backward()
+            fam.step()
+            fam.zero_grad()
+            fam.step(lambda model=model: CE(model(X), Y))
+            weights.append(model[2].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[2], weights[3])
+
+
 def test_train_and_eval_of_a_schedule_free_base() -> None:
     from pytorch_optimizer import ScheduleFreeSGD
 
