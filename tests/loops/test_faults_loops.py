@@ -12,8 +12,9 @@ import gc
 import io
 import pickle
 import weakref
+from collections import UserDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from fam_optim import (
     FAM,
     dataset_relative_flatness,
+    evaluation,
     layer_flatness,
     observe,
     relative_flatness,
@@ -909,6 +911,32 @@ def test_batches_are_weighed_by_their_samples_however_they_are_packed(pack: Any)
     got = dataset_relative_flatness(Takes(net), net, lambda o, t: CE(o, unpacked(t)), parts)
     whole = dataset_relative_flatness(net, net, CE, [(X, Y)])
     assert_close([got], [whole], "kappa", 1e-12)
+
+
+class Encoding(UserDict[str, Tensor]):
+    """As a tokenizer's: a mapping whose items are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.data[name]
+
+
+class Pair(NamedTuple):
+    ids: Tensor
+    length: int
+
+
+@pytest.mark.parametrize("inputs", [Encoding(ids=X), Pair(X, 3)], ids=["encoding", "named tuple"])
+def test_batches_keep_their_type(inputs: Any) -> None:
+    class ById(nn.Module):
+        def forward(self, batch: Any) -> Tensor:
+            return self.net(batch.ids)
+
+    net = nn.Linear(4, 3)
+    by_id = ById()
+    by_id.net = net
+    got = dataset_relative_flatness(by_id, net, CE, [(inputs, Y)])
+    assert_close([got], [dataset_relative_flatness(net, net, CE, [(X, Y)])], "kappa", 1e-12)
+    assert evaluation._mapped(lambda t: t.to("meta"), inputs).ids.is_meta
 
 
 def test_batches_are_weighed_by_what_the_user_says() -> None:
