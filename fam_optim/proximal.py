@@ -32,7 +32,7 @@ from fam_optim.graph.reach import check_scalar
 from fam_optim.layer.kinds import check_unchanged, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
-from fam_optim.unnoticed import opaque
+from fam_optim.unnoticed import in_full_precision, opaque
 
 STACKED = 1 << 16
 """Weights of one shape whose A has at most this many entries are stacked, to save calls."""
@@ -158,7 +158,8 @@ class Proximal(Regularizer):
         """Counts the step, and then makes the proximal step if one is due."""
         self.steps += 1
         if self._before is not None:
-            self._pull(*self.roots.total(), self._before)
+            with in_full_precision(self._before[0].device):  # the step may be made under autocast
+                self._pull(*self.roots.total(), self._before)
         self.forget()
 
     @torch.no_grad()

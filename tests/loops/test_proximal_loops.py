@@ -412,6 +412,25 @@ def test_autocast_keeps_the_curvature(dtype: torch.dtype) -> None:
     assert kappas[True] > 0
 
 
+@pytest.mark.parametrize("n", [4, 16])
+def test_a_step_under_autocast_moves_in_full_precision(n: int) -> None:
+    """With a closure, the whole step is often made in the context that the forward needs."""
+    weights = []
+    for within in (False, True):
+        model = net(torch.float32)
+        optimizer = fam(model, every=1)
+        for step in range(3):
+            x, y = samples(step, n, dtype=torch.float32)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = optimizer.regularize(F.cross_entropy(model(x), y))
+            loss.backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+                optimizer.step()
+        weights.append(parameters(model))
+    assert all(map(torch.equal, *weights))
+
+
 def test_a_step_that_a_scaler_skips_neither_counts_nor_moves() -> None:
     model = net(torch.float32)
     optimizer = fam(model, every=1)
