@@ -122,13 +122,12 @@ class Proximal(Regularizer):
     @partial(opaque, reason="fam_optim looks into the graph of the loss")
     def _look(self, loss: Tensor) -> None:
         ledger = self._ledger
-        if ledger is None:
-            self.roots.see(loss, None)
-            return
-        if ledger.added:  # gradients of this step may have been zeroed since then
-            self.roots.keep_if(ledger.left())
-        self.roots.see(loss, self.seed + (self.steps << 20))
-        ledger.expect(loss)
+        with in_full_precision(loss.device):
+            if ledger is not None and ledger.added:  # gradients of this step may have been zeroed since then
+                self.roots.keep_if(ledger.left())
+            self.roots.see(loss, None if ledger is None else self.seed + (self.steps << 20))
+        if ledger is not None:
+            ledger.expect(loss)
 
     # Around the base's step: the proximal one
 

@@ -17,7 +17,7 @@ from fam_optim.graph.reach import Reach, is_of_weights, reach, spread
 from fam_optim.layer.kinds import WeightMatrix
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
-from fam_optim.unnoticed import counted_once, in_full_precision
+from fam_optim.unnoticed import counted_once
 
 _SEEN = "fam_optim.seen"
 APART = 0x9E3779B97F4A7C15
@@ -102,7 +102,7 @@ class StepRoots:
         if not reached.leaves or (seed is not None and self._is_seen(loss)):
             return
         ends = frozenset(reached.leaves.values())
-        with in_full_precision(loss.device), unsunk(reached.path), counted_once():
+        with unsunk(reached.path), counted_once():
             with errors.explained("the graph"):
                 outputs = find_outputs(loss, reached.path | ends, ends, differentiable=False)
             outputs = [o for o in outputs if not all(is_of_weights(edge.node) for edge in o.edges)]

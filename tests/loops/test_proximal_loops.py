@@ -412,6 +412,23 @@ def test_autocast_keeps_the_curvature(dtype: torch.dtype) -> None:
     assert kappas[True] > 0
 
 
+def test_micro_batches_under_autocast_are_put_together_in_full_precision() -> None:
+    """Four of two samples have rows of their own at first, and more rows than outputs in the end."""
+    weights = []
+    for within in (False, True):
+        model = net(torch.float32)
+        optimizer = fam(model, every=1)
+        for x, y in (samples(part, 2, dtype=torch.float32) for part in range(4)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(x), y) / 4
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+                optimizer.regularize(loss)
+            loss.backward()
+        optimizer.step()
+        weights.append(parameters(model))
+    assert all(map(torch.equal, *weights))
+
+
 @pytest.mark.parametrize("n", [4, 16])
 def test_a_step_under_autocast_moves_in_full_precision(n: int) -> None:
     """With a closure, the whole step is often made in the context that the forward needs."""
