@@ -412,6 +412,27 @@ def test_autocast_keeps_the_curvature(dtype: torch.dtype) -> None:
     assert kappas[True] > 0
 
 
+def test_imprecise_products_round_only_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TF32 does on a GPU: a weight that the base leaves alone stays as it is, to the last bit."""
+    precise = torch.Tensor.__matmul__
+
+    def imprecise(a: Tensor, b: Tensor) -> Tensor:
+        return precise(a.bfloat16(), b.bfloat16()).to(a)
+
+    model = net(torch.float32)
+    groups = [{"params": model[:2].parameters(), "lr": 0.0}, {"params": model[2:].parameters()}]
+    optimizer = fam(model, every=1, params=groups)
+    before = parameters(model)
+    for x, y in (samples(step, 16, dtype=torch.float32) for step in range(3)):
+        optimizer.zero_grad()
+        optimizer.regularize(F.cross_entropy(model(x), y)).backward()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "__matmul__", imprecise)
+            optimizer.step()
+    assert torch.equal(model[0].weight, before[0])
+    assert not torch.equal(model[2].weight, before[2])
+
+
 def test_micro_batches_under_autocast_are_put_together_in_full_precision() -> None:
     """Four of two samples have rows of their own at first, and more rows than outputs in the end."""
     weights = []
