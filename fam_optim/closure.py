@@ -30,6 +30,7 @@ class WatchedClosure:
     Args:
         check: called after each evaluation; raises if no step may be made on the gradients.
         zero_grad: empties the gradients.
+        may_skip: whether it may return None without gradients, as Lightning's closures do to skip a batch.
 
     Attributes:
         evaluations: how often the base has evaluated the closure.
@@ -42,6 +43,8 @@ class WatchedClosure:
         regularizer: Regularizer,
         check: Callable[[], None],
         zero_grad: Callable[[], None],
+        *,
+        may_skip: bool = False,
     ) -> None:
         if not callable(closure):
             raise TypeError(
@@ -49,6 +52,7 @@ class WatchedClosure:
                 "a loss call optimizer.regularize(loss).backward() and optimizer.step()."
             )
         self.closure, self.regularizer, self.check, self.zero_grad = closure, regularizer, check, zero_grad
+        self.may_skip = may_skip
         self.evaluations = 0
         self.returned: Any = None
         self._missed: LayerNotUsedError | None = None
@@ -70,7 +74,7 @@ class WatchedClosure:
                     f"{self.regularizer.names}, so there is nothing to regularise. Expected the layer to be "
                     "called, as a module, in the forward that made the loss."
                 ) from self._missed
-        elif result is not None or (self.regularizer.lam and not self.regularizer.given):
+        elif result is not None or (self.regularizer.lam and not (self.regularizer.given or self._skips())):
             # Any other closure has regularised before, as in Lightning's manual optimisation, and only steps.
             self._check_unseen(result, before)
             if self.evaluations > 1:  # the base tries again, and the last try's gradients are still there
@@ -81,6 +85,10 @@ class WatchedClosure:
         if self.evaluations == 1:
             self.returned = plain
         return value
+
+    def _skips(self) -> bool:
+        """Returns whether a closure that returned None may have done so to skip a batch."""
+        return self.may_skip and all(p.grad is None for p in self.regularizer.trained)
 
     def _check_unseen(self, result: Any, before: list[tuple[Tensor, TensorWeakRef | None]]) -> None:
         """Raises RuntimeError if a closure without a backward returned no loss, or assigned gradients."""

@@ -1,6 +1,7 @@
 """Measures relative flatness over a data set, for chosen layers or for all layers of a model by name."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -193,9 +194,15 @@ def _mapped(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Returns a batch with a function applied to its tensors, also those in dicts, lists and tuples."""
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, Mapping):  # such as a tokenizer's input_ids and attention_mask
-        return {name: _mapped(function, item) for name, item in batch.items()}
+    if isinstance(batch, Mapping):
+        items = {name: _mapped(function, item) for name, item in batch.items()}
+        # A tokenizer's BatchEncoding, say, is more than a dict, and stays what it is.
+        mapped = copy.copy(batch) if isinstance(batch, MutableMapping) else {}
+        mapped.update(items)
+        return mapped
     if isinstance(batch, (list, tuple)):
         parts = [_mapped(function, item) for item in batch]
-        return type(batch)(parts) if type(batch) in (list, tuple) else batch  # PackedSequence, say
+        if hasattr(batch, "_fields") and not hasattr(batch, "to"):  # a named tuple, but no PackedSequence
+            return type(batch)(*parts)
+        return type(batch)(parts) if type(batch) in (list, tuple) else batch
     return batch

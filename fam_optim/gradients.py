@@ -21,12 +21,15 @@ class Ledger:
     scaling, averaging, zeroing). `sound` says that gradients may exist already."""
 
     def __init__(
-        self, named_weights: list[tuple[str, list[Tensor]]], trained: Iterable[Tensor], *, sound: bool = False
+        self,
+        named_weights: list[tuple[str, list[Tensor]]],
+        trained: Callable[[], list[Tensor]],
+        *,
+        sound: bool = False,
     ) -> None:
         self._names = ", ".join(name for name, _ in named_weights)
-        self._trained = list(trained)
-        ids = {id(p) for p in self._trained}
-        self._of_layers = [w for _, weights in named_weights for w in weights if id(w) in ids]
+        self._trained = trained  # asked each time, as groups of parameters may be added
+        self._of_layers = [w for _, weights in named_weights for w in weights]
         self._hooked: set[int] = set()
         self._sound = sound  # whether all present gradients come from regularised losses
         self._running: int | None = None  # the backward that was noticed and has not ended
@@ -37,8 +40,9 @@ class Ledger:
     @property
     def _weights(self) -> list[Any]:
         """The weights to watch: those of the layers, or all trained ones if the layers are frozen now."""
-        weights = [w for w in self._of_layers if w.requires_grad]
-        watched = weights or [p for p in self._trained if p.requires_grad]
+        trained = [p for p in self._trained() if p.requires_grad]
+        ids = set(map(id, trained))
+        watched = [w for w in self._of_layers if id(w) in ids] or trained
         # A sharded weight gets its gradient from FSDP, not from a backward.
         return [w for w in watched if not is_sharded(w)]
 

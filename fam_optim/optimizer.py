@@ -216,7 +216,9 @@ class FAM(OptimizerWrapper):
         if not self._is_torchs_own():  # such a base may move weights before it calls the closure
             check = self._check
             self.regularizer.before_step()
-        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad)
+        # Only a closure that has trained before may skip: one that never does lacks its `return`.
+        may_skip = self._evaluations > 0
+        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad, may_skip=may_skip)
         with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
         self._evaluations = max(self._evaluations, evaluated.evaluations)
@@ -234,7 +236,8 @@ class FAM(OptimizerWrapper):
             )
         self._ready()
         result = self._base_step()
-        self.regularizer.after_step()
+        if self.regularizer.given or self._trains():  # else nothing was trained, and it counts as no step
+            self.regularizer.after_step()
         return result
 
     def _check(self) -> None:

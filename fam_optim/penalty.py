@@ -21,7 +21,7 @@ from fam_optim.graph.trace import find_tails, uses_in
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse, describe
 from fam_optim.layers import as_layers, weights_of
-from fam_optim.regularizer import Regularizer
+from fam_optim.regularizer import Regularizer, parameters_of
 
 _MARK = "fam_optim.regularized"
 
@@ -63,7 +63,7 @@ class Penalty(Regularizer):
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
-        self.ledger = Ledger(self.named_weights(), self.trained)
+        self.ledger = Ledger(self.named_weights(), partial(parameters_of, base))
         self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
@@ -105,6 +105,7 @@ class Penalty(Regularizer):
         self.losses: list[Tensor] = []  # those regularised since the last step, detached
 
     @partial(unnoticed.opaque, reason="fam_optim looks into the graph of the loss")
+    @torch.inference_mode(False)  # which also turns gradients on, in a base that evaluates without them
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
         loss itself, if lam is 0 or the loss contains this penalty already. Raises LayerNotUsedError if the

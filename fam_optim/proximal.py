@@ -28,10 +28,11 @@ from torch.optim import LBFGS, Optimizer
 from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
 from fam_optim.gradients import Ledger
 from fam_optim.graph import nodes
+from fam_optim.graph.reach import check_scalar
 from fam_optim.layer.kinds import check_unchanged, weight_matrix
 from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
-from fam_optim.unnoticed import opaque
+from fam_optim.unnoticed import in_full_precision, opaque
 
 STACKED = 1 << 16
 """Weights of one shape whose A has at most this many entries are stacked, to save calls."""
@@ -55,7 +56,8 @@ class Proximal(Regularizer):
             self.seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self.means = RunningMean()
         self._prepare()
-        self._layers = [weakref.ref(layer) for layer in layers]
+        # Of parameters there must be no weak reference, or torch.utils.swap_tensors refuses them.
+        self._layers = [weakref.ref(layer) for layer in layers if not isinstance(layer, Tensor)]
 
     def _prepare(self) -> None:
         nodes.keep_buffers()  # a due step runs two backwards through one graph
@@ -81,7 +83,8 @@ class Proximal(Regularizer):
         """Decides whether the coming step is due; `sound` allows gradients that are already there."""
         self._ledger: Ledger | None = None  # watches the backwards of a due step, and of no other
         if self.lam > 0 and (self.steps + 1) % self.every == 0:
-            self._ledger = Ledger(self.named_weights(), [w.parameter for w in self.weights], sound=sound)
+            weights: list[Tensor] = [w.parameter for w in self.weights]
+            self._ledger = Ledger(self.named_weights(), lambda: weights, sound=sound)
             self._ledger.watch()
 
     def change_lam(self, lam: float) -> None:
@@ -110,20 +113,21 @@ class Proximal(Regularizer):
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns the loss unchanged; first takes A from it, if the coming step is due. Raises RuntimeError
         if the loss is not known to be convex in the network's outputs."""
-        if self.looks:
-            self._look(loss)
+        if self.lam:
+            check_scalar(loss)
+            if self.looks:
+                self._look(loss)
         return loss
 
     @partial(opaque, reason="fam_optim looks into the graph of the loss")
     def _look(self, loss: Tensor) -> None:
         ledger = self._ledger
-        if ledger is None:
-            self.roots.see(loss, None)
-            return
-        if ledger.added:  # gradients of this step may have been zeroed since then
-            self.roots.keep_if(ledger.left())
-        self.roots.see(loss, self.seed + (self.steps << 20))
-        ledger.expect(loss)
+        with in_full_precision(loss.device):
+            if ledger is not None and ledger.added:  # gradients of this step may have been zeroed since then
+                self.roots.keep_if(ledger.left())
+            self.roots.see(loss, None if ledger is None else self.seed + (self.steps << 20))
+        if ledger is not None:
+            ledger.expect(loss)
 
     # Around the base's step: the proximal one
 
@@ -153,7 +157,8 @@ class Proximal(Regularizer):
         """Counts the step, and then makes the proximal step if one is due."""
         self.steps += 1
         if self._before is not None:
-            self._pull(*self.roots.total(), self._before)
+            with in_full_precision(self._before[0].device):  # the step may be made under autocast
+                self._pull(*self.roots.total(), self._before)
         self.forget()
 
     @torch.no_grad()
@@ -196,14 +201,21 @@ class Proximal(Regularizer):
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": dict(self.means.kept)}
+        # Has every mean at any time: torch.distributed.checkpoint loads no more than the new FAM's state has.
+        means = {
+            i: self.means.kept[i] if i in self.means.kept else w.of(w.parameter).new_zeros(shape)
+            for i, (w, shape) in enumerate(zip(self.weights, self._shapes(), strict=True))
+        }
+        return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": means}
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [shape_of_mean(w.d, w.m * self.n_samples) for w in self.weights]
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over the state of a checkpoint; ValueError if it was made with other layers."""
         if "means" not in state:  # a penalty's checkpoint, whose lam means something else
             return
-        shapes = [shape_of_mean(w.d, w.m * self.n_samples) for w in self.weights]
-        self.means.load(state["means"], shapes, [w.parameter.device for w in self.weights])
+        self.means.load(state["means"], self._shapes(), [w.parameter.device for w in self.weights])
         self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
         self.forget(sound=False)  # nothing is known any more about the losses behind the present gradients
 

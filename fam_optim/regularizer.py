@@ -42,7 +42,7 @@ class Regularizer:
     @property
     def trained(self) -> list[Tensor]:
         """The base optimizer's parameters."""
-        return [p for group in self._base.param_groups for p in group["params"]]
+        return parameters_of(self._base)
 
     def start(self, base: Optimizer) -> None:
         """Called once, before the first forward."""
@@ -81,3 +81,8 @@ class Regularizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Returns all parameters that an optimizer has now."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

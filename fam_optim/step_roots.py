@@ -13,11 +13,11 @@ from fam_optim import unnoticed
 from fam_optim.estimators.roots import Roots, added, products_of_rows, sample_roots
 from fam_optim.graph import nodes
 from fam_optim.graph.losses import find_outputs
-from fam_optim.graph.reach import Reach, check_scalar, reach, spread
+from fam_optim.graph.reach import Reach, reach, spread
 from fam_optim.layer.kinds import WeightMatrix
 from fam_optim.layer.use import at_least_float32
 from fam_optim.parallel import Replicas, unsunk
-from fam_optim.unnoticed import counted_once, in_full_precision
+from fam_optim.unnoticed import counted_once
 
 _SEEN = "fam_optim.seen"
 APART = 0x9E3779B97F4A7C15
@@ -78,6 +78,7 @@ class StepRoots:
         else:
             self._gather()
             self._roots = {i: root.kept_if(left) for i, root in self._roots.items()}
+            self._shares = [torch.where(left.to(share.device), share, 0) for share in self._shares]
 
     def _gather(self) -> None:
         """Adds up A of the losses whose backward has begun, each times the root of its share."""
@@ -96,13 +97,12 @@ class StepRoots:
     def see(self, loss: Tensor, seed: int | None) -> None:
         """Takes A from a loss before its backward, with signs drawn from `seed`. If `seed` is None, only
         checks that A could be taken. Raises RuntimeError if it cannot."""
-        check_scalar(loss)
         reached = reach(loss, [w.parameter for w in self.weights])
         self._check_graph(reached)
         if not reached.leaves or (seed is not None and self._is_seen(loss)):
             return
         ends = frozenset(reached.leaves.values())
-        with in_full_precision(loss.device), unsunk(reached.path), counted_once():
+        with unsunk(reached.path), counted_once():
             path = reached.path | ends
             outputs = find_outputs(loss, path, ends, differentiable=False, of_weights=False)
             self._replicas.check_together()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from fam_optim.regularizer import Regularizer
+from fam_optim.regularizer import Regularizer, parameters_of
 
 _KEY = "fam"
 """The key of the regulariser's state in a state dict."""
@@ -60,6 +60,8 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer, self.regularizer = base_optimizer, regularizer
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
+        for kind in ("step_pre", "step_post"):  # which a base that wraps another may lack
+            vars(base_optimizer).setdefault(f"_optimizer_{kind}_hooks", OrderedDict())
         self._patch_step_function()
         regularizer.start(base_optimizer)
 
@@ -77,7 +79,7 @@ class OptimizerWrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the gradients, as the base optimizer does."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # some take no argument
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters to the base optimizer."""
@@ -133,7 +135,7 @@ class OptimizerWrapper(Optimizer):
 @contextmanager
 def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
     """A context that restores weights and state if the step in it raises; it costs a copy of both."""
-    weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    weights = [(p, p.detach().clone()) for p in parameters_of(optimizer)]
     uncopied: dict[int, Any] = {}
     if isinstance(optimizer.base_optimizer, LBFGS):  # it only appends tensors to its history and drops them
         values = [value for of_one in optimizer.state.values() for value in of_one.values()]

@@ -76,7 +76,7 @@ class RunningMean:
                 "expected a checkpoint of the same layers and n_samples, with means of the shapes "
                 f"{shapes}; it has {saved}. Build FAM with the layers and n_samples that it was saved with."
             )
-        self.kept = {i: mean.to(devices[i], copy=True) for i, mean in kept.items()}
+        self.kept = {i: mean.to(devices[i], copy=True) for i, mean in kept.items() if mean.any()}
 
 
 def shape_of_mean(d: int, q: int) -> tuple[int, int]:
@@ -107,4 +107,6 @@ def _solve(twice_c: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     factor, _ = torch.linalg.cholesky_ex(matrix, check_errors=False)
     if 2 * w.shape[-1] <= w.shape[-2]:
         return torch.cholesky_solve(w, factor), twice_c
-    return torch.cholesky_inverse(factor) @ w, twice_c
+    inverse = torch.cholesky_inverse(factor)
+    inverse.diagonal(dim1=-2, dim2=-1).sub_(1)  # so that a less precise product (TF32) rounds only the change
+    return torch.baddbmm(w, inverse, w), twice_c

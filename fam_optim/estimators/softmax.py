@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from fam_optim.estimators.measure import Factor
 from fam_optim.graph import errors, nodes, operations
-from fam_optim.graph.losses import linear_in, softmax_of
+from fam_optim.graph.losses import coefficients, linear_in, softmax_of
 from fam_optim.graph.trace import Tail
 from fam_optim.layer.use import LayerUse, Use, at_least_float32
 
@@ -41,8 +41,10 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
     softmaxes, unknown = linear_in(tail.loss, path, set(ends), {"LogSoftmax"})
     if tail.nested or unknown is not None:
         return None
+    with errors.explained("derivatives"):
+        of_softmaxes = coefficients(tail.loss, softmaxes, differentiable)
     values = []
-    for node in softmaxes:
+    for node, c in zip(softmaxes, of_softmaxes, strict=True):
         found = _followed(*node.next_functions[0], path, ends)
         if found is None:
             return None
@@ -50,8 +52,7 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
         shape, dim = nodes.shape(node, 0), nodes.softmax_axis(node)
         if shape[dim] != use.d or operations.axis_of_digit(shape, stride, use.d) != (dim, 1):
             return None
-        with errors.explained("derivatives"):
-            log_p, a = softmax_of(node, tail.loss, differentiable)
+        log_p, a = softmax_of(node, c, differentiable)
         norms = use.squared_norms() if in_order else _norms_at_softmax(use, edge, node)
         a = a.flatten() * norms.flatten()
         if (log_p.dim(), dim) != (2, 1):  # a view would be one more node of the graph

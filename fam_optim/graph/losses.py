@@ -88,8 +88,9 @@ def find_outputs(
     own nodes `ends`, included; the result carries gradients if `differentiable`. Functions of weights alone
     count if `of_weights`."""
     known, unknown = linear_in(loss, path, ends, _KINDS.keys(), of_weights=of_weights)
-    with errors.explained("derivatives"), nodes.not_passed(known):
-        found = [_KINDS[_kind(n)](n, loss, path, differentiable) for n in known]
+    with errors.explained("derivatives"):
+        of_known = zip(known, coefficients(loss, known, differentiable), strict=True)
+        found = [_KINDS[_kind(node)](node, c, path, differentiable) for node, c in of_known]
     outputs = [output for output in found if output is not None]
     unknown = known[found.index(None)] if None in found else unknown
     if unknown is not None:
@@ -141,11 +142,15 @@ def pulled(
     return precise if scale is None else [None if g is None else g / scale for g in precise]
 
 
-def _coefficient(node: Node, loss: Tensor, differentiable: bool) -> Tensor:
-    """Returns dL/d(the node's result), in at least float32."""
-    at = GradientEdge(node, 0)
-    (found,) = torch.autograd.grad(loss, at, create_graph=differentiable, retain_graph=True)
-    return at_least_float32(found)
+def coefficients(loss: Tensor, known: Sequence[Node], differentiable: bool) -> list[Tensor]:
+    """Returns dL/d(a node's result), in at least float32, for each of some nodes, as far as it passes none of
+    the others. One derivative finds all, since each would walk over the whole graph."""
+    if not known:
+        return []
+    at = [GradientEdge(node, 0) for node in known]
+    with nodes.not_passed(known):
+        found = torch.autograd.grad(loss, at, create_graph=differentiable, retain_graph=True)
+    return [at_least_float32(c) for c in found]
 
 
 def _root_of(weights: Tensor) -> Tensor:
@@ -155,16 +160,16 @@ def _root_of(weights: Tensor) -> Tensor:
     return torch.where(counts, torch.where(counts, weights, 1).sqrt(), 0)
 
 
-def softmax_of(node: Any, loss: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
+def softmax_of(node: Any, c: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
     """Returns log p, in at least float32, and a of the cross-entropy that a loss makes of a log_softmax in
-    which it is linear: ``-sum_k c_k log p_k``, with a the sum of c."""
+    which it is linear: ``sum_k c_k log p_k``, with -a the sum of c."""
     log_p = at_least_float32(nodes.kept(node, "result"))
-    a = -_coefficient(node, loss, differentiable).sum(nodes.softmax_axis(node), keepdim=True)
+    a = -c.sum(nodes.softmax_axis(node), keepdim=True)
     return log_p if differentiable else log_p.detach(), a
 
 
-def _softmax(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output:
-    (log_p, a), dim = softmax_of(node, loss, differentiable), nodes.softmax_axis(node)
+def _softmax(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output:
+    (log_p, a), dim = softmax_of(node, c, differentiable), nodes.softmax_axis(node)
 
     def root(r: Tensor) -> list[Tensor]:
         root_p, top = (log_p / 2).exp(), is_largest(log_p, dim)
@@ -186,7 +191,7 @@ def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
     return Output([GradientEdge(*node.next_functions[i]) for i in sides], a.shape, a, root)
 
 
-def _binary(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
+def _binary(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
     """Returns o of ``w ((1 - y) o + (1 + (v - 1) y) log(1 + exp(-o)))``, with weights v of the positives;
     None if more than o depends on the layers."""
     if [i for i, (below, _) in enumerate(node.next_functions) if below in path] != [0]:
@@ -197,7 +202,7 @@ def _binary(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> O
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
     b = b if weight is None else b * weight
-    return _diagonal(node, b * _per_entry(node, loss, b.numel(), differentiable), {0: 1.0})
+    return _diagonal(node, b * _per_entry(node, c, b.numel()), {0: 1.0})
 
 
 def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
@@ -206,19 +211,19 @@ def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
     return o.sigmoid() * (-o).sigmoid()
 
 
-def _softplus(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
+def _softplus(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
     """Returns o of ``log(1 + exp(o))``, or of logsigmoid, minus that of -o; None if o measures a distance."""
     if _measures_distance(node.next_functions[0][0], path):
         return None
-    a, o = _coefficient(node, loss, differentiable), nodes.kept(node, "self")
+    o = nodes.kept(node, "self")
     if nodes.kind(node) == "LogSigmoid":
-        return _diagonal(node, -a * _logistic_curvature(o, differentiable), {0: 1.0})
+        return _diagonal(node, -c * _logistic_curvature(o, differentiable), {0: 1.0})
     beta, threshold = nodes.kept(node, "beta"), nodes.kept(node, "threshold")
     b = beta * _logistic_curvature(beta * o, differentiable)
-    return _diagonal(node, a * b.masked_fill(beta * o > threshold, 0), {0: 1.0})
+    return _diagonal(node, c * b.masked_fill(beta * o > threshold, 0), {0: 1.0})
 
 
-def _squared_error(node: Any, loss: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
+def _squared_error(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
     """Returns o of the square of an error or of an output, or of a Huber or smooth L1 loss, which is linear
     in large errors; None if o is a loss, a norm or a distance."""
     operands = node.next_functions[:1] if _kind(node) == "Pow" else node.next_functions
@@ -227,7 +232,7 @@ def _squared_error(node: Any, loss: Tensor, path: Set[Node], differentiable: boo
     if curvature is None or any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
     shape = nodes.shape(*node.next_functions[min(sides)])
-    b = curvature * _per_entry(node, loss, shape.numel(), differentiable)
+    b = curvature * _per_entry(node, c, shape.numel())
     return _diagonal(node, b.expand(shape), sides)
 
 
@@ -253,9 +258,9 @@ def _measures_distance(node: Node, path: Set[Node]) -> bool:
     return with_itself or of_probability or not kinds.isdisjoint(operations.DISTANCES)
 
 
-def _per_entry(node: Any, loss: Tensor, entries: int, differentiable: bool) -> Tensor:
+def _per_entry(node: Any, c: Tensor, entries: int) -> Tensor:
     """Returns the derivative of L in an entry of the loss that the node reduces."""
-    return _coefficient(node, loss, differentiable) / (entries if nodes.averages(node) else 1)
+    return c / (entries if nodes.averages(node) else 1)
 
 
 _KINDS = {

@@ -1,7 +1,7 @@
 """Which modules and parameters have a weight matrix W ``(d, m)``, and why others are refused."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import NoneType
 from typing import Any, cast
 
@@ -161,10 +161,10 @@ def own_weight(layer: object) -> nn.Parameter | None:
     return module if isinstance(module, nn.Parameter) else module._parameters.get("weight")
 
 
-def check_unchanged(layers: Iterable[Any], weights: Iterable[WeightMatrix]) -> None:
+def check_unchanged(layers: Iterable[Any], weights: Sequence[WeightMatrix]) -> None:
     """Raises TypeError or RuntimeError if a layer's weight is not among `weights`, or has a new shape."""
     held = {id(w.parameter): w.layout.shape for w in weights}
-    for layer in layers:
+    for layer in (*layers, *(w.parameter for w in weights)):
         weight = own_weight(layer)
         if weight is None:
             weight_matrix(layer)  # raises the TypeError that says why

@@ -27,6 +27,7 @@ _OBSERVED = (
     "fam_optim observes the calls of this layer, which breaks the graph. For fullgraph=True compile what "
     "comes before the layer, model.body.compile(fullgraph=True); otherwise nothing need be changed"
 )
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 class Observation:
@@ -140,7 +141,7 @@ class _Recorder:
     def keep(self, source: nn.Module, args: Any, kwargs: Any, weight: Any = None) -> None:
         """Forward hook of a parametrization: keeps the weight that the forward got, since computing it again
         may advance the parametrization's state (spectral_norm iterates at every access)."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not _exporting():
             self._keep(weight)
 
     @partial(opaque, reason=_OBSERVED)
@@ -151,7 +152,7 @@ class _Recorder:
     def record(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the module: leaves a `Use` on the node that computes `output`."""
         # torch.compile sees no more of the hook than this test, so it compiles evaluation in one piece.
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not _exporting():
             return self._leave_use(module, args, kwargs, output)
         if not torch.compiler.is_compiling() and nodes.made_so_far() not in self.without_graph:
             self.without_graph.append(nodes.made_so_far())

@@ -12,8 +12,9 @@ import gc
 import io
 import pickle
 import weakref
+from collections import UserDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from fam_optim import (
     FAM,
     dataset_relative_flatness,
+    evaluation,
     layer_flatness,
     observe,
     relative_flatness,
@@ -134,8 +136,9 @@ def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) 
         with warnings_as("ignore"):
             quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
         assert (quantised(x) - expected).abs().max() < 0.1
-    exported = torch.export.export(model, (x,), strict=False)  # with gradients on
-    assert torch.equal(exported.module()(x), expected)
+    for strict in (False, True):
+        exported = torch.export.export(model, (x,), strict=strict)  # with gradients on
+        assert torch.equal(exported.module()(x), expected)
     assert torch.equal(torch.jit.trace(model, x)(x), expected)
 
 
@@ -687,6 +690,23 @@ def test_a_closure_that_zeroes_what_it_backpropagated_is_refused(which: str) -> 
         fam.step(closure)
 
 
+def test_layers_that_are_trained_one_after_another() -> None:
+    """A layer whose parameters join later is watched, and its gradients count, once the first is frozen."""
+    model = nn.Sequential(mlp()[0], nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.warns(UserWarning, match="not among the parameters"):
+        fam = FAM(model[0].parameters(), torch.optim.SGD, [model[0], model[2]], lr=0.1, mode="hutchinson")
+    model[0].requires_grad_(False)
+    fam.add_param_group({"params": model[2].parameters()})
+    before = model[2].weight.detach().clone()
+    fam.step(lambda: CE(model(X), Y))
+    assert not torch.equal(model[2].weight, before)
+    fam.zero_grad()
+    fam.regularize(CE(model(X), Y)).backward()
+    CE(model(X + 1), Y).backward()
+    with pytest.raises(RuntimeError, match="of a loss that was not regularised"):
+        fam.step()
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_layers_may_be_frozen_and_thawed_while_training(number: int) -> None:
     """Frozen they still regularise the others; thawed, a loss without its penalty is noticed again."""
@@ -946,6 +966,32 @@ def test_batches_are_weighed_by_their_samples_however_they_are_packed(pack: Any)
     assert_close([got], [whole], "kappa", 1e-12)
 
 
+class Encoding(UserDict[str, Tensor]):
+    """As a tokenizer's: a mapping whose items are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.data[name]
+
+
+class Pair(NamedTuple):
+    ids: Tensor
+    length: int
+
+
+@pytest.mark.parametrize("inputs", [Encoding(ids=X), Pair(X, 3)], ids=["encoding", "named tuple"])
+def test_batches_keep_their_type(inputs: Any) -> None:
+    class ById(nn.Module):
+        def forward(self, batch: Any) -> Tensor:
+            return self.net(batch.ids)
+
+    net = nn.Linear(4, 3)
+    by_id = ById()
+    by_id.net = net
+    got = dataset_relative_flatness(by_id, net, CE, [(inputs, Y)])
+    assert_close([got], [dataset_relative_flatness(net, net, CE, [(X, Y)])], "kappa", 1e-12)
+    assert evaluation._mapped(lambda t: t.to("meta"), inputs).ids.is_meta
+
+
 def test_batches_are_weighed_by_what_the_user_says() -> None:
     """A mean over the tokens that are not ignored; a batch without any counts nothing."""
     net = nn.Linear(4, 3)
@@ -1085,6 +1131,34 @@ def test_a_bases_own_decorated_step_runs_and_hooks_run_once() -> None:
     assert log == ["before", "step", "after"]
 
 
+def test_a_base_that_is_an_optimizer_in_name_alone() -> None:
+    """As Lookahead and others are often written: without Optimizer.__init__, zero_grad without arguments."""
+
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+        def zero_grad(self) -> None:  # type: ignore[override]
+            self.inner.zero_grad()
+
+    weights = []
+    for mode in ("exact", "proximal"):
+        for base in (torch.optim.SGD, lambda params, lr: Around(torch.optim.SGD(params, lr=lr))):
+            model = mlp()
+            fam = FAM(model.parameters(), base, model[2], lr=0.1, **MODES[mode])
+            fam.zero_grad()
+            fam.regularize(CE(model(X), Y)).backward()
+            fam.step()
+            fam.zero_grad()
+            fam.step(lambda model=model: CE(model(X), Y))
+            weights.append(model[2].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[2], weights[3])
+
+
 def test_train_and_eval_of_a_schedule_free_base() -> None:
     from pytorch_optimizer import ScheduleFreeSGD
 
@@ -1113,6 +1187,51 @@ def test_setting_what_is_no_attribute_is_an_error(name: str) -> None:
         setattr(fam, name, "full")
     fam.lam = 0.2
     fam.defaults = {}
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "full": {"mode": "full"},
+    "hutchinson": {"mode": "hutchinson"},
+    "gauss_newton": {"mode": "hutchinson", "curvature": "gauss_newton", "detach_hessian": True},
+    "proximal": {"mode": "proximal", "every": 1},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_may_be_off_around_regularize(mode: str) -> None:
+    """As in a base's step that evaluates its closure under no_grad: plain losses can be backpropagated."""
+    weights = []
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        model = mlp()
+        fam = fam_on(model, model[2], **MODES[mode])
+        for _ in range(2):
+            fam.zero_grad()
+            loss = CE(model(X), Y)
+            with context():
+                regularized = fam.regularize(loss)
+            regularized.backward()
+            fam.step()
+        weights.append(model[2].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("mode", ["exact", "gauss_newton", "proximal"])
+def test_as_many_derivatives_for_many_losses_as_for_few(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each walks over the whole graph: one for every time step's loss would cost the square of the steps."""
+    counted = []
+    own = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: counted.append(1) or own(*a, **k))
+    counts = []
+    for losses in (3, 30):
+        model = mlp()
+        fam = fam_on(model, model[2], **MODES[mode])
+        loss = torch.stack([CE(model(X + i), Y) for i in range(losses)]).mean()
+        counted.clear()
+        fam.regularize(loss)
+        counts.append(len(counted))
+    assert counts[0] == counts[1] > 0
 
 
 def test_sentences_where_torchs_own_came_through() -> None:

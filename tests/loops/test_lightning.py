@@ -129,6 +129,23 @@ def test_lightning(module: type[Lit]) -> None:
     assert_close(model.net, expected)
 
 
+def test_lightning_skips_a_batch() -> None:
+    """By returning None from training_step; a closure that never returns a loss is refused."""
+
+    class Skipping(Lit):
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx < self.batches else None
+
+    model = Skipping()
+    model.batches = 3
+    fit(model)
+    assert_close(model.net, by_hand(loader(3)))
+    never = Skipping()
+    never.batches = 0
+    with pytest.raises(RuntimeError, match="called no backward and returned None"):
+        fit(never)
+
+
 def test_lightning_with_adam_and_a_scheduler() -> None:
     decay = partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1)
 

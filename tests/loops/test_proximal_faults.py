@@ -60,7 +60,7 @@ def test_a_skipped_step_leaves_nothing_to_the_next(first: str, zero: str) -> Non
     for skipped in (False, True):
         model = net()
         optimizer = fam(model, every=1, lam=0.0)
-        for step in [0, 1, 2] if skipped else [0, 2]:
+        for step in [0, 1, 2, 3] if skipped else [0, 2, 3]:
             optimizer.lam = float(step > 0)
             if first == "zero_grad":
                 ZEROS[zero](model, optimizer)
@@ -69,7 +69,7 @@ def test_a_skipped_step_leaves_nothing_to_the_next(first: str, zero: str) -> Non
             loss = optimizer.regularize(loss)
             if first == "loss":
                 ZEROS["optimizer"](model, optimizer)
-            loss.backward()
+            (4 * loss if step == 1 else loss).backward()
             if step != 1:
                 optimizer.step()
         results.append(model)
@@ -607,11 +607,13 @@ def test_lam_of_another_kind_is_not_loaded(saved: str) -> None:
 # ------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("which", ["all", "one", "longer"])
+@pytest.mark.parametrize("which", ["all", "one", "longer", "longer in a copy"])
 def test_parameters_that_were_replaced_are_told(which: str) -> None:
     model = net()
     optimizer = fam(model, every=1)
     trained(model, optimizer, 2)
+    if which == "longer in a copy":
+        model, optimizer = copy.deepcopy((model, optimizer))
     if which == "all":
         model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
     elif which == "one":
@@ -621,8 +623,25 @@ def test_parameters_that_were_replaced_are_told(which: str) -> None:
         for p, old in zip((model[0].weight, model[0].bias), parameters(model)[:2], strict=True):
             p.data, p.grad = torch.cat([old, old]), None
         model[2].weight.data = model[2].weight.detach().repeat(1, 2)
-    with pytest.raises(RuntimeError, match=r"`layer` Linear.* was replaced or resized.*assign=True.*Build"):
+    with pytest.raises(RuntimeError, match=r"`layer` \w+.* was replaced or resized.*assign=True.*Build"):
         trained(model, optimizer, 1)
+
+
+def test_parameters_may_be_swapped() -> None:
+    """torch swaps no tensor to which there is a weak reference."""
+    model = nn.ModuleList([nn.MultiheadAttention(6, 2), nn.Linear(6, 3)])
+    weights = list(model.parameters())
+    made = [
+        FAM(model.parameters(), torch.optim.SGD, weight_layers(model), mode=mode, every=every, lr=0.1)
+        for mode, every in (("proximal", 1), ("hutchinson", None))
+    ]
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(p is w and p.dtype == torch.float32 for p, w in zip(model.parameters(), weights, strict=True))
+    assert made
 
 
 COMPUTED: dict[str, Callable[[Any], object]] = {

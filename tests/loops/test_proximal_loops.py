@@ -412,6 +412,63 @@ def test_autocast_keeps_the_curvature(dtype: torch.dtype) -> None:
     assert kappas[True] > 0
 
 
+def test_imprecise_products_round_only_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TF32 does on a GPU: a weight that the base leaves alone stays as it is, to the last bit."""
+    precise = torch.Tensor.__matmul__
+
+    def imprecise(a: Tensor, b: Tensor) -> Tensor:
+        return precise(a.bfloat16(), b.bfloat16()).to(a)
+
+    model = net(torch.float32)
+    groups = [{"params": model[:2].parameters(), "lr": 0.0}, {"params": model[2:].parameters()}]
+    optimizer = fam(model, every=1, params=groups)
+    before = parameters(model)
+    for x, y in (samples(step, 16, dtype=torch.float32) for step in range(3)):
+        optimizer.zero_grad()
+        optimizer.regularize(F.cross_entropy(model(x), y)).backward()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "__matmul__", imprecise)
+            optimizer.step()
+    assert torch.equal(model[0].weight, before[0])
+    assert not torch.equal(model[2].weight, before[2])
+
+
+def test_micro_batches_under_autocast_are_put_together_in_full_precision() -> None:
+    """Four of two samples have rows of their own at first, and more rows than outputs in the end."""
+    weights = []
+    for within in (False, True):
+        model = net(torch.float32)
+        optimizer = fam(model, every=1)
+        for x, y in (samples(part, 2, dtype=torch.float32) for part in range(4)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(x), y) / 4
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+                optimizer.regularize(loss)
+            loss.backward()
+        optimizer.step()
+        weights.append(parameters(model))
+    assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_a_step_under_autocast_moves_in_full_precision(n: int) -> None:
+    """With a closure, the whole step is often made in the context that the forward needs."""
+    weights = []
+    for within in (False, True):
+        model = net(torch.float32)
+        optimizer = fam(model, every=1)
+        for step in range(3):
+            x, y = samples(step, n, dtype=torch.float32)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = optimizer.regularize(F.cross_entropy(model(x), y))
+            loss.backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+                optimizer.step()
+        weights.append(parameters(model))
+    assert all(map(torch.equal, *weights))
+
+
 def test_a_step_that_a_scaler_skips_neither_counts_nor_moves() -> None:
     model = net(torch.float32)
     optimizer = fam(model, every=1)
@@ -705,8 +762,10 @@ def test_weight_decay_in_the_loss_is_no_curvature() -> None:
 
 
 def test_a_loss_without_a_graph_is_refused() -> None:
+    """Whether a step is due or not: an evaluation must not fail once in ten times."""
     model = net()
-    optimizer = fam(model, every=1)
+    optimizer = fam(model, every=10)
+    trained(model, optimizer, 1)
     with torch.no_grad():
         loss = F.cross_entropy(model(torch.ones(2, 5).double()), torch.tensor([0, 1]))
     with pytest.raises(RuntimeError, match="without a graph"):

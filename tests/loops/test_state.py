@@ -206,13 +206,14 @@ def test_checkpoints_pass_between_fam_and_its_base(base: str, options: dict[str,
         )
 
 
+@pytest.mark.parametrize("settings", [{"mode": "hutchinson"}, {"mode": "proximal", "every": 2}], ids=str)
 @pytest.mark.usefixtures("process_group")
-def test_lam_and_generator_are_saved_beside_it(tmp_path: Path) -> None:
+def test_lam_and_generator_are_saved_beside_it(settings: dict[str, Any], tmp_path: Path) -> None:
     """The distributed state is the base's alone; what FAM adds to `state_dict` has a name of its own."""
 
     def build(seed: int, lam: float) -> tuple[nn.Sequential, FAM]:
         generator = torch.Generator().manual_seed(seed)
-        return build_fam("Adam", seed, lam, mode="hutchinson", generator=generator)
+        return build_fam("Adam", seed, lam, generator=generator, **settings)
 
     net, fam = build(0, lam=0.7)
     train(net, fam, range(3))
@@ -237,6 +238,18 @@ def test_lam_and_generator_are_saved_beside_it(tmp_path: Path) -> None:
     train(net, fam, range(3, 6))
     train(resumed, other, range(3, 6))
     assert_same_throughout(resumed.state_dict(), net.state_dict(), "model")
+
+
+def test_saving_is_no_step() -> None:
+    """torch makes its step at rate zero before every save of a base that has no state, such as plain SGD."""
+    plain, saved = (build_fam("SGD", lam=1.0, mode="proximal", every=3) for _ in range(2))
+    for step in range(6):
+        train(*plain, range(step, step + 1))
+        train(*saved, range(step, step + 1))
+        saved[1].zero_grad()
+        get_optimizer_state_dict(*saved)
+    assert_same_throughout(saved[0].state_dict(), plain[0].state_dict(), "model")
+    assert_same_throughout(saved[1].state_dict(), plain[1].state_dict(), "optimizer")
 
 
 @pytest.mark.usefixtures("process_group")
