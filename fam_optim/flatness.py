@@ -23,7 +23,7 @@ from fam_optim.graph.reach import computed_alike
 from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
-from fam_optim.layers import Layer, distinct
+from fam_optim.layers import Layer, distinct, several
 from fam_optim.parallel import gathered, lasting, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
 
@@ -119,9 +119,7 @@ def relative_flatness(
     Source: Petzka et al. 2021, definition 3 (kappa); Adilova et al. 2023, sections 1 and 3.2.
     """
     settings = Settings(measure, mode, normalize, n_samples, generator, curvature=curvature)
-    layers = tuple(layer) if isinstance(layer, (list, tuple)) else (layer,)
-    if not layers:
-        raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
+    layers = several(layer)
     for one in layers:
         if not isinstance(one, (Observation, Tensor)):
             got = f"the module {describe(one)}" if isinstance(one, nn.Module) else type(one).__name__
@@ -199,9 +197,9 @@ def _matrix(tail: Tail) -> Tensor:
     others = [use.weight for use in tail.uses if use.weight is not first]
     if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):
         raise RuntimeError(
-            "the calls of the layer that the loss depends on were made with different weights "
-            "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "
-            "takes any), and kappa is of one weight. Call the layer once, on the concatenated inputs, or "
-            "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
+            "the calls of the layer that the loss depends on were made with different weights (spectral_norm "
+            "in train mode changes its weight at every call, torch.func.functional_call takes any), and "
+            "kappa is of one weight. Call the layer once, on the concatenated inputs, or within "
+            "torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
         )
     return lasting(tail.uses[0].matrix())

@@ -74,13 +74,22 @@ def named(model: nn.Module, layer: Any) -> Any:
     return parts[layer]
 
 
+def several(layer: Any) -> tuple[Any, ...]:
+    """Returns one layer or a list or tuple of layers as a tuple; ValueError if that is empty."""
+    layers = tuple(layer) if isinstance(layer, (list, tuple)) else (layer,)
+    if not layers:
+        raise ValueError(
+            "expected `layer` to name at least one layer, got an empty sequence (of a model with one "
+            "weight layer weight_layers(model)[:-1] is empty). Name the layer."
+        )
+    return layers
+
+
 def as_layers(layer: Any) -> tuple[Layer, ...]:
     """Returns what the user named as `layer`, with each module in an observation. Raises TypeError or
     ValueError if it is anything else, empty, or has the same layer twice."""
-    several = layer if isinstance(layer, (list, tuple)) else (layer,)
-    if not several:
-        raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
-    for one in several:
+    given = several(layer)
+    for one in given:
         if not isinstance(one, (nn.Module, nn.Parameter)):
             by_name = f" Pass model.get_submodule({one!r})." if isinstance(one, str) else ""
             raise TypeError(
@@ -89,7 +98,7 @@ def as_layers(layer: Any) -> tuple[Layer, ...]:
             )
         if isinstance(one, nn.Parameter):
             parameter_use(one)
-    layers = tuple(Observation(one) if isinstance(one, nn.Module) else one for one in several)
+    layers = tuple(Observation(one) if isinstance(one, nn.Module) else one for one in given)
     if len(distinct(layers)) < len(layers):
         raise ValueError(
             "expected `layer` to name different layers, got the same one twice, or a module and its weight."

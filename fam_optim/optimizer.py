@@ -102,14 +102,8 @@ class FAM(OptimizerWrapper):
         generator: torch.Generator | None = None,
         **base_kwargs: Any,
     ) -> None:
-        of_penalty = {
-            "measure": measure,
-            "curvature": curvature,
-            "normalize": normalize,
-            "detach_hessian": detach_hessian,
-        }
-        random = {"n_samples": n_samples, "generator": generator}
-        regularizer = build_regularizer(layer, lam, mode, every, of_penalty, **random)
+        of_penalty = (measure, curvature, normalize, detach_hessian)
+        regularizer = build_regularizer(layer, lam, mode, every, of_penalty, n_samples, generator)
         self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
         warn_untrained(regularizer)
 
@@ -218,7 +212,7 @@ class FAM(OptimizerWrapper):
             self.regularizer.before_step()
         # Only a closure that has trained before may skip: one that never does lacks its `return`.
         may_skip = self._evaluations > 0
-        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad, may_skip=may_skip)
+        evaluated = WatchedClosure(closure, self, check, may_skip)
         with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
         self._evaluations = max(self._evaluations, evaluated.evaluations)
