@@ -21,7 +21,7 @@ from fam_optim.graph.trace import find_tails, uses_in
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse, describe
 from fam_optim.layers import as_layers, weights_of
-from fam_optim.regularizer import Regularizer, parameters_of
+from fam_optim.regularizer import Regularizer
 
 _MARK = "fam_optim.regularized"
 
@@ -63,7 +63,9 @@ class Penalty(Regularizer):
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
-        self.ledger = Ledger(self.named_weights(), partial(parameters_of, base))
+        alive = weakref.proxy(self)  # so that a FAM that is dropped is freed at once, with its hooks
+        weights = [w for layer in self.layers for w in weights_of(layer)]
+        self.ledger = Ledger(self.names, weights, lambda: alive.trained)
         self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
@@ -75,7 +77,7 @@ class Penalty(Regularizer):
             raise RuntimeError(
                 f"a loss was regularised (`layer` {self.names}), and nothing that is trained has a gradient. "
                 "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad() "
-                "first, then optimizer.regularize(loss).backward() before step(); in a closure, every loss "
+                "first, then regularize(loss).backward() before step(); in a closure, every loss "
                 "backpropagated, or none."
             )
         self.ledger.check()
@@ -86,12 +88,9 @@ class Penalty(Regularizer):
         return {"lam": self.lam, "generator": None if generator is None else generator.get_state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        if "means" in state:  # a checkpoint of the proximal step, whose lam means something else
-            return
         self.lam = state["lam"]
-        generator = self.settings.generator
-        if generator is not None and state.get("generator") is not None:
-            generator.set_state(state["generator"].cpu())
+        if self.settings.generator is not None and state.get("generator") is not None:
+            self.settings.generator.set_state(state["generator"].cpu())
 
     def __repr__(self) -> str:
         return f"mode={self.settings.mode!r}, lam={self.lam}, layer={self.names}"
@@ -107,9 +106,8 @@ class Penalty(Regularizer):
     @partial(unnoticed.opaque, reason="fam_optim looks into the graph of the loss")
     @torch.inference_mode(False)  # which also turns gradients on, in a base that evaluates without them
     def regularize(self, loss: Tensor) -> Tensor:
-        """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
-        loss itself, if lam is 0 or the loss contains this penalty already. Raises LayerNotUsedError if the
-        loss depends on none of the layers, and RuntimeError if only a part of it was regularised before."""
+        """Returns ``loss + lam * kappa``, or the loss itself if lam is 0 or it contains this penalty already.
+        Raises LayerNotUsedError if the loss depends on none of the layers."""
         if not self.lam:
             return loss
         check_scalar(loss)
@@ -146,8 +144,7 @@ class Penalty(Regularizer):
         if not all(self._key in mark.penalties for _, mark in marked):
             raise RuntimeError(
                 "the loss was changed after another FAM had regularised it, so its kappa cannot be told from "
-                "the loss any more. Scale or add first and regularise last: "
-                "second.regularize(first.regularize(loss / k))."
+                "it. Scale or add first and regularise last: second.regularize(first.regularize(loss / k))."
             )
         if any(uses_in(_made_of(loss), self.layers)):  # beside the regularised losses
             raise RuntimeError(

@@ -20,8 +20,7 @@ from fam_optim.parallel import Replicas, unsunk
 from fam_optim.unnoticed import counted_once
 
 _SEEN = "fam_optim.seen"
-APART = 0x9E3779B97F4A7C15
-"""Keeps the seeds of processes far apart, whatever seeds the user chose."""
+APART = 0x9E3779B97F4A7C15  # keeps the seeds of processes far apart, whatever seeds the user chose
 
 
 class Taken:
