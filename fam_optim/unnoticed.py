@@ -43,14 +43,11 @@ class AsyncFlag:
     """A boolean scalar that is copied from an accelerator to the host without waiting."""
 
     def __init__(self, flag: Tensor) -> None:
-        self._arrived: Any = None
-        if flag.device.type == "cpu":
-            self._host = flag
-            return
-        self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        self._host.copy_(flag, non_blocking=True)
-        self._arrived = torch.get_device_module(flag.device).Event()
-        self._arrived.record()
+        self._host, self._arrived = flag, None
+        if flag.device.type != "cpu":
+            self._host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._arrived = torch.get_device_module(flag.device).Event()
+            self._arrived.record()
 
     def read(self) -> bool | None:
         """Returns the value, or None if it has not arrived yet."""
@@ -86,15 +83,13 @@ _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 def _restoring(module: Any) -> Callable[[], None]:
     """Returns a function that restores each buffer, and each attribute that is a tensor, a number or holds
     others (a list, dict, set or deque)."""
-    buffers = dict(module._buffers)
     attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
-    own = (v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE)
+    own = (v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE or k == "_buffers")
     holders = [(v, copy.copy(v)) for v in own if isinstance(v, (list, dict, set, deque))]
-    tensors = (t for t in (*buffers.values(), *attributes.values()) if isinstance(t, Tensor))
+    tensors = (t for t in (*module._buffers.values(), *attributes.values()) if isinstance(t, Tensor))
     values = [(t, t.detach().clone()) for t in tensors]
 
     def restore() -> None:
-        module._buffers.update(buffers)
         vars(module).update(attributes)
         for holder, held in holders:
             holder.clear()
