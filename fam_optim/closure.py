@@ -101,8 +101,7 @@ class WatchedClosure:
             )
 
     def _seen(self, loss: Tensor) -> Tensor:
-        """Returns what to backpropagate in place of a loss on which the closure calls backward: the loss
-        itself if it does not depend on the layers."""
+        """Returns what to backpropagate in place of a loss: the loss itself if it depends on no layer."""
         self._called_backward = self.regularizer.given = True
         try:
             return self._regularized(loss)
@@ -128,9 +127,8 @@ class WatchedClosure:
         return plain, self._objective(result, plain)
 
     def _objective(self, result: Any, plain: Any) -> Any:
-        """Returns the value of what was backpropagated, in the unit of what the closure returned. kappa is
-        linear in the loss. So if the closure backpropagated a multiple of what it returned (with a
-        GradScaler, say), the penalties and `last_kappa` are the same multiple, which is divided out here."""
+        """Returns the value of what was backpropagated. If that was a multiple of what the closure returned
+        (with a GradScaler, say), so are the penalties and `last_kappa`, and it is divided out here."""
         if not self._backwards or not isinstance(result, (Tensor, float)):
             return result.detach() if isinstance(result, Tensor) else result
         nodes, plains, objectives = zip(*self._backwards, strict=True)

@@ -22,8 +22,7 @@ OF_PENALTY = ("measure", "curvature", "normalize", "detach_hessian")
 def build_regularizer(
     layer: Any, lam: float | None, mode: str, every: Any, of_penalty: Any, n_samples: int, generator: Any
 ) -> Regularizer:
-    """Builds the regulariser of a mode; ValueError if an argument means nothing in it. `of_penalty` has the
-    values of `OF_PENALTY`, None where not given."""
+    """Builds the regulariser of a mode. `of_penalty` has the values of `OF_PENALTY`, None where not given."""
     if lam is None:
         lam = LAM if mode == "proximal" else LAM_OF_A_PENALTY
     lam = checked_lam(lam)

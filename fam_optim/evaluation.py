@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fam_optim.flatness import Settings, check_mode, each_flatness
 from fam_optim.graph.trace import find_tails
 from fam_optim.layer.record import Observation
-from fam_optim.layers import Layer, as_layers, named, named_weight_layers, weights_of
+from fam_optim.layers import Layer, as_layers, device_of, named, named_weight_layers
 
 
 def dataset_relative_flatness(
@@ -105,7 +105,7 @@ def layer_flatness(
     """
     found = named_weight_layers(model)
     layers = as_layers(list(found.values()))
-    generator = torch.Generator(_device(layers)).manual_seed(seed)
+    generator = torch.Generator(device_of(layers)).manual_seed(seed)
     settings = Settings(measure, "hutchinson", normalize, n_samples, generator, True, "gauss_newton")
     values, used = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
     kappas = zip(found, values.tolist(), strict=True)
@@ -118,7 +118,7 @@ def _over_batches(
     """Returns the layers' kappas ``(layers,)``, and the numbers of the layers that some batch uses."""
     for layer in layers:
         check_mode(layer, settings)
-    device = _device(layers)
+    device = device_of(layers)
     total, count, used = torch.zeros(len(layers), device=device), 0.0, set[int]()
     with _observed_in_eval_mode(model, layers):
         for batch in loader:
@@ -171,10 +171,6 @@ def _pair(batch: Any) -> tuple[Any, Any]:
             "a generator that makes them: ((batch['x'], batch['y']) for batch in loader)."
         )
     return batch[0], batch[1]
-
-
-def _device(layers: Sequence[Layer]) -> torch.device:
-    return next(weight.device for layer in layers for weight in weights_of(layer))
 
 
 def _samples(inputs: Any, targets: Any) -> int:

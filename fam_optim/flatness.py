@@ -27,9 +27,11 @@ from fam_optim.layers import Layer, distinct, several
 from fam_optim.parallel import gathered, lasting, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
 
-MEASURES = ("layerwise", "neuronwise")
-MODES = ("exact", "full", "hutchinson")
-CURVATURES = ("hessian", "gauss_newton")
+CHOICES = {
+    "measure": ["layerwise", "neuronwise"],
+    "mode": ["exact", "full", "hutchinson"],
+    "curvature": ["hessian", "gauss_newton"],
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,9 @@ class Settings:
     curvature: str = "hessian"
 
     def __post_init__(self) -> None:
-        for name, known in (("measure", MEASURES), ("mode", MODES), ("curvature", CURVATURES)):
-            given = getattr(self, name)
-            if given not in list(known):
-                raise ValueError(f"expected `{name}` to be one of {list(known)}, got {given!r}.")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected `{name}` to be one of {known}, got {getattr(self, name)!r}.")
         for name in ("normalize", "detach_hessian"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected `{name}` to be True or False, got {getattr(self, name)!r}.")
@@ -191,8 +192,7 @@ def _of_hessian(tail: Tail, factor: Factor, settings: Settings) -> Tensor:
 
 
 def _matrix(tail: Tail) -> Tensor:
-    """Returns the W of all calls. Raises RuntimeError unless all calls computed it from the same parameters,
-    by the same operations, to the same numbers."""
+    """Returns the W of all calls; RuntimeError unless all have computed it alike, to the same numbers."""
     first = tail.uses[0].weight
     others = [use.weight for use in tail.uses if use.weight is not first]
     if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):

@@ -15,9 +15,8 @@ from fam_optim.layer.use import is_sharded
 
 
 class Ledger:
-    """Knows whether all gradients of the layers' weights come from losses that were regularised. It sees
-    every backward that reaches a trained weight of the layers, whoever calls it, and knows which of them
-    started from a loss that FAM returned. It ignores what else is done to gradients, such as clipping."""
+    """Knows whether all gradients of the layers' weights come from regularised losses. It sees every backward
+    that reaches a trained weight of the layers, whoever calls it, and ignores clipping, say."""
 
     def __init__(
         self, names: str, of_layers: list[Tensor], trained: Callable[[], list[Tensor]], *, sound: bool = False

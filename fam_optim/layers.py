@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fam_optim.layer.kinds import base_type, parameter_use, use_type
@@ -86,8 +87,7 @@ def several(layer: Any) -> tuple[Any, ...]:
 
 
 def as_layers(layer: Any) -> tuple[Layer, ...]:
-    """Returns what the user named as `layer`, with each module in an observation. Raises TypeError or
-    ValueError if it is anything else, empty, or has the same layer twice."""
+    """Returns what the user named as `layer`, modules in observations; refuses what is none, or twice."""
     given = several(layer)
     for one in given:
         if not isinstance(one, (nn.Module, nn.Parameter)):
@@ -115,6 +115,11 @@ def distinct(layers: Sequence[Layer]) -> tuple[Layer, ...]:
         if parameters.isdisjoint(weights):
             once.setdefault(id(one.module if isinstance(one, Observation) else one), one)
     return tuple(once.values())
+
+
+def device_of(layers: Sequence[Layer]) -> torch.device:
+    """Returns the device of the layers' first weight."""
+    return next((w.device for layer in layers for w in weights_of(layer)), torch.device("cpu"))
 
 
 def weights_of(layer: Layer) -> list[Tensor]:

@@ -211,8 +211,7 @@ class FAM(OptimizerWrapper):
             check = self._check
             self.regularizer.before_step()
         # Only a closure that has trained before may skip: one that never does lacks its `return`.
-        may_skip = self._evaluations > 0
-        evaluated = WatchedClosure(closure, self, check, may_skip)
+        evaluated = WatchedClosure(closure, self, check, may_skip=self._evaluations > 0)
         with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
         self._evaluations = max(self._evaluations, evaluated.evaluations)

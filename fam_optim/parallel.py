@@ -30,8 +30,7 @@ def _in_process_group() -> bool:
 
 
 def known(owner: Any, name: str) -> Any:
-    """Returns an attribute that torch does not promise, of an object or of a module given by name. Raises
-    RuntimeError if it is missing, since its use here would otherwise silently have no effect."""
+    """Returns an attribute that torch does not promise, of an object or of a module given by name."""
     found = getattr(sys.modules.get(owner) if isinstance(owner, str) else owner, name, None)
     if found is None:
         raise RuntimeError(

@@ -20,7 +20,7 @@ from fam_optim.graph.reach import LayerNotUsedError, check_scalar
 from fam_optim.graph.trace import find_tails, uses_in
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse, describe
-from fam_optim.layers import as_layers, weights_of
+from fam_optim.layers import as_layers, device_of, weights_of
 from fam_optim.regularizer import Regularizer
 
 _MARK = "fam_optim.regularized"
@@ -44,9 +44,8 @@ class Penalty(Regularizer):
         for one in self.layers:
             check_mode(one, settings)
         if settings.mode == "hutchinson" and settings.generator is None:  # do not advance torch's own
-            weight = next(iter(weights_of(self.layers[0])), None)
-            generator = torch.Generator("cpu" if weight is None else weight.device)
-            settings = replace(settings, generator=generator.manual_seed(torch.initial_seed()))
+            generator = torch.Generator(device_of(self.layers)).manual_seed(torch.initial_seed())
+            settings = replace(settings, generator=generator)
         self.settings = settings
         self._prepare()
 
@@ -106,8 +105,7 @@ class Penalty(Regularizer):
     @partial(unnoticed.opaque, reason="fam_optim looks into the graph of the loss")
     @torch.inference_mode(False)  # which also turns gradients on, in a base that evaluates without them
     def regularize(self, loss: Tensor) -> Tensor:
-        """Returns ``loss + lam * kappa``, or the loss itself if lam is 0 or it contains this penalty already.
-        Raises LayerNotUsedError if the loss depends on none of the layers."""
+        """Returns ``loss + lam * kappa``; the loss itself if lam is 0 or it contains this penalty already."""
         if not self.lam:
             return loss
         check_scalar(loss)
@@ -154,8 +152,7 @@ class Penalty(Regularizer):
         return mark
 
     def plain(self, loss: Tensor) -> Tensor:
-        """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises
-        RuntimeError if a backward has freed the graph that it needs for this."""
+        """Returns a loss without the penalties in it, whatever was done to regularised losses since."""
         marked = _marked(loss)
         if not marked:
             return loss

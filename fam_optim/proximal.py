@@ -104,8 +104,7 @@ class Proximal(Regularizer):
     # Before the loss's backward: A
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """Returns the loss unchanged; first takes A from it, if the coming step is due. Raises RuntimeError
-        if the loss is not known to be convex in the network's outputs."""
+        """Returns the loss unchanged; first takes A from it, if the coming step is due."""
         if self.lam:
             check_scalar(loss)
             if self.looks:
@@ -125,8 +124,7 @@ class Proximal(Regularizer):
     # Around the base's step: the proximal one
 
     def check(self) -> None:
-        """Raises RuntimeError before a due step if a loss was seen but not backpropagated, if one was
-        backpropagated but not seen, or if a layer no longer has the weight that FAM moves."""
+        """Refuses a due step if other losses were seen than backpropagated, or a weight was replaced."""
         if self._ledger is None:
             return
         check_unchanged((alive for layer in self._layers if (alive := layer()) is not None), self.weights)

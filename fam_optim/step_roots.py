@@ -94,8 +94,7 @@ class StepRoots:
         return bool(self._pending) and not self._shares and all(t.share is None for t in self._pending)
 
     def see(self, loss: Tensor, seed: int | None) -> None:
-        """Takes A from a loss before its backward, with signs drawn from `seed`. If `seed` is None, only
-        checks that A could be taken. Raises RuntimeError if it cannot."""
+        """Takes A from a loss before its backward, with signs of `seed`; if this is None only checks it."""
         reached = reach(loss, [w.parameter for w in self.weights])
         self._check_graph(reached)
         if not reached.leaves or (seed is not None and self._is_seen(loss)):
@@ -118,8 +117,7 @@ class StepRoots:
         nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)
 
     def _check_graph(self, reached: Reach) -> None:
-        """Raises RuntimeError if the graph may hide a use of a weight, or if part of the way to the weights
-        allows only one backward."""
+        """Raises RuntimeError if the graph may hide a use of a weight, or allows only one backward."""
         hidden = [w.name for w in self.weights if w.parameter not in reached.leaves]
         if hidden and any(map(nodes.is_reentrant_checkpoint, reached.parents)):
             raise RuntimeError(

@@ -20,9 +20,8 @@ _KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters
 
 
 def opaque(function: _Function, reason: str) -> _Function:
-    """Returns `function` so that torch.compile does not trace it: a compiled graph breaks at its call. Its
-    arguments and results are then tensors with a graph, even if the code around it is compiled. With
-    fullgraph=True the break is an error, which quotes the reason."""
+    """Returns `function` so that torch.compile does not trace it: a compiled graph breaks at its call, and
+    its arguments have a graph. With fullgraph=True the break is an error, which quotes the reason."""
     disable: Any = torch.compiler.disable  # untyped
     untraced: _Function = disable(function, **({"reason": reason} if _KNOWS_REASON else {}))
     return untraced
@@ -81,8 +80,7 @@ _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 
 
 def _restoring(module: Any) -> Callable[[], None]:
-    """Returns a function that restores each buffer, and each attribute that is a tensor, a number or holds
-    others (a list, dict, set or deque)."""
+    """Returns a function that restores buffers and attributes: tensors, numbers and what holds others."""
     attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
     own = (v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE or k == "_buffers")
     holders = [(v, copy.copy(v)) for v in own if isinstance(v, (list, dict, set, deque))]

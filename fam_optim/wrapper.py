@@ -53,8 +53,7 @@ class OptimizerWrapper(Optimizer):
         super().__setattr__(name, value)
 
     def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
-        """Puts a new, copied or unpickled wrapper together from its two parts: does what `Optimizer.__init__`
-        would do, but without state of its own."""
+        """Puts a new, copied or unpickled wrapper together. `Optimizer.__init__` would make another state."""
         self.base_optimizer, self.regularizer = base_optimizer, regularizer
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
