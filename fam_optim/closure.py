@@ -95,9 +95,8 @@ class WatchedClosure:
         made = (p.grad for p, old in before if p.grad is not None and p.grad is not (old and old()))
         if any(bool(g.any()) for g in made):
             raise RuntimeError(
-                "the closure assigned gradients and called no backward, and its loss would be backpropagated "
-                "once more. Expected it to leave gradients alone, to call loss.backward(), or to take them "
-                "of optimizer.regularize(loss) and return None."
+                "the closure assigned gradients, and its loss would be backpropagated once more. Leave "
+                "gradients alone, call loss.backward(), or take those of regularize(loss) and return None."
             )
 
     def _seen(self, loss: Tensor) -> Tensor:
@@ -119,21 +118,19 @@ class WatchedClosure:
         return regularized
 
     def _values(self, result: Any) -> tuple[Any, Any]:
-        """Returns what the user and what the base gets in place of what the closure returned."""
-        plain = result
+        """Returns what the user gets in place of what the closure returned, the plain loss, and what the base
+        gets, the value of what was backpropagated. If that was a multiple of what the closure returned (with
+        a GradScaler, say), so are the penalties and `last_kappa`, and it is divided out here."""
+        plain, value = result, result
         if isinstance(result, Tensor):
-            known = {node: plain for node, plain, _ in self._backwards}  # their graph is gone
+            known = {node: loss for node, loss, _ in self._backwards}  # their graph is gone
             plain = known[result.grad_fn] if result.grad_fn in known else self.regularizer.plain(result)
-        return plain, self._objective(result, plain)
-
-    def _objective(self, result: Any, plain: Any) -> Any:
-        """Returns the value of what was backpropagated. If that was a multiple of what the closure returned
-        (with a GradScaler, say), so are the penalties and `last_kappa`, and it is divided out here."""
+            value = result.detach()
         if not self._backwards or not isinstance(result, (Tensor, float)):
-            return result.detach() if isinstance(result, Tensor) else result
+            return plain, value
         nodes, plains, objectives = zip(*self._backwards, strict=True)
         if nodes == (getattr(result, "grad_fn", None),):
-            return objectives[0]  # the usual case: the closure returned this very loss
+            return plain, objectives[0]  # the usual case: the closure returned this very loss
         backpropagated = torch.stack([loss.detach().reshape(()) for loss in plains]).sum()
         objective = torch.stack([loss.reshape(()) for loss in objectives]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
@@ -141,7 +138,7 @@ class WatchedClosure:
         if self.regularizer.last_kappa is not None:
             self.regularizer.last_kappa = self.regularizer.last_kappa * unit
         value = value + unit * (objective - backpropagated)
-        return float(value) if isinstance(result, float) else value
+        return plain, float(value) if isinstance(result, float) else value
 
 
 _transforms: dict[int, list[Callable[[Tensor], Tensor]]] = defaultdict(list)  # by thread, innermost last

@@ -23,9 +23,8 @@ def build_regularizer(
     layer: Any, lam: float | None, mode: str, every: Any, of_penalty: Any, n_samples: int, generator: Any
 ) -> Regularizer:
     """Builds the regulariser of a mode. `of_penalty` has the values of `OF_PENALTY`, None where not given."""
-    if lam is None:
-        lam = LAM if mode == "proximal" else LAM_OF_A_PENALTY
-    lam = checked_lam(lam)
+    default = LAM if mode == "proximal" else LAM_OF_A_PENALTY
+    lam = checked_lam(default if lam is None else lam)
     given = {n: value for n, value in zip(OF_PENALTY, of_penalty, strict=True) if value is not None}
     random = {"n_samples": n_samples, "generator": generator}
     if mode != "proximal":
@@ -84,7 +83,6 @@ def warn_untrained(regularizer: Regularizer) -> None:
     if left_out:
         warnings.warn(
             f"weights are not among the parameters given to FAM, of `layer` {', '.join(left_out)}: they are "
-            "not trained (a penalty on them still regularises the others). Add them to `params`, or leave "
-            "them out of `layer`.",
+            "not trained. Add them to `params`, or leave them out of `layer`.",
             stacklevel=3,
         )

@@ -77,8 +77,7 @@ def relative_flatness(
         neuronwise   kappa     = sum_{s,u} <w_s, w_u> Tr(H_{s,u})
         layerwise    kappa_hat = ||W||_F^2 Tr(H)
 
-    W ``(d, m)`` is the layer's weight matrix, with one row w_s per output neuron. H_{s,u} ``(m, m)`` is the
-    Hessian of the loss in rows s and u.
+    W ``(d, m)`` is the layer's weight, one row w_s per output. H_{s,u} ``(m, m)`` is the loss's Hessian.
 
     >>> with observe(model.head) as layer:
     ...     loss = criterion(model(x), y)
@@ -87,8 +86,7 @@ def relative_flatness(
     On the last layer of a classifier kappa is never negative. On lower layers it can be negative, since the
     loss need not be convex in their weights. ``curvature="gauss_newton"`` uses a part of H that is never
     negative on any layer, ``G = sum_i J_i^T B_i J_i``. Here J is the Jacobian of the network's outputs and B
-    the Hessian of the loss in them. On last layers, and where only piecewise linear functions follow, kappa
-    is then the same.
+    the Hessian of the loss in them. Where only piecewise linear functions follow, kappa is the same.
 
     Args:
         loss: the scalar loss, before its backward. kappa is linear in it and has its unit: the sum over

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ class Ledger:
     def watch(self) -> None:
         """Starts to watch every backward."""
         # Called again later, since lazy layers get weights and frozen weights may be unfrozen.
-        note = partial(_if_alive, weakref.WeakMethod(self._note))
+        note = _weak(self._note)
         for w in self._weights:
             if id(w) not in self._hooked and w.is_leaf:
                 self._hooked.add(id(w))
@@ -51,8 +50,7 @@ class Ledger:
     def expect(self, loss: Tensor) -> None:
         """Notes that `loss` was regularised, so that a backward from it is allowed."""
         self.watch()
-        begin = partial(_if_alive, weakref.WeakMethod(self._begin))
-        loss.register_hook(begin)  # type: ignore[no-untyped-call]
+        loss.register_hook(_weak(self._begin))  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raises RuntimeError if a gradient comes from a loss that was not regularised."""
@@ -108,10 +106,10 @@ class Ledger:
             self._end()
 
 
-def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor) -> None:
-    alive = hook()
-    if alive is not None:
-        alive(tensor)
+def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Returns a hook that calls a method as long as its object lives."""
+    alive = weakref.WeakMethod(method)
+    return lambda tensor: found(tensor) if (found := alive()) is not None else None
 
 
 class FiniteGuard:
@@ -149,8 +147,8 @@ class FiniteGuard:
             f"the gradient of loss + lam * kappa (`layer` {self._names}) is not finite, although the loss "
             "is: higher derivatives of what follows the layer are infinite or nan where the first is finite "
             "(a norm, standard deviation or root at 0). Use detach_hessian=True if kappa itself is finite, "
-            "keep what is under the root away from 0 (F.normalize(x + eps), (x.square().sum() + eps).sqrt()),"
-            f" or take a layer behind it. {done}"
+            "keep what is under the root away from 0 (F.normalize(x + eps), (x.square().sum() + "
+            f"eps).sqrt()), or take a layer behind it. {done}"
         )
 
 

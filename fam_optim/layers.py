@@ -91,11 +91,9 @@ def as_layers(layer: Any) -> tuple[Layer, ...]:
     given = several(layer)
     for one in given:
         if not isinstance(one, (nn.Module, nn.Parameter)):
-            by_name = f" Pass model.get_submodule({one!r})." if isinstance(one, str) else ""
-            raise TypeError(
-                "expected `layer` to be an nn.Module or an nn.Parameter, got the "
-                f"{type(one).__name__} {one!r}.{by_name}"
-            )
+            got = f"the {type(one).__name__} {one!r}"
+            got += f". Pass model.get_submodule({one!r})" if isinstance(one, str) else ""
+            raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {got}.")
         if isinstance(one, nn.Parameter):
             parameter_use(one)
     layers = tuple(Observation(one) if isinstance(one, nn.Module) else one for one in given)

@@ -28,8 +28,7 @@ class FAM(OptimizerWrapper):
     This builds ``FAM(model.parameters(), torch.optim.SGD, weight_layers(model)[:-1], mode="proximal", ...)``.
     With mode="proximal" and every=10, the default, a step
 
-    1.  runs the closure and backpropagates its loss; every tenth step first estimates the curvature T of the
-        layers, in one more backward;
+    1.  runs the closure and backpropagates its loss (every tenth time twice, to estimate its curvature T);
     2.  lets the base optimizer step on these gradients;
     3.  every tenth time moves each layer's weight W to ``(I + 2 c T)^-1 W``, `lam` times as far as the loss
         moves it in ten steps; this lowers kappa, the relative flatness of the layer;
@@ -67,8 +66,7 @@ class FAM(OptimizerWrapper):
     Attributes:
         lam: the argument `lam`.
         base_optimizer: the owner of ``state``, ``param_groups`` and ``defaults``, which FAM shares.
-        last_kappa: kappa at the last proximal step, or as it last entered the penalty; a detached tensor on
-            the device; None before that.
+        last_kappa: kappa at the last proximal step, or as it last entered the penalty, detached; or None.
         last_penalty: ``lam * kappa`` as it was last added to a loss; None with mode="proximal".
 
     Raises:
@@ -169,8 +167,7 @@ class FAM(OptimizerWrapper):
         >>> scaler.step(optimizer)
 
         With mode="proximal" it returns the loss itself, and first estimates its curvature if a proximal step
-        is due. In other modes it returns ``loss + lam * kappa``, differentiable. With gradient accumulation
-        call it on every micro-batch's loss.
+        is due. In other modes it returns ``loss + lam * kappa``. Call it on every micro-batch's loss.
 
         Args:
             loss: the scalar loss, before its backward; its forward must have run after FAM was built.
@@ -201,8 +198,7 @@ class FAM(OptimizerWrapper):
             What the closure returned, that is the plain loss; without a closure what the base returns.
 
         Raises:
-            RuntimeError: if nothing was regularised. If the closure raises, weights and optimizer state
-                are as they were before the step.
+            RuntimeError: if nothing was regularised. If the closure raises, nothing has changed.
         """
         if closure is None:
             return self._step_on_gradients()
@@ -223,9 +219,9 @@ class FAM(OptimizerWrapper):
         if self.lam and not self.regularizer.given and self._trains():
             raise RuntimeError(
                 "FAM.step() without a closure expects gradients of a regularised loss, but regularize() was "
-                "not called since the last step. Use optimizer.regularize(loss).backward() before "
-                "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
-                "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
+                "not called since the last step. Use optimizer.regularize(loss).backward() before it, or "
+                "pass a closure: optimizer.step(lambda: criterion(model(x), y)). If a trainer calls "
+                "backward, let it have optimizer.regularize(loss) for the loss."
             )
         self._ready()
         result = self._base_step()

@@ -75,9 +75,9 @@ class Penalty(Regularizer):
         if self.given and all(p.grad is None for p in self.trained):
             raise RuntimeError(
                 f"a loss was regularised (`layer` {self.names}), and nothing that is trained has a gradient. "
-                "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad() "
-                "first, then regularize(loss).backward() before step(); in a closure, every loss "
-                "backpropagated, or none."
+                "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad(), "
+                "then regularize(loss).backward() before step(); in a closure, all losses backpropagated, or "
+                "none."
             )
         self.ledger.check()
         self._guard.check(self.losses, self.trained)

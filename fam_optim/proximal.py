@@ -129,10 +129,7 @@ class Proximal(Regularizer):
             return
         check_unchanged((alive for layer in self._layers if (alive := layer()) is not None), self.weights)
         if self.roots.only_pending:
-            raise RuntimeError(
-                "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
-                "returned: optimizer.regularize(loss).backward()."
-            )
+            raise RuntimeError("a loss given to regularize() was not backpropagated. Call backward() on it.")
         if not self.roots.recognised and any(w.parameter.requires_grad for w in self.weights):
             raise RuntimeError(
                 f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "

@@ -7,10 +7,9 @@ from torch.optim import Optimizer
 
 
 class Regularizer:
-    """Keeps layers flat, and keeps track of what happened to them since the last step. Its state lies outside
-    the optimizer because trainers wrap an optimizer in a class that inherits from the optimizer's. Methods
-    and setters then get the wrapper as self, which reads the optimizer's attributes but writes its own
-    (Lightning-AI/pytorch-lightning, core/optimizer.py)."""
+    """Keeps layers flat. Its state lies outside the optimizer because trainers wrap an optimizer in a class
+    that inherits from the optimizer's. Methods and setters then get the wrapper as self, which reads the
+    optimizer's attributes but writes its own (Lightning-AI/pytorch-lightning, core/optimizer.py)."""
 
     lam: float  # the strength, at least 0
     last_kappa: Tensor | None = None  # kappa as last computed for a step, detached

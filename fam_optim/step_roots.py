@@ -127,9 +127,8 @@ class StepRoots:
             )
         if any(map(nodes.gives_buffers_away, reached.path)):
             raise RuntimeError(
-                "mode='proximal' takes two backwards of a due step's loss, and a compiled region in it gives "
-                "its buffers away after one, as it was compiled before FAM was built. Call "
-                "torch.compiler.reset() after building FAM."
+                "mode='proximal' takes two backwards of a due loss, and a region in it, compiled before FAM "
+                "was built, allows only one. Call torch.compiler.reset() after building FAM."
             )
 
     def rows(self, reached: Reach) -> dict[int, Node]:

@@ -57,9 +57,8 @@ class AsyncFlag:
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """A context that restores the buffers, tensors and numbers of modules that run again in it. Otherwise the
-    running statistics of BatchNorm, say, would count a step's batch more than once. Modules run again in a
-    derivative, or when this thread reads what a checkpoint has not kept."""
+    """A context that restores modules that run again in it, in a derivative or when this thread reads what a
+    checkpoint has not kept. Otherwise BatchNorm's statistics, say, would count a batch more than once."""
     thread = threading.get_ident()
     before: dict[int, Callable[[], None]] = {}
 
