@@ -138,8 +138,6 @@ class FAM(OptimizerWrapper):
         trained = model.parameters() if params is None else params
         return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
 
-    # The regulariser
-
     @property
     def lam(self) -> float:
         """How far kappa pulls the weights, relative to the loss; with a penalty, the weight of kappa."""
@@ -184,8 +182,6 @@ class FAM(OptimizerWrapper):
         """Zeroes the gradients, as the base optimizer does, and forgets the losses backpropagated so far."""
         super().zero_grad(set_to_none)
         self.regularizer.gradients_zeroed()
-
-    # The step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step of the base optimizer and keeps the layers flat.

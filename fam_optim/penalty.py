@@ -16,7 +16,7 @@ from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, tails_flatness
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
-from fam_optim.graph.reach import LayerNotUsedError, check_scalar
+from fam_optim.graph.reach import LayerNotUsedError, check_scalar, spread
 from fam_optim.graph.trace import find_tails, uses_in
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse, describe
@@ -194,11 +194,9 @@ def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:
 
 def _made_of(loss: Tensor) -> list[Node]:
     """Returns the graph nodes of `loss`, its own first, except those below regularised losses."""
-    walked = [] if loss.grad_fn is None else [loss.grad_fn]
-    seen = set(walked)
-    for node in walked:  # the list grows during the loop
-        if _MARK not in nodes.metadata(node):
-            below = [n for n, _ in node.next_functions if n is not None and n not in seen]
-            walked += dict.fromkeys(below)
-            seen.update(below)
-    return walked
+
+    def below(node: Node) -> list[Node]:
+        return [] if _MARK in nodes.metadata(node) else [n for n, _ in node.next_functions if n is not None]
+
+    root = [] if loss.grad_fn is None else [loss.grad_fn]
+    return root + sorted(spread(root, below), key=nodes.sequence_number)

@@ -101,8 +101,6 @@ class Proximal(Regularizer):
         """Whether to look at the coming losses: those of due steps and the first ones, to refuse early."""
         return self._ledger is not None or (self.lam > 0 and not self.roots.recognised)
 
-    # Before the loss's backward: A
-
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns the loss unchanged; first takes A from it, if the coming step is due."""
         if self.lam:
@@ -120,8 +118,6 @@ class Proximal(Regularizer):
             self.roots.see(loss, None if ledger is None else self.seed + (self.steps << 20))
         if ledger is not None:
             ledger.expect(loss)
-
-    # Around the base's step: the proximal one
 
     def check(self) -> None:
         """Refuses a due step if other losses were seen than backpropagated, or a weight was replaced."""
@@ -178,8 +174,6 @@ class Proximal(Regularizer):
                 x.parameter.copy_(x.back(new))
         if kappas:
             self.last_kappa = torch.stack([kappa.to(kappas[0]) for kappa in kappas]).sum()
-
-    # Checkpoints
 
     def state(self) -> dict[str, Any]:
         # Has every mean at any time: torch.distributed.checkpoint loads no more than the new FAM's state has.
