@@ -115,9 +115,8 @@ class Replicas:
                 return group if dist.get_world_size(group) > 1 else None
         raise RuntimeError(
             f"this is one of {dist.get_world_size()} processes, and no DistributedDataParallel module is "
-            "found that has all weights of mode='proximal', which must move alike in all copies. Wrap the "
-            "trained model in it, call gc.freeze(), if at all, after the first regularize(), or use "
-            "mode='hutchinson'."
+            "found that has all weights of mode='proximal', to move them alike. Wrap the trained model in "
+            "one, call gc.freeze(), if at all, after the first regularize(), or use mode='hutchinson'."
         )
 
     def check_together(self) -> None:
