@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch.autograd.graph import Node
 from torch.utils.weak import TensorWeakRef
 
 from fam_optim.graph.reach import LayerNotUsedError
-from fam_optim.regularizer import Regularizer
 from fam_optim.unnoticed import opaque
+from fam_optim.wrapper import OptimizerWrapper
 
 
 class WatchedClosure:
@@ -29,7 +29,6 @@ class WatchedClosure:
 
     Args:
         check: called after each evaluation; raises if no step may be made on the gradients.
-        zero_grad: empties the gradients.
         may_skip: whether it may return None without gradients, as Lightning's closures do to skip a batch.
 
     Attributes:
@@ -38,21 +37,15 @@ class WatchedClosure:
     """
 
     def __init__(
-        self,
-        closure: Callable[[], Any],
-        regularizer: Regularizer,
-        check: Callable[[], None],
-        zero_grad: Callable[[], None],
-        *,
-        may_skip: bool = False,
+        self, closure: Any, optimizer: OptimizerWrapper, check: Callable[[], None], may_skip: bool
     ) -> None:
         if not callable(closure):
             raise TypeError(
                 f"expected a closure, a function that returns the loss, got a {type(closure).__name__}. With "
                 "a loss call optimizer.regularize(loss).backward() and optimizer.step()."
             )
-        self.closure, self.regularizer, self.check, self.zero_grad = closure, regularizer, check, zero_grad
-        self.may_skip = may_skip
+        self.closure, self.optimizer, self.regularizer = closure, optimizer, optimizer.regularizer
+        self.check, self.may_skip = check, may_skip
         self.evaluations = 0
         self.returned: Any = None
         self._missed: LayerNotUsedError | None = None
@@ -61,7 +54,8 @@ class WatchedClosure:
     def __call__(self) -> Any:
         self.evaluations += 1
         self._called_backward = False
-        self._backwards: list[_Backward] = []  # those with a penalty
+        # Of each backward with a penalty: the loss's node, the loss without penalties, the value with them.
+        self._backwards: list[tuple[Node | None, Tensor, Tensor]] = []
         trained = self.regularizer.trained if self.regularizer.looks else ()
         # Weak references, so that the closure can free these gradients.
         before = [(p, p.grad if p.grad is None else TensorWeakRef(p.grad)) for p in trained]
@@ -78,7 +72,7 @@ class WatchedClosure:
             # Any other closure has regularised before, as in Lightning's manual optimisation, and only steps.
             self._check_unseen(result, before)
             if self.evaluations > 1:  # the base tries again, and the last try's gradients are still there
-                self.zero_grad()
+                self.optimizer.zero_grad()
             self._regularized(result).backward()  # type: ignore[no-untyped-call]  # outer closures see it
         self.check()
         plain, value = self._values(result)
@@ -95,21 +89,18 @@ class WatchedClosure:
         if not isinstance(result, Tensor) or result.grad_fn is None:
             raise RuntimeError(
                 "expected the closure to return the loss as a tensor with its graph, or to call "
-                f"loss.backward() itself; it called no backward and returned {result!r}. (In Lightning's "
-                "manual optimisation, call self.manual_backward(optimizer.regularize(loss)) before "
-                "optimizer.step().)"
+                f"loss.backward(); it called no backward and returned {result!r}. (In Lightning's manual "
+                "optimisation call self.manual_backward(optimizer.regularize(loss)) before optimizer.step().)"
             )
         made = (p.grad for p, old in before if p.grad is not None and p.grad is not (old and old()))
         if any(bool(g.any()) for g in made):
             raise RuntimeError(
-                "the closure assigned gradients and called no backward, and its loss would be backpropagated "
-                "once more. Expected it to leave gradients alone, to call loss.backward(), or to take them "
-                "of optimizer.regularize(loss) and return None."
+                "the closure assigned gradients, and its loss would be backpropagated once more. Leave "
+                "gradients alone, call loss.backward(), or take those of regularize(loss) and return None."
             )
 
     def _seen(self, loss: Tensor) -> Tensor:
-        """Returns what to backpropagate in place of a loss on which the closure calls backward: the loss
-        itself if it does not depend on the layers."""
+        """Returns what to backpropagate in place of a loss: the loss itself if it depends on no layer."""
         self._called_backward = self.regularizer.given = True
         try:
             return self._regularized(loss)
@@ -123,41 +114,31 @@ class WatchedClosure:
         regularized = self.regularizer.regularize(loss)
         plain = self.regularizer.plain(regularized)  # now, since a backward frees the graph
         if plain is not regularized:
-            self._backwards.append(_Backward(loss.grad_fn, plain, regularized.detach()))
+            self._backwards.append((loss.grad_fn, plain, regularized.detach()))
         return regularized
 
     def _values(self, result: Any) -> tuple[Any, Any]:
-        """Returns what the user and what the base gets in place of what the closure returned."""
-        plain = result
+        """Returns what the user gets in place of what the closure returned, the plain loss, and what the base
+        gets, the value of what was backpropagated. If that was a multiple of what the closure returned (with
+        a GradScaler, say), so are the penalties and `last_kappa`, and it is divided out here."""
+        plain, value = result, result
         if isinstance(result, Tensor):
-            known = {backward.node: backward.plain for backward in self._backwards}  # their graph is gone
+            known = {node: loss for node, loss, _ in self._backwards}  # their graph is gone
             plain = known[result.grad_fn] if result.grad_fn in known else self.regularizer.plain(result)
-        return plain, self._objective(result, plain)
-
-    def _objective(self, result: Any, plain: Any) -> Any:
-        """Returns the value of what was backpropagated, in the unit of what the closure returned. kappa is
-        linear in the loss. So if the closure backpropagated a multiple of what it returned (with a
-        GradScaler, say), the penalties and `last_kappa` are the same multiple, which is divided out here."""
+            value = result.detach()
         if not self._backwards or not isinstance(result, (Tensor, float)):
-            return result.detach() if isinstance(result, Tensor) else result
-        if len(self._backwards) == 1 and self._backwards[0].node is getattr(result, "grad_fn", None):
-            return self._backwards[0].objective  # the usual case: the closure returned this very loss
-        backpropagated = torch.stack([b.plain.detach().reshape(()) for b in self._backwards]).sum()
-        objective = torch.stack([b.objective.reshape(()) for b in self._backwards]).sum()
+            return plain, value
+        nodes, plains, objectives = zip(*self._backwards, strict=True)
+        if nodes == (getattr(result, "grad_fn", None),):
+            return plain, objectives[0]  # the usual case: the closure returned this very loss
+        backpropagated = torch.stack([loss.detach().reshape(()) for loss in plains]).sum()
+        objective = torch.stack([loss.reshape(()) for loss in objectives]).sum()
         value = plain.detach() if isinstance(plain, Tensor) else plain
         unit = torch.where(backpropagated == 0, 1, value / backpropagated)
         if self.regularizer.last_kappa is not None:
             self.regularizer.last_kappa = self.regularizer.last_kappa * unit
         value = value + unit * (objective - backpropagated)
-        return float(value) if isinstance(result, float) else value
-
-
-class _Backward(NamedTuple):
-    """What is known of one backward that ran for a closure."""
-
-    node: Node | None  # the graph node of its loss
-    plain: Tensor  # the loss without penalties
-    objective: Tensor  # the value of what was backpropagated in place of the loss
+        return plain, float(value) if isinstance(result, float) else value
 
 
 _transforms: dict[int, list[Callable[[Tensor], Tensor]]] = defaultdict(list)  # by thread, innermost last

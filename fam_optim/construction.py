@@ -9,29 +9,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fam_optim.flatness import Settings
+from fam_optim.layers import several
 from fam_optim.penalty import Penalty
 from fam_optim.proximal import Proximal
 from fam_optim.regularizer import Regularizer
 from fam_optim.wrapper import OptimizerWrapper
 
 LAM, LAM_OF_A_PENALTY, EVERY = 1.0, 8e-3, 10
+OF_PENALTY = ("measure", "curvature", "normalize", "detach_hessian")
 
 
 def build_regularizer(
-    layer: Any, lam: float | None, mode: str, every: int | None, of_penalty: dict[str, Any], **random: Any
+    layer: Any, lam: float | None, mode: str, every: Any, of_penalty: Any, n_samples: int, generator: Any
 ) -> Regularizer:
-    """Builds the regulariser of a mode; ValueError if an argument means nothing in it. `of_penalty` has
-    measure, curvature, normalize and detach_hessian, None if not given; `random` n_samples and generator."""
-    if lam is None:
-        lam = LAM if mode == "proximal" else LAM_OF_A_PENALTY
-    lam = checked_lam(lam)
-    given = {name: value for name, value in of_penalty.items() if value is not None}
+    """Builds the regulariser of a mode. `of_penalty` has the values of `OF_PENALTY`, None where not given."""
+    default = LAM if mode == "proximal" else LAM_OF_A_PENALTY
+    lam = checked_lam(default if lam is None else lam)
+    given = {n: value for n, value in zip(OF_PENALTY, of_penalty, strict=True) if value is not None}
+    random = {"n_samples": n_samples, "generator": generator}
     if mode != "proximal":
         if every is not None:
-            raise ValueError(
-                f"expected `every` with mode='proximal' alone, got it with mode={mode!r}, whose penalty is "
-                "in every step. Leave it out."
-            )
+            raise ValueError(f"expected `every` with mode='proximal' alone, got mode={mode!r}. Leave it out.")
         return Penalty(layer, lam, Settings(mode=mode, **given, **random))
     meaningless = {name: value for name, value in given.items() if value != "gauss_newton"}
     if meaningless:
@@ -44,13 +42,7 @@ def build_regularizer(
     every = EVERY if every is None else every
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"expected `every` to be a positive integer, got {every!r}.")
-    layers = layer if isinstance(layer, (list, tuple)) else (layer,)
-    if not layers:
-        raise ValueError(
-            "expected `layer` to name at least one layer, got an empty sequence: of a model with one weight "
-            "layer weight_layers(model)[:-1] is empty. Name the layer."
-        )
-    return Proximal(layers, lam, every, **random)
+    return Proximal(several(layer), lam, every, **random)
 
 
 def checked_lam(lam: Any) -> float:
@@ -66,10 +58,10 @@ def build_base(base_optimizer: Any, params: Any, base_kwargs: dict[str, Any]) ->
     built = isinstance(base_optimizer, Optimizer)
     if built or not callable(base_optimizer):
         kind = type(base_optimizer).__name__ if built else "SGD"
+        got = f"an instance of {kind}" if built else repr(base_optimizer)
         raise TypeError(
             "expected `base_optimizer` to be a class or callable (params, **kwargs) -> Optimizer, got "
-            f"{f'an instance of {kind}' if built else repr(base_optimizer)}. Pass the class and its "
-            f"arguments: FAM(params, {kind}, layer, lr=...)."
+            f"{got}. Pass the class and its arguments: FAM(params, {kind}, layer, lr=...)."
         )
     base = base_optimizer(params, **base_kwargs)
     if not isinstance(base, Optimizer) or isinstance(base, OptimizerWrapper):
@@ -91,7 +83,6 @@ def warn_untrained(regularizer: Regularizer) -> None:
     if left_out:
         warnings.warn(
             f"weights are not among the parameters given to FAM, of `layer` {', '.join(left_out)}: they are "
-            "not trained (as a penalty their kappa still regularises the others). Add them to `params`, "
-            "or leave them out of `layer`.",
+            "not trained. Add them to `params`, or leave them out of `layer`.",
             stacklevel=3,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fam_optim.flatness import Settings, check_mode, each_flatness
 from fam_optim.graph.trace import find_tails
 from fam_optim.layer.record import Observation
-from fam_optim.layers import Layer, as_layers, named, named_weight_layers, weights_of
+from fam_optim.layers import Layer, as_layers, device_of, named, named_weight_layers
 
 
 def dataset_relative_flatness(
@@ -31,16 +31,13 @@ def dataset_relative_flatness(
     """Returns kappa of the mean loss over a data set, as a tensor without a graph.
 
     kappa is linear in the loss, so the result is the mean over the batches, weighted by their sizes. The
-    model is put in eval mode (dropout off, BatchNorm uses its running statistics) and afterwards back in the
-    mode in which it was found.
+    model is in eval mode meanwhile (dropout off, BatchNorm uses its running statistics).
 
     Args:
         model: called on each batch's inputs.
-        layer: a module of the model, a parameter (not in mode exact with the Hessian), the name of either in
-            the model, or a sequence of these.
+        layer: a module, a parameter (not in mode exact with the Hessian), a name in the model, or a sequence.
         loss_fn: ``loss_fn(model(inputs), targets)`` must return the *mean* over the batch.
-        loader: yields ``(inputs, targets)``; tensors in them, also in dicts, lists and tuples, are moved to
-            the layer's device.
+        loader: yields ``(inputs, targets)``: tensors, or dicts, lists or tuples of them; on any device.
         measure, mode, curvature, normalize, n_samples, generator: as in `relative_flatness`.
         weight: ``weight(inputs, targets)`` returns how many terms the batch's mean is over. The default is
             the number of samples, the length of the tensors in inputs. Give it if their lengths differ, or
@@ -88,8 +85,7 @@ def layer_flatness(
     >>> print(layer_flatness(model, torch.nn.functional.cross_entropy, loader))
 
     It is an unbiased estimate of kappa with Gauss-Newton curvature, which is never negative. On last layers
-    and in networks of piecewise linear functions (ReLU) this equals the Hessian's kappa. The model is in
-    eval mode while it is measured.
+    and in networks of piecewise linear functions (ReLU) this equals the Hessian's kappa.
 
     Args:
         model, loss_fn, loader: as in `dataset_relative_flatness`.
@@ -105,7 +101,7 @@ def layer_flatness(
     """
     found = named_weight_layers(model)
     layers = as_layers(list(found.values()))
-    generator = torch.Generator(_device(layers)).manual_seed(seed)
+    generator = torch.Generator(device_of(layers)).manual_seed(seed)
     settings = Settings(measure, "hutchinson", normalize, n_samples, generator, True, "gauss_newton")
     values, used = _over_batches(model, layers, loss_fn, loader, settings, weight or _samples)
     kappas = zip(found, values.tolist(), strict=True)
@@ -118,7 +114,7 @@ def _over_batches(
     """Returns the layers' kappas ``(layers,)``, and the numbers of the layers that some batch uses."""
     for layer in layers:
         check_mode(layer, settings)
-    device = _device(layers)
+    device = device_of(layers)
     total, count, used = torch.zeros(len(layers), device=device), 0.0, set[int]()
     with _observed_in_eval_mode(model, layers):
         for batch in loader:
@@ -171,10 +167,6 @@ def _pair(batch: Any) -> tuple[Any, Any]:
             "a generator that makes them: ((batch['x'], batch['y']) for batch in loader)."
         )
     return batch[0], batch[1]
-
-
-def _device(layers: Sequence[Layer]) -> torch.device:
-    return next(weight.device for layer in layers for weight in weights_of(layer))
 
 
 def _samples(inputs: Any, targets: Any) -> int:

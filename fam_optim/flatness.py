@@ -23,13 +23,15 @@ from fam_optim.graph.reach import computed_alike
 from fam_optim.graph.trace import Tail, find_tails
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import describe
-from fam_optim.layers import Layer, distinct
+from fam_optim.layers import Layer, distinct, several
 from fam_optim.parallel import gathered, lasting, unsunk
 from fam_optim.unnoticed import counted_once, in_full_precision
 
-MEASURES = ("layerwise", "neuronwise")
-MODES = ("exact", "full", "hutchinson")
-CURVATURES = ("hessian", "gauss_newton")
+CHOICES = {
+    "measure": ["layerwise", "neuronwise"],
+    "mode": ["exact", "full", "hutchinson"],
+    "curvature": ["hessian", "gauss_newton"],
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,9 @@ class Settings:
     curvature: str = "hessian"
 
     def __post_init__(self) -> None:
-        for name, known in (("measure", MEASURES), ("mode", MODES), ("curvature", CURVATURES)):
-            given = getattr(self, name)
-            if given not in list(known):
-                raise ValueError(f"expected `{name}` to be one of {list(known)}, got {given!r}.")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected `{name}` to be one of {known}, got {getattr(self, name)!r}.")
         for name in ("normalize", "detach_hessian"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected `{name}` to be True or False, got {getattr(self, name)!r}.")
@@ -76,8 +77,7 @@ def relative_flatness(
         neuronwise   kappa     = sum_{s,u} <w_s, w_u> Tr(H_{s,u})
         layerwise    kappa_hat = ||W||_F^2 Tr(H)
 
-    W ``(d, m)`` is the layer's weight matrix, with one row w_s per output neuron. H_{s,u} ``(m, m)`` is the
-    Hessian of the loss in rows s and u.
+    W ``(d, m)`` is the layer's weight, one row w_s per output. H_{s,u} ``(m, m)`` is the loss's Hessian.
 
     >>> with observe(model.head) as layer:
     ...     loss = criterion(model(x), y)
@@ -86,8 +86,7 @@ def relative_flatness(
     On the last layer of a classifier kappa is never negative. On lower layers it can be negative, since the
     loss need not be convex in their weights. ``curvature="gauss_newton"`` uses a part of H that is never
     negative on any layer, ``G = sum_i J_i^T B_i J_i``. Here J is the Jacobian of the network's outputs and B
-    the Hessian of the loss in them. On last layers, and where only piecewise linear functions follow, kappa
-    is then the same.
+    the Hessian of the loss in them. Where only piecewise linear functions follow, kappa is the same.
 
     Args:
         loss: the scalar loss, before its backward. kappa is linear in it and has its unit: the sum over
@@ -119,9 +118,7 @@ def relative_flatness(
     Source: Petzka et al. 2021, definition 3 (kappa); Adilova et al. 2023, sections 1 and 3.2.
     """
     settings = Settings(measure, mode, normalize, n_samples, generator, curvature=curvature)
-    layers = tuple(layer) if isinstance(layer, (list, tuple)) else (layer,)
-    if not layers:
-        raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
+    layers = several(layer)
     for one in layers:
         if not isinstance(one, (Observation, Tensor)):
             got = f"the module {describe(one)}" if isinstance(one, nn.Module) else type(one).__name__
@@ -193,15 +190,14 @@ def _of_hessian(tail: Tail, factor: Factor, settings: Settings) -> Tensor:
 
 
 def _matrix(tail: Tail) -> Tensor:
-    """Returns the W of all calls. Raises RuntimeError unless all calls computed it from the same parameters,
-    by the same operations, to the same numbers."""
+    """Returns the W of all calls; RuntimeError unless all have computed it alike, to the same numbers."""
     first = tail.uses[0].weight
     others = [use.weight for use in tail.uses if use.weight is not first]
     if not all(computed_alike(first, w) and torch.equal(first, w) for w in others):
         raise RuntimeError(
-            "the calls of the layer that the loss depends on were made with different weights "
-            "(spectral_norm in train mode changes its weight at every call, torch.func.functional_call "
-            "takes any), and kappa is of one weight. Call the layer once, on the concatenated inputs, or "
-            "within torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
+            "the calls of the layer that the loss depends on were made with different weights (spectral_norm "
+            "in train mode changes its weight at every call, torch.func.functional_call takes any), and "
+            "kappa is of one weight. Call the layer once, on the concatenated inputs, or within "
+            "torch.nn.utils.parametrize.cached(), or observe() the calls with one of the weights."
         )
     return lasting(tail.uses[0].matrix())

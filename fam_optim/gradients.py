@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,23 +14,16 @@ from fam_optim.layer.use import is_sharded
 
 
 class Ledger:
-    """Knows whether all gradients of the layers' weights come from losses that were regularised. It sees
-    every backward that reaches a trained weight of the layers, no matter who calls it and how, and knows
-    which of them started from a loss that FAM returned. It ignores what else is done to gradients (clipping,
-    scaling, averaging, zeroing). `sound` says that gradients may exist already."""
+    """Knows whether all gradients of the layers' weights come from regularised losses. It sees every backward
+    that reaches a trained weight of the layers, whoever calls it, and ignores clipping, say."""
 
     def __init__(
-        self,
-        named_weights: list[tuple[str, list[Tensor]]],
-        trained: Callable[[], list[Tensor]],
-        *,
-        sound: bool = False,
+        self, names: str, of_layers: list[Tensor], trained: Callable[[], list[Tensor]], *, sound: bool = False
     ) -> None:
-        self._names = ", ".join(name for name, _ in named_weights)
+        self._names, self._of_layers = names, of_layers
         self._trained = trained  # asked each time, as groups of parameters may be added
-        self._of_layers = [w for _, weights in named_weights for w in weights]
         self._hooked: set[int] = set()
-        self._sound = sound  # whether all present gradients come from regularised losses
+        self._sound = sound  # whether all present gradients, if any, come from regularised losses
         self._running: int | None = None  # the backward that was noticed and has not ended
         self._expected = False  # whether that backward started from a regularised loss
         self._reached: list[Tensor] = []  # weights that it reached before this was known
@@ -49,7 +41,7 @@ class Ledger:
     def watch(self) -> None:
         """Starts to watch every backward."""
         # Called again later, since lazy layers get weights and frozen weights may be unfrozen.
-        note = partial(_if_alive, weakref.WeakMethod(self._note))
+        note = _weak(self._note)
         for w in self._weights:
             if id(w) not in self._hooked and w.is_leaf:
                 self._hooked.add(id(w))
@@ -58,8 +50,7 @@ class Ledger:
     def expect(self, loss: Tensor) -> None:
         """Notes that `loss` was regularised, so that a backward from it is allowed."""
         self.watch()
-        begin = partial(_if_alive, weakref.WeakMethod(self._begin))
-        loss.register_hook(begin)  # type: ignore[no-untyped-call]
+        loss.register_hook(_weak(self._begin))  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raises RuntimeError if a gradient comes from a loss that was not regularised."""
@@ -72,7 +63,7 @@ class Ledger:
                 "that it does not take added to that (in Lightning: `return "
                 "self.optimizers().regularize(loss)` in training_step). If they are left from training "
                 "without FAM, call optimizer.zero_grad() first. In a loop written for SAM, leave out the "
-                "backward before the step, or call optimizer.zero_grad() in the closure."
+                "backward before the step, or call zero_grad() in the closure."
             )
 
     def left(self, beside: Sequence[Tensor] = ()) -> Tensor | None:
@@ -115,17 +106,16 @@ class Ledger:
             self._end()
 
 
-def _if_alive(hook: weakref.WeakMethod[Callable[[Tensor], None]], tensor: Tensor) -> None:
-    alive = hook()
-    if alive is not None:
-        alive(tensor)
+def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Returns a hook that calls a method as long as its object lives."""
+    alive = weakref.WeakMethod(method)
+    return lambda tensor: found(tensor) if (found := alive()) is not None else None
 
 
 class FiniteGuard:
-    """Prevents a step if the loss is finite but the gradient of the penalty is not. As torch computes them,
-    higher derivatives can be infinite where the first is finite: those of a norm or a standard deviation at
-    0. So the gradients are checked before the step. On the CPU the step is refused. On an accelerator the
-    gradients are set to zero in place and the next step is refused, to avoid waiting."""
+    """Prevents a step if the loss is finite but the gradient of the penalty is not, as higher derivatives can
+    be infinite where the first is finite (of a norm at 0, say). On the CPU the step is refused. On an
+    accelerator the gradients are set to zero in place and the next step is refused, to avoid waiting."""
 
     def __init__(self, names: str) -> None:
         self._names = names
@@ -155,10 +145,10 @@ class FiniteGuard:
     def _not_finite(self, done: str) -> str:
         return (
             f"the gradient of loss + lam * kappa (`layer` {self._names}) is not finite, although the loss "
-            "is: higher derivatives of what follows the layer are infinite, or torch computes them as nan, "
-            "where the first is finite (a norm, a standard deviation or a root at 0, as of a row of zeros). "
-            "Use detach_hessian=True if kappa itself is finite, keep what is under the root away from 0 "
-            f"(F.normalize(x + eps), (x.square().sum() + eps).sqrt()), or take a layer behind it. {done}"
+            "is: higher derivatives of what follows the layer are infinite or nan where the first is finite "
+            "(a norm, standard deviation or root at 0). Use detach_hessian=True if kappa itself is finite, "
+            "keep what is under the root away from 0 (F.normalize(x + eps), (x.square().sum() + "
+            f"eps).sqrt()), or take a layer behind it. {done}"
         )
 
 

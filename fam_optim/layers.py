@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fam_optim.layer.kinds import base_type, parameter_use, use_type
@@ -74,22 +75,28 @@ def named(model: nn.Module, layer: Any) -> Any:
     return parts[layer]
 
 
+def several(layer: Any) -> tuple[Any, ...]:
+    """Returns one layer or a list or tuple of layers as a tuple; ValueError if that is empty."""
+    layers = tuple(layer) if isinstance(layer, (list, tuple)) else (layer,)
+    if not layers:
+        raise ValueError(
+            "expected `layer` to name at least one layer, got an empty sequence (of a model with one "
+            "weight layer weight_layers(model)[:-1] is empty). Name the layer."
+        )
+    return layers
+
+
 def as_layers(layer: Any) -> tuple[Layer, ...]:
-    """Returns what the user named as `layer`, with each module in an observation. Raises TypeError or
-    ValueError if it is anything else, empty, or has the same layer twice."""
-    several = layer if isinstance(layer, (list, tuple)) else (layer,)
-    if not several:
-        raise ValueError("expected `layer` to name at least one layer, got an empty sequence.")
-    for one in several:
+    """Returns what the user named as `layer`, modules in observations; refuses what is none, or twice."""
+    given = several(layer)
+    for one in given:
         if not isinstance(one, (nn.Module, nn.Parameter)):
-            by_name = f" Pass model.get_submodule({one!r})." if isinstance(one, str) else ""
-            raise TypeError(
-                "expected `layer` to be an nn.Module or an nn.Parameter, got the "
-                f"{type(one).__name__} {one!r}.{by_name}"
-            )
+            got = f"the {type(one).__name__} {one!r}"
+            got += f". Pass model.get_submodule({one!r})" if isinstance(one, str) else ""
+            raise TypeError(f"expected `layer` to be an nn.Module or an nn.Parameter, got {got}.")
         if isinstance(one, nn.Parameter):
             parameter_use(one)
-    layers = tuple(Observation(one) if isinstance(one, nn.Module) else one for one in several)
+    layers = tuple(Observation(one) if isinstance(one, nn.Module) else one for one in given)
     if len(distinct(layers)) < len(layers):
         raise ValueError(
             "expected `layer` to name different layers, got the same one twice, or a module and its weight."
@@ -106,6 +113,11 @@ def distinct(layers: Sequence[Layer]) -> tuple[Layer, ...]:
         if parameters.isdisjoint(weights):
             once.setdefault(id(one.module if isinstance(one, Observation) else one), one)
     return tuple(once.values())
+
+
+def device_of(layers: Sequence[Layer]) -> torch.device:
+    """Returns the device of the layers' first weight."""
+    return next((w.device for layer in layers for w in weights_of(layer)), torch.device("cpu"))
 
 
 def weights_of(layer: Layer) -> list[Tensor]:

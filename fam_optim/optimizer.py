@@ -28,8 +28,7 @@ class FAM(OptimizerWrapper):
     This builds ``FAM(model.parameters(), torch.optim.SGD, weight_layers(model)[:-1], mode="proximal", ...)``.
     With mode="proximal" and every=10, the default, a step
 
-    1.  runs the closure and backpropagates its loss; every tenth step first estimates the curvature T of the
-        layers, in one more backward;
+    1.  runs the closure and backpropagates its loss (every tenth time twice, to estimate its curvature T);
     2.  lets the base optimizer step on these gradients;
     3.  every tenth time moves each layer's weight W to ``(I + 2 c T)^-1 W``, `lam` times as far as the loss
         moves it in ten steps; this lowers kappa, the relative flatness of the layer;
@@ -67,8 +66,7 @@ class FAM(OptimizerWrapper):
     Attributes:
         lam: the argument `lam`.
         base_optimizer: the owner of ``state``, ``param_groups`` and ``defaults``, which FAM shares.
-        last_kappa: kappa at the last proximal step, or as it last entered the penalty; a detached tensor on
-            the device; None before that.
+        last_kappa: kappa at the last proximal step, or as it last entered the penalty, detached; or None.
         last_penalty: ``lam * kappa`` as it was last added to a loss; None with mode="proximal".
 
     Raises:
@@ -102,14 +100,8 @@ class FAM(OptimizerWrapper):
         generator: torch.Generator | None = None,
         **base_kwargs: Any,
     ) -> None:
-        of_penalty = {
-            "measure": measure,
-            "curvature": curvature,
-            "normalize": normalize,
-            "detach_hessian": detach_hessian,
-        }
-        random = {"n_samples": n_samples, "generator": generator}
-        regularizer = build_regularizer(layer, lam, mode, every, of_penalty, **random)
+        of_penalty = (measure, curvature, normalize, detach_hessian)
+        regularizer = build_regularizer(layer, lam, mode, every, of_penalty, n_samples, generator)
         self._start(build_base(base_optimizer, params, base_kwargs), regularizer)
         warn_untrained(regularizer)
 
@@ -146,8 +138,6 @@ class FAM(OptimizerWrapper):
         trained = model.parameters() if params is None else params
         return cls(trained, base_optimizer, hidden, lam, "proximal", every=every, **base_kwargs)
 
-    # The regulariser
-
     @property
     def lam(self) -> float:
         """How far kappa pulls the weights, relative to the loss; with a penalty, the weight of kappa."""
@@ -175,8 +165,7 @@ class FAM(OptimizerWrapper):
         >>> scaler.step(optimizer)
 
         With mode="proximal" it returns the loss itself, and first estimates its curvature if a proximal step
-        is due. In other modes it returns ``loss + lam * kappa``, differentiable. With gradient accumulation
-        call it on every micro-batch's loss.
+        is due. In other modes it returns ``loss + lam * kappa``. Call it on every micro-batch's loss.
 
         Args:
             loss: the scalar loss, before its backward; its forward must have run after FAM was built.
@@ -194,8 +183,6 @@ class FAM(OptimizerWrapper):
         super().zero_grad(set_to_none)
         self.regularizer.gradients_zeroed()
 
-    # The step
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step of the base optimizer and keeps the layers flat.
 
@@ -207,8 +194,7 @@ class FAM(OptimizerWrapper):
             What the closure returned, that is the plain loss; without a closure what the base returns.
 
         Raises:
-            RuntimeError: if nothing was regularised. If the closure raises, weights and optimizer state
-                are as they were before the step.
+            RuntimeError: if nothing was regularised. If the closure raises, nothing has changed.
         """
         if closure is None:
             return self._step_on_gradients()
@@ -217,8 +203,7 @@ class FAM(OptimizerWrapper):
             check = self._check
             self.regularizer.before_step()
         # Only a closure that has trained before may skip: one that never does lacks its `return`.
-        may_skip = self._evaluations > 0
-        evaluated = WatchedClosure(closure, self.regularizer, check, self.zero_grad, may_skip=may_skip)
+        evaluated = WatchedClosure(closure, self, check, may_skip=self._evaluations > 0)
         with undone_if_it_fails(self) if self._may_reevaluate() else nullcontext():
             result = self._base_step(evaluated)
         self._evaluations = max(self._evaluations, evaluated.evaluations)
@@ -230,9 +215,9 @@ class FAM(OptimizerWrapper):
         if self.lam and not self.regularizer.given and self._trains():
             raise RuntimeError(
                 "FAM.step() without a closure expects gradients of a regularised loss, but regularize() was "
-                "not called since the last step. Use optimizer.regularize(loss).backward() before "
-                "optimizer.step(), or pass a closure: optimizer.step(lambda: criterion(model(x), y)). "
-                "Where a trainer calls backward, let it have optimizer.regularize(loss) for the loss."
+                "not called since the last step. Use optimizer.regularize(loss).backward() before it, or "
+                "pass a closure: optimizer.step(lambda: criterion(model(x), y)). If a trainer calls "
+                "backward, let it have optimizer.regularize(loss) for the loss."
             )
         self._ready()
         result = self._base_step()

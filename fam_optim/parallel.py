@@ -30,8 +30,7 @@ def _in_process_group() -> bool:
 
 
 def known(owner: Any, name: str) -> Any:
-    """Returns an attribute that torch does not promise, of an object or of a module given by name. Raises
-    RuntimeError if it is missing, since its use here would otherwise silently have no effect."""
+    """Returns an attribute that torch does not promise, of an object or of a module given by name."""
     found = getattr(sys.modules.get(owner) if isinstance(owner, str) else owner, name, None)
     if found is None:
         raise RuntimeError(
@@ -58,10 +57,9 @@ def unsunk(graph: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def gathered(tails: Sequence[Tail]) -> Iterator[None]:
-    """A context in which FSDP2 gathers a module's weights when a derivative enters it, but never frees them.
-    kappa's own backward needs the weights again that a derivative inside kappa has used. It runs before the
-    forward's backward, whose hooks would gather them. The layer's weight is the gathered leaf that its
-    forward used, so kappa's gradient is added to the loss's there, and both are averaged together, once."""
+    """A context in which FSDP2 gathers a module's weights when a derivative enters it, but never frees them:
+    kappa's own backward needs them again, and runs before the forward's, whose hooks would gather them. The
+    layer's weight is the gathered leaf of its forward, so kappa's gradient is averaged with the loss's."""
     groups = _fsdp_groups()
     for group in groups:
         known(type(group), "post_backward")
@@ -117,9 +115,8 @@ class Replicas:
                 return group if dist.get_world_size(group) > 1 else None
         raise RuntimeError(
             f"this is one of {dist.get_world_size()} processes, and no DistributedDataParallel module is "
-            "found that has all weights of mode='proximal', which must move alike in all copies of the model."
-            " Wrap the model that is trained in DistributedDataParallel, call gc.freeze(), if at all, after "
-            "the first regularize(), or use mode='hutchinson'."
+            "found that has all weights of mode='proximal', to move them alike. Wrap the trained model in "
+            "one, call gc.freeze(), if at all, after the first regularize(), or use mode='hutchinson'."
         )
 
     def check_together(self) -> None:

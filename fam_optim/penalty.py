@@ -16,12 +16,12 @@ from fam_optim import unnoticed
 from fam_optim.flatness import Settings, check_mode, tails_flatness
 from fam_optim.gradients import FiniteGuard, Ledger
 from fam_optim.graph import nodes
-from fam_optim.graph.reach import LayerNotUsedError, check_scalar
+from fam_optim.graph.reach import LayerNotUsedError, check_scalar, spread
 from fam_optim.graph.trace import find_tails, uses_in
 from fam_optim.layer.record import Observation
 from fam_optim.layer.use import LayerUse, describe
-from fam_optim.layers import as_layers, weights_of
-from fam_optim.regularizer import Regularizer, parameters_of
+from fam_optim.layers import as_layers, device_of, weights_of
+from fam_optim.regularizer import Regularizer
 
 _MARK = "fam_optim.regularized"
 
@@ -44,9 +44,8 @@ class Penalty(Regularizer):
         for one in self.layers:
             check_mode(one, settings)
         if settings.mode == "hutchinson" and settings.generator is None:  # do not advance torch's own
-            weight = next(iter(weights_of(self.layers[0])), None)
-            generator = torch.Generator("cpu" if weight is None else weight.device)
-            settings = replace(settings, generator=generator.manual_seed(torch.initial_seed()))
+            generator = torch.Generator(device_of(self.layers)).manual_seed(torch.initial_seed())
+            settings = replace(settings, generator=generator)
         self.settings = settings
         self._prepare()
 
@@ -63,7 +62,9 @@ class Penalty(Regularizer):
         for layer in self.layers:
             if isinstance(layer, Observation):
                 layer.start()
-        self.ledger = Ledger(self.named_weights(), partial(parameters_of, base))
+        alive = weakref.proxy(self)  # so that a FAM that is dropped is freed at once, with its hooks
+        weights = [w for layer in self.layers for w in weights_of(layer)]
+        self.ledger = Ledger(self.names, weights, lambda: alive.trained)
         self._guard = FiniteGuard(self.names)
 
     def named_weights(self) -> list[tuple[str, list[Tensor]]]:
@@ -74,9 +75,9 @@ class Penalty(Regularizer):
         if self.given and all(p.grad is None for p in self.trained):
             raise RuntimeError(
                 f"a loss was regularised (`layer` {self.names}), and nothing that is trained has a gradient. "
-                "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad() "
-                "first, then optimizer.regularize(loss).backward() before step(); in a closure, every loss "
-                "backpropagated, or none."
+                "No backward ran, or it left no gradients: they were zeroed after it. Expected zero_grad(), "
+                "then regularize(loss).backward() before step(); in a closure, all losses backpropagated, or "
+                "none."
             )
         self.ledger.check()
         self._guard.check(self.losses, self.trained)
@@ -86,12 +87,9 @@ class Penalty(Regularizer):
         return {"lam": self.lam, "generator": None if generator is None else generator.get_state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        if "means" in state:  # a checkpoint of the proximal step, whose lam means something else
-            return
         self.lam = state["lam"]
-        generator = self.settings.generator
-        if generator is not None and state.get("generator") is not None:
-            generator.set_state(state["generator"].cpu())
+        if self.settings.generator is not None and state.get("generator") is not None:
+            self.settings.generator.set_state(state["generator"].cpu())
 
     def __repr__(self) -> str:
         return f"mode={self.settings.mode!r}, lam={self.lam}, layer={self.names}"
@@ -107,9 +105,7 @@ class Penalty(Regularizer):
     @partial(unnoticed.opaque, reason="fam_optim looks into the graph of the loss")
     @torch.inference_mode(False)  # which also turns gradients on, in a base that evaluates without them
     def regularize(self, loss: Tensor) -> Tensor:
-        """Returns ``loss + lam * kappa``, with kappa summed over the layers that the loss depends on; or the
-        loss itself, if lam is 0 or the loss contains this penalty already. Raises LayerNotUsedError if the
-        loss depends on none of the layers, and RuntimeError if only a part of it was regularised before."""
+        """Returns ``loss + lam * kappa``; the loss itself if lam is 0 or it contains this penalty already."""
         if not self.lam:
             return loss
         check_scalar(loss)
@@ -146,8 +142,7 @@ class Penalty(Regularizer):
         if not all(self._key in mark.penalties for _, mark in marked):
             raise RuntimeError(
                 "the loss was changed after another FAM had regularised it, so its kappa cannot be told from "
-                "the loss any more. Scale or add first and regularise last: "
-                "second.regularize(first.regularize(loss / k))."
+                "it. Scale or add first and regularise last: second.regularize(first.regularize(loss / k))."
             )
         if any(uses_in(_made_of(loss), self.layers)):  # beside the regularised losses
             raise RuntimeError(
@@ -157,8 +152,7 @@ class Penalty(Regularizer):
         return mark
 
     def plain(self, loss: Tensor) -> Tensor:
-        """Returns a loss without the penalties in it, whatever was done to regularised losses since. Raises
-        RuntimeError if a backward has freed the graph that it needs for this."""
+        """Returns a loss without the penalties in it, whatever was done to regularised losses since."""
         marked = _marked(loss)
         if not marked:
             return loss
@@ -200,11 +194,9 @@ def _marked(loss: Tensor) -> list[tuple[Node, _Mark]]:
 
 def _made_of(loss: Tensor) -> list[Node]:
     """Returns the graph nodes of `loss`, its own first, except those below regularised losses."""
-    walked = [] if loss.grad_fn is None else [loss.grad_fn]
-    seen = set(walked)
-    for node in walked:  # the list grows during the loop
-        if _MARK not in nodes.metadata(node):
-            below = [n for n, _ in node.next_functions if n is not None and n not in seen]
-            walked += dict.fromkeys(below)
-            seen.update(below)
-    return walked
+
+    def below(node: Node) -> list[Node]:
+        return [] if _MARK in nodes.metadata(node) else [n for n, _ in node.next_functions if n is not None]
+
+    root = [] if loss.grad_fn is None else [loss.grad_fn]
+    return root + sorted(spread(root, below), key=nodes.sequence_number)

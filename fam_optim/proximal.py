@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, frobenius, shape_of_mean, stack
+from fam_optim.estimators.running_mean import Dense, LowRank, RunningMean, shape_of_mean, stack
 from fam_optim.gradients import Ledger
 from fam_optim.graph import nodes
 from fam_optim.graph.reach import check_scalar
@@ -34,8 +34,7 @@ from fam_optim.regularizer import Regularizer
 from fam_optim.step_roots import StepRoots
 from fam_optim.unnoticed import in_full_precision, opaque
 
-STACKED = 1 << 16
-"""Weights of one shape whose A has at most this many entries are stacked, to save calls."""
+STACKED = 1 << 16  # weights of one shape whose A has at most this many entries are stacked, to save calls
 
 
 class Proximal(Regularizer):
@@ -43,7 +42,6 @@ class Proximal(Regularizer):
     the sum of ``||A^T W||_F^2`` over all weights at the last due step, an unbiased kappa."""
 
     _saved = ("weights", "lam", "every", "n_samples", "steps", "seed", "means", "last_kappa")
-    _layers: list[weakref.ref[Any]]  # empty in a copy or an unpickled object
 
     def __init__(
         self, layers: Sequence[Any], lam: float, every: int, n_samples: int, generator: torch.Generator | None
@@ -57,12 +55,12 @@ class Proximal(Regularizer):
         self.means = RunningMean()
         self._prepare()
         # Of parameters there must be no weak reference, or torch.utils.swap_tensors refuses them.
-        self._layers = [weakref.ref(layer) for layer in layers if not isinstance(layer, Tensor)]
+        self._layers: list[Any] = [weakref.ref(layer) for layer in layers if not isinstance(layer, Tensor)]
 
     def _prepare(self) -> None:
         nodes.keep_buffers()  # a due step runs two backwards through one graph
         self.roots = StepRoots(self.weights, self.n_samples)
-        self._layers = []
+        self._layers = []  # it stays empty in a copy or an unpickled object
         self.forget()
 
     def start(self, base: Optimizer) -> None:
@@ -81,10 +79,10 @@ class Proximal(Regularizer):
 
     def _begin(self, *, sound: bool) -> None:
         """Decides whether the coming step is due; `sound` allows gradients that are already there."""
-        self._ledger: Ledger | None = None  # watches the backwards of a due step, and of no other
+        self._ledger: Ledger | None = None  # watches the backwards of a due step; None if it is not due
         if self.lam > 0 and (self.steps + 1) % self.every == 0:
             weights: list[Tensor] = [w.parameter for w in self.weights]
-            self._ledger = Ledger(self.named_weights(), lambda: weights, sound=sound)
+            self._ledger = Ledger(self.names, weights, lambda: weights, sound=sound)
             self._ledger.watch()
 
     def change_lam(self, lam: float) -> None:
@@ -99,20 +97,12 @@ class Proximal(Regularizer):
         return [(w.name, [w.parameter]) for w in self.weights]
 
     @property
-    def due(self) -> bool:
-        """Whether a proximal step follows the coming step."""
-        return self._ledger is not None
-
-    @property
     def looks(self) -> bool:
         """Whether to look at the coming losses: those of due steps and the first ones, to refuse early."""
-        return self.due or (self.lam > 0 and not self.roots.recognised)
-
-    # Before the loss's backward: A
+        return self._ledger is not None or (self.lam > 0 and not self.roots.recognised)
 
     def regularize(self, loss: Tensor) -> Tensor:
-        """Returns the loss unchanged; first takes A from it, if the coming step is due. Raises RuntimeError
-        if the loss is not known to be convex in the network's outputs."""
+        """Returns the loss unchanged; first takes A from it, if the coming step is due."""
         if self.lam:
             check_scalar(loss)
             if self.looks:
@@ -129,19 +119,13 @@ class Proximal(Regularizer):
         if ledger is not None:
             ledger.expect(loss)
 
-    # Around the base's step: the proximal one
-
     def check(self) -> None:
-        """Raises RuntimeError before a due step if a loss was seen but not backpropagated, if one was
-        backpropagated but not seen, or if a layer no longer has the weight that FAM moves."""
+        """Refuses a due step if other losses were seen than backpropagated, or a weight was replaced."""
         if self._ledger is None:
             return
         check_unchanged((alive for layer in self._layers if (alive := layer()) is not None), self.weights)
         if self.roots.only_pending:
-            raise RuntimeError(
-                "the loss that was given to regularize() was not backpropagated. Backpropagate what it "
-                "returned: optimizer.regularize(loss).backward()."
-            )
+            raise RuntimeError("a loss given to regularize() was not backpropagated. Call backward() on it.")
         if not self.roots.recognised and any(w.parameter.requires_grad for w in self.weights):
             raise RuntimeError(
                 f"no loss so far depends on the weight of any `layer` ({self.names}), so there is nothing to "
@@ -151,7 +135,7 @@ class Proximal(Regularizer):
 
     def before_step(self) -> None:
         """Copies every weight as W', if the step is due."""
-        self._before = [w.parameter.detach().clone() for w in self.weights] if self.due else None
+        self._before = None if self._ledger is None else [w.parameter.detach().clone() for w in self.weights]
 
     def after_step(self) -> None:
         """Counts the step, and then makes the proximal step if one is due."""
@@ -163,59 +147,46 @@ class Proximal(Regularizer):
 
     @torch.no_grad()
     def _pull(self, roots: dict[int, Tensor], of_rows: set[int], before: list[Tensor]) -> None:
-        """Makes the proximal step of all weights that have an A."""
+        """Makes the proximal step of all weights that have an A, of small ones of one shape together."""
         stacks: dict[Any, list[int]] = {}
-        for i, a in roots.items():  # small weights of one shape make the step together
+        for i, a in roots.items():
             alone = i if a.numel() > STACKED else None
             alike = (a.shape, self.weights[i].m, i in of_rows, a.dtype, a.device, alone)
             stacks.setdefault(alike, []).append(i)
-        kappas = [
-            self._pull_alike(numbers, [roots[i] for i in numbers], before, numbers[0] in of_rows)
-            for numbers in stacks.values()
-        ]
+        kappas: list[Tensor] = []
+        for numbers in stacks.values():
+            weights = [self.weights[i] for i in numbers]
+            a, w = stack([roots[i] for i in numbers]), stack([x.of(x.parameter) for x in weights])
+            old = stack([x.of(before[i]) for i, x in zip(numbers, weights, strict=True)])
+            size = torch.linalg.matrix_norm(a)
+            live = (size > 0) & (size < torch.inf)  # A is 0 for, say, an expert that got no tokens
+            a = torch.where(live[:, None, None], a, 0)
+            t: Dense | LowRank
+            if numbers[0] in of_rows:
+                t = of_batch = LowRank(a, w)
+                kappa = of_batch.at_w.square().sum()
+            else:
+                t, kappa = self.means.add(numbers, a, w, live)
+            kappas.append(kappa)
+            twice_c = self.lam * self.every * torch.linalg.matrix_norm(old.sub_(w)) / t.pull
+            moved = t.solve(torch.where(live & twice_c.isfinite(), twice_c, 0))
+            for x, new in zip(weights, moved, strict=True):
+                x.parameter.copy_(x.back(new))
         if kappas:
             self.last_kappa = torch.stack([kappa.to(kappas[0]) for kappa in kappas]).sum()
 
-    def _pull_alike(
-        self, numbers: list[int], roots: list[Tensor], before: list[Tensor], of_rows: bool
-    ) -> Tensor:
-        """Makes the proximal step of weights of one shape, and returns the sum of their kappas."""
-        weights = [self.weights[i] for i in numbers]
-        a, w = stack(roots), stack([x.of(x.parameter) for x in weights])
-        old = stack([x.of(before[i]) for i, x in zip(numbers, weights, strict=True)])
-        size = frobenius(a)
-        live = (size > 0) & (size < torch.inf)  # A is 0 for, say, an expert that got no tokens
-        a = torch.where(live[:, None, None], a, 0)
-        t: Dense | LowRank
-        if of_rows:
-            t = of_batch = LowRank(a, w)
-            kappa = of_batch.at_w.square().sum()
-        else:
-            t, kappa = self.means.add(numbers, a, w, live)
-        twice_c = self.lam * self.every * frobenius(old.sub_(w)) / t.pull
-        moved = t.solve(torch.where(live & twice_c.isfinite(), twice_c, 0))
-        for x, new in zip(weights, moved, strict=True):
-            x.parameter.copy_(x.back(new))
-        return kappa
-
-    # Checkpoints
-
     def state(self) -> dict[str, Any]:
         # Has every mean at any time: torch.distributed.checkpoint loads no more than the new FAM's state has.
-        means = {
-            i: self.means.kept[i] if i in self.means.kept else w.of(w.parameter).new_zeros(shape)
-            for i, (w, shape) in enumerate(zip(self.weights, self._shapes(), strict=True))
-        }
+        shapes = zip(self.weights, self._shapes(), strict=True)
+        zeros = [w.of(w.parameter).new_zeros(shape) for w, shape in shapes]
+        means = {**dict(enumerate(zeros)), **self.means.kept}
         return {"lam": self.lam, "seed": self.seed, "steps": self.steps, "means": means}
 
     def _shapes(self) -> list[tuple[int, int]]:
         return [shape_of_mean(w.d, w.m * self.n_samples) for w in self.weights]
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over the state of a checkpoint; ValueError if it was made with other layers."""
-        if "means" not in state:  # a penalty's checkpoint, whose lam means something else
-            return
-        self.means.load(state["means"], self._shapes(), [w.parameter.device for w in self.weights])
+        self.means.load(state["means"], self._shapes())
         self.lam, self.seed, self.steps = state["lam"], state["seed"], state["steps"]
         self.forget(sound=False)  # nothing is known any more about the losses behind the present gradients
 

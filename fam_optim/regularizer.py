@@ -7,10 +7,9 @@ from torch.optim import Optimizer
 
 
 class Regularizer:
-    """Keeps layers flat, and keeps track of what happened to them since the last step. Its state lies outside
-    the optimizer because trainers wrap an optimizer in a class that inherits from the optimizer's. Methods
-    and setters then get the wrapper as self, which reads the optimizer's attributes but writes its own
-    (Lightning-AI/pytorch-lightning, core/optimizer.py)."""
+    """Keeps layers flat. Its state lies outside the optimizer because trainers wrap an optimizer in a class
+    that inherits from the optimizer's. Methods and setters then get the wrapper as self, which reads the
+    optimizer's attributes but writes its own (Lightning-AI/pytorch-lightning, core/optimizer.py)."""
 
     lam: float  # the strength, at least 0
     last_kappa: Tensor | None = None  # kappa as last computed for a step, detached
@@ -42,7 +41,7 @@ class Regularizer:
     @property
     def trained(self) -> list[Tensor]:
         """The base optimizer's parameters."""
-        return parameters_of(self._base)
+        return [p for group in self._base.param_groups for p in group["params"]]
 
     def start(self, base: Optimizer) -> None:
         """Called once, before the first forward."""
@@ -73,7 +72,7 @@ class Regularizer:
         raise NotImplementedError
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over the state of a checkpoint, if this kind of regulariser made it."""
+        """Takes over the state of a checkpoint; ValueError if it was made with other layers."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._saved}
@@ -81,8 +80,3 @@ class Regularizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._prepare()
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """Returns all parameters that an optimizer has now."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

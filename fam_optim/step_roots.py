@@ -20,8 +20,7 @@ from fam_optim.parallel import Replicas, unsunk
 from fam_optim.unnoticed import counted_once
 
 _SEEN = "fam_optim.seen"
-APART = 0x9E3779B97F4A7C15
-"""Keeps the seeds of processes far apart, whatever seeds the user chose."""
+APART = 0x9E3779B97F4A7C15  # keeps the seeds of processes far apart, whatever seeds the user chose
 
 
 class Taken:
@@ -95,8 +94,7 @@ class StepRoots:
         return bool(self._pending) and not self._shares and all(t.share is None for t in self._pending)
 
     def see(self, loss: Tensor, seed: int | None) -> None:
-        """Takes A from a loss before its backward, with signs drawn from `seed`. If `seed` is None, only
-        checks that A could be taken. Raises RuntimeError if it cannot."""
+        """Takes A from a loss before its backward, with signs of `seed`; if this is None only checks it."""
         reached = reach(loss, [w.parameter for w in self.weights])
         self._check_graph(reached)
         if not reached.leaves or (seed is not None and self._is_seen(loss)):
@@ -119,8 +117,7 @@ class StepRoots:
         nodes.metadata(cast("Node", loss.grad_fn)).setdefault(_SEEN, weakref.WeakSet()).add(self)
 
     def _check_graph(self, reached: Reach) -> None:
-        """Raises RuntimeError if the graph may hide a use of a weight, or if part of the way to the weights
-        allows only one backward."""
+        """Raises RuntimeError if the graph may hide a use of a weight, or allows only one backward."""
         hidden = [w.name for w in self.weights if w.parameter not in reached.leaves]
         if hidden and any(map(nodes.is_reentrant_checkpoint, reached.parents)):
             raise RuntimeError(
@@ -130,9 +127,8 @@ class StepRoots:
             )
         if any(map(nodes.gives_buffers_away, reached.path)):
             raise RuntimeError(
-                "mode='proximal' takes two backwards of a due step's loss, and a compiled region in it gives "
-                "its buffers away after one, as it was compiled before FAM was built. Call "
-                "torch.compiler.reset() after building FAM."
+                "mode='proximal' takes two backwards of a due loss, and a region in it, compiled before FAM "
+                "was built, allows only one. Call torch.compiler.reset() after building FAM."
             )
 
     def rows(self, reached: Reach) -> dict[int, Node]:

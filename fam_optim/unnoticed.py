@@ -20,9 +20,8 @@ _KNOWS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters
 
 
 def opaque(function: _Function, reason: str) -> _Function:
-    """Returns `function` so that torch.compile does not trace it: a compiled graph breaks at its call. Its
-    arguments and results are then tensors with a graph, even if the code around it is compiled. With
-    fullgraph=True the break is an error, which quotes the reason."""
+    """Returns `function` so that torch.compile does not trace it: a compiled graph breaks at its call, and
+    its arguments have a graph. With fullgraph=True the break is an error, which quotes the reason."""
     disable: Any = torch.compiler.disable  # untyped
     untraced: _Function = disable(function, **({"reason": reason} if _KNOWS_REASON else {}))
     return untraced
@@ -43,14 +42,11 @@ class AsyncFlag:
     """A boolean scalar that is copied from an accelerator to the host without waiting."""
 
     def __init__(self, flag: Tensor) -> None:
-        self._arrived: Any = None
-        if flag.device.type == "cpu":
-            self._host = flag
-            return
-        self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        self._host.copy_(flag, non_blocking=True)
-        self._arrived = torch.get_device_module(flag.device).Event()
-        self._arrived.record()
+        self._host, self._arrived = flag, None
+        if flag.device.type != "cpu":
+            self._host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._arrived = torch.get_device_module(flag.device).Event()
+            self._arrived.record()
 
     def read(self) -> bool | None:
         """Returns the value, or None if it has not arrived yet."""
@@ -61,9 +57,8 @@ class AsyncFlag:
 
 @contextmanager
 def counted_once() -> Iterator[None]:
-    """A context that restores the buffers, tensors and numbers of modules that run again in it. Otherwise the
-    running statistics of BatchNorm, say, would count a step's batch more than once. Modules run again in a
-    derivative, or when this thread reads what a checkpoint has not kept."""
+    """A context that restores modules that run again in it, in a derivative or when this thread reads what a
+    checkpoint has not kept. Otherwise BatchNorm's statistics, say, would count a batch more than once."""
     thread = threading.get_ident()
     before: dict[int, Callable[[], None]] = {}
 
@@ -84,17 +79,14 @@ _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 
 
 def _restoring(module: Any) -> Callable[[], None]:
-    """Returns a function that restores each buffer, and each attribute that is a tensor, a number or holds
-    others (a list, dict, set or deque)."""
-    buffers = dict(module._buffers)
+    """Returns a function that restores buffers and attributes: tensors, numbers and what holds others."""
     attributes = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, Tensor))}
-    own = (v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE)
+    own = (v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE or k == "_buffers")
     holders = [(v, copy.copy(v)) for v in own if isinstance(v, (list, dict, set, deque))]
-    tensors = (t for t in (*buffers.values(), *attributes.values()) if isinstance(t, Tensor))
+    tensors = (t for t in (*module._buffers.values(), *attributes.values()) if isinstance(t, Tensor))
     values = [(t, t.detach().clone()) for t in tensors]
 
     def restore() -> None:
-        module._buffers.update(buffers)
         vars(module).update(attributes)
         for holder, held in holders:
             holder.clear()

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from fam_optim.regularizer import Regularizer, parameters_of
+from fam_optim.regularizer import Regularizer
 
-_KEY = "fam"
-"""The key of the regulariser's state in a state dict."""
+_KEY = "fam"  # of the regulariser's state in a state dict
+# The code of torch's wrapper around each class's `step`, which runs step hooks and labels the profile.
 _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
-"""The code of torch's wrapper around each class's `step`, which runs step hooks and labels the profile."""
 
 
 def _shared(name: str) -> Any:
@@ -48,15 +47,13 @@ class OptimizerWrapper(Optimizer):
         declared = any(name in vars(of).get("__annotations__", ()) for of in type(self).__mro__)
         if not (name.startswith("_") or declared or hasattr(type(self), name) or name in vars(self)):
             raise AttributeError(
-                f"{type(self).__name__} has no attribute {name!r} that can be set. What may change while "
-                f"training are `lam` and the parameter groups; other settings are arguments of a new "
-                f"{type(self).__name__}(...)."
+                f"{type(self).__name__} has no attribute {name!r} that can be set. `lam` and the parameter "
+                f"groups may change while training; other settings are arguments of a new optimizer."
             )
         super().__setattr__(name, value)
 
     def _start(self, base_optimizer: Optimizer, regularizer: Regularizer) -> None:
-        """Puts a new, copied or unpickled wrapper together from its two parts: does what `Optimizer.__init__`
-        would do, but without state of its own."""
+        """Puts a new, copied or unpickled wrapper together. `Optimizer.__init__` would make another state."""
         self.base_optimizer, self.regularizer = base_optimizer, regularizer
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", OrderedDict())
@@ -103,7 +100,8 @@ class OptimizerWrapper(Optimizer):
             state_dict = state_dict if changed is None else changed
         own = state_dict.pop(_KEY, None)
         self.base_optimizer.load_state_dict(state_dict)
-        if own is not None:  # the plain base's checkpoint has none
+        # The plain base's checkpoint has none, and lam of a penalty is not that of a proximal step.
+        if own is not None and ("means" in own) == ("means" in self.regularizer.state()):
             self.regularizer.load(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -117,9 +115,8 @@ class OptimizerWrapper(Optimizer):
         if step is None or hasattr(step, "_wrapped_by_lr_sched"):
             base._opt_called = True  # type: ignore[attr-defined]
             own: Any = type(base).step
-            step = (own.__wrapped__ if getattr(own, "__code__", None) is _TORCHS_WRAPPER else own).__get__(
-                base
-            )
+            is_wrapped = getattr(own, "__code__", None) is _TORCHS_WRAPPER
+            step = (own.__wrapped__ if is_wrapped else own).__get__(base)
         hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
         base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         try:
@@ -135,7 +132,7 @@ class OptimizerWrapper(Optimizer):
 @contextmanager
 def undone_if_it_fails(optimizer: OptimizerWrapper) -> Iterator[None]:
     """A context that restores weights and state if the step in it raises; it costs a copy of both."""
-    weights = [(p, p.detach().clone()) for p in parameters_of(optimizer)]
+    weights = [(p, p.detach().clone()) for p in optimizer.regularizer.trained]
     uncopied: dict[int, Any] = {}
     if isinstance(optimizer.base_optimizer, LBFGS):  # it only appends tensors to its history and drops them
         values = [value for of_one in optimizer.state.values() for value in of_one.values()]

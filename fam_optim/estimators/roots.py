@@ -76,11 +76,10 @@ def sample_roots(
     these; takes one backward to the weights per sample. `generator` returns the one of a device's signs."""
     numbers = [i for i, w in enumerate(weights) if w.parameter in reached.leaves]
     ends = [GradientEdge(products.get(i, reached.leaves[weights[i].parameter]), 0) for i in numbers]
-
-    def signs() -> list[Tensor]:
-        return [rademacher(tuple(o.shape), o.a, generator(o.a.device)) for o in outputs]
-
-    found = [pulled(outputs, signs(), ends, differentiable=False) for _ in range(n_samples)]
+    found = []
+    for _ in range(n_samples):
+        signs = [rademacher(tuple(o.shape), o.a, generator(o.a.device)) for o in outputs]
+        found.append(pulled(outputs, signs, ends, differentiable=False))
     roots: Roots = {}
     for i, *samples in zip(numbers, *found, strict=True):
         weight, gs = weights[i], [g for g in samples if g is not None]

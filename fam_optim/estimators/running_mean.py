@@ -19,7 +19,7 @@ class Dense:
 
     def __init__(self, t: Tensor, w: Tensor) -> None:
         self.t, self.w = t, w
-        self.pull = frobenius(t @ w)  # ||T W||_F
+        self.pull = torch.linalg.matrix_norm(t @ w)  # ||T W||_F
 
     def solve(self, twice_c: Tensor) -> Tensor:
         """Returns ``(I + 2 c T)^-1 W``."""
@@ -66,9 +66,7 @@ class RunningMean:
         self.kept.update(zip(numbers, new, strict=True))
         return t, kappa
 
-    def load(
-        self, kept: dict[int, Tensor], shapes: list[tuple[int, int]], devices: list[torch.device]
-    ) -> None:
+    def load(self, kept: dict[int, Tensor], shapes: list[tuple[int, int]]) -> None:
         """Takes over the means of a checkpoint; ValueError if these weights have means of other `shapes`."""
         saved = {i: tuple(mean.shape) for i, mean in kept.items()}
         if not saved.items() <= dict(enumerate(shapes)).items():
@@ -76,7 +74,7 @@ class RunningMean:
                 "expected a checkpoint of the same layers and n_samples, with means of the shapes "
                 f"{shapes}; it has {saved}. Build FAM with the layers and n_samples that it was saved with."
             )
-        self.kept = {i: mean.to(devices[i], copy=True) for i, mean in kept.items() if mean.any()}
+        self.kept = {i: mean.clone() for i, mean in kept.items() if mean.any()}
 
 
 def shape_of_mean(d: int, q: int) -> tuple[int, int]:
@@ -87,12 +85,6 @@ def shape_of_mean(d: int, q: int) -> tuple[int, int]:
 def stack(tensors: list[Tensor]) -> Tensor:
     """Stacks tensors of one shape along a new first axis; does not copy a single one."""
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
-
-
-def frobenius(t: Tensor) -> Tensor:
-    """Returns the Frobenius norm of every matrix of a batch."""
-    norms: Tensor = torch.linalg.vector_norm(t, dim=(-2, -1))
-    return norms
 
 
 def _solve(twice_c: Tensor, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
