@@ -71,11 +71,13 @@ def kept(node: Node, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
-def at_hand(node: Node, name: str) -> torch.Tensor | None:
-    """Returns a tensor that the node keeps; None where (from 2.7 on) that may run a checkpoint again."""
-    raw = getattr(node, f"_raw_saved_{name}")
-    found = raw.data if hasattr(raw, "data") else kept(node, name)
-    return found if isinstance(found, torch.Tensor) else None
+def factors(node: Node) -> Iterator[torch.Tensor]:
+    """Yields the factors that a product keeps; none where (from 2.7 on) that may run a checkpoint again."""
+    for name in ("self", "mat", "mat1", "mat2", "weight"):
+        raw = getattr(node, f"_raw_saved_{name}", None)
+        found = raw and (raw.data if hasattr(raw, "data") else kept(node, name))
+        if isinstance(found, torch.Tensor):
+            yield found
 
 
 def settings(node: Node) -> tuple[tuple[str, Any], ...]:

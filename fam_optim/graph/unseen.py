@@ -19,7 +19,6 @@ from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import Layout, Use, describe
 
 Parents = Mapping[Node, Sequence[Node]]
-_Way = tuple[tuple[Node, int], ...]  # nodes that move a weight, each with the position of that operand
 
 
 def check_all_seen(
@@ -89,7 +88,7 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: S
     `recorded` do not."""
     found: set[Node] = set()
     copies: set[Node] = set()  # nodes that make copies of the weight, or weights from it
-    stack: list[tuple[Node, _Way]] = [(start, ()) for start in starts]
+    stack: list[tuple[Node, tuple[Node, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()
         copies.add(node)
@@ -97,7 +96,7 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: S
             kind, operands = nodes.kind(above), [below for below, _ in above.next_functions]
             position = operands.index(node)
             if kind in operations.SAME_NUMBERS or _changes_weight(above, layout):
-                stack.append((above, (*way, (above, position))))
+                stack.append((above, (*way, above)))
             elif kind in operations.MATRIX_PRODUCTS and position >= len(operands) - 2:
                 if _sums_over_inputs(way, layout, second=position == len(operands) - 1):
                     found.add(above)
@@ -112,23 +111,16 @@ def _changes_weight(node: Node, layout: Layout) -> bool:
     return nodes.kind(node) in kinds and nodes.shape(node, 0).numel() == layout.shape.numel()
 
 
-def _sums_over_inputs(way: _Way, layout: Layout, *, second: bool) -> bool:
+def _sums_over_inputs(way: Sequence[Node], layout: Layout, *, second: bool) -> bool:
     """Returns whether a matrix product sums over the inputs of a weight that comes some way to its first or
     second factor; or, in a derivative that torch takes, over its outputs. True if this is not known."""
-    permutations = [kind for node, _ in way if (kind := nodes.kind(node)) in operations.PERMUTATIONS]
-    if second and len(permutations) >= (not layout.inputs_first) and set(permutations) <= {"T"}:
+    swaps = [node for node in way if nodes.kind(node) in operations.PERMUTATIONS]
+    by_t = second and len(swaps) >= (not layout.inputs_first) and {nodes.kind(n) for n in swaps} <= {"T"}
+    shapes = [nodes.shape(node, 0) for node in way] or [layout.shape]
+    if by_t or any(len(shape) != 2 or layout.shape[0] not in shape for shape in shapes):
         return True
-    # Follows the numbers along the weight's first axis; if that has length 1, those along the others.
-    shape, several = layout.shape, layout.shape[0] > 1
-    length = shape[0] if several else shape.numel()
-    stride: int | None = shape.numel() // length
-    for node, position in way:
-        made, kind = nodes.shape(node, 0), nodes.kind(node)
-        stride = stride and operations.moved(node, kind, position, shape, made, stride, length)
-        shape = made
-    place = operations.axis_of_digit(shape, stride, length) if stride else None
-    summed = len(shape) - (2 if second and len(shape) > 1 else 1)
-    return place is None or (place[0] == summed) == (layout.inputs_first == several)
+    swapped = sum(nodes.order(node, 2) == [1, 0] for node in swaps) % 2 == 1
+    return (second != swapped) == layout.inputs_first  # whether it sums over the weight's first axis
 
 
 def _is_product(node: Node, position: int, layout: Layout) -> bool:
@@ -141,27 +133,14 @@ def _is_product(node: Node, position: int, layout: Layout) -> bool:
     return nodes.hides(node) or kind == "Trilinear" or (kind in ("Convolution", "Linear") and position == 1)
 
 
-_FACTORS = {
-    "Mm": (("self", 0), ("mat2", 1)),
-    "Bmm": (("self", 0), ("mat2", 1)),
-    "Addmm": (("mat1", 1), ("mat2", 2)),
-    "Mv": (("self", 0),),
-    "Addmv": (("mat", 1),),
-    "Convolution": (("weight", 1),),
-    "ConvolutionBackward": (("weight", 2),),
-}
-"""By kind of product: the names by which it keeps operands that may be weights, and their positions."""
-
-
 def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[Node]]:
     """Returns products with a constant factor by its place in memory, a frozen weight's only trace."""
     found = defaultdict(list)
     for node in graph:
-        for name, position in _FACTORS.get(nodes.kind(node), ()):
-            if node.next_functions[position][0] is None:
-                factor = nodes.at_hand(node, name)
-                if factor is not None:
-                    found[_place(factor)].append(node)
+        kind = nodes.kind(node)
+        if kind in operations.MATRIX_PRODUCTS or kind.startswith("Convolution"):
+            for factor in nodes.factors(node):
+                found[_place(factor)].append(node)
     return found
 
 
