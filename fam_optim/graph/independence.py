@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import spread
 from fam_optim.graph.trace import Tail
-from fam_optim.layer.use import LayerUse, Use
+from fam_optim.layer.use import LayerUse
 
 Result = tuple[Node, int]
 
@@ -148,7 +148,7 @@ def shown_axes(tails: Sequence[Tail], path: Set[Node]) -> list[dict[int, Groups]
     shown: list[dict[int, Groups]] = [{} for _ in tails]
     for (axis, length), numbers in sorted(layers.items()):
         starts = {
-            (edge.node, edge.output_nr): _stride(use, axis)
+            edge[:2]: torch.empty(use.shape, device="meta").movedim(use.channel, -1).stride(axis)
             for number in numbers
             for use, edge in zip(tails[number].uses, tails[number].edges, strict=True)
         }
@@ -163,9 +163,3 @@ def row_uses(tail: Tail) -> list[LayerUse] | None:
     """Returns the layer's uses if each output vector has one input vector and no call feeds another."""
     of_rows = [use for use in tail.uses if isinstance(use, LayerUse) and use.has_rows]
     return None if len(of_rows) < len(tail.uses) or tail.nested else of_rows
-
-
-def _stride(use: Use, axis: int) -> int:
-    """Returns by how much the number of an entry of z grows with its place along an axis of the rows."""
-    channel = use.channel % len(use.shape)
-    return math.prod(use.shape[axis + (axis >= channel) + 1 :])

@@ -202,7 +202,7 @@ def _binary(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Outp
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
     b = b if weight is None else b * weight
-    return _diagonal(node, b * _per_entry(node, c, b.numel()), {0: 1.0})
+    return _diagonal(node, b * c / (b.numel() if nodes.averages(node) else 1), {0: 1.0})
 
 
 def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
@@ -232,7 +232,7 @@ def _squared_error(node: Any, c: Tensor, path: Set[Node], differentiable: bool) 
     if curvature is None or any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
     shape = nodes.shape(*node.next_functions[min(sides)])
-    b = curvature * _per_entry(node, c, shape.numel())
+    b = curvature * c / (shape.numel() if nodes.averages(node) else 1)
     return _diagonal(node, b.expand(shape), sides)
 
 
@@ -251,16 +251,11 @@ def _measures_distance(node: Node, path: Set[Node]) -> bool:
         return operands & path if function or linear or kind in operations.PICKS else set()
 
     below = {node, *spread([node], passed_on)}
-    kinds = set(map(_kind, below))
+    kinds = set(map(nodes.kind, below))
     of_probability = "Log" in kinds and not kinds.isdisjoint(operations.PROBABILITIES)
     products = [n for n in below if nodes.kind(n) in operations.PRODUCTS]
     with_itself = any(_is_with_itself(n, operations.SAME_NUMBERS) for n in products)
     return with_itself or of_probability or not kinds.isdisjoint(operations.DISTANCES)
-
-
-def _per_entry(node: Any, c: Tensor, entries: int) -> Tensor:
-    """Returns the derivative of L in an entry of the loss that the node reduces."""
-    return c / (entries if nodes.averages(node) else 1)
 
 
 _KINDS = {

@@ -40,8 +40,11 @@ def check_all_seen(
         by_name.setdefault(node.name(), []).append(node)
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            layout = use_type(layer.module).layout_of(layer.module, weights[0]) if weights else None
-            products = _of_trained(_starts(weights, by_name), parents, layout, recorded) if layout else set()
+            layout: Any = use_type(layer.module).layout_of(layer.module, weights[0]) if weights else None
+            starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
+            # A weight that is computed at every call may have been computed for another use, too.
+            starts |= {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
+            products = _of_trained(starts, parents, layout, recorded)
             if any(map(nodes.hides, products)):  # one that feeds a call has an embedding with its weight
                 feeding = spread(calls, lambda node: {below for below, _ in node.next_functions} - {None})
                 products -= {node for node in feeding if nodes.hides(node)}
@@ -73,13 +76,6 @@ def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
     return [use.weight for use in uses] or ([] if own is None else [own])
 
 
-def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
-    """Returns the nodes that make trained weights, one that is computed at every call in the calls' way."""
-    starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
-    alike = {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
-    return starts | alike
-
-
 def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: Set[Any]) -> set[Node]:
     """Returns the operations that multiply trained weights with data: ``phi W^T`` of calls, also by hand, and
     ``delta W`` of derivatives through calls. `starts` are the nodes that make the weights. A call sums over
@@ -95,7 +91,10 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: S
         for above in set(parents.get(node, ())) - recorded:
             kind, operands = nodes.kind(above), [below for below, _ in above.next_functions]
             position = operands.index(node)
-            if kind in operations.SAME_NUMBERS or _changes_weight(above, layout):
+            # Such make another weight, scaled, masked or moved by a step.
+            changes = kind in operations.ADDITIONS | {"Mul", "Div"}
+            changes = changes and nodes.shape(above, 0).numel() == layout.shape.numel()
+            if changes or kind in operations.SAME_NUMBERS:
                 stack.append((above, (*way, above)))
             elif kind in operations.MATRIX_PRODUCTS and position >= len(operands) - 2:
                 if _sums_over_inputs(way, layout, second=position == len(operands) - 1):
@@ -103,12 +102,6 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: S
             elif _is_product(above, position, layout):
                 found.add(above)
     return {node for node in found if not {factor for factor, _ in node.next_functions[-2:]} <= copies}
-
-
-def _changes_weight(node: Node, layout: Layout) -> bool:
-    """Returns whether a node makes another weight from one, scaled, masked or moved by a step."""
-    kinds = operations.ADDITIONS | {"Mul", "Div"}
-    return nodes.kind(node) in kinds and nodes.shape(node, 0).numel() == layout.shape.numel()
 
 
 def _sums_over_inputs(way: Sequence[Node], layout: Layout, *, second: bool) -> bool:

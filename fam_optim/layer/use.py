@@ -160,9 +160,12 @@ class LayerUse(Use):
         """Returns ``||phi_a||^2`` for every row a of z, in the shape ``lead``."""
         return self.rows().square().sum(-1)
 
-    def forward(self, bias: Tensor | None) -> Tensor:
-        """Returns z as the layer's class computes it from phi, the weight and `bias`."""
+    def operation(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns z as the layer's class computes it, from any phi, weight and bias."""
         raise NotImplementedError
+
+    def lift(self, matrix: Tensor) -> Tensor:
+        return self.operation(self.input, self.layout.weight(matrix), None)
 
     def pull(self, delta: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -200,14 +203,11 @@ class LinearUse(LayerUse):
 
     channel = -1
 
-    def lift(self, matrix: Tensor) -> Tensor:
-        return F.linear(self.input, matrix)
+    def operation(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(phi, weight, bias)
 
     def pull(self, delta: Tensor) -> Tensor:
         return delta.reshape(-1, self.d).mT @ self.input.reshape(-1, self.m).to(delta.dtype)
-
-    def forward(self, bias: Tensor | None) -> Tensor:
-        return F.linear(self.phi, self.weight, bias)
 
     def rows(self) -> Tensor:
         return self.input
@@ -218,10 +218,10 @@ class Conv1DUse(LinearUse):
 
     inputs_first = True
 
-    def forward(self, bias: Tensor | None) -> Tensor:
-        assert bias is not None
-        flat = torch.addmm(bias, self.phi.view(-1, self.m), self.weight)
-        return flat.view(*self.phi.shape[:-1], self.d)
+    def operation(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return phi @ weight
+        return torch.addmm(bias, phi.view(-1, self.m), weight).view(*phi.shape[:-1], self.d)
 
 
 def is_sharded(weight: Tensor) -> bool:
