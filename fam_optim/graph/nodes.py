@@ -108,9 +108,7 @@ def order(node: Any, dimensions: int) -> list[int]:
 
 def from_front(axis: int, dimensions: int) -> int:
     """Returns an axis, or a place along one, counted from the front of `dimensions`."""
-    if axis >= 2**63:  # torch returns a negative axis as an unsigned number
-        axis -= 2**64
-    return axis % dimensions
+    return (axis - 2**64 if axis >= 2**63 else axis) % dimensions  # torch returns negative ones unsigned
 
 
 def picked_axes(node: Any) -> range:
@@ -221,8 +219,7 @@ def communicates(node: Node) -> bool:
     tensor parallelism, collectives in the model or the loss, and SyncBatchNorm."""
     function = getattr(type(node), "_forward_cls", type(node))  # the autograd.Function that made it, if any
     home = function.__module__
-    averages = home.startswith("torch.distributed.fsdp.")
-    collective = home.startswith("torch.distributed.") and not averages
+    collective = home.startswith("torch.distributed.") and not home.startswith("torch.distributed.fsdp.")
     return collective or "c10d" in node.name() or function.__name__ == "SyncBatchNorm"
 
 
