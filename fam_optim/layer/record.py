@@ -127,7 +127,7 @@ class _Recorder:
         hooks.attach(module, self.record)
         source = parametrization(module)
         if source is not None:
-            hooks.attach(source, self.keep)
+            hooks.attach(source, self.record)
 
     def leave(self) -> None:
         """Removes the hooks if nobody observes the module any more."""
@@ -138,19 +138,8 @@ class _Recorder:
                     hooks.detach(part)
 
     @hooks.unscripted
-    def keep(self, source: nn.Module, args: Any, kwargs: Any, weight: Any = None) -> None:
-        """Forward hook of a parametrization: keeps the weight that the forward got, since computing it again
-        may advance the parametrization's state (spectral_norm iterates at every access)."""
-        if torch.is_grad_enabled() and not _exporting():
-            self._keep(weight)
-
-    @partial(opaque, reason=_OBSERVED)
-    def _keep(self, weight: Tensor) -> None:
-        self._computed.weight = weight
-
-    @hooks.unscripted
     def record(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
-        """Forward hook of the module: leaves a `Use` on the node that computes `output`."""
+        """Forward hook of the module, and of its parametrization: leaves a `Use` on the node of `output`."""
         # torch.compile sees no more of the hook than this test, so it compiles evaluation in one piece.
         if torch.is_grad_enabled() and not _exporting():
             return self._leave_use(module, args, kwargs, output)
@@ -160,6 +149,10 @@ class _Recorder:
 
     @partial(opaque, reason=_OBSERVED)
     def _leave_use(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        if isinstance(module, parametrize.ParametrizationList):
+            # Computing the weight again may advance a state (spectral_norm iterates at every access).
+            self._computed.weight = output
+            return None
         if "_is_replica" in vars(module):
             raise RuntimeError(
                 f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
@@ -169,8 +162,7 @@ class _Recorder:
         # Export and tracing leave none either. A shallow copy has the module's hooks, but is not observed.
         transformed = torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled()
         exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        no_tensor = not isinstance(output, Tensor)  # the forward is not the class's
-        if module is not self.module() or transformed or exported or no_tensor:
+        if module is not self.module() or transformed or exported or not isinstance(output, Tensor):
             return None
         weight = self._weight_in_use(module)
         replaced = None
