@@ -90,10 +90,9 @@ def check_differentiable(path: Iterable[Node]) -> None:
 
 
 def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]) -> Set[Node]:
-    """Raises RuntimeError for an autograd.Function that drops out of a second derivative. torch silently
-    takes the function's part to be zero, or makes an error node that a derivative may miss. `gradient` is the
-    first derivative in z, `path` the nodes between loss and z, `ends` those that make z. Returns the nodes of
-    the first derivative; none if the path has neither functions nor scripted regions."""
+    """Raises RuntimeError for an autograd.Function that drops out of a second derivative, where torch takes
+    its part to be zero. `gradient` is the first derivative in z, made by `ends`. Returns the nodes of the
+    first derivative; none if the path from the loss has neither functions nor scripted regions."""
     functions = [node for node in path if nodes.is_function(node)]
     scripted = any("DifferentiableGraph" in node.name() for node in path)  # by torch.jit.script or trace
     if not functions and not scripted:

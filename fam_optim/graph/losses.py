@@ -83,10 +83,9 @@ class Output(NamedTuple):
 def find_outputs(
     loss: Tensor, path: Set[Node], ends: Set[Node], *, differentiable: bool, of_weights: bool = True
 ) -> list[Output]:
-    """Returns the outputs in which the loss is convex, as far as it depends on some layers. Raises
-    RuntimeError if the loss is not known to be convex in outputs. `path` leads from the loss to the layers'
-    own nodes `ends`, included; the result carries gradients if `differentiable`. Functions of weights alone
-    count if `of_weights`."""
+    """Returns the outputs in which the loss is convex, as far as it depends on some layers, with gradients if
+    `differentiable`. Raises RuntimeError if it is not known to be convex in outputs. The other arguments are
+    those of `linear_in`."""
     known, unknown = linear_in(loss, path, ends, _KINDS.keys(), of_weights=of_weights)
     with errors.explained("derivatives"):
         of_known = zip(known, coefficients(loss, known, differentiable), strict=True)

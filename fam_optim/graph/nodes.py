@@ -172,8 +172,7 @@ def is_compiled(node: Node) -> bool:
 
 
 def hides(node: Node) -> bool:
-    """Returns whether the graph does not show what is inside `node`: a user's function, or a region that was
-    compiled or scripted."""
+    """Returns whether `node` hides what it does: a user's function, a region compiled or scripted."""
     return is_function(node) or is_compiled(node) or "DifferentiableGraph" in node.name()
 
 
@@ -194,9 +193,8 @@ def is_reentrant_checkpoint(node: Node) -> bool:
 
 
 def keeps_numbers(node: Any) -> bool:
-    """Returns whether an autograd.Function may keep floating point numbers for its backward: in tensors (also
-    coded in 8 or 16 bits), in lists and dicts, or in any object but plain numbers, names and torch's objects
-    (a process group, say)."""
+    """Returns whether an autograd.Function may keep floating point numbers for its backward, also coded in 8
+    or 16 bits: in tensors, lists, dicts, or any object but plain numbers, names and torch's own objects."""
     return any(map(_may_hold_numbers, (*node.saved_tensors, *vars(node).values())))
 
 

@@ -77,11 +77,9 @@ def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
 
 
 def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: Set[Any]) -> set[Node]:
-    """Returns the operations that multiply trained weights with data: ``phi W^T`` of calls, also by hand, and
-    ``delta W`` of derivatives through calls. `starts` are the nodes that make the weights. A call sums over
-    the weight's inputs; ``z W``, which sums over its outputs, and ``W W^T`` are other uses. A derivative
-    multiplies with a W that t() has made of W^T. What the graph does not show counts; calls that were
-    `recorded` do not."""
+    """Returns the operations that multiply trained weights, which `starts` make, with data: ``phi W^T`` of
+    calls that were not `recorded`, and ``delta W`` of derivatives, which multiply with a W that t() has made
+    of W^T. ``z W``, which sums over outputs, and ``W W^T`` are other uses. What is not shown counts."""
     found: set[Node] = set()
     copies: set[Node] = set()  # nodes that make copies of the weight, or weights from it
     stack: list[tuple[Node, tuple[Node, ...]]] = [(start, ()) for start in starts]
