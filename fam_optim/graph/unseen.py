@@ -5,7 +5,7 @@ the weight a second time, beside ``z = lin(phi; W)``: only kappa of the weight i
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -32,7 +32,11 @@ def check_all_seen(
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
     frozen = not all(weight.requires_grad for weight in every)
-    constants = _constant_factors(parents if frozen else ())
+    constants = defaultdict(list)  # products by the places of their factors, a frozen weight's only trace
+    kinds = operations.MATRIX_PRODUCTS | {"Convolution", "ConvolutionBackward"}
+    for node in parents if frozen else ():
+        for factor in nodes.factors(node) if nodes.kind(node) in kinds else ():
+            constants[_place(factor)].append(node)
     # A derivative may have multiplied a frozen weight with constants, which leaves no trace.
     derivative = frozen and any(node.name().count("Backward") > 1 for node in parents)
     by_name: dict[str, list[Node]] = {}
@@ -122,17 +126,6 @@ def _is_product(node: Node, position: int, layout: Layout) -> bool:
     if kind == "Mul":
         return nodes.shape(node, 0).numel() > layout.shape.numel()
     return nodes.hides(node) or kind == "Trilinear" or (kind in ("Convolution", "Linear") and position == 1)
-
-
-def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[Node]]:
-    """Returns products with a constant factor by its place in memory, a frozen weight's only trace."""
-    found = defaultdict(list)
-    for node in graph:
-        kind = nodes.kind(node)
-        if kind in operations.MATRIX_PRODUCTS or kind.startswith("Convolution"):
-            for factor in nodes.factors(node):
-                found[_place(factor)].append(node)
-    return found
 
 
 def _place(t: Tensor) -> int | None:

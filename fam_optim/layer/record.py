@@ -107,11 +107,9 @@ def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
     return (use, GradientEdge(node, output)) if hasattr(use, "phi") else None
 
 
-def parametrization(module: nn.Module) -> nn.Module | None:
+def parametrization(module: Any) -> nn.Module | None:
     """Returns the module that computes a parametrised weight; None if the weight is plain."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    return cast("nn.ModuleDict", module.parametrizations)["weight"]
+    return module.parametrizations["weight"] if parametrize.is_parametrized(module, "weight") else None
 
 
 class _Recorder:
@@ -124,10 +122,9 @@ class _Recorder:
         self.without_graph: deque[int] = deque(maxlen=256)
         self._numbers_seen = False
         self._computed = threading.local()  # a parametrised weight, on its way from one hook to the other
-        hooks.attach(module, self.record)
-        source = parametrization(module)
-        if source is not None:
-            hooks.attach(source, self.record)
+        for part in (module, parametrization(module)):
+            if part is not None:
+                hooks.attach(part, self.record)
 
     def leave(self) -> None:
         """Removes the hooks if nobody observes the module any more."""
