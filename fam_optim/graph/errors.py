@@ -142,8 +142,7 @@ def _drops_out(node: Node, outputs: Set[int], between: Set[Node]) -> bool:
 
 
 def undifferentiable(path: Set[Node], derivative: Set[Node]) -> str | None:
-    """Returns why kappa has no gradient through a tail; None if it has one. `derivative` holds nodes of the
-    tail's derivative, where they show what a function or a scripted region hides."""
+    """Returns why kappa has no gradient through a tail, whose derivative shows what functions may hide."""
     for node in path | derivative:
         why = _NO_THIRD.get(nodes.kind(node))
         if nodes.normalises_over_batch(node):

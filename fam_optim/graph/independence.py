@@ -110,9 +110,8 @@ class Grouping:
         front = list(range(len(self.axes)))
         scattered = []
         for part, use in zip(torch.split(grouped, self._sizes, 1), self.uses, strict=True):
-            others = [length for axis, length in enumerate(use.lead) if axis not in self.axes]
-            lengths = [use.lead[axis] for axis in self.axes]
-            rows = part.reshape(*lengths, *others, part.shape[-1]).movedim(front, self.axes)
+            shape = torch.empty(use.lead, device="meta").movedim(self.axes, front).shape
+            rows = part.reshape(*shape, part.shape[-1]).movedim(front, self.axes)
             scattered.append(rows.movedim(-1, use.channel))
         return scattered
 

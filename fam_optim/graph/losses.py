@@ -142,8 +142,7 @@ def pulled(
 
 
 def coefficients(loss: Tensor, known: Sequence[Node], differentiable: bool) -> list[Tensor]:
-    """Returns dL/d(a node's result), in at least float32, for each of some nodes, as far as it passes none of
-    the others. One derivative finds all, since each would walk over the whole graph."""
+    """Returns dL/d(result) of each of some nodes, in at least float32, without what passes others of them."""
     if not known:
         return []
     at = [GradientEdge(node, 0) for node in known]
@@ -160,8 +159,7 @@ def _root_of(weights: Tensor) -> Tensor:
 
 
 def softmax_of(node: Any, c: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
-    """Returns log p, in at least float32, and a of the cross-entropy that a loss makes of a log_softmax in
-    which it is linear: ``sum_k c_k log p_k``, with -a the sum of c."""
+    """Returns log p, in at least float32, and a of a cross-entropy ``sum_k c_k log p_k``: -a sums up c."""
     log_p = at_least_float32(nodes.kept(node, "result"))
     a = -c.sum(nodes.softmax_axis(node), keepdim=True)
     return log_p if differentiable else log_p.detach(), a

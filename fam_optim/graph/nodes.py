@@ -213,8 +213,7 @@ def is_scalar(node: Node) -> bool:
 
 
 def communicates(node: Node) -> bool:
-    """Returns whether a derivative through `node` talks to other processes, except to average gradients: in
-    tensor parallelism, collectives in the model or the loss, and SyncBatchNorm."""
+    """Returns whether a derivative through `node` talks to other processes, except to average gradients."""
     function = getattr(type(node), "_forward_cls", type(node))  # the autograd.Function that made it, if any
     home = function.__module__
     collective = home.startswith("torch.distributed.") and not home.startswith("torch.distributed.fsdp.")

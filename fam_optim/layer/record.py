@@ -122,9 +122,10 @@ class _Recorder:
         self.without_graph: deque[int] = deque(maxlen=256)
         self._numbers_seen = False
         self._computed = threading.local()  # a parametrised weight, on its way from one hook to the other
-        for part in (module, parametrization(module)):
-            if part is not None:
-                hooks.attach(part, self.record)
+        hooks.attach(module, self.record)
+        source = parametrization(module)
+        if source is not None:
+            hooks.attach(source, self.keep)
 
     def leave(self) -> None:
         """Removes the hooks if nobody observes the module any more."""
@@ -135,8 +136,19 @@ class _Recorder:
                     hooks.detach(part)
 
     @hooks.unscripted
+    def keep(self, source: nn.Module, args: Any, kwargs: Any, weight: Any = None) -> None:
+        """Forward hook of a parametrization: keeps the weight that the forward got, since computing it again
+        may advance the parametrization's state (spectral_norm iterates at every access)."""
+        if torch.is_grad_enabled() and not _exporting():
+            self._keep(weight)
+
+    @partial(opaque, reason=_OBSERVED)
+    def _keep(self, weight: Tensor) -> None:
+        self._computed.weight = weight
+
+    @hooks.unscripted
     def record(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
-        """Forward hook of the module, and of its parametrization: leaves a `Use` on the node of `output`."""
+        """Forward hook of the module: leaves a `Use` on the node that computes `output`."""
         # torch.compile sees no more of the hook than this test, so it compiles evaluation in one piece.
         if torch.is_grad_enabled() and not _exporting():
             return self._leave_use(module, args, kwargs, output)
@@ -146,10 +158,6 @@ class _Recorder:
 
     @partial(opaque, reason=_OBSERVED)
     def _leave_use(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        if isinstance(module, parametrize.ParametrizationList):
-            # Computing the weight again may advance a state (spectral_norm iterates at every access).
-            self._computed.weight = output
-            return None
         if "_is_replica" in vars(module):
             raise RuntimeError(
                 f"nn.DataParallel calls copies of `layer` {describe(module)} on other devices, which are not "
