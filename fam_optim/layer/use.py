@@ -187,14 +187,12 @@ class LayerUse(Use):
         if self.weight._version != weight:
             raise RuntimeError(
                 f"the weight of the observed layer {describe(self.module())} was modified in place after the "
-                "forward, so kappa of this loss cannot be computed any more. Compute it, or regularise, "
-                "before anything changes the weight (a step, load_state_dict)."
+                "forward. Compute kappa, or regularise, before the weight changes (a step, load_state_dict)."
             )
         if self.phi._version != phi:
             raise RuntimeError(
                 f"the input of the observed layer {describe(self.module())} was modified in place after the "
-                "layer had used it, so kappa cannot be computed from it. Use an out-of-place operation "
-                "instead (x = x + layer(x), not x += layer(x))."
+                "forward, and kappa needs it. Modify a copy (x = x + layer(x), not x += layer(x))."
             )
 
 
