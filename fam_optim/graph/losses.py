@@ -180,12 +180,8 @@ def _softmax(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Out
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
     """Returns the output of a loss that is a sum over the entries of o, with second derivative `a` in each.
     `sides` maps the positions of the operands whose difference is o to their signs."""
-
-    def root(r: Tensor) -> list[Tensor]:
-        root = _root_of(a) * r
-        return [sign * root for sign in sides.values()]
-
-    return Output([GradientEdge(*node.next_functions[i]) for i in sides], a.shape, a, root)
+    edges = [GradientEdge(*node.next_functions[i]) for i in sides]
+    return Output(edges, a.shape, a, lambda r: [sign * _root_of(a) * r for sign in sides.values()])
 
 
 def _binary(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
