@@ -39,9 +39,8 @@ class Curvature:
 
     def _into_float16(self) -> Tensor:
         """Returns a power of two to multiply the loss by, so that derivatives stay within float16's range.
-        (Those of a confident softmax over a batch are too small for it.) The products are divided by it. It
-        makes the largest entry of the gradient, or of its product with a direction of unit size, about 1, in
-        the middle of the range. Nothing waits for the device."""
+        (Those of a confident softmax over a batch are too small for it.) It makes the largest entry of the
+        gradient, or of its product with a direction of unit size, about 1. Nothing waits for the device."""
         scale = torch.full_like(self.tail.loss, 2.0**7)
         gradient = self._pull([self.tail.loss], [scale], create_graph=True)
         unit = [torch.arange(g.numel(), device=g.device).to(g).cos().view_as(g) for g in gradient]

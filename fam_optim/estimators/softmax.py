@@ -55,8 +55,7 @@ def closed_form(tail: Tail, factor: Factor, *, differentiable: bool) -> Tensor |
         log_p, a = softmax_of(node, c, differentiable)
         norms = use.squared_norms() if in_order else _norms_at_softmax(use, edge, node)
         a = a.flatten() * norms.flatten()
-        if (log_p.dim(), dim) != (2, 1):  # a view would be one more node of the graph
-            log_p = log_p.movedim(dim, -1).reshape(-1, use.d)
+        log_p = log_p.movedim(dim, -1).reshape(-1, use.d)
         values.append(factor.variance(log_p, a if differentiable else a.detach()))
     return sum(values[1:], values[0]) if values else None
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 from fam_optim.graph import nodes, operations
 from fam_optim.graph.reach import spread
 from fam_optim.graph.trace import Tail
-from fam_optim.layer.use import LayerUse, Use
+from fam_optim.layer.use import LayerUse
 
 Result = tuple[Node, int]
 
@@ -110,9 +110,8 @@ class Grouping:
         front = list(range(len(self.axes)))
         scattered = []
         for part, use in zip(torch.split(grouped, self._sizes, 1), self.uses, strict=True):
-            others = [length for axis, length in enumerate(use.lead) if axis not in self.axes]
-            lengths = [use.lead[axis] for axis in self.axes]
-            rows = part.reshape(*lengths, *others, part.shape[-1]).movedim(front, self.axes)
+            shape = torch.empty(use.lead, device="meta").movedim(self.axes, front).shape
+            rows = part.reshape(*shape, part.shape[-1]).movedim(front, self.axes)
             scattered.append(rows.movedim(-1, use.channel))
         return scattered
 
@@ -148,7 +147,7 @@ def shown_axes(tails: Sequence[Tail], path: Set[Node]) -> list[dict[int, Groups]
     shown: list[dict[int, Groups]] = [{} for _ in tails]
     for (axis, length), numbers in sorted(layers.items()):
         starts = {
-            (edge.node, edge.output_nr): _stride(use, axis)
+            edge[:2]: torch.empty(use.shape, device="meta").movedim(use.channel, -1).stride(axis)
             for number in numbers
             for use, edge in zip(tails[number].uses, tails[number].edges, strict=True)
         }
@@ -163,9 +162,3 @@ def row_uses(tail: Tail) -> list[LayerUse] | None:
     """Returns the layer's uses if each output vector has one input vector and no call feeds another."""
     of_rows = [use for use in tail.uses if isinstance(use, LayerUse) and use.has_rows]
     return None if len(of_rows) < len(tail.uses) or tail.nested else of_rows
-
-
-def _stride(use: Use, axis: int) -> int:
-    """Returns by how much the number of an entry of z grows with its place along an axis of the rows."""
-    channel = use.channel % len(use.shape)
-    return math.prod(use.shape[axis + (axis >= channel) + 1 :])

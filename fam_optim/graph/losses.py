@@ -83,10 +83,9 @@ class Output(NamedTuple):
 def find_outputs(
     loss: Tensor, path: Set[Node], ends: Set[Node], *, differentiable: bool, of_weights: bool = True
 ) -> list[Output]:
-    """Returns the outputs in which the loss is convex, as far as it depends on some layers. Raises
-    RuntimeError if the loss is not known to be convex in outputs. `path` leads from the loss to the layers'
-    own nodes `ends`, included; the result carries gradients if `differentiable`. Functions of weights alone
-    count if `of_weights`."""
+    """Returns the outputs in which the loss is convex, as far as it depends on some layers, with gradients if
+    `differentiable`. Raises RuntimeError if it is not known to be convex in outputs. The other arguments are
+    those of `linear_in`."""
     known, unknown = linear_in(loss, path, ends, _KINDS.keys(), of_weights=of_weights)
     with errors.explained("derivatives"):
         of_known = zip(known, coefficients(loss, known, differentiable), strict=True)
@@ -143,8 +142,7 @@ def pulled(
 
 
 def coefficients(loss: Tensor, known: Sequence[Node], differentiable: bool) -> list[Tensor]:
-    """Returns dL/d(a node's result), in at least float32, for each of some nodes, as far as it passes none of
-    the others. One derivative finds all, since each would walk over the whole graph."""
+    """Returns dL/d(result) of each of some nodes, in at least float32, without what passes others of them."""
     if not known:
         return []
     at = [GradientEdge(node, 0) for node in known]
@@ -161,8 +159,7 @@ def _root_of(weights: Tensor) -> Tensor:
 
 
 def softmax_of(node: Any, c: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
-    """Returns log p, in at least float32, and a of the cross-entropy that a loss makes of a log_softmax in
-    which it is linear: ``sum_k c_k log p_k``, with -a the sum of c."""
+    """Returns log p, in at least float32, and a of a cross-entropy ``sum_k c_k log p_k``: -a sums up c."""
     log_p = at_least_float32(nodes.kept(node, "result"))
     a = -c.sum(nodes.softmax_axis(node), keepdim=True)
     return log_p if differentiable else log_p.detach(), a
@@ -183,12 +180,8 @@ def _softmax(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Out
 def _diagonal(node: Any, a: Tensor, sides: Mapping[int, float]) -> Output:
     """Returns the output of a loss that is a sum over the entries of o, with second derivative `a` in each.
     `sides` maps the positions of the operands whose difference is o to their signs."""
-
-    def root(r: Tensor) -> list[Tensor]:
-        root = _root_of(a) * r
-        return [sign * root for sign in sides.values()]
-
-    return Output([GradientEdge(*node.next_functions[i]) for i in sides], a.shape, a, root)
+    edges = [GradientEdge(*node.next_functions[i]) for i in sides]
+    return Output(edges, a.shape, a, lambda r: [sign * _root_of(a) * r for sign in sides.values()])
 
 
 def _binary(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
@@ -202,7 +195,7 @@ def _binary(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Outp
     if of_positives is not None:
         b = b * (1 + (of_positives - 1) * target)
     b = b if weight is None else b * weight
-    return _diagonal(node, b * _per_entry(node, c, b.numel()), {0: 1.0})
+    return _diagonal(node, b * c / (b.numel() if nodes.averages(node) else 1), {0: 1.0})
 
 
 def _logistic_curvature(o: Tensor, differentiable: bool) -> Tensor:
@@ -232,7 +225,7 @@ def _squared_error(node: Any, c: Tensor, path: Set[Node], differentiable: bool) 
     if curvature is None or any(_measures_distance(node.next_functions[i][0], path) for i in sides):
         return None
     shape = nodes.shape(*node.next_functions[min(sides)])
-    b = curvature * _per_entry(node, c, shape.numel())
+    b = curvature * c / (shape.numel() if nodes.averages(node) else 1)
     return _diagonal(node, b.expand(shape), sides)
 
 
@@ -251,16 +244,11 @@ def _measures_distance(node: Node, path: Set[Node]) -> bool:
         return operands & path if function or linear or kind in operations.PICKS else set()
 
     below = {node, *spread([node], passed_on)}
-    kinds = set(map(_kind, below))
+    kinds = set(map(nodes.kind, below))
     of_probability = "Log" in kinds and not kinds.isdisjoint(operations.PROBABILITIES)
     products = [n for n in below if nodes.kind(n) in operations.PRODUCTS]
     with_itself = any(_is_with_itself(n, operations.SAME_NUMBERS) for n in products)
     return with_itself or of_probability or not kinds.isdisjoint(operations.DISTANCES)
-
-
-def _per_entry(node: Any, c: Tensor, entries: int) -> Tensor:
-    """Returns the derivative of L in an entry of the loss that the node reduces."""
-    return c / (entries if nodes.averages(node) else 1)
 
 
 _KINDS = {

@@ -71,11 +71,13 @@ def kept(node: Node, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
-def at_hand(node: Node, name: str) -> torch.Tensor | None:
-    """Returns a tensor that the node keeps; None where (from 2.7 on) that may run a checkpoint again."""
-    raw = getattr(node, f"_raw_saved_{name}")
-    found = raw.data if hasattr(raw, "data") else kept(node, name)
-    return found if isinstance(found, torch.Tensor) else None
+def factors(node: Node) -> Iterator[torch.Tensor]:
+    """Yields the factors that a product keeps; none where (from 2.7 on) that may run a checkpoint again."""
+    for name in ("self", "mat", "mat1", "mat2", "weight"):
+        raw = getattr(node, f"_raw_saved_{name}", None)
+        found = raw and (raw.data if hasattr(raw, "data") else kept(node, name))
+        if isinstance(found, torch.Tensor):
+            yield found
 
 
 def settings(node: Node) -> tuple[tuple[str, Any], ...]:
@@ -106,9 +108,7 @@ def order(node: Any, dimensions: int) -> list[int]:
 
 def from_front(axis: int, dimensions: int) -> int:
     """Returns an axis, or a place along one, counted from the front of `dimensions`."""
-    if axis >= 2**63:  # torch returns a negative axis as an unsigned number
-        axis -= 2**64
-    return axis % dimensions
+    return (axis - 2**64 if axis >= 2**63 else axis) % dimensions  # torch returns negative ones unsigned
 
 
 def picked_axes(node: Any) -> range:
@@ -172,8 +172,7 @@ def is_compiled(node: Node) -> bool:
 
 
 def hides(node: Node) -> bool:
-    """Returns whether the graph does not show what is inside `node`: a user's function, or a region that was
-    compiled or scripted."""
+    """Returns whether `node` hides what it does: a user's function, a region compiled or scripted."""
     return is_function(node) or is_compiled(node) or "DifferentiableGraph" in node.name()
 
 
@@ -194,9 +193,8 @@ def is_reentrant_checkpoint(node: Node) -> bool:
 
 
 def keeps_numbers(node: Any) -> bool:
-    """Returns whether an autograd.Function may keep floating point numbers for its backward: in tensors (also
-    coded in 8 or 16 bits), in lists and dicts, or in any object but plain numbers, names and torch's objects
-    (a process group, say)."""
+    """Returns whether an autograd.Function may keep floating point numbers for its backward, also coded in 8
+    or 16 bits: in tensors, lists, dicts, or any object but plain numbers, names and torch's own objects."""
     return any(map(_may_hold_numbers, (*node.saved_tensors, *vars(node).values())))
 
 
@@ -215,12 +213,10 @@ def is_scalar(node: Node) -> bool:
 
 
 def communicates(node: Node) -> bool:
-    """Returns whether a derivative through `node` talks to other processes, except to average gradients: in
-    tensor parallelism, collectives in the model or the loss, and SyncBatchNorm."""
+    """Returns whether a derivative through `node` talks to other processes, except to average gradients."""
     function = getattr(type(node), "_forward_cls", type(node))  # the autograd.Function that made it, if any
     home = function.__module__
-    averages = home.startswith("torch.distributed.fsdp.")
-    collective = home.startswith("torch.distributed.") and not averages
+    collective = home.startswith("torch.distributed.") and not home.startswith("torch.distributed.fsdp.")
     return collective or "c10d" in node.name() or function.__name__ == "SyncBatchNorm"
 
 

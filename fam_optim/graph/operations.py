@@ -143,17 +143,13 @@ def _indexed(at: _At) -> int | None:
     return _aligned(at) if at.axis >= picked.stop else None
 
 
-def _product(*kept: dict[int, int] | None) -> Rule:
-    """Returns the rule of a product. `kept` maps each operand's axes to axes of the result, the others being
-    summed over; None stands for an operand that is added to the result."""
-
-    def rule(at: _At) -> int | None:
-        if at.position >= len(kept):
-            return None
-        axes = kept[at.position]
-        return _aligned(at) if axes is None else axes.get(at.axis)
-
-    return rule
+def _matrix_product(at: _At) -> int | None:
+    """Rule of products of the last two operands, summed over the last axis of the first of these and the last
+    but one of the second. An operand before them is added."""
+    from_end = len(at.node.next_functions) - at.position
+    if from_end > 2:
+        return _aligned(at)
+    return None if at.axis == len(at.operand) - (1 if from_end == 2 else 2) else at.axis
 
 
 def _but_the_last(at: _At, several: int) -> int | None:
@@ -167,11 +163,8 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
     ("Index", _indexed),
     ("Permute Transpose T", lambda at: nodes.order(at.node, len(at.operand)).index(at.axis)),
     ("ConstantPadNd", lambda at: _but_the_last(at, len(nodes.kept(at.node, "pad")) // 2)),
-    ("NllLoss2D", _product({0: 0, 2: 1, 3: 2})),
-    ("Mm", _product({0: 0}, {1: 1})),
-    ("Addmm", _product(None, {0: 0}, {1: 1})),
-    ("Bmm", _product({0: 0, 1: 1}, {0: 0, 2: 2})),
-    ("Baddbmm", _product(None, {0: 0, 1: 1}, {0: 0, 2: 2})),
+    ("NllLoss2D", lambda at: {0: 0, 2: 1, 3: 2}.get(at.axis)),
+    ("Mm Addmm Bmm Baddbmm", _matrix_product),
     (
         """Slice Select Split SplitWithSizes UnsafeSplit Unbind IndexSelect Flip Roll Softmax SafeSoftmax
         LogSoftmax Cumsum Cumprod Gather Sum Mean Prod Cat Glu Logsumexp Amax Amin Max Min Var Std
@@ -184,7 +177,7 @@ _BY_RULE: tuple[tuple[str, Rule], ...] = (
         AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D
         UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ReflectionPad1D ReflectionPad2D
         ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D NllLoss Mv""",
-        _product({0: 0}),
+        lambda at: 0 if at.axis == at.position == 0 else None,
     ),
     (
         "NativeLayerNorm FusedRmsNorm",

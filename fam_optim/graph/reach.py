@@ -37,8 +37,7 @@ def check_scalar(loss: Tensor) -> None:
         raise TypeError(f"expected `loss` to be real, got {loss.dtype}. Take its .abs() or .real.")
     if loss.numel() != 1:
         raise ValueError(
-            f"expected `loss` to be a scalar, got shape {tuple(loss.shape)}. Reduce it first, "
-            "for example with .mean()."
+            f"expected `loss` to be a scalar, got shape {tuple(loss.shape)}. Reduce it, say with .mean()."
         )
     if loss.grad_fn is None:
         raise LayerNotUsedError(

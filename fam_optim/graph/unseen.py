@@ -5,7 +5,7 @@ the weight a second time, beside ``z = lin(phi; W)``: only kappa of the weight i
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from fam_optim.layer.record import Observation, recorded_use
 from fam_optim.layer.use import Layout, Use, describe
 
 Parents = Mapping[Node, Sequence[Node]]
-_Way = tuple[tuple[Node, int], ...]  # nodes that move a weight, each with the position of that operand
 
 
 def check_all_seen(
@@ -33,7 +32,11 @@ def check_all_seen(
     weights_of = [_weights(layer, uses) for layer, uses in zip(layers, uses_of, strict=True)]
     every = [weight for weights in weights_of for weight in weights]
     frozen = not all(weight.requires_grad for weight in every)
-    constants = _constant_factors(parents if frozen else ())
+    constants = defaultdict(list)  # products by the places of their factors, a frozen weight's only trace
+    kinds = operations.MATRIX_PRODUCTS | {"Convolution", "ConvolutionBackward"}
+    for node in parents if frozen else ():
+        for factor in nodes.factors(node) if nodes.kind(node) in kinds else ():
+            constants[_place(factor)].append(node)
     # A derivative may have multiplied a frozen weight with constants, which leaves no trace.
     derivative = frozen and any(node.name().count("Backward") > 1 for node in parents)
     by_name: dict[str, list[Node]] = {}
@@ -41,8 +44,11 @@ def check_all_seen(
         by_name.setdefault(node.name(), []).append(node)
     for layer, uses, weights in zip(layers, uses_of, weights_of, strict=True):
         if isinstance(layer, Observation):
-            layout = use_type(layer.module).layout_of(layer.module, weights[0]) if weights else None
-            products = _of_trained(_starts(weights, by_name), parents, layout, recorded) if layout else set()
+            layout: Any = use_type(layer.module).layout_of(layer.module, weights[0]) if weights else None
+            starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
+            # A weight that is computed at every call may have been computed for another use, too.
+            starts |= {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
+            products = _of_trained(starts, parents, layout, recorded)
             if any(map(nodes.hides, products)):  # one that feeds a call has an embedding with its weight
                 feeding = spread(calls, lambda node: {below for below, _ in node.next_functions} - {None})
                 products -= {node for node in feeding if nodes.hides(node)}
@@ -74,30 +80,24 @@ def _weights(layer: Observation | Tensor, uses: Sequence[Use]) -> list[Tensor]:
     return [use.weight for use in uses] or ([] if own is None else [own])
 
 
-def _starts(weights: Sequence[Tensor], by_name: Mapping[str, Sequence[Node]]) -> set[Node]:
-    """Returns the nodes that make trained weights, one that is computed at every call in the calls' way."""
-    starts = {get_gradient_edge(weight).node for weight in weights if weight.requires_grad}
-    alike = {n for start in starts for n in by_name.get(start.name(), ()) if same_graph(n, start)}
-    return starts | alike
-
-
 def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: Set[Any]) -> set[Node]:
-    """Returns the operations that multiply trained weights with data: ``phi W^T`` of calls, also by hand, and
-    ``delta W`` of derivatives through calls. `starts` are the nodes that make the weights. A call sums over
-    the weight's inputs; ``z W``, which sums over its outputs, and ``W W^T`` are other uses. A derivative
-    multiplies with a W that t() has made of W^T. What the graph does not show counts; calls that were
-    `recorded` do not."""
+    """Returns the operations that multiply trained weights, which `starts` make, with data: ``phi W^T`` of
+    calls that were not `recorded`, and ``delta W`` of derivatives, which multiply with a W that t() has made
+    of W^T. ``z W``, which sums over outputs, and ``W W^T`` are other uses. What is not shown counts."""
     found: set[Node] = set()
     copies: set[Node] = set()  # nodes that make copies of the weight, or weights from it
-    stack: list[tuple[Node, _Way]] = [(start, ()) for start in starts]
+    stack: list[tuple[Node, tuple[Node, ...]]] = [(start, ()) for start in starts]
     while stack:
         node, way = stack.pop()
         copies.add(node)
         for above in set(parents.get(node, ())) - recorded:
             kind, operands = nodes.kind(above), [below for below, _ in above.next_functions]
             position = operands.index(node)
-            if kind in operations.SAME_NUMBERS or _changes_weight(above, layout):
-                stack.append((above, (*way, (above, position))))
+            # Such make another weight, scaled, masked or moved by a step.
+            changes = kind in operations.ADDITIONS | {"Mul", "Div"}
+            changes = changes and nodes.shape(above, 0).numel() == layout.shape.numel()
+            if changes or kind in operations.SAME_NUMBERS:
+                stack.append((above, (*way, above)))
             elif kind in operations.MATRIX_PRODUCTS and position >= len(operands) - 2:
                 if _sums_over_inputs(way, layout, second=position == len(operands) - 1):
                     found.add(above)
@@ -106,29 +106,16 @@ def _of_trained(starts: Set[Node], parents: Parents, layout: Layout, recorded: S
     return {node for node in found if not {factor for factor, _ in node.next_functions[-2:]} <= copies}
 
 
-def _changes_weight(node: Node, layout: Layout) -> bool:
-    """Returns whether a node makes another weight from one, scaled, masked or moved by a step."""
-    kinds = operations.ADDITIONS | {"Mul", "Div"}
-    return nodes.kind(node) in kinds and nodes.shape(node, 0).numel() == layout.shape.numel()
-
-
-def _sums_over_inputs(way: _Way, layout: Layout, *, second: bool) -> bool:
+def _sums_over_inputs(way: Sequence[Node], layout: Layout, *, second: bool) -> bool:
     """Returns whether a matrix product sums over the inputs of a weight that comes some way to its first or
     second factor; or, in a derivative that torch takes, over its outputs. True if this is not known."""
-    permutations = [kind for node, _ in way if (kind := nodes.kind(node)) in operations.PERMUTATIONS]
-    if second and len(permutations) >= (not layout.inputs_first) and set(permutations) <= {"T"}:
+    swaps = [node for node in way if nodes.kind(node) in operations.PERMUTATIONS]
+    by_t = second and len(swaps) >= (not layout.inputs_first) and {nodes.kind(n) for n in swaps} <= {"T"}
+    shapes = [nodes.shape(node, 0) for node in way] or [layout.shape]
+    if by_t or any(len(shape) != 2 or layout.shape[0] not in shape for shape in shapes):
         return True
-    # Follows the numbers along the weight's first axis; if that has length 1, those along the others.
-    shape, several = layout.shape, layout.shape[0] > 1
-    length = shape[0] if several else shape.numel()
-    stride: int | None = shape.numel() // length
-    for node, position in way:
-        made, kind = nodes.shape(node, 0), nodes.kind(node)
-        stride = stride and operations.moved(node, kind, position, shape, made, stride, length)
-        shape = made
-    place = operations.axis_of_digit(shape, stride, length) if stride else None
-    summed = len(shape) - (2 if second and len(shape) > 1 else 1)
-    return place is None or (place[0] == summed) == (layout.inputs_first == several)
+    swapped = sum(nodes.order(node, 2) == [1, 0] for node in swaps) % 2 == 1
+    return (second != swapped) == layout.inputs_first  # whether it sums over the weight's first axis
 
 
 def _is_product(node: Node, position: int, layout: Layout) -> bool:
@@ -139,30 +126,6 @@ def _is_product(node: Node, position: int, layout: Layout) -> bool:
     if kind == "Mul":
         return nodes.shape(node, 0).numel() > layout.shape.numel()
     return nodes.hides(node) or kind == "Trilinear" or (kind in ("Convolution", "Linear") and position == 1)
-
-
-_FACTORS = {
-    "Mm": (("self", 0), ("mat2", 1)),
-    "Bmm": (("self", 0), ("mat2", 1)),
-    "Addmm": (("mat1", 1), ("mat2", 2)),
-    "Mv": (("self", 0),),
-    "Addmv": (("mat", 1),),
-    "Convolution": (("weight", 1),),
-    "ConvolutionBackward": (("weight", 2),),
-}
-"""By kind of product: the names by which it keeps operands that may be weights, and their positions."""
-
-
-def _constant_factors(graph: Iterable[Node]) -> dict[int | None, list[Node]]:
-    """Returns products with a constant factor by its place in memory, a frozen weight's only trace."""
-    found = defaultdict(list)
-    for node in graph:
-        for name, position in _FACTORS.get(nodes.kind(node), ()):
-            if node.next_functions[position][0] is None:
-                factor = nodes.at_hand(node, name)
-                if factor is not None:
-                    found[_place(factor)].append(node)
-    return found
 
 
 def _place(t: Tensor) -> int | None:

@@ -20,21 +20,15 @@ class ConvUse(LayerUse):
 
     def __init__(self, module: nn.Module, phi: Tensor, weight: Tensor, shape: torch.Size) -> None:
         super().__init__(module, phi, weight, shape)
-        self.convolve = self._operation(module)
+        self.operation = self._convolution(module)  # type: ignore[method-assign]
         self.channel = len(shape) - weight.dim() + 1
         self.has_rows = bool(module.groups == 1)
 
-    def _operation(self, module: Any) -> Callable[..., Tensor]:
+    def _convolution(self, module: Any) -> Callable[..., Tensor]:
         """Returns the convolution of an input with a weight and a bias, with the module's settings."""
         # The class's own, padding modes included: a subclass may compute something else.
         kind: Any = next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
         return partial(kind._conv_forward, module)
-
-    def lift(self, matrix: Tensor) -> Tensor:
-        return self.convolve(self.input, self.layout.weight(matrix), None)
-
-    def forward(self, bias: Tensor | None) -> Tensor:
-        return self.convolve(self.phi, self.weight, bias)
 
     def rows(self) -> Tensor:
         # One-hot filters read off the patches channel by channel, whatever the stride, padding and dilation.
@@ -42,14 +36,14 @@ class ConvUse(LayerUse):
         one_hot = torch.eye(math.prod(kernel), dtype=self.input.dtype, device=self.phi.device)
         filters = one_hot.reshape(-1, *kernel).unsqueeze(0 if self.inputs_first else 1)
         channels = self.input.reshape(-1, 1, *self.input.shape[-len(kernel) :])
-        patches = self.convolve(channels, filters, None)
+        patches = self.operation(channels, filters, None)
         of_position = patches.reshape(*self.lead[: self.channel], self.m, *self.lead[self.channel :])
         return of_position.movedim(self.channel, -1)
 
     def squared_norms(self) -> Tensor:
         ones = self.layout.weight(self.input.new_ones(1, self.m))
         # Padding copies entries, so it commutes with squaring them.
-        return self.convolve(self.input.square(), ones, None).squeeze(self.channel)
+        return self.operation(self.input.square(), ones, None).squeeze(self.channel)
 
 
 class ConvTransposeUse(ConvUse):
@@ -57,7 +51,7 @@ class ConvTransposeUse(ConvUse):
 
     inputs_first = True
 
-    def _operation(self, module: Any) -> Callable[..., Tensor]:
+    def _convolution(self, module: Any) -> Callable[..., Tensor]:
         kernel = self.weight.shape[2:]
         settings = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
         lengths = self.shape[-len(kernel) :], self.phi.shape[-len(kernel) :], kernel

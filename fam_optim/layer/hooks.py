@@ -73,8 +73,7 @@ def is_first(module: nn.Module) -> bool:
 
 
 def unscripted(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `hook`, for which torch.jit.script now compiles a function that does nothing. (It compiles a
-    wrapped function in place of its wrapper, and cannot compile keyword hooks.)"""
+    """Returns `hook`; torch.jit.script, which cannot compile keyword hooks, takes `_nothing` in its place."""
     hook.__wrapped__ = _nothing  # type: ignore[attr-defined]
     return hook
 

@@ -70,10 +70,9 @@ def overridden(module: nn.Module) -> str | None:
 
 def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> str | None:
     """Returns why kappa cannot be computed of a call; None if its output is what the module's class computes,
-    by the same operations on the same tensors, to the same numbers. (With fake quantisation it is not.)
-    Numbers that were `seen` before are not compared again on an accelerator: reading them would wait."""
+    by the same operations, to the same numbers. If they were `seen` before, no accelerator is waited for."""
     try:
-        computed = use.forward(cast("Tensor | None", module.bias))
+        computed = use.operation(use.phi, use.weight, cast("Tensor | None", module.bias))
     except RuntimeError:  # the shapes do not even fit
         computed = None
     if computed is not None and output.shape == computed.shape:
@@ -88,9 +87,9 @@ def objection(module: nn.Module, use: LayerUse, output: Tensor, seen: bool) -> s
     how = f"class or instance overrides {method}" if method else "output a hook changes before FAM sees it"
     return (
         f"`layer` {describe(module)}, a {type(module).__module__}.{type(module).__qualname__}, whose {how}, "
-        f"computes something else than {base.__name__} does with this weight and input, so its output need "
-        "not be linear in its weight (that of quantisation-aware layers is not). Pass a plain "
-        f"{base.__name__}, or the weight, an nn.Parameter, with mode='hutchinson'."
+        f"computes something else than {base.__name__} does, and need not be linear in its weight (as in "
+        f"quantisation-aware layers). Pass a plain {base.__name__}, or the weight, an nn.Parameter, with "
+        "mode='hutchinson'."
     )
 
 

@@ -107,11 +107,9 @@ def recorded_use(node: Node) -> tuple[LayerUse, GradientEdge] | None:
     return (use, GradientEdge(node, output)) if hasattr(use, "phi") else None
 
 
-def parametrization(module: nn.Module) -> nn.Module | None:
+def parametrization(module: Any) -> nn.Module | None:
     """Returns the module that computes a parametrised weight; None if the weight is plain."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    return cast("nn.ModuleDict", module.parametrizations)["weight"]
+    return module.parametrizations["weight"] if parametrize.is_parametrized(module, "weight") else None
 
 
 class _Recorder:
@@ -169,8 +167,7 @@ class _Recorder:
         # Export and tracing leave none either. A shallow copy has the module's hooks, but is not observed.
         transformed = torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled()
         exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        no_tensor = not isinstance(output, Tensor)  # the forward is not the class's
-        if module is not self.module() or transformed or exported or no_tensor:
+        if module is not self.module() or transformed or exported or not isinstance(output, Tensor):
             return None
         weight = self._weight_in_use(module)
         replaced = None

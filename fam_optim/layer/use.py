@@ -160,9 +160,12 @@ class LayerUse(Use):
         """Returns ``||phi_a||^2`` for every row a of z, in the shape ``lead``."""
         return self.rows().square().sum(-1)
 
-    def forward(self, bias: Tensor | None) -> Tensor:
-        """Returns z as the layer's class computes it from phi, the weight and `bias`."""
+    def operation(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns z as the layer's class computes it, from any phi, weight and bias."""
         raise NotImplementedError
+
+    def lift(self, matrix: Tensor) -> Tensor:
+        return self.operation(self.input, self.layout.weight(matrix), None)
 
     def pull(self, delta: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -184,14 +187,12 @@ class LayerUse(Use):
         if self.weight._version != weight:
             raise RuntimeError(
                 f"the weight of the observed layer {describe(self.module())} was modified in place after the "
-                "forward, so kappa of this loss cannot be computed any more. Compute it, or regularise, "
-                "before anything changes the weight (a step, load_state_dict)."
+                "forward. Compute kappa, or regularise, before the weight changes (a step, load_state_dict)."
             )
         if self.phi._version != phi:
             raise RuntimeError(
                 f"the input of the observed layer {describe(self.module())} was modified in place after the "
-                "layer had used it, so kappa cannot be computed from it. Use an out-of-place operation "
-                "instead (x = x + layer(x), not x += layer(x))."
+                "forward, and kappa needs it. Modify a copy (x = x + layer(x), not x += layer(x))."
             )
 
 
@@ -200,14 +201,11 @@ class LinearUse(LayerUse):
 
     channel = -1
 
-    def lift(self, matrix: Tensor) -> Tensor:
-        return F.linear(self.input, matrix)
+    def operation(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(phi, weight, bias)
 
     def pull(self, delta: Tensor) -> Tensor:
         return delta.reshape(-1, self.d).mT @ self.input.reshape(-1, self.m).to(delta.dtype)
-
-    def forward(self, bias: Tensor | None) -> Tensor:
-        return F.linear(self.phi, self.weight, bias)
 
     def rows(self) -> Tensor:
         return self.input
@@ -218,10 +216,10 @@ class Conv1DUse(LinearUse):
 
     inputs_first = True
 
-    def forward(self, bias: Tensor | None) -> Tensor:
-        assert bias is not None
-        flat = torch.addmm(bias, self.phi.view(-1, self.m), self.weight)
-        return flat.view(*self.phi.shape[:-1], self.d)
+    def operation(self, phi: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return phi @ weight
+        return torch.addmm(bias, phi.view(-1, self.m), weight).view(*phi.shape[:-1], self.d)
 
 
 def is_sharded(weight: Tensor) -> bool:
