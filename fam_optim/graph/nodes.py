@@ -23,6 +23,8 @@ def kind(node: Node) -> str:
     """Returns the operation, "Addmm" for AddmmBackward0. A user's autograd.Function is "function NAME", since
     it may have the name of one of torch's operations and compute something else."""
     name = node.name().rstrip("0123456789").removesuffix("Backward")
+    if name == "Slice" and shape(node, 0) == shape(*node.next_functions[0]):  # type: ignore[arg-type]
+        return "Alias"  # of the whole tensor: torch 2.6 makes one for the colon in x[:, 0]
     return f"function {name}" if is_function(node) and name != DDP_SINK else name
 
 

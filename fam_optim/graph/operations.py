@@ -85,8 +85,7 @@ def moved(
     if kind in VIEWS:
         return stride if math.prod(operand) == math.prod(result) else None
     elementwise = kind in ELEMENTWISE or kind in ENTRYWISE_LOSSES
-    # A slice may take a whole axis: torch 2.6 makes one for the colon in x[:, 0].
-    if (elementwise or kind == "Slice") and tuple(operand) == tuple(result):
+    if elementwise and tuple(operand) == tuple(result):
         return stride
     place = axis_of_digit(operand, stride, length)
     rule: Rule | None = _aligned if elementwise else _RULES.get(kind)

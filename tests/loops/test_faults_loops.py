@@ -136,7 +136,7 @@ def test_a_trained_model_is_scripted_traced_quantised_and_exported(alive: bool) 
         with warnings_as("ignore"):
             quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
         assert (quantised(x) - expected).abs().max() < 0.1
-    for strict in (False, True):
+    for strict in (False, hasattr(torch.compiler, "is_exporting")):  # torch 2.6 does not tell a strict export
         exported = torch.export.export(model, (x,), strict=strict)  # with gradients on
         assert torch.equal(exported.module()(x), expected)
     assert torch.equal(torch.jit.trace(model, x)(x), expected)
