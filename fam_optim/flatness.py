@@ -96,7 +96,7 @@ def relative_flatness(
         measure: "neuronwise" or "layerwise".
         mode: "exact", "full" (forms H, for tiny layers and tests) or "hutchinson" (random probes).
         curvature: "hessian", or "gauss_newton" for softmax cross-entropy, binary cross-entropy with logits,
-            softplus, squared error, Huber and smooth L1 losses and sums of these.
+            logsumexp, softplus, squared error, Huber and smooth L1 losses and sums of these.
         normalize: divide by m, as the authors' code does, so that the paper's lambda values apply.
         n_samples: number of probes per evaluation (hutchinson).
         generator: draws the probes; by default torch's global one (hutchinson).

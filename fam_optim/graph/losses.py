@@ -2,8 +2,8 @@
 
     L = sum_i a_i l(o_i, y_i),    a_i Hess_o l(o_i, y_i) = S_i S_i^T
 
-    softmax cross-entropy                 S r = sqrt(a) (sqrt(p) r - p <sqrt(p), r>)
-    logistic (binary cross-entropy)       S   = diag sqrt(a p (1 - p))
+    softmax cross-entropy, logsumexp      S r = sqrt(a) (sqrt(p) r - p <sqrt(p), r>)
+    binary cross-entropy, softplus        S   = diag sqrt(a p (1 - p))
     squared error, Huber up to its delta  S   = sqrt(2 a)
 
 The graph must show that a loss is a sum of these, or of the largest of them: between it and them there are
@@ -30,29 +30,35 @@ def linear_in(
     """Returns the nodes of some kinds in whose results the loss is linear piece by piece, and one in which it
     is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
     Functions of weights alone, such as weight decay, count if `of_weights`."""
-    found: list[Node] = []
-    stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
-    seen = set(stack)
-    while stack:
-        node, output = stack.pop()
-        kind = _kind(node)
-        inputs: Any = nodes.inputs_of(node, output)
-        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
-        if kind not in kinds and node in ends:  # linear in z itself: no curvature
-            continue
-        if kind not in kinds and (operations.is_linear(kind, on_path) or kind in operations.PICKS):
-            new = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
-            seen.update(new)
-            stack += new
-            continue
-        # Of what is not known, a function of one operand alone is sure to depend on no data.
-        alone = kind in kinds or (len(inputs) == 1 and not nodes.hides(node))
-        if not of_weights and alone and all(is_of_weights(inputs[i][0]) for i in on_path):
-            continue
-        if kind not in kinds:
-            return found, node
-        found.append(node)
-    return found, None
+    operands: set[Any] = set()
+    while True:
+        found: list[Node] = []
+        unknown = None
+        stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
+        seen = {*stack, *operands}
+        while stack:
+            node, output = stack.pop()
+            kind = _kind(node)
+            inputs: Any = nodes.inputs_of(node, output)
+            on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
+            # Of what is not known, a function of one operand alone is sure to depend on no data.
+            alone = kind in kinds or (len(inputs) == 1 and not nodes.hides(node))
+            if kind not in kinds and node in ends:  # linear in z itself: no curvature
+                continue
+            if kind not in kinds and (operations.is_linear(kind, on_path) or kind in operations.PICKS):
+                new = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
+                seen.update(new)
+                stack += new
+            elif not of_weights and alone and all(is_of_weights(inputs[i][0]) for i in on_path):
+                continue
+            elif kind in kinds:
+                found.append(node)
+            else:
+                unknown = node
+        if unknown is None or operands or not found:
+            return found, unknown
+        # What is linear in an operand of a known node, too, has no curvature: ``log(1 + exp(o)) - y o``.
+        operands = {edge for node in found for edge in node.next_functions}
 
 
 def _kind(node: Node) -> str:
@@ -101,8 +107,8 @@ def find_outputs(
         )
         raise RuntimeError(
             "Gauss-Newton curvature needs a loss that is known to be convex in the network's outputs: a sum "
-            "of softmax cross-entropy, binary cross-entropy with logits, softplus, squared error and Huber "
-            f"loss, none of them compiled. {unknown.name()} is none of these. {remedy}"
+            "of softmax cross-entropy, binary cross-entropy with logits, logsumexp, softplus, squared error "
+            f"and Huber loss, none of them compiled. {unknown.name()} is none of these. {remedy}"
         )
     for a in (output.a.detach() for output in outputs):
         # Reading from an accelerator would wait for it: there the roots, and so kappa, become nan instead.
@@ -165,8 +171,17 @@ def softmax_of(node: Any, c: Tensor, differentiable: bool) -> tuple[Tensor, Tens
     return log_p if differentiable else log_p.detach(), a
 
 
-def _softmax(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output:
-    (log_p, a), dim = softmax_of(node, c, differentiable), nodes.softmax_axis(node)
+def _softmax(node: Any, c: Tensor, path: Set[Node], differentiable: bool) -> Output | None:
+    """Returns o of a log_softmax, or of a logsumexp along one axis; None if it is of a distance."""
+    if nodes.kind(node) == "LogSoftmax":
+        (log_p, a), dim = softmax_of(node, c, differentiable), nodes.softmax_axis(node)
+    else:
+        o = at_least_float32(nodes.kept(node, "self"))
+        dim, *others = nodes.axes(node, o.dim())
+        if others or _measures_distance(node.next_functions[0][0], path):
+            return None
+        log_p = (o if differentiable else o.detach()).log_softmax(dim)
+        a = c.reshape(log_p.select(dim, 0).unsqueeze(dim).shape)
 
     def root(r: Tensor) -> list[Tensor]:
         root_p, top = (log_p / 2).exp(), is_largest(log_p, dim)
@@ -253,6 +268,7 @@ def _measures_distance(node: Node, path: Set[Node]) -> bool:
 
 _KINDS = {
     "LogSoftmax": _softmax,
+    "Logsumexp": _softmax,
     "BinaryCrossEntropyWithLogits": _binary,
     "LogSigmoid": _softplus,
     "Softplus": _softplus,

@@ -86,6 +86,9 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
         + (F.smooth_l1_loss(o, SOFT, reduction="none", beta=0.3) * SOFT).sum()
     ),
     "softplus": lambda o: F.softplus(-o, beta=2).mean() - F.logsigmoid(o[:, 0] - o[:, 1]).sum(),
+    "bce written out": lambda o: (F.softplus(o) - SOFT * o).mean() + 0.1 * o.mean(),
+    "ce written out": lambda o: (2 * o.logsumexp(1) - 2 * o[torch.arange(len(Y)), Y]).mean(),
+    "logsumexp": lambda o: (o / 2 + WEIGHT).logsumexp(1, keepdim=True).sum(),
     "the largest": lambda o: F.cross_entropy(o, Y, reduction="none").topk(2).values.mean(),
 }
 
@@ -330,7 +333,9 @@ def test_convolutions_before_batch_norm_under_autocast(dtype: torch.dtype, detac
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "focal": lambda o: ((1 - o.softmax(1)[:, 0]) ** 2 * F.cross_entropy(o, Y, reduction="none")).mean(),
     "dice": lambda o: 1 - (o.sigmoid() * SOFT).sum() / (o.sigmoid().sum() + SOFT.sum()),
-    "contrastive": lambda o: (F.normalize(o, dim=1) @ F.normalize(o, dim=1).mT).logsumexp(1).sum(),
+    "logsumexp of all": lambda o: o.logsumexp((0, 1)),
+    "logsumexp of losses": lambda o: F.mse_loss(o, SOFT, reduction="none").logsumexp(1).sum(),
+    "linear below the output": lambda o: F.softplus(o.tanh()).mean() - o.mean(),
     "fourth power": lambda o: (o - SOFT).pow(4).mean(),
     "exponential of a cross-entropy": lambda o: F.cross_entropy(o, Y).exp(),
     "product of outputs": lambda o: F.mse_loss(o, o.detach() + o.roll(1, 0)) * F.cross_entropy(o, Y),
