@@ -103,14 +103,13 @@ class Proximal(Regularizer):
 
     def regularize(self, loss: Tensor) -> Tensor:
         """Returns the loss unchanged; first takes A from it, if the coming step is due."""
-        if self.lam:
-            check_scalar(loss)
-            if self.looks:
-                self._look(loss)
+        if self.looks or (self.lam and getattr(loss, "grad_fn", None) is None):  # refused at every step
+            self._look(loss)
         return loss
 
     @partial(opaque, reason="fam_optim looks into the graph of the loss")
     def _look(self, loss: Tensor) -> None:
+        check_scalar(loss)
         ledger = self._ledger
         with in_full_precision(loss.device):
             if ledger is not None and ledger.added:  # gradients of this step may have been zeroed since then
