@@ -140,7 +140,7 @@ def check(case: Case, mode: str) -> None:
 
 # Gauss-Newton curvature of these losses is refused: they are not convex in the outputs, or not known to be.
 REFUSED = {
-    *("ce_signed_weights", "ce_flooded", "ce_by_logsumexp", "ce_log_of_softmax"),
+    *("ce_signed_weights", "ce_flooded", "ce_log_of_softmax"),
     *("ce_power_still_one", "ce_soft_maximum", "ce_exponential", "ce_squared", "ce_weights_from_prediction"),
     *("ce_over_all_classes", "ce_own_prediction", "focal", "focal_gamma_still_zero", "generalised_ce"),
     *("poly_ce", "confidence_penalty", "kl_reversed", "js_divergence", "poisson", "gaussian_nll"),
