@@ -101,7 +101,7 @@ class OptimizerWrapper(Optimizer):
         own = state_dict.pop(_KEY, None)
         self.base_optimizer.load_state_dict(state_dict)
         # The plain base's checkpoint has none, and lam of a penalty is not that of a proximal step.
-        if own is not None and ("means" in own) == ("means" in self.regularizer.state()):
+        if own is not None and ("means" in own) == hasattr(self.regularizer, "means"):
             self.regularizer.load(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -35,15 +35,15 @@ def exact(curvature: Curvature, factor: Factor) -> Tensor:
     d, m = tail.uses[0].d, tail.uses[0].m
     grouping = find_grouping(tail)
     products = (m if grouping is None else min(grouping.size, m)) * factor.directions
-    layer = f"`layer` {describe(tail.layer)} (weight matrix {d} x {m})"
-    what = f"exact kappa of {layer} takes {products} Hessian-vector products"
-    if products > MAX_PRODUCTS:
-        raise RuntimeError(
-            f"{what} here, more than the limit of {MAX_PRODUCTS}. Use mode='hutchinson', which is unbiased "
-            "with one product per probe, or regularise a layer nearer to the loss. (To measure all the same, "
-            "raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
-        )
-    if products > MANY_PRODUCTS:
+    if products > min(MAX_PRODUCTS, MANY_PRODUCTS):
+        layer = f"`layer` {describe(tail.layer)} (weight matrix {d} x {m})"
+        what = f"exact kappa of {layer} takes {products} Hessian-vector products"
+        if products > MAX_PRODUCTS:
+            raise RuntimeError(
+                f"{what} here, more than the limit of {MAX_PRODUCTS}. Use mode='hutchinson', which is "
+                "unbiased with one product per probe, or regularise a layer nearer to the loss. (To measure "
+                "all the same, raise fam_optim.estimators.exact.MAX_PRODUCTS.)"
+            )
         warnings.warn(  # Python shows the same text only once
             f"{what} through what follows it, at every evaluation: it does not feed a softmax cross-entropy "
             "directly. mode='hutchinson' is unbiased with one product.",
