@@ -94,8 +94,7 @@ def check_functions(path: Set[Node], ends: Set[Node], gradient: Sequence[Tensor]
     its part to be zero. `gradient` is the first derivative in z, made by `ends`. Returns the nodes of the
     first derivative; none if the path from the loss has neither functions nor scripted regions."""
     functions = [node for node in path if nodes.is_function(node)]
-    scripted = any("DifferentiableGraph" in node.name() for node in path)  # by torch.jit.script or trace
-    if not functions and not scripted:
+    if not any(map(nodes.hides, path)):
         return frozenset()
     roots = [(g.grad_fn, g.output_nr) for g in gradient]
     forward: Any = {*path, *ends, None}
