@@ -30,35 +30,42 @@ def linear_in(
     """Returns the nodes of some kinds in whose results the loss is linear piece by piece, and one in which it
     is not, or None. Only what depends on `ends` counts; `path` leads from the loss to `ends`, included.
     Functions of weights alone, such as weight decay, count if `of_weights`."""
-    operands: set[Any] = set()
-    while True:
-        found: list[Node] = []
-        unknown = None
-        stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
-        seen = {*stack, *operands}
-        while stack:
-            node, output = stack.pop()
-            kind = _kind(node)
-            inputs: Any = nodes.inputs_of(node, output)
-            on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
-            # Of what is not known, a function of one operand alone is sure to depend on no data.
-            alone = kind in kinds or (len(inputs) == 1 and not nodes.hides(node))
-            if kind not in kinds and node in ends:  # linear in z itself: no curvature
-                continue
-            if kind not in kinds and (operations.is_linear(kind, on_path) or kind in operations.PICKS):
-                new = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
-                seen.update(new)
-                stack += new
-            elif not of_weights and alone and all(is_of_weights(inputs[i][0]) for i in on_path):
-                continue
-            elif kind in kinds:
-                found.append(node)
-            else:
-                unknown = node
-        if unknown is None or operands or not found:
-            return found, unknown
-        # What is linear in an operand of a known node, too, has no curvature: ``log(1 + exp(o)) - y o``.
-        operands = {edge for node in found for edge in node.next_functions}
+    found, unknown = _walked(loss, path, ends, kinds, of_weights, set())
+    if unknown is None or not found:
+        return found, unknown
+    # What is linear in an operand of a known node, too, has no curvature: ``log(1 + exp(o)) - y o``.
+    operands = {edge for node in found for edge in node.next_functions}
+    return _walked(loss, path, ends, kinds, of_weights, operands)
+
+
+def _walked(
+    loss: Tensor, path: Set[Node], ends: Set[Node], kinds: Set[str], of_weights: bool, stops: Set[Any]
+) -> tuple[list[Node], Node | None]:
+    """Returns what `linear_in` does, from a walk down from the loss that enters none of the edges `stops`."""
+    found: list[Node] = []
+    unknown = None
+    stack: list[Any] = [(loss.grad_fn, loss.output_nr)]
+    seen = {*stack, *stops}
+    while stack:
+        node, output = stack.pop()
+        kind = _kind(node)
+        inputs: Any = nodes.inputs_of(node, output)
+        on_path = [i for i, (below, _) in enumerate(inputs) if below in path]
+        # Of what is not known, a function of one operand alone is sure to depend on no data.
+        alone = kind in kinds or (len(inputs) == 1 and not nodes.hides(node))
+        if kind not in kinds and node in ends:  # linear in z itself: no curvature
+            continue
+        if kind not in kinds and (operations.is_linear(kind, on_path) or kind in operations.PICKS):
+            new = [edge for edge in dict.fromkeys(inputs) if edge[0] in path and edge not in seen]
+            seen.update(new)
+            stack += new
+        elif not of_weights and alone and all(is_of_weights(inputs[i][0]) for i in on_path):
+            continue
+        elif kind in kinds:
+            found.append(node)
+        else:
+            unknown = node
+    return found, unknown
 
 
 def _kind(node: Node) -> str:
