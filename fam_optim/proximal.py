@@ -72,6 +72,7 @@ class Proximal(Regularizer):
         super().start(base)
 
     def forget(self, *, sound: bool = True) -> None:
+        """Forgets what was seen of a step, and begins the next one; `sound` is that of `_begin`."""
         self.given = False
         self._before: list[Tensor] | None = None
         self.roots.forget()

@@ -45,10 +45,12 @@ class Layout(NamedTuple):
 
     @property
     def d(self) -> int:
+        """The number of rows of W."""
         return self.shape[1] * self.groups if self.inputs_first else self.shape[0]
 
     @property
     def m(self) -> int:
+        """The number of columns of W."""
         first, second, *kernel = self.shape
         return math.prod((first // self.groups if self.inputs_first else second, *kernel))
 
